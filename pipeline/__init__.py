@@ -1,0 +1,1 @@
+"""Trainmark: what is a machine worth for training?"""

@@ -1,0 +1,87 @@
+"""Which device trains: one small file a backend, behind the interface in `base.py`."""
+
+import re
+from typing import Any
+
+import torch
+
+from pipeline import machine
+from pipeline.backends.base import Backend
+from pipeline.backends.cpu import Cpu
+from pipeline.backends.cuda import Cuda
+from pipeline.backends.mps import Mps
+from pipeline.backends.xpu import Xpu
+from pipeline.errors import UsageError
+
+BACKENDS: tuple[type[Backend], ...] = (Cuda, Mps, Xpu, Cpu)
+"""In the order in which `device: auto` prefers them."""
+
+__all__ = ["BACKENDS", "Backend", "available", "select", "torch_facts", "unused_gpu"]
+
+
+def available(backends: tuple[type[Backend], ...] = BACKENDS) -> list[str]:
+    """The values of `device` that can be had here: `cuda` and, of several, `cuda:0`, `cuda:1`."""
+    names: list[str] = []
+    for backend in backends:
+        count = backend.count()
+        names += [backend.kind] if count else []
+        names += [f"{backend.kind}:{index}" for index in range(count)] if count > 1 else []
+    return names
+
+
+def select(device: str, backends: tuple[type[Backend], ...] = BACKENDS) -> Backend:
+    """The backend for a value of `device`. Raises UsageError with the devices that are there."""
+    there = available(backends)
+    kind, _, index = (there[0] if device == "auto" else device).partition(":")
+    if device != "auto" and device not in there and device != f"{kind}:0":
+        unused = unused_gpu()
+        why = f" ({unused})" if unused and kind != "cpu" else ""
+        raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(there)}{why}')
+    for backend in backends:
+        if backend.kind == kind and backend.count():
+            return backend(int(index or 0))
+    raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(there)}')
+
+
+def unused_gpu() -> str | None:
+    """Names a GPU that is in this machine but can't be used by this build of torch, why, and the command that
+    puts it right; None where there is no such GPU. Training on the CPU beside it would be the worst fallback:
+    a figure under which the reader imagines the GPU."""
+    gpu = next((gpu for gpu in machine.gpus() if gpu.get("for_training")), None)
+    if gpu is None or available() != ["cpu"]:
+        return None
+    vendor, name = gpu["vendor"], gpu["name"]
+    if vendor == "NVIDIA":
+        if torch.version.cuda is None:
+            return f"{name} is there, but this torch {torch.__version__} is built without CUDA: make run TORCH=default"
+        if torch.cuda.device_count() == 0:
+            driver = gpu.get("driver", "not answering")
+            return (
+                f"{name} is there, but its driver ({driver}) does not serve CUDA {torch.version.cuda}: "
+                "update the driver, or make run TORCH=cu126"
+            )
+        return (
+            f"{name} is there, but this torch {torch.__version__} has no code for it "
+            f"(built for {' '.join(torch.cuda.get_arch_list())}): make run TORCH=cu126"
+        )
+    if vendor == "AMD":
+        return f"{name} is there, but this torch {torch.__version__} is built without ROCm: make run TORCH=rocm7.2"
+    if vendor == "Intel":
+        return f"{name} is there, but this torch {torch.__version__} does not see it: make run TORCH=xpu"
+    if not torch.backends.mps.is_built():
+        return f"{name} is there, but this torch {torch.__version__} has no MPS: use Python for arm64, not x86_64"
+    return f"{name} is there, but macOS does not offer it to torch: MPS needs macOS 14 or newer"
+
+
+def torch_facts() -> dict[str, Any]:
+    """What this build of torch is and can do."""
+    return {
+        "torch": torch.__version__,
+        "git": torch.version.git_version,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "mps_built": torch.backends.mps.is_built(),
+        "mps_available": torch.backends.mps.is_available(),
+        "build": re.sub(r"\s*\n\s*", "; ", torch.__config__.show().strip()),
+        "threads": torch.get_num_threads(),
+    }

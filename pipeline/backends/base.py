@@ -1,0 +1,69 @@
+"""The interface that every backend fills; the rest of the code sees nothing else of a device."""
+
+from typing import Any
+
+import torch
+
+from pipeline.errors import UsageError
+
+
+class Backend:
+    """One device and all that is special about it. The defaults here are those of a backend that offers nothing.
+
+    A new backend is one file with a subclass, and a line in `backends/__init__.py`.
+    """
+
+    kind: str
+    """What `device` calls it: cpu | cuda | mps | xpu."""
+
+    name: str
+    """What the tag `backend` calls it: as `kind`, and `rocm` for AMD's GPUs."""
+
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """The values of `precision` that it can do."""
+
+    channels_last = True
+    """Whether `channels_last: auto` chooses that layout here."""
+
+    pinned_memory = False
+    """Whether copies from page-locked host memory are faster and safe here."""
+
+    def __init__(self, index: int = 0):
+        self.index = index
+
+    @property
+    def device(self) -> torch.device:
+        """The torch device that tensors live on."""
+        return torch.device(self.kind, self.index)
+
+    @classmethod
+    def count(cls) -> int:
+        """How many such devices this build of torch can use here."""
+        raise NotImplementedError
+
+    def synchronise(self) -> None:
+        """Waits until the device has done all the work queued on it."""
+        raise NotImplementedError
+
+    def reset_peak_memory(self) -> None:
+        """Starts the peak of `peak_memory_mib` anew, where the backend can."""
+
+    def peak_memory_mib(self) -> float | None:
+        """Most memory held since the last reset, in MiB (2**20 bytes); None where it can't be told."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What the hardware.* and software.* tags need: `name`, and where known `memory_gib`, `gpu_cores`,
+        `power_limit_watts`, `driver`; a fact that is not known is absent. Plus what only torch knows."""
+        raise NotImplementedError
+
+    def set_precision(self, precision: str) -> None:
+        """Makes float32 mean what `precision` says. Raises UsageError where the backend can't do it."""
+        if precision not in self.precisions:
+            raise UsageError(
+                f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
+            )
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """The context in which the network runs."""
+        return torch.autocast(self.kind, dtype=torch.bfloat16, enabled=precision == "bf16")

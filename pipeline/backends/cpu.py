@@ -1,0 +1,66 @@
+"""The processor itself."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline import machine
+from pipeline.backends.base import Backend
+
+
+class Cpu(Backend):
+    """Work on it is synchronous; its memory is the process's."""
+
+    kind = name = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU has no index: tensors made on it say just `cpu`."""
+        return torch.device("cpu")
+
+    @classmethod
+    def count(cls) -> int:
+        """There is always one."""
+        return 1
+
+    def synchronise(self) -> None:
+        """Nothing is queued: torch's CPU operators return when they are done."""
+
+    def reset_peak_memory(self) -> None:
+        """Linux forgets its high-water mark on request (proc(5), clear_refs); elsewhere it is the process's."""
+        if sys.platform == "linux":
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                return  # a sandbox without it: the peak since the process started stands
+
+    def peak_memory_mib(self) -> float | None:
+        """Most resident memory of this process: since the reset on Linux, since its start elsewhere."""
+        if sys.platform == "linux":
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 2**10
+            return None
+        if sys.platform == "win32":
+            return float(psutil.Process().memory_info().peak_wset) / 2**20
+        import resource  # not there on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+
+    def facts(self) -> dict[str, Any]:
+        """The CPU's brand and the machine's memory."""
+        here = machine.facts()
+        return {
+            "name": here.get("cpu", "CPU"),
+            "memory_gib": here.get("memory_gib"),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def set_precision(self, precision: str) -> None:
+        """oneDNN may use bf16 inside float32 products on some CPUs when asked to; fp32 means it is not."""
+        super().set_precision(precision)
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,94 @@
+"""NVIDIA's GPUs by CUDA and AMD's by ROCm, which torch drives by the same calls."""
+
+from typing import Any
+
+import torch
+
+from pipeline import machine
+from pipeline.backends.base import Backend
+
+
+class Cuda(Backend):
+    """Asynchronous; TF32 is off for products and convolutions unless `precision: tf32` asks for it."""
+
+    kind = "cuda"
+    pinned_memory = True
+
+    def __init__(self, index: int = 0):
+        super().__init__(index)
+        self.name = "rocm" if torch.version.hip else "cuda"
+        capability = torch.cuda.get_device_capability(index)
+        # TF32 came with Ampere (8.0), and bf16 units with it; earlier cards only emulate bf16.
+        ampere = self.name == "cuda" and capability >= (8, 0)
+        self.precisions = ("fp32", "tf32", "bf16") if ampere else ("fp32",)
+        if self.name == "rocm":
+            self.precisions = ("fp32", "bf16")
+        self.channels_last = self.name == "cuda" and capability >= (7, 0)
+
+    @classmethod
+    def count(cls) -> int:
+        """The GPUs whose architecture this build of torch has code for."""
+        return sum(runs_on(index) for index in range(torch.cuda.device_count()))
+
+    def synchronise(self) -> None:
+        """Waits for every stream of the device."""
+        torch.cuda.synchronize(self.device)
+
+    def reset_peak_memory(self) -> None:
+        """Of torch's allocator."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory_mib(self) -> float | None:
+        """Most memory that tensors held (torch's allocator may have reserved more)."""
+        return float(torch.cuda.max_memory_allocated(self.device)) / 2**20
+
+    def facts(self) -> dict[str, Any]:
+        """The card as its vendor names it; its power limit and driver from the vendor's tool."""
+        properties = torch.cuda.get_device_properties(self.index)
+        facts = {
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_cores": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+            "architectures": torch.cuda.get_arch_list(),
+        }
+        return {key: value for key, value in facts.items() if value is not None} | self._from_vendor()
+
+    def _from_vendor(self) -> dict[str, Any]:
+        # Laptop GPUs of one name differ by power limit; torch doesn't know it. CUDA_VISIBLE_DEVICES may
+        # reorder the cards, so the facts are taken only where every card of this name agrees on them.
+        name = torch.cuda.get_device_name(self.index)
+        same = [gpu for gpu in machine.gpus() if gpu["name"] == name]
+        found = {}
+        for key in ("power_limit_watts", "driver"):
+            values = {gpu.get(key) for gpu in same}
+            if len(values) == 1 and None not in values:
+                found[key] = values.pop()
+        return found
+
+    def set_precision(self, precision: str) -> None:
+        """torch leaves TF32 on for cuDNN's convolutions by default; here fp32 is fp32."""
+        super().set_precision(precision)
+        tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def runs_on(index: int) -> bool:
+    """Whether this build of torch has code for the card: the same major version, a minor not above the card's,
+    or PTX that the driver can compile for a newer one (CUDA C++ guide, "Binary compatibility")."""
+    if torch.version.hip:
+        return True
+    major, minor = torch.cuda.get_device_capability(index)
+    for architecture in torch.cuda.get_arch_list():
+        kind, _, number = architecture.partition("_")
+        digits = number.rstrip("af")  # sm_90a, sm_100f: for that architecture or family alone
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "sm" and built[0] == major and built[1] <= minor:
+            return True
+        if kind == "compute" and built <= (major, minor):
+            return True
+    return False

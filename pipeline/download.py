@@ -1,0 +1,35 @@
+"""Finds data and weights, fetches what is missing, and writes down what they are (inputs.json)."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import config, files, sources, terminal, weights
+
+
+def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
+    """Resolves data and weights into `folder/inputs.json`: sources, digests, counts, classes, fallbacks."""
+    data = sources.resolve(settings.data)
+    start = weights.resolve(settings.work)
+    fallback = [name for name, facts in (("data", data), ("weights", start)) if facts["reason"]]
+    inputs = {"data": data, "weights": start, "fallback": fallback}
+    files.write_json(folder / "inputs.json", inputs)
+    classes = data["classes"]
+    shown = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
+    size = "x".join(map(str, data["size"])) + " pixels" if data["size"] else "of many sizes"
+    terminal.say(f"data     {data['source']}: {data['counts']['train']:,} train + {data['counts']['test']:,} test, {size}")
+    terminal.say(f"classes  {len(classes)}: {shown}")
+    terminal.say(f"weights  {start['model']}: {start['used']}")
+    if fallback:
+        terminal.shout(
+            "DEMO: this is not the real thing, and its figures are not comparable with real runs",
+            *([f"data: generated pictures in place of CIFAR-10 ({data['reason']})"] if "data" in fallback else []),
+            *([f"weights: random in place of pretrained ({start['reason']})"] if "weights" in fallback else []),
+            "the next run tries again; README, 'Without a network', says how to bring both by hand",
+        )
+    return inputs
+
+
+if __name__ == "__main__":
+    from pipeline import cli
+
+    cli.main(run, __doc__)

@@ -1,0 +1,237 @@
+"""The timm model: what it starts from, what is frozen, checkpoints in and out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline import files
+from pipeline.config import Recipe, nearest
+from pipeline.errors import StageError, UsageError
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+"""The base of all BatchNorm layers, timm's own among them."""
+
+Head = nn.Module
+
+
+class Classifier(nn.Module):
+    """A timm network that takes images from 0 to 1: it holds its own normalisation.
+
+    `forward`: (B, 3, H, W) float32 in 0..1 -> logits (B, classes). `features`: the same images -> what the head
+    (timm's `get_classifier`) takes, so that `head(features(images))` are the logits.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.net = net
+        self.normalization = tuple(mean), tuple(std)
+        # Not in the state: a checkpoint holds timm's names alone, and these in its metadata.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def head(self) -> Head:
+        """The last layer, by timm's own name for it."""
+        head: Head = self.net.get_classifier()  # type: ignore[operator]
+        return head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head takes, (B, D) in most models."""
+        maps = self.net.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
+        pooled: Tensor = self.net.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        return pooled
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The facts that a checkpoint carries, all that is needed to use it."""
+
+    model: str
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    epoch: int
+    val_accuracy: float
+    record: str
+    """Id of the training that wrote it."""
+
+
+def check(name: str) -> None:
+    """Raises UsageError unless timm has a model `name`."""
+    base = name.split(".")[0]
+    if not timm.is_model(name):
+        close = nearest(base, timm.list_models())
+        hint = f"; did you mean {close}?" if close else ""
+        raise UsageError(f'model: "{name}" is not allowed: expected a name that timm.list_models() has{hint}')
+    tags = timm.list_pretrained(f"{base}.*")
+    if "." in name and name not in tags:
+        raise UsageError(f'model: "{name}" is not allowed: timm has {base} as {", ".join(tags) or base}')
+
+
+def hub_file(name: str) -> tuple[str, str] | None:
+    """Where timm gets the weights of `name`: (repository, file) on the Hugging Face hub; None where it has none."""
+    check(name)
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if cfg is None or not cfg.hf_hub_id:
+        return None
+    return cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
+
+
+def build(recipe: Recipe, classes: int, weights: Path | None) -> Classifier:
+    """The recipe's model with a new head for `classes`, its parameters frozen or not as the recipe says.
+
+    `weights`: a .safetensors file, or None for random ones. Raises UsageError where model, weights and
+    `trainable` don't fit each other.
+    """
+    check(recipe.model)
+    net = timm.create_model(recipe.model, pretrained=False, num_classes=classes)
+    mean, std = normalization(net, recipe.normalize)
+    if weights is not None:
+        _load_weights(net, recipe, classes, weights)
+    model = Classifier(net, mean, std)
+    if recipe.head_init == "xavier_normal":
+        for module in model.head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+    _freeze(model, recipe.trainable)
+    return model
+
+
+def normalization(net: nn.Module, normalize: bool) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of the pixels (0..1) that the weights were trained with, or (0, 1): none."""
+    cfg: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    return (cfg["mean"], cfg["std"]) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def set_mode(model: nn.Module, frozen_batch_norm: str) -> None:
+    """Training mode; BatchNorm layers whose own weights are frozen go by `frozen_batch_norm`: eval keeps their
+    statistics as they are, train lets them move."""
+    model.train()
+    if frozen_batch_norm == "eval":
+        for module in model.modules():
+            if isinstance(module, BATCH_NORM) and _is_frozen(module):
+                module.eval()
+
+
+def features_are_fixed(model: Classifier, frozen_batch_norm: str) -> bool:
+    """Whether what the head takes is the same in every epoch: nothing before it learns, moves or is random."""
+    head = set(model.head.parameters())
+    if not head or any(p.requires_grad for p in model.parameters() if p not in head):
+        return False
+    inside = set(model.head.modules())
+    for module in model.modules():
+        if module in inside:
+            continue
+        if isinstance(module, BATCH_NORM) and frozen_batch_norm == "train":
+            return False
+        if getattr(module, "drop_prob", 0.0) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p):
+            return False
+    return True
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable parameters, and of all."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def save_checkpoint(path: Path, model: Classifier, facts: Checkpoint) -> None:
+    """Writes the model's state (timm's names, on the CPU) and `facts` as one .safetensors file, whole or not."""
+    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.net.state_dict().items()}
+    with files.written_aside(path) as aside:
+        safetensors.torch.save_file(state, aside, metadata={"trainmark": json.dumps(vars(facts))})
+
+
+def load_checkpoint(path: Path) -> tuple[Classifier, Checkpoint]:
+    """The model of a checkpoint, whole, in evaluation mode on the CPU. Raises StageError where it can't be used."""
+    metadata, state = _read_safetensors(path)
+    if "trainmark" not in metadata:
+        raise StageError(f"{path.name} is no checkpoint of ours: its metadata does not say which model it is")
+    facts = Checkpoint(**{
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in json.loads(metadata["trainmark"]).items()
+    })
+    check(facts.model)
+    net = timm.create_model(facts.model, pretrained=False, num_classes=len(facts.classes))
+    _load_state(net, state, f"{path.name}: it says it is {facts.model} of {len(facts.classes)} classes")
+    return Classifier(net, facts.mean, facts.std).eval(), facts
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
+    head = model.head if trainable != "all" else None
+    if trainable == "head" and (not isinstance(head, nn.Module) or not list(head.parameters())):
+        raise UsageError('trainable: "head" is not allowed: this model has no single head; expected all or prefixes')
+    named = dict(model.net.named_parameters())
+    if isinstance(trainable, tuple):
+        for prefix in trainable:
+            if not any(name.startswith(prefix) for name in named):
+                close = nearest(prefix, sorted({name.split(".")[0] for name in named}))
+                hint = f"; did you mean {close}?" if close else ""
+                raise UsageError(f'trainable: no parameter\'s name starts with "{prefix}"{hint}')
+    heads = set(head.parameters()) if trainable == "head" and head is not None else set()
+    for name, parameter in named.items():
+        parameter.requires_grad = (
+            trainable == "all"
+            or parameter in heads
+            or (isinstance(trainable, tuple) and name.startswith(trainable))
+        )
+
+
+def _load_weights(net: nn.Module, recipe: Recipe, classes: int, path: Path) -> None:
+    """Loads `path` into `net`; a head for the classes that `net` was published with is left out."""
+    _, state = _read_safetensors(path)
+    published = int(net.pretrained_cfg["num_classes"])  # type: ignore[index]
+    names = net.pretrained_cfg["classifier"]  # type: ignore[index]
+    heads = (names,) if isinstance(names, str) else tuple(names)
+    for head in heads:
+        bias = state.get(f"{head}.bias")
+        if published != classes and bias is not None and len(bias) == published:
+            fresh = net.state_dict()
+            state |= {name: fresh[name] for name in state if name.startswith(f"{head}.") and name in fresh}
+    _load_state(net, state, f"weights: {path.name} does not fit {recipe.model} with {classes} classes", UsageError)
+
+
+def _load_state(
+    net: nn.Module, state: dict[str, Tensor], what: str, error: type[StageError] = StageError
+) -> None:
+    fresh = net.state_dict()
+    missing, extra = sorted(set(fresh) - set(state)), sorted(set(state) - set(fresh))
+    shapes = [name for name in fresh if name in state and fresh[name].shape != state[name].shape]
+    for problem, names in (("lacks", missing), ("holds an unknown", extra)):
+        if names:
+            raise error(f"{what}: the file {problem} {names[0]}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
+    if shapes:
+        name = shapes[0]
+        raise error(f"{what}: {name} is {tuple(state[name].shape)}, expected {tuple(fresh[name].shape)}")
+    net.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StageError(f"{path} is no readable .safetensors file ({error})") from error

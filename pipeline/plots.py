@@ -1,0 +1,241 @@
+"""The pictures of a run, in one style: samples, loss, accuracy, confusion matrix.
+
+Figures are drawn without pyplot: no window, no backend to choose, nothing to close.
+"""
+
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps, font_manager, rc_context, rcParams, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipeline.files import written_aside
+
+# Okabe-Ito: told apart by colour-blind people too. Lines differ in dashes and markers for print.
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#595959"
+TRAINING: dict[str, Any] = {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 8}
+VALIDATION: dict[str, Any] = {"color": VERMILLION, "linestyle": "--", "marker": "s"}
+TRAINING_LOSS: dict[str, Any] = {"color": GREY, "linestyle": ":", "marker": "^"}
+
+MARKED_EPOCHS = 25  # with more epochs, a marker on each would hide the line
+NUMBERED_CLASSES = 20  # with more classes, a number doesn't fit in its cell
+LABELLED_CLASSES = 100  # with more classes, only every second, third, ... has a label
+
+# DejaVu comes with matplotlib; the others have Chinese, Japanese and Korean on Linux, macOS and Windows.
+FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Arial Unicode MS", "Microsoft YaHei"]
+
+# "default" first, so that a person's own matplotlibrc doesn't change the pictures.
+_styled = style.context(
+    [
+        "default",
+        {
+            "font.family": [font for font in FONTS if font in font_manager.get_font_names()],
+            "font.size": 11,
+            "text.parse_math": False,  # a class may be called "$5" or "a_b"
+            "axes.titlesize": "medium",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "grid.color": "#DDDDDD",
+            "lines.linewidth": 2,
+            "lines.markersize": 6,
+            "legend.frameon": False,
+            "legend.handlelength": 3,
+        },
+    ]
+)
+
+
+@_styled
+def samples(images: npt.NDArray[np.uint8], names: Sequence[str], *, title: str) -> Figure:
+    """Draws one to six images, each under its class name, three in a row.
+
+    `images` is (N, H, W, 3) uint8, 0 to 255; `names` has N class names.
+    """
+    rows = -(-len(images) // 3)
+    height, width = images.shape[1:3]
+    figure = _figure(7.8, rows * (2.6 * np.clip(height / width, 0.4, 2.5) + 0.3) + 0.4, title)
+    # Smoothing would turn a 32 x 32 image into a blur.
+    interpolation = "nearest" if max(height, width) <= 128 else "auto"
+    for place, (image, name) in enumerate(zip(images, names, strict=True), start=1):
+        axes = figure.add_subplot(rows, 3, place)
+        axes.imshow(image, interpolation=interpolation)
+        axes.set_title(_label(name))
+        axes.set_axis_off()
+    return figure
+
+
+@_styled
+def loss(epochs: Sequence[Mapping[str, float]], *, title: str) -> Figure:
+    """Draws training and validation loss against the epoch.
+
+    There is at least one record. Each has "epoch" (from 1) and, where measured, "train/loss" and "val/loss"
+    (cross-entropy, nats).
+    """
+    figure = _figure(8, 5, title)
+    axes = figure.add_subplot(title="Loss", ylabel="loss")
+    _line(axes, epochs, "train/loss", label="training", **TRAINING)
+    _line(axes, epochs, "val/loss", label="validation", **VALIDATION)
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, epochs)
+    return figure
+
+
+@_styled
+def accuracy(
+    epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validation: str, title: str
+) -> Figure:
+    """Draws training and validation accuracy (left axis), and training loss (right axis), against the epoch.
+
+    There is at least one record. Each has "epoch" (from 1) and, where measured, "train/accuracy" and
+    "val/accuracy" (0 to 1) and "train/loss" (cross-entropy, nats). The best epoch has a ring. `validation`
+    says what was validated on: "validation split" or "test split".
+    """
+    figure = _figure(8, 5, title)
+    axes = figure.add_subplot(title="Accuracy and training loss")
+    _line(axes, epochs, "train/accuracy", label="training accuracy", **TRAINING)
+    _line(axes, epochs, "val/accuracy", label=f"{validation} accuracy", **VALIDATION)
+
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.set_ylabel("training loss", color=GREY)
+    right.tick_params(axis="y", colors=GREY)
+    _line(right, epochs, "train/loss", label="training loss (right axis)", **TRAINING_LOSS)
+    right.set_ylim(bottom=0)
+
+    for record in epochs:
+        if record["epoch"] == best_epoch and "val/accuracy" in record:
+            best = record["val/accuracy"]
+            axes.axvline(best_epoch, color=GREY, linewidth=1, zorder=1)
+            axes.plot(
+                [best_epoch],
+                [best],
+                label=f"best: epoch {best_epoch}, {_percent(best)}",
+                color="black",
+                linestyle="",
+                marker="o",
+                markersize=15,
+                markerfacecolor="none",  # a ring: the points under it stay in sight
+                markeredgewidth=1.5,
+                clip_on=False,
+            )
+
+    # From 0 to 100 %, unless all of the lines would be squeezed against the top: then the axis says so.
+    values = [record[key] for record in epochs for key in ("train/accuracy", "val/accuracy") if key in record]
+    if min(values, default=0) >= 0.8:
+        axes.set(ylim=(0.8, 1), yticks=[0.8, 0.85, 0.9, 0.95, 1], ylabel="accuracy (axis starts at 80%)")
+    else:
+        axes.set(ylim=(0, 1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1], ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _finish(figure, axes, epochs)
+    return figure
+
+
+@_styled
+def confusion_matrix(
+    counts: npt.NDArray[np.integer[Any]], names: Sequence[str], *, accuracy: float, title: str
+) -> Figure:
+    """Draws how many images of each actual class (row) were taken for each class (column).
+
+    `counts` is (C, C), integers: images; `names` has C class names; `accuracy` is 0 to 1. A cell's colour is
+    its share of the row. Up to 20 classes, its number is written too. A row without images is grey.
+    """
+    classes = len(names)
+    totals = counts.sum(axis=1, keepdims=True)
+    share = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
+    side = float(np.clip(3.5 + 0.45 * classes, 6, 16))
+    # A large figure is looked at from further away: the writing grows with it.
+    with rc_context({"font.size": max(11, 1.1 * side)}):
+        figure = _figure(side + 0.5, side, title)
+        axes = figure.add_subplot(title=f"Confusion matrix, accuracy {_percent(accuracy)}")
+        axes.set(xlabel="predicted class", ylabel="actual class")
+        axes.spines[:].set_visible(True)
+        # By the square root, or the few per cent of a mistake would look like none.
+        colours = colormaps["Blues"].with_extremes(bad="#CCCCCC")
+        image = axes.imshow(share, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1))
+        bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label="share of the actual class")
+        bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+        bar.formatter = PercentFormatter(1, decimals=0)
+
+    numbered = classes <= NUMBERED_CLASSES
+    labelled = range(0, classes, -(-classes // LABELLED_CLASSES))
+    size = min(11, 47 * side / min(classes, LABELLED_CLASSES))  # points: no higher than a row
+    columns = [_label(names[index]) for index in labelled]
+    rows = [_label(names[index]) + ("" if totals[index] else " (no images)") for index in labelled]
+    axes.set_yticks(labelled, rows, fontsize=size)
+    # Slanted names are easier to read, upright ones can stand closer.
+    turned: dict[str, Any] = {"rotation": 45} if numbered else {"rotation": 90, "va": "center"}
+    axes.set_xticks(labelled, columns, fontsize=size, ha="right", rotation_mode="anchor", **turned)
+    if numbered:
+        size = min(14, 65 * side / classes / len(str(counts.max())))  # points: no wider than a cell
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "#808080" if not count else "white" if share[row, column] > 0.45 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
+    return figure
+
+
+@_styled
+def save(figure: Figure, path: Path) -> None:
+    """Writes the figure as a PNG of 150 dots per inch, whole or not at all; the same data, the same bytes.
+
+    Raises StageError where the disk is full or the folder can't be written.
+    """
+    with written_aside(path) as aside, warnings.catch_warnings():
+        # A class name in a script that no installed font has is drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(aside, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of width x height inches, with its title."""
+    figure = Figure(figsize=(width, height), layout="compressed")
+    FigureCanvasAgg(figure)
+    size = rcParams["font.size"]
+    figure.suptitle(textwrap.fill(title, int(99 * width / size)), fontsize=1.2 * size, fontweight="bold")
+    return figure
+
+
+def _line(axes: Axes, epochs: Sequence[Mapping[str, float]], key: str, **drawn: Any) -> None:
+    """Draws `key` against the epoch, over the records that have it; nothing where none has."""
+    having = [record for record in epochs if key in record]
+    if not having:
+        return
+    if len(epochs) > MARKED_EPOCHS:
+        drawn["marker"] = ""
+    # Not clipped: a marker at 100 % is drawn whole.
+    axes.plot(
+        [record["epoch"] for record in having], [record[key] for record in having], clip_on=False, **drawn
+    )
+
+
+def _finish(figure: Figure, axes: Axes, epochs: Sequence[Mapping[str, float]]) -> None:
+    """Gives a chart its epoch axis, its grid, and a legend under it, where it hides no data."""
+    numbers = [record["epoch"] for record in epochs]
+    axes.set_xlabel("epoch")
+    axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    axes.grid(visible=True)
+    if any(chart.lines for chart in figure.axes):  # matplotlib warns of an empty legend
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+def _label(name: str) -> str:
+    """A class name that fits: on one line, and without its middle where it is long."""
+    name = " ".join(name.encode(errors="replace").decode().split())  # a folder's name may not be Unicode
+    # Chinese, Japanese and Korean characters are twice as wide.
+    longest = 12 if any(unicodedata.east_asian_width(character) in "WF" for character in name) else 24
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}%"

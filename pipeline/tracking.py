@@ -1,0 +1,310 @@
+"""MLflow: the only importer of it. Nothing here is called while the clock runs.
+
+A training leaves a record (a JSON file, see `train.py`) that holds all that its run in MLflow shows. The live run
+and one put back from a cached record are written by the same functions.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a measuring tool makes no calls of its own
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 make a dead server take minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from pipeline import views
+from pipeline.config import ROOT
+from pipeline.errors import StageError
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # else a new store prints its migrations
+
+RECORD_TAG = "record"
+"""Tag with the id of the training's record: how a cached training finds its run again, in any store."""
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A run in a store."""
+
+    client: MlflowClient
+    run_id: str
+    experiment_id: str
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else SQLite beside params.yaml, whatever the current folder is."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}"
+
+
+def start(record: Mapping[str, Any]) -> Handle:
+    """Opens the record's run, with its params, tags and datasets: the one that `mlflow run` made, else a new one."""
+    with _store_errors():
+        client = _client()
+        given = os.environ.get("MLFLOW_RUN_ID")
+        if given:
+            run = client.get_run(given)
+            client.update_run(given, status="RUNNING", name=record["name"])
+            _describe_experiment(client, run.info.experiment_id)
+        else:
+            run = client.create_run(
+                _experiment(client, record["experiment"]), start_time=record["started"], run_name=record["name"]
+            )
+        handle = Handle(client, run.info.run_id, run.info.experiment_id)
+        params = [Param(key, _text(value)) for key, value in record["params"].items()]
+        tags = [RunTag(key, str(value)) for key, value in record["tags"].items()]
+        for part in range(0, len(params), 100):  # the most that one call takes
+            client.log_batch(handle.run_id, params=params[part : part + 100])
+        client.log_batch(handle.run_id, tags=tags)
+        client.log_inputs(handle.run_id, [_dataset(**dataset) for dataset in record["datasets"]])
+    return handle
+
+
+def find(record_id: str) -> Handle | None:
+    """The run of a record in the current store, deleted ones included (who deleted it does not want it back)."""
+    with _store_errors():
+        client = _client()
+        experiments = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
+        runs = client.search_runs(experiments, f"tags.`{RECORD_TAG}` = '{record_id}'", ViewType.ALL, 1)
+        return Handle(client, runs[0].info.run_id, runs[0].info.experiment_id) if runs else None
+
+
+def log_figures(handle: Handle, figures: Figures, at: int, step: int = 0) -> None:
+    """Logs metrics at `at` (milliseconds since 1970) under `step`."""
+    metrics = [Metric(key, float(value), at, step) for key, value in figures.items()]
+    with _store_errors():
+        for part in range(0, len(metrics), 1000):  # the most that one call takes
+            handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
+
+
+def log_epoch(handle: Handle, epoch: Mapping[str, Any]) -> None:
+    """Logs one epoch of a record: its figures under its number, and what the machine did meanwhile."""
+    figures = {key: value for key, value in epoch["figures"].items() if key != "epoch"}
+    log_figures(handle, figures, epoch["at"], epoch["figures"]["epoch"])
+    for sample in epoch["system"]:
+        log_figures(handle, sample["figures"], sample["at"], sample["step"])
+
+
+def log_files(handle: Handle, artifacts: Mapping[str, Path]) -> None:
+    """Logs files under the artifact paths that key them; each keeps its own file name."""
+    with _store_errors():
+        for name, file in artifacts.items():
+            folder = str(Path(name).parent.as_posix())
+            handle.client.log_artifact(handle.run_id, str(file), None if folder == "." else folder)
+
+
+def set_tags(handle: Handle, tags: Mapping[str, Any]) -> None:
+    """Sets tags of the run."""
+    with _store_errors():
+        handle.client.log_batch(handle.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+
+def log_model(handle: Handle, model: Any, image_size: int, classes: int, requirements: list[str]) -> None:
+    """Logs a torch module on the CPU, in evaluation mode, that takes (N, 3, image_size, image_size) float32 images
+    from 0 to 1 and gives (N, classes) logits.
+
+    As a torch.export program: it is loaded without our code, and without the accelerator it was trained on. The
+    signature and the requirements are given, for MLflow's own way of finding them loads the model several times
+    (11 s here), and fails on CUDA.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    shape = (-1, 3, image_size, image_size)
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("float32"), shape, "images")]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, classes), "logits")]),
+    )
+    example = np.zeros((2, *shape[1:]), np.float32)  # one image alone would fix the batch size at 1
+    with _store_errors(), _active(handle):
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            signature=signature,
+            input_example=example,
+            pip_requirements=requirements,
+            serialization_format="pt2",
+        )
+
+
+def resume(handle: Handle) -> None:
+    """Says that work on the run goes on."""
+    with _store_errors():
+        handle.client.update_run(handle.run_id, status="RUNNING")
+
+
+def end(handle: Handle, status: str, at: int | None = None) -> None:
+    """Ends the run: FINISHED, FAILED or KILLED (which MLflow's context manager would call FAILED)."""
+    with _store_errors():
+        handle.client.set_terminated(handle.run_id, status, at)
+
+
+def finished_runs() -> list[dict[str, Any]]:
+    """All finished trainings of all experiments, newest first: `run_id`, `name`, `tags`, `metrics`, `params`."""
+    with _store_errors():
+        client = _client()
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        runs: list[Run] = []
+        token = None
+        while experiments:
+            page = client.search_runs(
+                experiments,
+                "attributes.status = 'FINISHED' and tags.workload != ''",
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token:
+                break
+    return [
+        {
+            "run_id": run.info.run_id,
+            "name": run.info.run_name,
+            "tags": dict(run.data.tags),
+            "metrics": dict(run.data.metrics),
+            "params": dict(run.data.params),
+        }
+        for run in runs
+    ]
+
+
+class SystemMetrics:
+    """Samples what MLflow's system metrics hold (CPU, memory, disk, network, GPU) in a thread of its own.
+
+    MLflow's own monitor writes to the store as it samples, also while the clock runs; this one keeps the samples
+    for the caller to log between two timed spans.
+    """
+
+    INTERVAL = 5.0
+
+    def __init__(self, run_id: str):
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=store_uri())
+        self._samples: list[dict[str, Any]] = []
+        self._step = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "SystemMetrics":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def take(self) -> list[dict[str, Any]]:
+        """The samples since the last call: `figures`, `at` (milliseconds since 1970), `step`."""
+        taken, self._samples = self._samples, []
+        return taken
+
+    def _sample(self) -> None:
+        while True:
+            self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
+            figures = {f"system/{key}": float(v) for key, v in self._monitor.aggregate_metrics().items()}  # type: ignore[no-untyped-call]
+            for monitor in self._monitor.monitors:
+                monitor.clear_metrics()  # type: ignore[no-untyped-call]
+            self._samples.append({"figures": figures, "at": now(), "step": self._step})
+            self._step += 1
+            if self._done.wait(self.INTERVAL):
+                return
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts time."""
+    return time.time_ns() // 1_000_000
+
+
+def _client() -> MlflowClient:
+    uri = store_uri()
+    mlflow.set_tracking_uri(uri)  # log_model takes no client
+    return MlflowClient(uri)
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment `name`, made where it is missing, its artifacts beside an SQLite store of ours."""
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise StageError(f'tracking.experiment: "{name}" is deleted in this store: restore it, or name another')
+    if found is not None:
+        _describe_experiment(client, found.experiment_id)
+        return str(found.experiment_id)
+    ours = "MLFLOW_TRACKING_URI" not in os.environ
+    made = client.create_experiment(name, (ROOT / "mlartifacts").as_uri() if ours else None)
+    _describe_experiment(client, made)
+    return str(made)
+
+
+def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
+    have = client.get_experiment(experiment_id).tags
+    for key, value in views.experiment_tags().items():
+        if have.get(key) != value:
+            client.set_experiment_tag(experiment_id, key, value)
+
+
+def _dataset(name: str, digest: str, source: str, context: str, profile: str) -> DatasetInput:
+    dataset = Dataset(name=name, digest=digest, source_type="trainmark", source=source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+@contextmanager
+def _active(handle: Handle) -> Iterator[None]:
+    """Makes the run the active one, for calls that take no run id, and leaves its status alone."""
+    with _without_given_run(), mlflow.start_run(run_id=handle.run_id):
+        yield
+    resume(handle)
+
+
+@contextmanager
+def _without_given_run() -> Iterator[None]:
+    # start_run(run_id=...) refuses a run of another experiment than MLFLOW_EXPERIMENT_ID, and resumes MLFLOW_RUN_ID.
+    kept = {key: os.environ.pop(key) for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID") if key in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """What goes wrong in the store ends as one line that names it."""
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, RequestException, OSError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise StageError(f"the MLflow store {store_uri()} can't be used: {first}") from error
+
+
+def link(experiment_id: str, base: str = "http://127.0.0.1:5000") -> str:
+    """Where the UI shows the experiment's runs side by side."""
+    return views.link(base, experiment_id)
+
+
+def files_below(folder: Path, prefix: str) -> dict[str, Path]:
+    """Every file below `folder` by its artifact path under `prefix`."""
+    found: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in found}
