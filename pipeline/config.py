@@ -245,6 +245,9 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
     for key, value in changes:
         head = key.split(".")[0]
         if head not in _fields(Settings) and head in _fields(Recipe):
+            recipes = tree.get("recipes")
+            if isinstance(recipes, dict) and chosen not in map(str, recipes):
+                raise _refusal("recipe", chosen, one_of(*map(str, recipes)))
             key = f"recipes.{chosen}.{key}"
         _put(tree, key, value)
     settings: Settings = _typed(Settings, tree, "")
@@ -283,6 +286,17 @@ def describe() -> list[tuple[str, str, str]]:
     return rows
 
 
+def dump(tree: Mapping[str, Any]) -> str:
+    """`tree` as YAML, in its own order."""
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values, as DVC reads them: `off` is a word and `1e-5` a number, unlike in YAML 1.1."""
 
@@ -313,10 +327,11 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of `!!int x`
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
+        raise UsageError(f"{where}{line}: not YAML: {problem}") from None
 
 
 def _tree(path: Path) -> dict[str, Any]:
@@ -336,7 +351,7 @@ def _tree(path: Path) -> dict[str, Any]:
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[^\s.=]+(\.[^\s.=]+)*", key):
-        raise UsageError(f"-S {text}: expected key=value, such as -S epochs=2")
+        raise UsageError(f"-S {' '.join(text.split())}: expected key=value, such as -S epochs=2")
     return key, _parse(value, f"-S {key}")
 
 
@@ -344,6 +359,9 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
+        if node is tree.get("recipes") and parent not in node:  # a setting alone makes no recipe
+            close = nearest(parent, list(map(str, node)))
+            raise _unknown(f"recipes.{parent}", close and f"recipes.{close}", list(map(str, node)))
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise UsageError(f"{key}: unknown setting: {parent} holds {child!r} and no settings of its own")
@@ -366,6 +384,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _unknown(key: str, close: str, known: Sequence[str]) -> UsageError:
+    meant = f"did you mean {close}?" if close else f"allowed here: {', '.join(known)}"
+    return UsageError(f"{key}: unknown setting; {meant}")
+
+
 def _typed(owner: Any, tree: Any, prefix: str) -> Any:
     """`tree` as the dataclass `owner`; recurses into its sections. `prefix` is the dotted key so far."""
     if not isinstance(tree, dict):
@@ -373,11 +396,11 @@ def _typed(owner: Any, tree: Any, prefix: str) -> Any:
     fields = _fields(owner)
     for key in tree:
         if key not in fields:
-            known = [prefix + name for name in fields]
-            known += [] if prefix else list(_fields(Recipe))  # on the command line these may stand alone
-            close = nearest(prefix + str(key), known)
-            meant = f"did you mean {close}?" if close else f"allowed here: {', '.join(fields)}"
-            raise UsageError(f"{prefix}{key}: unknown setting; {meant}")
+            alone = [] if prefix else _fields(Recipe)  # which may stand alone on the command line
+            close = nearest(key, [*fields, *alone])
+            if close == key:  # but not in the file
+                close = f"recipes.{tree.get('recipe')}.{key}"
+            raise _unknown(f"{prefix}{key}", close and prefix + close, list(fields))
     values: dict[str, Any] = {}
     for name, field in fields.items():
         key = prefix + name

@@ -15,6 +15,11 @@ from pipeline.errors import StageError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[int], None]
+"""Told each batch's size, once its work is queued."""
+
+
+def _silent(count: int) -> None:
+    """No progress shown."""
 
 
 class NonFiniteLossError(StageError):
@@ -28,30 +33,28 @@ class Totals:
         # float32, since mps has no float64; a float64 sum would differ in the seventh digit at 50,000 samples.
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._count = 0
+        self.count = 0
+        """Samples so far."""
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """`loss`: the batch's mean, a scalar; `logits` (B, classes); `labels` (B,)."""
         self._loss += loss.detach() * len(labels)
         self._correct += (logits.detach().argmax(1) == labels).sum()
-        self._count += len(labels)
+        self.count += len(labels)
 
     def read(self) -> tuple[float, float]:
         """Mean loss, and accuracy as a fraction, over all samples added."""
-        return self._loss.item() / self._count, self._correct.item() / self._count
+        return self._loss.item() / self.count, self._correct.item() / self.count
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the loop needs. `network` maps a batch's inputs to logits: the whole model on prepared images,
-    or its head alone on features computed before."""
+    """All that the loop needs beside the samples. `network` maps a batch's inputs to logits: the whole model on
+    prepared images, or its head alone on features computed before."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    train_batches: Callable[[int], Batches]
-    """The batches of an epoch, counted from 1."""
-    val_batches: Callable[[], Batches]
     set_mode: Callable[[], None]
     """Puts the network into training mode, frozen layers as the recipe says."""
     epochs: int
@@ -60,38 +63,41 @@ class Job:
     precision: str
     backend: Backend
     clock: Clock
-    features: bool = False
+    on_features: bool
     """Whether the inputs are features: images then never pass the network, and none count as trained."""
 
 
-def train(job: Job, progress: Progress = lambda count: None) -> Iterator[dict[str, float]]:
+def train(
+    job: Job, train_batches: Callable[[int], Batches], val_batches: Callable[[], Batches], progress: Progress = _silent
+) -> Iterator[dict[str, float]]:
     """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
 
-    The clock stands still while the caller handles them. Raises NonFiniteLossError.
+    `train_batches` gives an epoch's batches, counted from 1. The clock stands still while the caller handles
+    what was yielded. Raises NonFiniteLossError.
     """
     for epoch in range(1, job.epochs + 1):
         job.backend.reset_peak_memory()
         job.set_mode()
         totals = Totals(job.backend.device)
-        images = 0
         with job.clock.span("train") as train_span:
-            for inputs, labels in job.train_batches(epoch):
+            for inputs, labels in train_batches(epoch):
                 loss, logits = step(job, inputs, labels)
                 lr, applied = job.optimizer.param_groups[0]["lr"], optim.applied_lr(job.optimizer)
                 if job.per_batch:
                     job.scheduler.step()
                 totals.add(loss, logits, labels)
-                images += len(labels)
                 progress(len(labels))
             train_loss, train_accuracy = totals.read()
-        if not math.isfinite(train_loss):
-            raise NonFiniteLossError(f"the training loss is {train_loss} in epoch {epoch}: lower lr, or clean the data")
+        _refuse_non_finite("training", train_loss, epoch)
         if not job.per_batch:
             job.scheduler.step()
         with job.clock.span("validate") as val_span:
-            val_loss, val_accuracy = evaluate(job.network, job.val_batches(), job.backend, job.precision)
-        if not math.isfinite(val_loss):
-            raise NonFiniteLossError(f"the validation loss is {val_loss} in epoch {epoch}: lower lr")
+            val_loss, val_accuracy = evaluate(
+                job.network, val_batches(), job.backend, job.precision, progress=progress
+            )
+        _refuse_non_finite("validation", val_loss, epoch)
+        speed = {} if job.on_features else {"speed/train_images_per_second": totals.count / train_span.seconds}
+        peak = job.backend.peak_memory_mib()
         yield {
             "epoch": epoch,
             "train/loss": train_loss,
@@ -102,8 +108,8 @@ def train(job: Job, progress: Progress = lambda count: None) -> Iterator[dict[st
             **({} if applied is None else {"train/lr_applied": float(applied)}),
             "time/train_seconds": train_span.seconds,
             "time/val_seconds": val_span.seconds,
-            **({} if job.features else {"speed/train_images_per_second": images / train_span.seconds}),
-            **_known("memory/peak_mib", job.backend.peak_memory_mib()),
+            **speed,
+            **({} if peak is None else {"memory/peak_mib": peak}),
         }
 
 
@@ -125,7 +131,7 @@ def evaluate(
     backend: Backend,
     precision: str,
     predictions: list[Tensor] | None = None,
-    progress: Progress = lambda count: None,
+    progress: Progress = _silent,
 ) -> tuple[float, float]:
     """Mean loss and accuracy (a fraction) over `batches`; appends each batch's predicted labels, (B,) int64 on
     the device, to `predictions` where given."""
@@ -148,7 +154,7 @@ def compute_features(
     batches: Batches,
     backend: Backend,
     precision: str,
-    progress: Progress = lambda count: None,
+    progress: Progress = _silent,
 ) -> data.Split:
     """What the head takes of each sample, float32, in the order of `batches`, on the device."""
     parts, labels = [], []
@@ -161,19 +167,15 @@ def compute_features(
 
 
 def warm_up(job: Job, samples: Batches) -> None:
-    """Passes `samples` forward and back without learning from them, so that the first timed step does not pay
-    for what is done once (allocation, choice of kernels). Layers' statistics are put back afterwards."""
-    state = {name: tensor.clone() for name, tensor in job.network.state_dict().items()}
+    """Takes real steps on `samples`, so that the first timed one does not pay for what is done once (allocation,
+    choice of kernels). The job has learnt from them: it is for throwing away."""
     job.set_mode()
     for inputs, labels in samples:
-        with job.backend.autocast(job.precision):
-            logits = job.network(inputs)
-        F.cross_entropy(logits.float(), labels).backward()
-        job.optimizer.zero_grad(set_to_none=True)
-    job.network.load_state_dict(state)
+        step(job, inputs, labels)
+    evaluate(job.network, samples, job.backend, job.precision)
     job.backend.synchronise()
 
 
-def _known(name: str, value: float | None) -> dict[str, float]:
-    """A figure that the backend can't give is left out."""
-    return {} if value is None else {name: value}
+def _refuse_non_finite(which: str, loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the {which} loss is {loss} in epoch {epoch}: lower lr, or look at the data")

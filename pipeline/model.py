@@ -130,20 +130,39 @@ def set_mode(model: nn.Module, frozen_batch_norm: str) -> None:
                 module.eval()
 
 
-def features_are_fixed(model: Classifier, frozen_batch_norm: str) -> bool:
-    """Whether what the head takes is the same in every epoch: nothing before it learns, moves or is random."""
-    head = set(model.head.parameters())
-    if not head or any(p.requires_grad for p in model.parameters() if p not in head):
-        return False
-    inside = set(model.head.modules())
+@torch.no_grad()
+def caches_features(model: Classifier, recipe: Recipe, images: Tensor) -> bool:
+    """Whether what the head takes is computed once: where it is the same in every epoch, unless told otherwise.
+
+    `images` (B, 3, H, W) float32 in 0..1 on the model's device, to see that head and features make the model.
+    Raises UsageError where `features: cache` asks for what can't be.
+    """
+    obstacle = _obstacle_to_caching(model, recipe, images)
+    if recipe.features == "cache" and obstacle:
+        raise UsageError(f'features: "cache" is not allowed here: {obstacle}; expected auto | recompute')
+    return recipe.features != "recompute" and obstacle is None
+
+
+def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> str | None:
+    """What before the head learns, moves or is random; None where nothing does."""
+    head = model.head
+    own = set(head.parameters()) if isinstance(head, nn.Module) else set()
+    if not own or any(p.requires_grad for p in model.parameters() if p not in own):
+        return "more than the head is trained"
+    if recipe.flip:
+        return "flip: true shows other images in each epoch"
+    inside = set(head.modules())
     for module in model.modules():
         if module in inside:
             continue
-        if isinstance(module, BATCH_NORM) and frozen_batch_norm == "train":
-            return False
+        if isinstance(module, BATCH_NORM) and recipe.frozen_batch_norm == "train":
+            return "frozen_batch_norm: train moves the statistics before the head"
         if getattr(module, "drop_prob", 0.0) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p):
-            return False
-    return True
+            return "the model drops units at random before its head"
+    model.eval()
+    if not torch.allclose(head(model.features(images)), model(images), rtol=1e-3, atol=1e-3):
+        return "this model's logits are not its head's alone"
+    return None
 
 
 def counts(model: nn.Module) -> tuple[int, int]:

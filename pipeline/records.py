@@ -1,21 +1,44 @@
 """What a training leaves: a record that says in plain JSON all that its run in MLflow shows.
 
 `train` writes `record.json`: `id`, `name`, `experiment`, `started`, `ended` (milliseconds since 1970), `params`,
-`tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`. `evaluate` writes its
-own `record.json`: `id` (the training's), `metrics`, `ended`.
+`tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`, `hardware`. `evaluate`
+writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline import config
+from pipeline import config, files
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `compare` does without it
+    from pipeline.backends import Backend
 
 
-def params(settings: config.Settings) -> dict[str, str]:
-    """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`; no absolute path."""
-    rest = {
+def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
+    """What `download` left in `folder`. Raises UsageError where it looked at other data or weights."""
+    inputs: dict[str, Any] = files.read_json(folder / "inputs.json")
+    for key, wanted, have in (
+        ("data.source", settings.data.source, inputs["data"]["requested"]),
+        ("data.limit", settings.data.limit, inputs["data"]["limit"]),
+        ("model", settings.work.model, inputs["weights"]["model"]),
+        ("weights", shareable(settings.work.weights), inputs["weights"]["requested"]),
+    ):
+        if wanted != have:
+            raise UsageError(
+                f"{key}: {json.dumps(wanted)} is not what `download` looked at ({json.dumps(have)}): "
+                "run `python -m pipeline.download` with the same settings first"
+            )
+    return inputs
+
+
+def effective(settings: config.Settings) -> dict[str, Any]:
+    """The settings as a run's own params.yaml: the chosen recipe alone, no absolute path."""
+    return {
         "recipe": settings.recipe,
         "device": settings.device,
         "seed": settings.seed,
@@ -23,9 +46,16 @@ def params(settings: config.Settings) -> dict[str, str]:
         "repeats": settings.repeats,
         "data": vars(settings.data) | {"path": shareable(settings.data.path)},
         "tracking": vars(settings.tracking),
+        "recipes": {
+            settings.recipe: settings.work.resolved() | {"weights": shareable(settings.work.weights)},
+        },
     }
-    work = settings.work.resolved()
-    work["weights"] = shareable(work["weights"])
+
+
+def params(settings: config.Settings) -> dict[str, str]:
+    """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`; no absolute path."""
+    rest = effective(settings)
+    work = rest.pop("recipes")[settings.recipe]
     keyed = {f"train.{key}": value for key, value in config.flat(work).items()}
     keyed |= {f"settings.{key}": value for key, value in config.flat(rest).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in keyed.items()}
@@ -41,9 +71,9 @@ def tags(
     settings: config.Settings,
     inputs: Mapping[str, Any],
     hardware: Mapping[str, Any],
-    device: str,
-    backend: str,
+    backend: "Backend",
     accelerator: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     fallback: list[str],
 ) -> dict[str, str]:
     """The run's tags; one whose fact is not known is left out."""
@@ -57,8 +87,8 @@ def tags(
         "hardware.power_limit_watts": accelerator.get("power_limit_watts"),
         "machine": hardware["machine"],
         "label": settings.label,
-        "device": device,
-        "backend": backend,
+        "device": f"{backend.kind}:{backend.index}" if backend.index else backend.kind,
+        "backend": backend.name,
         "software.os": hardware.get("os"),
         "software.torch": hardware.get("torch"),
         "software.driver": accelerator.get("driver"),
@@ -68,9 +98,40 @@ def tags(
         "weights": inputs["weights"]["used"],
         "workload": config.workload(settings.work, inputs),
         "fallback": " ".join(fallback) or None,
-        "power_source": hardware.get("power_source"),
+        "power_source": conditions.get("power_source"),
     }
     return {key: str(value) for key, value in known.items() if value is not None}
+
+
+def warnings(
+    settings: config.Settings,
+    inputs: Mapping[str, Any],
+    own: Mapping[str, str],
+    unused_gpu: str | None,
+    schedule_overridden: bool,
+) -> list[str]:
+    """What a reader must know before believing the run's figures, a sentence each."""
+    data, weights = inputs["data"], inputs["weights"]
+    said = {
+        f"DEMO: generated pictures in place of CIFAR-10 ({data['reason']})": "data" in inputs["fallback"],
+        f"DEMO: random weights in place of pretrained ones ({weights['reason']})": "weights" in inputs["fallback"],
+        f"DEMO: trained on the CPU beside a GPU: {unused_gpu}": unused_gpu is not None,
+        "the machine ran on battery": own.get("power_source") == "battery",
+        "operators that Metal lacks may have run on the CPU (PYTORCH_ENABLE_MPS_FALLBACK)": (
+            own["backend"] == "mps" and os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
+        ),
+        "validated on the test split, on which the best epoch was chosen: its accuracy flatters": (
+            settings.work.validation == "test"
+        ),
+        f"{settings.work.optimizer} overrides the schedule: train/lr is what the schedule said, train/lr_applied "
+        "what was used": schedule_overridden,
+    }
+    return [sentence for sentence, holds in said.items() if holds]
+
+
+def experiment(settings: config.Settings, own: Mapping[str, str]) -> str:
+    """The MLflow experiment of a run with the tags `own`: one with a fallback never stands among real ones."""
+    return settings.tracking.experiment + ("-demo" if "fallback" in own else "")
 
 
 def run_name(run_tags: Mapping[str, str]) -> str:
@@ -106,7 +167,7 @@ def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
         f"{own.get('hardware.cpu', 'unknown CPU')}, {own.get('software.os', '')}, torch {own.get('software.torch')}",
         "",
         f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
-        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['train_images']:,} images of "
+        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images of "
         f"{len(facts['classes'])} classes ({own['dataset']}) for {len(record['epochs'])} epochs, {own['precision']}",
         "",
     ]

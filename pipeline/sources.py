@@ -28,6 +28,9 @@ SYNTHETIC_VERSION = "synthetic-1"
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for a file that it can't read; SyntaxError: for a broken PNG."""
+
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
@@ -67,14 +70,15 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
 
 
 def _auto(data: config.Data) -> tuple[str, str | None]:
-    if not fetch.cifar10_present(data.folder) and not fetch.any_reachable(data.mirrors):
+    there = (data.folder / fetch.ARCHIVE).exists() or fetch.cifar10_present(data.folder)
+    if not there and not fetch.any_reachable(data.mirrors):
         return "synthetic", "no mirror of CIFAR-10 answers"
     try:
         fetch.cifar10(data.folder, data.mirrors, data.timeout_seconds)
     except UsageError:
         raise  # an archive put there by hand is wrong: for its owner to put right
     except StageError as error:
-        return "synthetic", str(error)
+        return "synthetic", str(error).replace(str(data.folder), data.path)
     return "cifar10", None
 
 
@@ -98,7 +102,7 @@ def _folder_listing(data: config.Data) -> dict[str, list[list[str]]]:
             raise UsageError(
                 f'data.path: "{data.path}" has no folder {split}: expected PATH/train/<class>/ and PATH/test/<class>/'
             )
-        names[split] = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names[split] = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
         listing[split] = []
         for name in names[split]:
             found = sorted(
@@ -108,6 +112,9 @@ def _folder_listing(data: config.Data) -> dict[str, list[list[str]]]:
             )
             if not found:
                 raise UsageError(f"data.path: class {split}/{name} holds no image ({', '.join(SUFFIXES)})")
+            for path in found:
+                if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
+                    raise UsageError(f"data.path: {ascii(path)} is no Unicode name: rename it")
             listing[split].append(found[: data.limit])
     for here, there in (("train", "test"), ("test", "train")):
         missing = [name for name in names[here] if name not in names[there]]
@@ -122,8 +129,8 @@ def _folder_facts(data: config.Data) -> dict[str, Any]:
     """Digest and size take seconds for many files, so they are kept under a hash of names, sizes and times."""
     listing = _folder_listing(data)
     paths = [path for split in SPLITS for group in listing[split] for path in group]
-    stats = [((data.folder / path).stat(), path) for path in paths]
-    signature = hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for s, p in stats]).encode()).hexdigest()
+    stats = [(path, _stat(data.folder / path, path)) for path in paths]
+    signature = hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest()
     kept = CACHE / "folders" / f"{signature[:32]}.json"
     if not kept.exists():
         files.write_json(kept, _digest_and_size(data.folder, paths))
@@ -137,27 +144,39 @@ def _digest_and_size(folder: Path, paths: list[str]) -> dict[str, Any]:
     digest = hashlib.sha256()
     sizes = set()
     for path in paths:
-        content = (folder / path).read_bytes()
-        digest.update(f"{path}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         with _opened(folder / path, path) as image:
             sizes.add(image.size)
+        content = (folder / path).read_bytes()
+        digest.update(f"{path}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return {"digest": f"sha256:{digest.hexdigest()}", "size": list(sizes.pop()) if len(sizes) == 1 else None}
+
+
+def _stat(file: Path, shown: str) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise _unreadable(shown, error) from None
 
 
 def _opened(file: Path, shown: str) -> Image.Image:
     try:
         return Image.open(file)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"data.path: {shown} is not a readable image ({_why(error)})") from None
+    except UNREADABLE as error:
+        raise _unreadable(shown, error) from None
 
 
-def _why(error: Exception) -> str:
-    return "no image format" if isinstance(error, UnidentifiedImageError) else str(error)
+def _unreadable(shown: str, error: Exception) -> UsageError:
+    why = getattr(error, "strerror", None) or str(error)  # without the absolute path
+    if isinstance(error, UnidentifiedImageError):
+        why = "no image format"
+    return UsageError(f"data.path: {shown} is not a readable image ({why})")
 
 
 def _folder_images(
     data: config.Data, inputs: dict[str, Any], split: str, image_size: int
 ) -> tuple[Images, Labels]:
+    if _folder_facts(data)["digest"] != inputs["digest"]:
+        raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
     groups = _folder_listing(data)[split]
     width, height = inputs["size"] or (image_size, image_size)
     images = np.empty((sum(map(len, groups)), height, width, 3), np.uint8)
@@ -165,17 +184,18 @@ def _folder_images(
 
     def fill(job: tuple[int, str]) -> None:
         index, path = job
-        with warnings.catch_warnings(), _opened(data.folder / path, path) as image:
-            warnings.simplefilter("ignore", UserWarning)  # PIL's on odd metadata and transparency: pixels count
+        with _opened(data.folder / path, path) as image:
             try:
                 pixels = image.convert("RGB")
-            except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: what PIL says of a broken PNG
-                raise UsageError(f"data.path: {path} is not a readable image ({_why(error)})") from None
+            except UNREADABLE as error:
+                raise _unreadable(path, error) from None
         if pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
         images[index] = np.asarray(pixels)
 
-    with ThreadPoolExecutor() as pool:
+    # around all threads, which share the filters: left by one of them, these would be put back wrong
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore", UserWarning)  # PIL's on odd metadata and transparency: pixels count
         for _ in pool.map(fill, enumerate(path for group in groups for path in group)):
             pass
     return images, labels

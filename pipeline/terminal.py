@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -25,10 +26,32 @@ def progress(title: str, images: int) -> Iterator[Callable[[int], None]]:
     Silent where stderr is not a terminal. It is drawn at most ten times a second, and counts batches as they
     are queued: an asynchronous device may still be working on some of them.
     """
-    with tqdm(
-        total=images, desc=title, unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    with _bar(title, images) as bar:
         yield lambda count: bar.update(count) and None
+
+
+@contextmanager
+def epochs_progress(
+    epochs: int, images: int
+) -> Iterator[tuple[Callable[[int], None], Callable[[Mapping[str, float]], None]]]:
+    """A bar an epoch of `images`; gives the function to call with each batch's size, and the one to call with
+    an epoch's figures, which leaves them as a line."""
+    with _bar(f"epoch 1/{epochs}", images) as bar:
+
+        def finish(figures: Mapping[str, float]) -> None:
+            bar.clear()
+            say(epoch_line(int(figures["epoch"]), epochs, figures))
+            if figures["epoch"] < epochs:
+                bar.set_description(f"epoch {int(figures['epoch']) + 1}/{epochs}", refresh=False)
+                bar.reset()
+
+        yield (lambda count: bar.update(count) and None), finish
+
+
+def _bar(title: str, images: int) -> "tqdm[NoReturn]":
+    return tqdm(
+        total=images, desc=title, unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    )
 
 
 def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:

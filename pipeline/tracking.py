@@ -52,6 +52,11 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}"
 
 
+def shown_uri() -> str:
+    """The store as a person may type it in the project's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
 def start(record: Mapping[str, Any]) -> Handle:
     """Opens the record's run, with its params, tags and datasets: the one that `mlflow run` made, else a new one."""
     with _store_errors():
@@ -71,16 +76,30 @@ def start(record: Mapping[str, Any]) -> Handle:
         for part in range(0, len(params), 100):  # the most that one call takes
             client.log_batch(handle.run_id, params=params[part : part + 100])
         client.log_batch(handle.run_id, tags=tags)
-        client.log_inputs(handle.run_id, [_dataset(**dataset) for dataset in record["datasets"]])
+    log_datasets(handle, record["datasets"])
     return handle
 
 
-def find(record_id: str) -> Handle | None:
-    """The run of a record in the current store, deleted ones included (who deleted it does not want it back)."""
+def mark(handle: Handle, record: Mapping[str, Any]) -> None:
+    """Says that the run is the record's, so that `find` finds it."""
+    set_tags(handle, {RECORD_TAG: record["id"]})
+
+
+def find(record_id: str, experiment: str) -> Handle | None:
+    """The run of a record in `experiment` of the current store, under `mlflow run` the one given.
+
+    A deleted one counts: who deleted it does not want it back.
+    """
     with _store_errors():
         client = _client()
-        experiments = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
-        runs = client.search_runs(experiments, f"tags.`{RECORD_TAG}` = '{record_id}'", ViewType.ALL, 1)
+        given = os.environ.get("MLFLOW_RUN_ID")
+        if given:
+            return Handle(client, given, str(client.get_run(given).info.experiment_id))
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return None
+        query = f"tags.`{RECORD_TAG}` = '{record_id}'"
+        runs = client.search_runs([found.experiment_id], query, ViewType.ALL, 1)
         return Handle(client, runs[0].info.run_id, runs[0].info.experiment_id) if runs else None
 
 
@@ -98,6 +117,12 @@ def log_epoch(handle: Handle, epoch: Mapping[str, Any]) -> None:
     log_figures(handle, figures, epoch["at"], epoch["figures"]["epoch"])
     for sample in epoch["system"]:
         log_figures(handle, sample["figures"], sample["at"], sample["step"])
+
+
+def log_datasets(handle: Handle, datasets: Iterable[Mapping[str, str]]) -> None:
+    """Logs splits as the run's inputs."""
+    with _store_errors():
+        handle.client.log_inputs(handle.run_id, [_dataset(**dataset) for dataset in datasets])
 
 
 def log_files(handle: Handle, artifacts: Mapping[str, Path]) -> None:
@@ -299,12 +324,17 @@ def _store_errors() -> Iterator[None]:
         raise StageError(f"the MLflow store {store_uri()} can't be used: {first}") from error
 
 
-def link(experiment_id: str, base: str = "http://127.0.0.1:5000") -> str:
-    """Where the UI shows the experiment's runs side by side."""
-    return views.link(base, experiment_id)
+def link(experiment_id: str, base: str | None = None) -> str:
+    """Where the UI shows the experiment's runs side by side; `base` is the server's address."""
+    uri = store_uri()
+    return views.link(base or (uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"), experiment_id)
 
 
-def files_below(folder: Path, prefix: str) -> dict[str, Path]:
-    """Every file below `folder` by its artifact path under `prefix`."""
-    found: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in found}
+def experiment_to_show(name: str) -> str | None:
+    """The id of the experiment `name`, or of its demo where there is no real run; None where there is neither."""
+    with _store_errors():
+        client = _client()
+        found = [client.get_experiment_by_name(each) for each in (name, f"{name}-demo")]
+        there = [experiment.experiment_id for experiment in found if experiment is not None]
+        filled = [each for each in there if client.search_runs([each], max_results=1)]
+    return next(iter(filled + there), None)

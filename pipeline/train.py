@@ -1,15 +1,17 @@
 """Trains the chosen recipe's model, and leaves its record, curves, pictures and best checkpoint."""
 
 import csv
-import json
+import io
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import (
@@ -22,6 +24,7 @@ from pipeline import (
     model,
     optim,
     plots,
+    publish,
     records,
     sources,
     terminal,
@@ -29,73 +32,89 @@ from pipeline import (
     weights,
 )
 from pipeline.clock import Clock
-from pipeline.errors import UsageError
 
 Splits = dict[str, data.Split]
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Trains, as one run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`."""
+    """Trains as one run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`."""
     recipe = settings.work
-    optim.check(recipe.optimizer, recipe.scheduler, recipe.resolved())
-    model.check(recipe.model)
+    _check(recipe)
     backend = backends.select(settings.device)
     backend.set_precision(recipe.precision)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    inputs = _inputs(settings, folder)
+    hardware = files.read_json(folder / "hardware.json")
+    inputs = records.inputs_for(settings, folder)
+    unused = backends.unused_gpu() if settings.device == "auto" else None
+    if unused:
+        terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
     clock = Clock(backend.synchronise)
     with clock.span("decode"):
-        splits, samples = _splits(settings, inputs)
-
+        splits, shown = _splits(settings, inputs)
     with clock.span("setup"), backend.memory_errors():
-        net, on_device, job = _build(settings, inputs, splits, backend, clock)
+        work = _set_up(settings, inputs, splits["train"], backend, clock)
+
     out = folder / "train"
     shutil.rmtree(out, ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    record = _record(settings, folder, inputs, net, splits, job)
-    _say(record)
-
+    record = _record(settings, hardware, inputs, work, splits, unused)
+    _announce(record)
     handle = tracking.start(record)
+    tracking.mark(handle, record)
     try:
         with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
-            _place(net, splits, on_device, job, recipe)
-            for figures in _epochs(job, record, net, out):
-                epoch = {"at": tracking.now(), "figures": figures, "system": system.take()}
-                record["epochs"].append(epoch)
-                tracking.log_epoch(handle, epoch)
-        record["metrics"] |= _once(record, clock, job, splits)
+            best = 0.0
+            for figures in _epochs(work, splits, settings, record):
+                if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
+                    best = figures["val/accuracy"]
+                    _keep(work.net, record, figures, settings, out)
+                record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
+                tracking.log_epoch(handle, record["epochs"][-1])
         record["ended"] = tracking.now()
-        _leave(record, settings, samples, out)
-        tracking.log_training(handle, record, out)
+        record["metrics"] |= _once(clock)
+        _leave(record, settings, shown, out)
+        publish.training(handle, record, out)
     except BaseException as error:
+        # MLflow's own context manager would call an interrupted run FAILED.
         tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracking.end(handle, "FINISHED", record["ended"])
     return record
 
 
-def _inputs(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """What `download` found. Raises UsageError where that was for other settings."""
-    inputs: dict[str, Any] = files.read_json(folder / "inputs.json")
-    found = inputs["data"], inputs["weights"]
-    weights_name = Path(settings.work.weights).name
-    for key, wanted, have in (
-        ("data.source", settings.data.source, found[0]["requested"]),
-        ("data.limit", settings.data.limit, found[0]["limit"]),
-        ("model", settings.work.model, found[1]["model"]),
-        ("weights", weights_name, found[1]["requested"]),
-    ):
-        if wanted != have:
-            raise UsageError(
-                f"{key}: {json.dumps(wanted)} is not what `download` looked at ({json.dumps(have)}): "
-                "run `python -m pipeline.download` with the same settings first"
-            )
-    return inputs
+@dataclass(frozen=True)
+class Work:
+    """What `_set_up` built: the model on its device, and the job that trains it or its head."""
+
+    net: model.Classifier
+    job: engine.Job
+    channels_last: bool
+
+    def ready(self, batches: engine.Batches, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of uint8 images as the network takes them."""
+        for images, labels in batches:
+            yield data.prepare(images, image_size, channels_last=self.channels_last), labels
 
 
-def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Splits, tuple[np.ndarray, list[str]]]:
-    """Decoded train and validation images in host memory, and six of them with their class names to show."""
-    recipe, found = settings.work, dict(inputs["data"])
+def _check(recipe: config.Recipe) -> None:
+    """Refuses what can be refused before data is touched."""
+    model.check(recipe.model)
+    chosen = recipe.resolved()
+    optim.check(
+        recipe.optimizer,
+        recipe.scheduler,
+        optimizer_options=chosen["optimizer_options"],
+        scheduler_options=chosen["scheduler_options"],
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        per_batch=recipe.scheduler_step == "batch",
+        warmup_epochs=recipe.warmup_epochs,
+    )
+
+
+def _splits(
+    settings: config.Settings, inputs: Mapping[str, Any]
+) -> tuple[Splits, tuple[NDArray[np.uint8], list[str]]]:
+    """Decoded images in host memory to train and to validate on, and six of them with their class names."""
+    recipe, found = settings.work, inputs["data"]
     images, labels = sources.decode(settings.data, found, "train", recipe.image_size)
     every = data.as_split(images, labels)
     if recipe.validation == "test":
@@ -108,36 +127,55 @@ def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Split
     return splits, (images[shown], [found["classes"][labels[index]] for index in shown])
 
 
-def _build(
+def _set_up(
     settings: config.Settings,
     inputs: Mapping[str, Any],
-    splits: Splits,
+    train: data.Split,
     backend: backends.Backend,
     clock: Clock,
-) -> tuple[model.Classifier, Splits, engine.Job]:
-    """The model on the device and the job that trains it, warmed up. The job reads its samples from the mapping
-    that comes with it, which `_place` fills."""
+) -> Work:
+    """Builds everything twice from the same seed: once to warm the device up with, once to train."""
     recipe = settings.work
-    torch.manual_seed(settings.seed)
-    net = model.build(recipe, len(inputs["data"]["classes"]), weights.located(inputs["weights"], recipe))
+    classes = len(inputs["data"]["classes"])
+    file = weights.located(inputs["weights"], recipe)
     channels_last = backend.channels_last if recipe.channels_last == "auto" else bool(recipe.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = net.to(backend.device, memory_format=layout)
 
-    def ready(batches: engine.Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches:
-            yield data.prepare(images, recipe.image_size, channels_last=channels_last), labels
+    def network() -> model.Classifier:
+        torch.manual_seed(settings.seed)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return model.build(recipe, classes, file).to(backend.device, memory_format=layout)
 
-    sizes = sorted({min(recipe.batch_size, len(splits["train"])), len(splits["train"]) % recipe.batch_size} - {0})
-    first = [splits["train"].take(np.arange(size)).to(backend.device) for size in sizes]
-    warm = list(ready((split.inputs, split.labels) for split in first))
-    cached = _features_cached(recipe, net, warm[-1][0])
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    steps = -(-len(splits["train"]) // recipe.batch_size)
+    def work(net: model.Classifier, cached: bool) -> Work:
+        return Work(net, _job(recipe, net, cached, len(train), backend, clock), channels_last)
+
+    trial = network()
+    # Kernels are chosen by shape, so both the full batch and a short last one are tried.
+    sizes = sorted({min(recipe.batch_size, len(train)), len(train) % recipe.batch_size} - {0})
+    first = [train.take(np.arange(size)).to(backend.device) for size in sizes]
+    warm = list(work(trial, False).ready(((s.inputs, s.labels) for s in first), recipe.image_size))
+    cached = model.caches_features(trial, recipe, warm[0][0])
+    if cached:
+        with torch.no_grad(), backend.autocast(recipe.precision):
+            warm = [(trial.features(images).float(), labels) for images, labels in warm]
+    engine.warm_up(work(trial, cached).job, warm)
+    built = work(network(), cached)
+    torch.manual_seed(settings.seed)  # what dropout draws does not depend on how the model was built
+    return built
+
+
+def _job(
+    recipe: config.Recipe,
+    net: model.Classifier,
+    cached: bool,
+    images: int,
+    backend: backends.Backend,
+    clock: Clock,
+) -> engine.Job:
+    steps = -(-images // recipe.batch_size)
     chosen = recipe.resolved()
     optimizer = optim.build_optimizer(
         recipe.optimizer,
-        parameters,
+        [parameter for parameter in net.parameters() if parameter.requires_grad],
         lr=recipe.lr,
         options=chosen["optimizer_options"],
         total_steps=steps * recipe.epochs,
@@ -152,33 +190,175 @@ def _build(
         per_batch=recipe.scheduler_step == "batch",
         warmup_epochs=recipe.warmup_epochs,
     )
-    on_device: Splits = {}
-    validated = "test" if "test" in splits else "validation"
-
-    def train_batches(epoch: int) -> engine.Batches:
-        drawn = data.shuffled(
-            on_device["train"], recipe.batch_size, settings.seed, epoch, flip=recipe.flip and not cached
-        )
-        return drawn if cached else ready(drawn)
-
-    def val_batches() -> engine.Batches:
-        cut = data.batches(on_device[validated], recipe.batch_size)
-        return cut if cached else ready(cut)
-
-    job = engine.Job(
+    return engine.Job(
         network=net.head if cached else net,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_batches=train_batches,
-        val_batches=val_batches,
         set_mode=lambda: model.set_mode(net, recipe.frozen_batch_norm),
-        features=(lambda batches: ((net.features(x), y) for x, y in ready(batches))) if cached else None,
         epochs=recipe.epochs,
         per_batch=recipe.scheduler_step == "batch",
         precision=recipe.precision,
         backend=backend,
         clock=clock,
+        on_features=cached,
     )
-    engine.warm_up(job, warm)
-    torch.manual_seed(settings.seed)  # warming up drew numbers where the model has dropout
-    return net, on_device, job
+
+
+def _epochs(
+    work: Work, splits: Splits, settings: config.Settings, record: dict[str, Any]
+) -> Iterator[dict[str, float]]:
+    """Moves the images to the device, computes a frozen backbone's features where that is done once, trains."""
+    recipe, job, clock = settings.work, work.job, work.job.clock
+    size, batch_size = recipe.image_size, recipe.batch_size
+    with clock.span("upload"):
+        samples = {name: split.to(job.backend.device) for name, split in splits.items()}
+    if job.on_features:
+        images = sum(map(len, samples.values()))
+        work.net.eval()
+        with terminal.progress("features", images) as advance, clock.span("features") as span:
+            for name, split in samples.items():
+                batches = work.ready(data.batches(split, batch_size), size)
+                samples[name] = engine.compute_features(
+                    work.net.features, batches, job.backend, job.precision, advance
+                )
+        record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
+    train, validated = samples["train"], next(split for name, split in samples.items() if name != "train")
+
+    def train_batches(epoch: int) -> engine.Batches:
+        batches = data.shuffled(train, batch_size, settings.seed, epoch, flip=recipe.flip)
+        return batches if job.on_features else work.ready(batches, size)
+
+    def val_batches() -> engine.Batches:
+        batches = data.batches(validated, batch_size)
+        return batches if job.on_features else work.ready(batches, size)
+
+    with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
+        for figures in engine.train(job, train_batches, val_batches, advance):
+            finish(figures)
+            yield figures
+
+
+def _record(
+    settings: config.Settings,
+    hardware: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    work: Work,
+    splits: Splits,
+    unused_gpu: str | None,
+) -> dict[str, Any]:
+    """What is known of the training before it starts (see records.py)."""
+    backend, recipe = work.job.backend, settings.work
+    accelerator = backend.facts()
+    conditions = {"power_source": machine.power_source()}
+    fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
+    own = records.tags(settings, inputs, hardware, backend, accelerator, conditions, fallback)
+    trainable, parameters = model.counts(work.net)
+    return {
+        "id": uuid.uuid4().hex,
+        "name": records.run_name(own),
+        "experiment": records.experiment(settings, own),
+        "started": tracking.now(),
+        "ended": None,
+        "params": records.params(settings),
+        "tags": own,
+        "datasets": records.datasets(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
+        "epochs": [],
+        "metrics": {},
+        "warnings": records.warnings(
+            settings, inputs, own, unused_gpu, optim.overrides_schedule(work.job.optimizer)
+        ),
+        "facts": {
+            "model": recipe.model,
+            "classes": inputs["data"]["classes"],
+            "images": {name: len(split) for name, split in splits.items()},
+            "trainable": trainable,
+            "parameters": parameters,
+            "features_cached": work.job.on_features,
+            "channels_last": work.channels_last,
+            "image_size": recipe.image_size,
+        },
+        "hardware": {
+            "machine": dict(hardware),
+            "accelerator": accelerator,
+            "torch": backends.torch_facts(),
+            "conditions": {key: value for key, value in conditions.items() if value is not None},
+        },
+    }
+
+
+def _announce(record: Mapping[str, Any]) -> None:
+    facts = record["facts"]
+    terminal.say(f"run      {record['name']}")
+    terminal.say(
+        f"model    {facts['model']}: {facts['trainable']:,} of {facts['parameters']:,} parameters are trained"
+        + (", on features computed once" if facts["features_cached"] else "")
+    )
+    terminal.say("images   " + ", ".join(f"{count:,} {name}" for name, count in facts["images"].items()))
+    for warning in record["warnings"]:
+        terminal.say(f"note     {warning}")
+
+
+def _keep(
+    net: model.Classifier,
+    record: Mapping[str, Any],
+    figures: Mapping[str, float],
+    settings: config.Settings,
+    out: Path,
+) -> None:
+    mean, std = net.normalization
+    facts = model.Checkpoint(
+        model=settings.work.model,
+        classes=tuple(record["facts"]["classes"]),
+        image_size=settings.work.image_size,
+        mean=mean,
+        std=std,
+        epoch=int(figures["epoch"]),
+        val_accuracy=figures["val/accuracy"],
+        record=record["id"],
+    )
+    model.save_checkpoint(out / "best.safetensors", net, facts)
+
+
+def _once(clock: Clock) -> dict[str, float]:
+    """The figures that a run has once."""
+    return {
+        "time/setup_seconds": clock.total("setup"),
+        "time/data_seconds": clock.total("decode"),
+        "time/total_seconds": clock.total("upload", "features", "train", "validate"),
+    }
+
+
+def _leave(
+    record: dict[str, Any], settings: config.Settings, shown: tuple[NDArray[np.uint8], list[str]], out: Path
+) -> None:
+    """Writes all that the run's page in MLflow is made from, so that it can be made again."""
+    epochs = [epoch["figures"] for epoch in record["epochs"]]
+    best = max(epochs, key=lambda figures: figures["val/accuracy"])  # the first of equals
+    record["metrics"] |= {"best/epoch": best["epoch"], "best/val_accuracy": best["val/accuracy"]}
+    validated = "test split" if settings.work.validation == "test" else "validation split"
+    title = record["name"]
+    for name, figure in (
+        ("samples", plots.samples(*shown, title=title)),
+        ("loss", plots.loss(epochs, title=title)),
+        ("accuracy", plots.accuracy(epochs, best_epoch=int(best["epoch"]), validation=validated, title=title)),
+    ):
+        plots.save(figure, out / "plots" / f"{name}.png")
+    files.write_json(out / "hardware.json", record["hardware"])
+    files.write_text(out / "params.yaml", config.dump(records.effective(settings)))
+    files.write_text(out / "curves.csv", _csv(epochs))
+    files.write_json(out / "metrics.json", {k: v for k, v in epochs[-1].items() if k != "epoch"} | record["metrics"])
+    files.write_json(out / "record.json", record)
+
+
+def _csv(epochs: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, epochs[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(epochs)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    from pipeline import cli
+
+    cli.main(run, __doc__)

@@ -89,4 +89,4 @@ def _fetched(repository: str, name: str) -> tuple[Path | None, str | None]:
     try:
         return Path(hf_hub_download(repository, name)), None
     except Exception as error:  # the hub's client raises whatever its transport does
-        return None, f"{HUB}: {str(error).splitlines()[0]}"
+        return None, f"{HUB}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -1,10 +1,12 @@
 """The interface that every backend fills; the rest of the code sees nothing else of a device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from pipeline.errors import UsageError
+from pipeline.errors import StageError, UsageError
 
 
 class Backend:
@@ -67,3 +69,18 @@ class Backend:
     def autocast(self, precision: str) -> torch.autocast:
         """The context in which the network runs."""
         return torch.autocast(self.kind, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    @contextmanager
+    def memory_errors(self) -> Iterator[None]:
+        """Ends what runs out of memory inside with a StageError that says what to lower."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            text = str(error).lower()
+            if isinstance(error, RuntimeError) and not any(
+                words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+            ):
+                raise
+            raise StageError(
+                f"{self.kind} is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
+            ) from error

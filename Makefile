@@ -1,0 +1,52 @@
+# make run | test | ui | bench | clean. Without make (Windows): README, "Without make".
+# TORCH: default (what the package index has) | cpu | cu126 (NVIDIA cards before Turing, such as a GTX 1060) | cu130 |
+# rocm7.2 | xpu: a build that PyTorch offers at download.pytorch.org. The choice is kept in .venv until another is made.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),default)
+# Which torch is asked for: a stamp by its name is missing where another one is installed.
+STAMP := $(VENV)/.installed-$(TORCH)
+DEV_STAMP := $(VENV)/.installed-dev-$(TORCH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test ui bench clean
+.DELETE_ON_ERROR:
+
+run: $(STAMP)
+	dvc repro
+
+test: $(DEV_STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest
+
+ui: $(STAMP)
+	python -m pipeline.ui
+
+bench: $(STAMP)
+	python -m benchmarks.features
+
+clean:
+	rm -rf $(VENV)
+
+$(STAMP): requirements.txt
+	@test -n "$(PYTHON)" || { echo "make: no python3 found: install Python 3.11, 3.12 or 3.13" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "make: PYTHON=$(PYTHON) is $$($(PYTHON) -V): expected Python 3.11, 3.12 or 3.13" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# pip takes 2.14.1+cpu for 2.14.1: another build has to go before
+	if [ "$$(cat $(VENV)/.torch 2>/dev/null || echo default)" != "$(TORCH)" ]; then \
+		python -m pip uninstall -q -y torch torchvision; fi
+	rm -f $(VENV)/.installed-* $(VENV)/.torch
+	if [ "$(TORCH)" != default ]; then python -m pip install -q --disable-pip-version-check \
+		--extra-index-url https://download.pytorch.org/whl/$(TORCH) \
+		$$(sed -nE 's/^(torch(vision)?==[^ ]+).*/\1+$(TORCH)/p' requirements.txt); fi
+	python -m pip install -q --disable-pip-version-check -r requirements.txt
+	echo $(TORCH) > $(VENV)/.torch
+	touch $@
+
+$(DEV_STAMP): requirements-dev.txt $(STAMP)
+	python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,160 @@
+"""Measures the best checkpoint on the test split, and completes the training's run with it."""
+
+import csv
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import backends, config, data, engine, files, model, plots, publish, records, sources, terminal, tracking
+from pipeline.clock import Clock
+from pipeline.errors import UsageError
+
+
+def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
+    """Evaluates `folder/train/best.safetensors`, as part of the run that trained it; leaves `folder/evaluate`."""
+    recipe = settings.work
+    backend = backends.select(settings.device)
+    backend.set_precision(recipe.precision)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    inputs = records.inputs_for(settings, folder)
+    record = files.read_json(folder / "train" / "record.json")
+    net = _checkpoint(settings, inputs, record, folder / "train" / "best.safetensors")
+    images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
+    with backend.memory_errors():
+        predictions, metrics = _measured(net, data.as_split(images, labels), settings, record, backend)
+
+    out = folder / "evaluate"
+    shutil.rmtree(out, ignore_errors=True)
+    result = {
+        "id": record["id"],
+        "metrics": metrics,
+        "tags": {"label": settings.label or ""},
+        "datasets": [
+            dataset
+            for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+            if dataset not in record["datasets"]
+        ],
+        "ended": tracking.now(),
+    }
+    _leave(result, labels, predictions, inputs["data"]["classes"], record["name"], out)
+    experiment = records.experiment(settings, record["tags"])
+    handle = tracking.find(record["id"], experiment)
+    if handle is None:  # the store is another one than the training's
+        handle = publish.restore(record, None, experiment, folder)
+    tracking.resume(handle)
+    try:
+        publish.evaluation(handle, record, result, out)
+    except BaseException as error:
+        tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracking.end(handle, "FINISHED", result["ended"])
+    _announce(record, metrics)
+    return result
+
+
+def _checkpoint(
+    settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
+) -> model.Classifier:
+    """The model of the checkpoint. Raises UsageError where it is not of this work."""
+    wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
+    if wanted != trained:
+        raise UsageError(
+            f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
+            f"{trained}: run `python -m pipeline.train` with the same settings first"
+        )
+    net, facts = model.load_checkpoint(path)
+    for what, have, expected in (
+        ("training", facts.record, record["id"]),
+        ("model", facts.model, settings.work.model),
+        ("classes", list(facts.classes), inputs["data"]["classes"]),
+    ):
+        if have != expected:
+            raise UsageError(
+                f"{path.name}: it is a checkpoint of another {what} ({have}), expected {expected}: "
+                "run `python -m pipeline.train` again"
+            )
+    return net
+
+
+def _measured(
+    net: model.Classifier,
+    test: data.Split,
+    settings: config.Settings,
+    record: Mapping[str, Any],
+    backend: backends.Backend,
+) -> tuple[NDArray[np.int64], dict[str, float]]:
+    """The label predicted for each test image, and the figures. The first batch is passed once before the clock
+    starts."""
+    recipe, channels_last = settings.work, record["facts"]["channels_last"]
+    net = net.to(backend.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def batches(split: data.Split) -> engine.Batches:
+        for images, labels in data.batches(split, recipe.batch_size):
+            yield data.prepare(images, recipe.image_size, channels_last=channels_last), labels
+
+    first = test.take(np.arange(min(recipe.batch_size, len(test)))).to(backend.device)
+    engine.evaluate(net, batches(first), backend, recipe.precision)
+    clock = Clock(backend.synchronise)
+    predictions: list[Tensor] = []
+    with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
+        loss, accuracy = engine.evaluate(
+            net, batches(test.to(backend.device)), backend, recipe.precision, predictions, advance
+        )
+    metrics = {
+        "test/accuracy": accuracy,
+        "test/loss": loss,
+        "speed/test_images_per_second": len(test) / span.seconds,
+    }
+    return torch.cat(predictions).cpu().numpy(), metrics
+
+
+def _leave(
+    result: Mapping[str, Any],
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    classes: Sequence[str],
+    title: str,
+    out: Path,
+) -> None:
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    figure = plots.confusion_matrix(counts, classes, accuracy=result["metrics"]["test/accuracy"], title=title)
+    plots.save(figure, out / "plots" / "confusion_matrix.png")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("actual", "predicted"))  # what DVC's template `confusion` takes
+    writer.writerows((classes[a], classes[p]) for a, p in zip(labels, predictions, strict=True))
+    files.write_text(out / "predictions.csv", text.getvalue())
+    files.write_json(out / "metrics.json", result["metrics"])
+    files.write_json(out / "record.json", result)
+
+
+def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    once = record["metrics"]
+    speed = once.get("speed/feature_images_per_second")
+    last = record["epochs"][-1]["figures"]
+    terminal.say(
+        f"result   {record['name']}: test accuracy {metrics['test/accuracy']:.2%}, "
+        f"best validation accuracy {once['best/val_accuracy']:.2%} in epoch {once['best/epoch']:.0f}"
+    )
+    terminal.say(
+        f"time     {once['time/total_seconds']:.2f} s of training and validation in all"
+        f" (+ {once['time/setup_seconds']:.2f} s setup, {once['time/data_seconds']:.2f} s decoding); "
+        + (f"features computed at {speed:,.0f} images/s" if speed else "")
+        + ("" if speed else f"trained at {last['speed/train_images_per_second']:,.0f} images/s in the last epoch")
+        + (f"; peak memory {last['memory/peak_mib']:,.0f} MiB" if "memory/peak_mib" in last else "")
+    )
+
+
+if __name__ == "__main__":
+    from pipeline import cli
+
+    cli.main(run, __doc__)

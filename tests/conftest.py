@@ -1,0 +1,53 @@
+"""What several test modules share. No test may touch the project's own cache, store or outputs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import config, sources, weights
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+"""The classes of `pictures`, in order of name, each with the mean of its pixels."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, not there yet."""
+    folder = tmp_path / ".cache"
+    for module in (sources, weights):
+        monkeypatch.setattr(module, "CACHE", folder)
+    return folder
+
+
+def picture(colour, size=(16, 16), seed=0):
+    """An image of `size` (width, height): `colour` in noise."""
+    width, height = size
+    noise = np.random.default_rng(seed).integers(-30, 31, (height, width, 3))
+    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A data set for `data.source=folder`: 3 classes told by colour, 20 + 10 images each, png and jpg."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 20), ("test", 10)):
+        for label, (name, colour) in enumerate(COLOURS.items()):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image = picture(colour, seed=[len(split), label, index])
+                image.save(folder / f"{index:02}.{'png' if index % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture
+def settings_of(pictures):
+    """Makes settings for `pictures` on the CPU, from random weights, with `key=value` overrides laid over."""
+
+    def make(*overrides):
+        path = f"data.path={json.dumps(str(pictures))}"
+        return config.load(["data.source=folder", path, "weights=random", "device=cpu", *overrides])
+
+    return make

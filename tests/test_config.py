@@ -1,0 +1,561 @@
+"""params.yaml and what is laid over it: every key refuses what it can't take, in one line."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.errors import UsageError
+
+PARAMS = yaml.safe_load((config.ROOT / "params.yaml").read_text(encoding="utf-8"))
+CHOSEN = PARAMS["recipe"]
+RECIPES = list(PARAMS["recipes"])
+
+ALLOWED = {key: allowed for key, allowed, _ in config.describe()}
+KEYS = [key.replace("NAME", CHOSEN) for key in ALLOWED]
+
+# For each key: what it must refuse, as YAML, and how the message shows it (None: just so).
+REFUSED = {
+    "recipe": {"1": None, "[blog]": '["blog"]', "": "null"},
+    "device": {
+        "1": None,
+        "gpu": '"gpu"',
+        "'cuda:x'": '"cuda:x"',
+        "'cuda:-1'": '"cuda:-1"',
+        "'cpu:0'": '"cpu:0"',
+    },
+    "seed": {"1.5": None, "one": '"one"', "-1": None, "2147483648": None, "true": None, "null": None},
+    "label": {"1": None, "[a]": '["a"]', "' '": '" "', "true": None},
+    "repeats": {"one": '"one"', "0": None, "2": None},
+    "data.source": {"1": None, "web": '"web"', "[folder]": '["folder"]'},
+    "data.path": {"1": None, "": "null", "''": '""'},
+    "data.limit": {"all": '"all"', "0": None, "-1": None, "1.5": None},
+    "data.timeout_seconds": {
+        "soon": '"soon"',
+        "0": None,
+        "-1": None,
+        ".nan": "NaN",
+        ".inf": "Infinity",
+        "true": None,
+    },
+    "data.mirrors": {"[]": None, "https://a": '"https://a"', "[1]": None, "['']": '[""]'},
+    "tracking.experiment": {"1": None, "null": None, "''": '""'},
+    "model": {"1": None, "[resnet18]": '["resnet18"]', "null": None},
+    "weights": {"1": None, "weights.pt": '"weights.pt"', ".safetensors": '".safetensors"', "null": None},
+    "trainable": {"1": None, "heads": '"heads"', "[]": None, "[1]": None, "['']": '[""]'},
+    "head_init": {"1": None, "kaiming": '"kaiming"'},
+    "frozen_batch_norm": {"true": None, "freeze": '"freeze"'},
+    "normalize": {"yes": '"yes"', "1": None, "null": None},
+    "flip": {"no": '"no"', "0": None, "'true'": '"true"'},
+    "image_size": {"96.0": None, "big": '"big"', "7": None, "2049": None},
+    "validation": {"1": None, "train": '"train"'},
+    "batch_size": {"all": '"all"', "1.5": None, "0": None, "1048577": None},
+    "epochs": {"ten": '"ten"', "1e1": "10.0", "0": None, "100001": None, "true": None},
+    "optimizer": {"1": None, "[sgd]": '["sgd"]', "null": None},
+    "lr": {"fast": '"fast"', "0": None, "-1e-3": "-0.001", ".inf": "Infinity", "true": None, "null": None},
+    "optimizer_options": {"1": None, "[sgd]": '["sgd"]', "{sgd: 1}": '{"sgd": 1}', "{1: {}}": '{"1": {}}'},
+    "scheduler": {"1": None, "linear": '"linear"', "null": None},
+    "scheduler_options": {"1": None, "cosine": '"cosine"', "{cosine: null}": '{"cosine": null}'},
+    "scheduler_step": {"1": None, "step": '"step"'},
+    "warmup_epochs": {"one": '"one"', "-0.5": None, ".nan": "NaN", "false": None},
+    "precision": {"32": None, "fp64": '"fp64"'},
+    "channels_last": {"yes": '"yes"', "1": None, "null": None},
+    "compile": {"on": '"on"', "true": None, "false": None},
+    "features": {"true": None, "none": '"none"'},
+    "threads": {"four": '"four"', "0": None, "4097": None, "1.5": None},
+}
+
+
+def whole(key):
+    """The dotted key of one in REFUSED."""
+    return next(known for known in KEYS if known in (key, f"recipes.{CHOSEN}.{key}"))
+
+
+def refusal(*overrides, path=None):
+    """The one line with which these settings are refused."""
+    with pytest.raises(UsageError) as caught:
+        config.load(overrides, **({"path": path} if path else {}))
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Writes a params.yaml of its own: the text, or the tree (JSON is YAML), that it is given."""
+
+    def write(content):
+        path = tmp_path / "params.yaml"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+def changed(*keys, **changes):
+    """A copy of params.yaml's tree, with changes to the mapping below `keys`; None takes a key out."""
+    tree = copy.deepcopy(PARAMS)
+    node = tree
+    for key in keys:
+        node = node[key]
+    for key, value in changes.items():
+        if value is None:
+            del node[key]
+        else:
+            node[key] = value
+    return tree
+
+
+# --- what is there
+
+
+def test_shipped_settings_load():
+    settings = config.load()
+    assert settings.recipe == "linear-probe"
+    assert list(settings.recipes) == ["blog", "linear-probe", "finetune"]
+    assert settings.work is settings.recipes["linear-probe"]
+    assert (settings.data.source, settings.data.limit, settings.label) == ("auto", None, None)
+    assert settings.data.folder == config.ROOT / "data" / "raw"
+    assert isinstance(settings.data.mirrors, tuple)
+
+
+def test_blog_recipe_is_the_posts_script():
+    blog = config.load(["recipe=blog"]).work
+    assert (blog.model, blog.weights, blog.trainable) == ("resnet18.a1_in1k", "pretrained", "head")
+    assert (blog.frozen_batch_norm, blog.normalize, blog.flip, blog.validation) == (
+        "train",
+        False,
+        False,
+        "test",
+    )
+    assert (blog.image_size, blog.batch_size, blog.epochs, blog.precision) == (96, 1024, 10, "fp32")
+    assert (blog.optimizer, blog.lr, blog.warmup_epochs) == ("ranger21", 0.1, 0)
+    assert blog.resolved()["optimizer_options"] == {"weight_decay": 0, "num_warm_up_iterations": 0}
+    assert (blog.scheduler, blog.scheduler_step) == ("cyclic", "epoch")
+    assert blog.resolved()["scheduler_options"] == {"base_lr": 1e-5, "max_lr": 0.1}
+
+
+def test_each_recipe_is_execution_and_work():
+    fields = {key.removeprefix("recipes.NAME.") for key in ALLOWED if key.startswith("recipes.NAME.")}
+    assert set(config.EXECUTION_KEYS) < fields
+    assert all(set(recipe) == fields for recipe in PARAMS["recipes"].values())
+
+
+def test_settings_are_frozen():
+    settings = config.load()
+    with pytest.raises(AttributeError):
+        settings.work.lr = 1.0
+
+
+def test_a_recipe_of_ones_own(params):
+    mine = dict(
+        PARAMS["recipes"]["finetune"], model="mobilenetv3_small_100.lamb_in1k", trainable=["blocks.5", "conv"]
+    )
+    tree = changed(recipe="mine") | {"recipes": PARAMS["recipes"] | {"mine": mine}}
+    work = config.load(["epochs=2"], path=params(tree)).work
+    assert (work.model, work.trainable, work.epochs) == (mine["model"], ("blocks.5", "conv"), 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("device=cuda:1", "cuda:1"),
+        ("device=xpu", "xpu"),
+        ("label=my old laptop", "my old laptop"),
+        ("label=a=b", "a=b"),
+        ("label='7'", "7"),
+        ("label=猫", "猫"),
+        ("seed=2147483647", 2147483647),
+        ("data.limit=1", 1),
+        ("data.timeout_seconds=3", 3.0),
+        ("tracking.experiment=a b", "a b"),
+        ("weights=~/w.safetensors", "~/w.safetensors"),
+        ("trainable=[layer4, fc]", ("layer4", "fc")),
+        ("lr=1e-3", 0.001),
+        ("lr=1", 1.0),
+        ("channels_last=true", True),
+        ("channels_last=auto", "auto"),
+        ("compile=off", "off"),
+        ("threads=4", 4),
+    ],
+)
+def test_values_arrive_typed(override, value):
+    settings = config.load([override])
+    *owners, name = override.split("=")[0].split(".")
+    owner = settings
+    for part in owners:
+        owner = getattr(owner, part)
+    found = getattr(owner if hasattr(owner, name) else settings.work, name)
+    assert (type(found), found) == (type(value), value)
+
+
+# --- what is refused
+
+
+def test_every_key_is_in_the_table():
+    assert sorted(map(whole, REFUSED)) == sorted(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [(whole(key), text, shown or text) for key, values in REFUSED.items() for text, shown in values.items()],
+)
+def test_wrong_type_or_out_of_range(key, text, shown):
+    line = refusal(f"{key}={text}")
+    allowed = ALLOWED[key.replace(CHOSEN, "NAME")]
+    assert line.split("; did you mean ")[0] == f"{key}: {shown} is not allowed: expected {allowed}"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_misspelt_key_gets_the_nearest(key):
+    assert refusal(f"{key}{key[-1]}=1") == f"{key}{key[-1]}: unknown setting; did you mean {key}?"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_missing_key(params, key):
+    *owners, name = key.split(".")
+    assert refusal(path=params(changed(*owners, **{name: None}))) == f"{key}: missing from params.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "recipe=finetun",
+            'recipe: "finetun" is not allowed: expected blog | linear-probe | finetune; '
+            "did you mean finetune?",
+        ),
+        ("recipe=imagenet", 'recipe: "imagenet" is not allowed: expected blog | linear-probe | finetune'),
+        (
+            "device=cude",
+            'device: "cude" is not allowed: expected auto | cpu | cuda | cuda:1 | mps | xpu; '
+            "did you mean cuda?",
+        ),
+        (
+            "data.source=sinthetic",
+            'data.source: "sinthetic" is not allowed: expected auto | cifar10 | folder | '
+            "synthetic; did you mean synthetic?",
+        ),
+        (
+            "scheduler=cosin",
+            'recipes.linear-probe.scheduler: "cosin" is not allowed: expected cosine | cyclic | '
+            "onecycle | constant; did you mean cosine?",
+        ),
+        ("trainable=heads", None),
+        (
+            "epochs=two",
+            'recipes.linear-probe.epochs: "two" is not allowed: expected a whole number from 1 to 100000',
+        ),
+        (
+            "weights=pretraned",
+            'recipes.linear-probe.weights: "pretraned" is not allowed: expected pretrained | random '
+            "| path of a .safetensors file; did you mean pretrained?",
+        ),
+        (
+            "precision=bf61",
+            'recipes.linear-probe.precision: "bf61" is not allowed: expected fp32 | tf32 | bf16; '
+            "did you mean bf16?",
+        ),
+    ],
+)
+def test_whole_line(override, line):
+    line = line or (
+        'recipes.linear-probe.trainable: "heads" is not allowed: expected head | all | '
+        "a list of parameter name prefixes; did you mean head?"
+    )
+    assert refusal(override) == line
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "zebra=1",
+            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, "
+            "tracking, recipes",
+        ),
+        (
+            "zebra.stripes=1",
+            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, "
+            "tracking, recipes",
+        ),
+        ("epoch=1", "epoch: unknown setting; did you mean epochs?"),
+        (
+            "data.zebra=1",
+            "data.zebra: unknown setting; allowed here: source, path, limit, timeout_seconds, mirrors",
+        ),
+        ("data.sorce=auto", "data.sorce: unknown setting; did you mean data.source?"),
+        ("tracking.uri=x", "tracking.uri: unknown setting; allowed here: experiment"),
+        (
+            "recipes.finetune.epoch=1",
+            "recipes.finetune.epoch: unknown setting; did you mean recipes.finetune.epochs?",
+        ),
+        ("recipes.finetun.lr=1", "recipes.finetun: unknown setting; did you mean recipes.finetune?"),
+        (
+            "recipes.zebra.lr=1",
+            "recipes.zebra: unknown setting; allowed here: recipes.blog, recipes.linear-probe, "
+            "recipes.finetune",
+        ),
+        ("seed.more=1", "seed.more: unknown setting: seed holds 0 and no settings of its own"),
+        ("data=auto", 'data: "auto" is not allowed: expected its settings below it'),
+        ("recipes.blog=1", "recipes.blog: 1 is not allowed: expected its settings below it"),
+        ("recipes={}", "recipes: {} is not allowed: expected at least one recipe by its name"),
+        ("recipes=null", "recipes: null is not allowed: expected at least one recipe by its name"),
+    ],
+)
+def test_unknown_at_every_level(override, line):
+    assert refusal(override) == line
+
+
+def test_an_unlike_key_of_a_recipe_gets_the_whole_list():
+    # The long common beginning must not make any key look like any other.
+    line = refusal("recipes.linear-probe.zebra=1")
+    assert line.startswith("recipes.linear-probe.zebra: unknown setting; allowed here: model, weights, ")
+
+
+def test_a_recipes_key_at_the_files_top_is_sent_to_its_place(params):
+    assert refusal(path=params(PARAMS | {"epochs": 3})) == (
+        "epochs: unknown setting; did you mean recipes.linear-probe.epochs?"
+    )
+
+
+def test_an_unknown_key_in_a_recipe_that_is_not_chosen(params):
+    tree = changed("recipes", "blog", learning_rate=1)
+    assert refusal(path=params(tree)).startswith("recipes.blog.learning_rate: unknown setting; ")
+
+
+def test_a_long_value_is_cut(params):
+    assert len(refusal(f"seed={'x' * 10_000}")) < 200
+
+
+# --- the file
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("", "params.yaml is empty: expected a mapping of settings; restore it from git"),
+        ("# nothing\n", "params.yaml is empty: expected a mapping of settings; restore it from git"),
+        ("- recipe\n- blog\n", "params.yaml holds list: expected a mapping of settings; restore it from git"),
+        ("blog", "params.yaml holds str: expected a mapping of settings; restore it from git"),
+        ("recipe: blog\ndata: {source: [\n", "params.yaml, line 3: not YAML: "),
+        ("recipe: blog\n\tseed: 1\n", "params.yaml, line 2: not YAML: "),
+        ("recipe: !!int x\n", "params.yaml: not YAML: "),
+        ("recipe: !!python/name:os.system x\n", "params.yaml, line 1: not YAML: "),
+        ("recipe: \x07\n", "params.yaml: not YAML: "),
+        ("a: 1\n---\nb: 1\n", "params.yaml, line 2: not YAML: "),
+    ],
+)
+def test_files_that_are_no_settings(params, content, line):
+    assert refusal(path=params(content)).startswith(line)
+
+
+def test_missing_file(tmp_path):
+    line = refusal(path=tmp_path / "params.yaml")
+    assert line == "params.yaml is missing: it holds every setting; restore it from git"
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"recipe: \xff\xfe\n")
+    assert refusal(path=path).startswith("params.yaml can't be read: ")
+    assert refusal(path=tmp_path).endswith(
+        "can't be read: " + refusal(path=tmp_path).split("can't be read: ")[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1E5", 1e5),
+        ("-1.5e-3", -1.5e-3),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("+3", 3),
+        ("007", 7),
+        ("12e03", 12000.0),
+        ("-.inf", float("-inf")),
+        ("off", "off"),
+        ("on", "on"),
+        ("yes", "yes"),
+        ("n", "n"),
+        ("1:30", "1:30"),
+        ("1e", "1e"),
+        ("True", True),
+        ("~", None),
+        ("", None),
+        ("'1'", "1"),
+        ("{a: off, b: [1e-3, no]}", {"a": "off", "b": [1e-3, "no"]}),
+    ],
+)
+def test_plain_values_are_read_as_dvc_reads_them(text, value):
+    ruamel = pytest.importorskip("ruamel.yaml")
+    found = config._parse(text, "here")
+    assert (type(found), found) == (type(value), value)
+    assert found == ruamel.YAML(typ="safe").load(text)
+
+
+def test_the_shipped_file_is_read_as_dvc_reads_it():
+    ruamel = pytest.importorskip("ruamel.yaml")
+    path = config.ROOT / "params.yaml"
+    with path.open(encoding="utf-8") as file:
+        assert config._tree(path) == ruamel.YAML(typ="safe").load(file)
+
+
+# --- what is laid over
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs", "", "=2", ".epochs=2", "data..limit=2", "data.=2", "a b=2", " lr=1", "a\nb"]
+)
+def test_an_override_needs_a_key_and_a_value(text):
+    line = refusal(text)
+    assert line.startswith(f"-S {' '.join(text.split())}")
+    assert line.endswith(": expected key=value, such as -S epochs=2")
+
+
+@pytest.mark.parametrize("value", ["[1", "{a", "'x", "a: b: c", "\x07", "!!float x", "@a"])
+def test_a_value_that_is_not_yaml(value):
+    line = refusal(f"trainable={value}")
+    assert line.startswith("-S trainable")
+    assert ": not YAML: " in line
+
+
+@pytest.mark.parametrize("overrides", [["recipe=finetune", "lr=0.02"], ["lr=0.02", "recipe=finetune"]])
+def test_a_recipes_key_alone_goes_to_the_chosen_recipe_in_any_order(overrides):
+    settings, shipped = config.load(overrides), config.load()
+    assert settings.recipe == "finetune"
+    assert settings.work.lr == 0.02
+    assert [settings.recipes[name] for name in RECIPES[:2]] == [shipped.recipes[name] for name in RECIPES[:2]]
+
+
+def test_a_whole_key_goes_where_it_says():
+    settings = config.load(["recipe=finetune", "recipes.blog.lr=0.3"])
+    assert settings.recipes["blog"].lr == 0.3
+    assert settings.work.lr == PARAMS["recipes"]["finetune"]["lr"]
+
+
+def test_the_last_of_two_overrides_holds():
+    settings = config.load(["recipe=blog", "epochs=3", "epochs=4", "recipe=finetune"])
+    assert (settings.recipe, settings.work.epochs) == ("finetune", 4)
+    assert settings.recipes["blog"].epochs == PARAMS["recipes"]["blog"]["epochs"]
+
+
+def test_a_misspelt_recipe_beside_a_key_of_it():
+    for overrides in (["recipe=finetun", "lr=0.02"], ["lr=0.02", "recipe=finetun"]):
+        assert refusal(*overrides) == refusal("recipe=finetun")
+
+
+def test_options_of_another_optimizer_can_be_laid_over():
+    work = config.load(["optimizer=lamb", "optimizer_options.lamb.weight_decay=1e-4"]).work
+    assert work.resolved()["optimizer_options"] == {"weight_decay": 1e-4}
+    assert work.optimizer_options["adamw"] == PARAMS["recipes"][CHOSEN]["optimizer_options"]["adamw"]
+
+
+def test_options_of_an_optimizer_without_any():
+    assert config.load(["optimizer=lamb"]).work.resolved()["optimizer_options"] == {}
+
+
+# --- the workload
+
+
+INPUTS = {
+    "data": {"digest": "sha256:aa", "limit": None, "source": "folder", "reason": None},
+    "weights": {"digest": "sha256:bb", "used": "pretrained", "reason": None},
+}
+
+
+def workload(*overrides, data=None, weights=None):
+    inputs = {"data": INPUTS["data"] | (data or {}), "weights": INPUTS["weights"] | (weights or {})}
+    return config.workload(config.load(overrides).work, inputs)
+
+
+def test_a_workload_is_ten_hex_digits():
+    assert len(workload()) == 10
+    int(workload(), 16)
+
+
+def test_workloads_that_differ():
+    works = [
+        workload(),
+        workload(data={"digest": "sha256:cc"}),
+        workload(data={"limit": 10}),
+        workload(weights={"digest": "sha256:dd"}),
+        workload(weights={"digest": None, "used": "random"}),
+        *(workload(f"recipe={name}") for name in RECIPES if name != CHOSEN),
+        *map(
+            workload,
+            [
+                "model=resnet34.a1_in1k",
+                "trainable=all",
+                "trainable=[fc]",
+                "head_init=xavier_normal",
+                "frozen_batch_norm=train",
+                "normalize=false",
+                "flip=true",
+                "image_size=64",
+                "validation=test",
+                "batch_size=128",
+                "epochs=21",
+                "optimizer=sgd",
+                "lr=0.006",
+                "optimizer_options.adamw.weight_decay=0.02",
+                "scheduler=onecycle",
+                "scheduler_options.cosine.eta_min=0.001",
+                "scheduler_step=epoch",
+                "warmup_epochs=2",
+            ],
+        ),
+    ]
+    assert len(set(works)) == len(works)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "precision=bf16",
+        "channels_last=true",
+        "features=recompute",
+        "threads=1",
+        "seed=1",
+        "device=cuda",
+        "label=mine",
+        "repeats=1",
+        "tracking.experiment=mine",
+        "data.path=elsewhere",
+        "data.timeout_seconds=1",
+        "recipes.blog.lr=1",
+        "optimizer_options.sgd.momentum=0.5",
+        "scheduler_options.onecycle.pct_start=0.5",
+        "lr=5e-3",
+    ],
+)
+def test_the_same_work_done_otherwise(override):
+    assert workload(override) == workload()
+
+
+def test_where_inputs_came_from_is_not_the_work():
+    assert workload(data={"source": "auto", "reason": "x"}, weights={"used": "file"}) == workload()
+
+
+def test_the_order_of_keys_is_not_the_work(params):
+    tree = changed()
+    tree["recipes"][CHOSEN] = dict(reversed(tree["recipes"][CHOSEN].items()))
+    assert config.workload(config.load(path=params(tree)).work, INPUTS) == workload()
+
+
+def test_a_version_raised_is_other_work(monkeypatch):
+    before = workload()
+    monkeypatch.setattr(config, "WORKLOAD_VERSION", config.WORKLOAD_VERSION + 1)
+    assert workload() != before
+
+
+def test_flat():
+    assert config.flat({"a": 1, "b": {"c": [2], "d": {"e": None}}, "f": {}}) == {
+        "a": 1,
+        "b.c": [2],
+        "b.d.e": None,
+    }
+    assert config.flat({"lr": 1}, "train.") == {"train.lr": 1}
