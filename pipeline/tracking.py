@@ -152,8 +152,8 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
 
     shape = (-1, 3, image_size, image_size)
     signature = ModelSignature(
-        Schema([TensorSpec(np.dtype("float32"), shape, "images")]),
-        Schema([TensorSpec(np.dtype("float32"), (-1, classes), "logits")]),
+        Schema([TensorSpec(np.dtype("float32"), shape)]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, classes))]),
     )
     example = np.zeros((2, *shape[1:]), np.float32)  # one image alone would fix the batch size at 1
     with _store_errors(), _active(handle):
@@ -258,9 +258,7 @@ def now() -> int:
 
 
 def _client() -> MlflowClient:
-    uri = store_uri()
-    mlflow.set_tracking_uri(uri)  # log_model takes no client
-    return MlflowClient(uri)
+    return MlflowClient(store_uri())
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
@@ -295,20 +293,19 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def _active(handle: Handle) -> Iterator[None]:
-    """Makes the run the active one, for calls that take no run id, and leaves its status alone."""
-    with _without_given_run(), mlflow.start_run(run_id=handle.run_id):
-        yield
-    resume(handle)
-
-
-@contextmanager
-def _without_given_run() -> Iterator[None]:
-    # start_run(run_id=...) refuses a run of another experiment than MLFLOW_EXPERIMENT_ID, and resumes MLFLOW_RUN_ID.
-    kept = {key: os.environ.pop(key) for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID") if key in os.environ}
+    """Makes the run the active one, for calls that take neither client nor run id; its status stays RUNNING."""
+    environment = dict(os.environ)
+    # start_run refuses a run of another experiment than MLFLOW_EXPERIMENT_ID.
+    for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+        os.environ.pop(key, None)
+    mlflow.set_tracking_uri(store_uri())  # it writes into the environment, too
     try:
-        yield
+        with mlflow.start_run(run_id=handle.run_id):
+            yield
+        resume(handle)
     finally:
-        os.environ.update(kept)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @contextmanager
