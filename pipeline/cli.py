@@ -38,12 +38,10 @@ def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Se
             if not rest:
                 raise UsageError(f"{word}: expected key=value after it, such as -S epochs=2")
             overrides.append(rest.pop(0))
-        elif word.startswith("-S"):
-            overrides.append(word[2:])
-        elif word.startswith("--") and "=" in word:
-            overrides.append(word[2:])
+        elif word.startswith("-S") or (word.startswith("--") and "=" in word):
+            overrides.append(word[2:].removeprefix("set-param="))
         elif word.startswith("--") and len(word) > 2:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UsageError(f"{word}: expected a value after it")
             overrides.append(f"{word[2:]}={rest.pop(0)}")
         else:

@@ -246,7 +246,7 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
         head = key.split(".")[0]
         if head not in _fields(Settings) and head in _fields(Recipe):
             recipes = tree.get("recipes")
-            if isinstance(recipes, dict) and chosen not in map(str, recipes):
+            if isinstance(recipes, dict) and str(chosen) not in map(str, recipes):
                 raise _refusal("recipe", chosen, one_of(*map(str, recipes)))
             key = f"recipes.{chosen}.{key}"
         _put(tree, key, value)
@@ -288,7 +288,7 @@ def describe() -> list[tuple[str, str, str]]:
 
 def dump(tree: Mapping[str, Any]) -> str:
     """`tree` as YAML, in its own order."""
-    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
@@ -301,6 +301,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values, as DVC reads them: `off` is a word and `1e-5` a number, unlike in YAML 1.1."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes a text that YAML 1.1 or 1.2 would take for something else."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -309,7 +313,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:

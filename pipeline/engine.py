@@ -119,7 +119,7 @@ def step(job: Job, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = job.network(inputs)
     loss = F.cross_entropy(logits.float(), labels)
     job.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     job.optimizer.step()
     return loss, logits
 

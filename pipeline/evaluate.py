@@ -94,7 +94,8 @@ def _measured(
     """The label predicted for each test image, and the figures. The first batch is passed once before the clock
     starts."""
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
-    net = net.to(backend.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net = net.to(backend.device).to(memory_format=layout)
 
     def batches(split: data.Split) -> engine.Batches:
         for images, labels in data.batches(split, recipe.batch_size):

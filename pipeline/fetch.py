@@ -152,7 +152,7 @@ def any_reachable(urls: Iterable[str], timeout: float = 3.0) -> list[str]:
     def probe(site: str) -> None:
         try:
             proxy = select_proxy(site, get_environ_proxies(site))
-            parts = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else site)
+            parts = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else site)  # type: ignore[no-untyped-call]
             port = parts.port or (443 if parts.scheme == "https" else 80)
             if parts.hostname is None:
                 return

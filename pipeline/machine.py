@@ -21,20 +21,21 @@ SYSCTL = (
     ["sysctl", "hw.model", "machdep.cpu.brand_string", "kern.osproductversion"]
     + [f"hw.perflevel{level}.{key}" for level in (0, 1) for key in ("name", "physicalcpu")]
 )  # fmt: skip
+ARM_MAKERS = {"0x48": "HiSilicon", "0x51": "Qualcomm", "0x61": "Apple", "0xc0": "Ampere"}
 ARM_PARTS = {
-    "0x41:0xd03": "ARM Cortex-A53", "0x41:0xd05": "ARM Cortex-A55", "0x41:0xd07": "ARM Cortex-A57",
-    "0x41:0xd08": "ARM Cortex-A72", "0x41:0xd0b": "ARM Cortex-A76", "0x41:0xd0c": "ARM Neoverse-N1",
-    "0x41:0xd40": "ARM Neoverse-V1", "0x41:0xd42": "ARM Cortex-A78AE", "0x41:0xd49": "ARM Neoverse-N2",
-    "0x41:0xd4f": "ARM Neoverse-V2", "0x41:0xd83": "ARM Neoverse-V3", "0x41:0xd85": "ARM Cortex-X925",
-    "0x41:0xd87": "ARM Cortex-A725", "0xc0:0xac3": "Ampere-1", "0xc0:0xac4": "Ampere-1a",
+    "0x41:0xd03": "Cortex-A53", "0x41:0xd05": "Cortex-A55", "0x41:0xd07": "Cortex-A57",
+    "0x41:0xd08": "Cortex-A72", "0x41:0xd0b": "Cortex-A76", "0x41:0xd0c": "Neoverse-N1",
+    "0x41:0xd40": "Neoverse-V1", "0x41:0xd42": "Cortex-A78AE", "0x41:0xd49": "Neoverse-N2",
+    "0x41:0xd4f": "Neoverse-V2", "0x41:0xd83": "Neoverse-V3AE", "0x41:0xd84": "Neoverse-V3",
+    "0x41:0xd85": "Cortex-X925", "0x41:0xd87": "Cortex-A725", "0xc0:0xac3": "Ampere-1",
 }  # fmt: skip
 """Implementer and part of /proc/cpuinfo, which names no ARM CPU."""
 
 
 @functools.cache
 def facts() -> dict[str, Any]:
-    """What stays the same from run to run: hardware, operating system, versions. It can go to JSON, and holds no
-    serial, no path and no name of the host or the user."""
+    """What stays the same from run to run: hardware, operating system, versions. Fit for JSON; without
+    serials, paths and the names of host and user."""
     system = _system()
     cores, memory = _allowed()
     logical, total = psutil.cpu_count(), psutil.virtual_memory().total
@@ -60,8 +61,9 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def gpus() -> list[dict[str, Any]]:
-    """Every GPU that is here, whether torch can use it or not: `vendor`, `name`, `for_training` (False for one
-    in a processor, less Apple's); where known `memory_gib`, `cores`, `driver`, `default_power_limit_watts`."""
+    """Every GPU that is here, whether torch can use it or not: `vendor`, `name`, `for_training` (False for
+    those in Intel's and AMD's processors), and where known `memory_gib`, `cores`, `driver`,
+    `default_power_limit_watts`."""
     if sys.platform == "darwin":
         return _mac_gpus()
     nvidia = [nvidia_gpu(row) for row in _cards()]
@@ -236,7 +238,9 @@ def parse_cpuinfo(text: str) -> str | None:
     makers = [value for key, value in values if key == "CPU implementer"]
     parts = [value for key, value in values if key == "CPU part"]
     kinds = dict.fromkeys(f"{maker}:{part}" for maker, part in zip(makers, parts, strict=False))
-    return " + ".join(ARM_PARTS.get(kind, f"ARM {kind}") for kind in kinds) or None
+    return (
+        " + ".join(ARM_PARTS.get(kind, f"{ARM_MAKERS.get(kind[:4], 'ARM')} {kind}") for kind in kinds) or None
+    )
 
 
 def linux_model(root: Path) -> str | None:

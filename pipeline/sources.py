@@ -50,7 +50,7 @@ def resolve(data: config.Data) -> dict[str, Any]:
     if source == "folder":
         facts = _folder_facts(data)
     elif source == "cifar10":
-        facts = _generated_facts(f"md5:{fetch.CIFAR10_MD5}", CIFAR10_CLASSES, (5000, 1000), data.limit)
+        facts = _generated_facts(f"md5:{fetch.ARCHIVE_MD5}", CIFAR10_CLASSES, (5000, 1000), data.limit)
     else:
         facts = _generated_facts(SYNTHETIC_VERSION, SYNTHETIC_CLASSES, (500, 100), data.limit)
     return {"requested": data.source, "source": source, "reason": reason, "limit": data.limit} | facts
@@ -134,7 +134,8 @@ def _folder_facts(data: config.Data) -> dict[str, Any]:
     kept = CACHE / "folders" / f"{signature[:32]}.json"
     if not kept.exists():
         files.write_json(kept, _digest_and_size(data.folder, paths))
-    return json.loads(kept.read_text(encoding="utf-8")) | {
+    known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return known | {
         "classes": [Path(group[0]).parent.name for group in listing["train"]],
         "counts": {split: sum(map(len, listing[split])) for split in SPLITS},
     }

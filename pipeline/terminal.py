@@ -27,7 +27,7 @@ def progress(title: str, images: int) -> Iterator[Callable[[int], None]]:
     are queued: an asynchronous device may still be working on some of them.
     """
     with _bar(title, images) as bar:
-        yield lambda count: bar.update(count) and None
+        yield lambda count: _advance(bar, count)
 
 
 @contextmanager
@@ -45,7 +45,11 @@ def epochs_progress(
                 bar.set_description(f"epoch {int(figures['epoch']) + 1}/{epochs}", refresh=False)
                 bar.reset()
 
-        yield (lambda count: bar.update(count) and None), finish
+        yield lambda count: _advance(bar, count), finish
+
+
+def _advance(bar: "tqdm[NoReturn]", count: int) -> None:
+    bar.update(count)
 
 
 def _bar(title: str, images: int) -> "tqdm[NoReturn]":

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
         Schema([TensorSpec(np.dtype("float32"), (-1, classes))]),
     )
     example = np.zeros((2, *shape[1:]), np.float32)  # one image alone would fix the batch size at 1
-    with _store_errors(), _active(handle):
+    with _store_errors(), _active(handle), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11's export
         mlflow.pytorch.log_model(
             model,
             name="model",
@@ -221,7 +223,7 @@ class SystemMetrics:
     def __init__(self, run_id: str):
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=store_uri())
+        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=store_uri())  # type: ignore[no-untyped-call]
         self._samples: list[dict[str, Any]] = []
         self._step = 0
         self._done = threading.Event()
@@ -277,7 +279,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
 def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
     have = client.get_experiment(experiment_id).tags
-    for key, value in views.experiment_tags().items():
+    for key, value in views.experiment_tags(experiment_id).items():
         if have.get(key) != value:
             client.set_experiment_tag(experiment_id, key, value)
 
@@ -295,6 +297,8 @@ def _text(value: Any) -> str:
 def _active(handle: Handle) -> Iterator[None]:
     """Makes the run the active one, for calls that take neither client nor run id; its status stays RUNNING."""
     environment = dict(os.environ)
+    # MLflow loads the logged model once to try it, and would move an exported program, which can't be moved.
+    os.environ["MLFLOW_DEFAULT_PREDICTION_DEVICE"] = "cpu"
     # start_run refuses a run of another experiment than MLFLOW_EXPERIMENT_ID.
     for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         os.environ.pop(key, None)

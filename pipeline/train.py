@@ -143,7 +143,7 @@ def _set_up(
     def network() -> model.Classifier:
         torch.manual_seed(settings.seed)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return model.build(recipe, classes, file).to(backend.device, memory_format=layout)
+        return model.build(recipe, classes, file).to(backend.device).to(memory_format=layout)
 
     def work(net: model.Classifier, cached: bool) -> Work:
         return Work(net, _job(recipe, net, cached, len(train), backend, clock), channels_last)

@@ -1,8 +1,8 @@
-"""What MLflow's UI shows of the experiment: a run table and charts that compare machines, and a text that says how.
+"""What MLflow's UI shows of the experiment: a run table and charts that compare machines, and their meaning.
 
-MLflow 3 opens an experiment on a page about traces and agents, and its run table has no metric. A view saved in an
-experiment tag mends that, with the links below. It has the form that the UI's own "Save view" writes (3.17), so
-that it is in the "Views" menu above the table too.
+MLflow 3 opens an experiment on a page about traces and agents, and its run table has no metric. A view saved
+in an experiment tag mends that, with the links below. It has the form that the UI's own "Save view" writes
+(3.17), so that it is in the "Views" menu above the table too.
 """
 
 import json
@@ -11,89 +11,95 @@ from typing import Any
 KEY = "trainmark"
 """Names the view in its tag and in links; constant, so that an old link shows the view as it is now."""
 
+_CHARTS = "&compareRunsMode=CHART"
 _NAME = "Machines compared"
-_SAVED = 1_767_225_600_000  # the UI wants a date (milliseconds since 1970); fixed, for tags are compared as text
+_SAVED = 1_767_225_600_000  # the UI wants milliseconds since 1970; fixed, so that the tag never changes
 
 _NAME_COLUMN, _DATE_COLUMN = "attributes.`Run Name`", "runDateAndNestInfo"  # always there, and first
 
-# In pixels. The UI's side panels leave some 850 for the columns at first, on a wide screen: the run's name, which
-# says hardware, recipe and precision, and the four figures that matter fit in there.
+# In pixels. With its side panels open the UI leaves 865 of them on a screen of 1600: room for the run's name,
+# which says hardware, recipe and precision, and for the four figures that matter.
 _WIDTHS = {
-    _NAME_COLUMN: 310,
-    _DATE_COLUMN: 125,
+    _NAME_COLUMN: 300,
+    _DATE_COLUMN: 135,
     "metrics.`speed/train_images_per_second`": 110,
     "metrics.`speed/feature_images_per_second`": 110,
     "metrics.`time/total_seconds`": 110,
     "metrics.`test/accuracy`": 100,
-    "tags.`fallback`": 120,
     "metrics.`best/val_accuracy`": 120,
     "metrics.`memory/peak_mib`": 120,
+    "tags.`fallback`": 120,
+    "tags.`workload`": 115,
+    "tags.`label`": 90,
     "tags.`hardware`": 165,
     "tags.`recipe`": 95,
     "tags.`precision`": 75,
-    "tags.`label`": 90,
-    "tags.`workload`": 115,
 }
 
-_BARS = {
-    "test/accuracy": "Test accuracy",
-    "time/total_seconds": "Seconds in all",
-    "speed/train_images_per_second": "Training images/s, last epoch",
-    "speed/feature_images_per_second": "Feature images/s",
-    "memory/peak_mib": "Peak memory, MiB",
-}
-_LINES = {
-    "train/loss": "Training loss",
-    "val/loss": "Validation loss",
-    "train/accuracy": "Training accuracy",
-    "val/accuracy": "Validation accuracy",
-}
+_BARS = (
+    "test/accuracy",
+    "time/total_seconds",
+    "speed/train_images_per_second",
+    "speed/feature_images_per_second",
+    "memory/peak_mib",
+)
+_LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
 _TRADE = ("time/total_seconds", "test/accuracy")  # across, up
 
 # The UI adds a chart of every other metric to the section named as the metric's first part: kept, but folded.
 _FOLDED = ("best", "memory", "speed", "test", "time", "train", "val", "System metrics")
 
-_NOTE = f"""\
-**What is a machine worth for training?** Each run is one training, timed; its name says hardware, recipe, precision.
-In *Model training* (top left) open *Runs*, and there *Views* > *{_NAME}*.
+_NOTE = """\
+**What is a machine worth for training?** {where}
+Each run is one training, timed; its name says hardware, recipe and precision.
 
 | Column | Meaning |
 |---|---|
-| `speed/train_images_per_second` | images trained on in a second, last epoch |
-| `speed/feature_images_per_second` | images a second through a frozen network whose features are computed once |
-| `time/total_seconds` | the whole training: data, setup, epochs |
+| `speed/train_images_per_second` | images trained on in a second, in the last epoch |
+| `speed/feature_images_per_second` | instead, where a frozen network's features are computed once |
+| `time/total_seconds` | copying to the device, training and validation; not decoding and setup |
 | `test/accuracy` | share of the test images named right; the table is sorted by it |
-| `best/val_accuracy` | the best epoch's, on validation images |
+| `best/val_accuracy` | the same on validation images, after the best epoch |
 | `memory/peak_mib` | the most memory the training held on the device |
-| `fallback` | what was replaced by a stand-in; **a run named DEMO is no measurement** |
-| `label` | your own name for the machine |
-| `workload` | **only runs of the same `workload` did the same work and can be compared** |
+| `fallback` | what a stand-in replaced: **a run named DEMO is no measurement** |
+| `workload` | **only runs of one `workload` did the same work and can be compared** |
+| `label` | the owner's name for the machine |
 
-- Side by side: tick the runs, then *Compare*. Curves and bars: the chart button left of the search field.
-- Search: ``tags.hardware = 'NVIDIA H100 80GB HBM3'``, ``tags.workload = '...'``, ``tags.recipe = 'finetune'``
+- Two machines side by side: tick their runs, then *Compare*.
+- Bars and curves: the chart button left of the search field.
+- Search: `tags.hardware = 'NVIDIA H100 80GB HBM3'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
 """
 
 
-def experiment_tags() -> dict[str, str]:
-    """The tags that give the experiment its kind, its description and its view; the same text every time."""
+def experiment_tags(experiment_id: str | None = None) -> dict[str, str]:
+    """The tags that give the experiment its kind, its description and its view; the same text every time.
+
+    With its id, the description begins with links: the UI shows that line above the page about agents too.
+    """
+    where = f"In *Model training*, *Runs*, choose *Views* > *{_NAME}*."
+    if experiment_id is not None:
+        where = f"[Run table](#{_page(experiment_id)}) · [Charts](#{_page(experiment_id)}{_CHARTS})"
     view = {"name": _NAME, "createdAt": _SAVED, "updatedAt": _SAVED, "state": _json(_state())}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        "mlflow.note.content": _NOTE,
+        "mlflow.note.content": _NOTE.format(where=where),
         f"mlflow.sharedViewState.{KEY}": _json(view),
     }
 
 
 def link(base: str, experiment_id: str) -> str:
     """Where the UI at `base` shows the run table, best test accuracy first."""
-    # workflowType: else the UI shows its menu for agents, whatever the experiment's kind.
-    query = f"workflowType=machine_learning&viewStateShareKey={KEY}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+    return f"{base.rstrip('/')}/#{_page(experiment_id)}"
 
 
 def charts_link(base: str, experiment_id: str) -> str:
     """Where the UI at `base` shows the charts of the same runs."""
-    return f"{link(base, experiment_id)}&compareRunsMode=CHART"
+    return f"{link(base, experiment_id)}{_CHARTS}"
+
+
+def _page(experiment_id: str) -> str:
+    # workflowType: without it the UI shows its menu for agents, whatever the experiment's kind.
+    return f"/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={KEY}"
 
 
 def _state() -> dict[str, Any]:
@@ -117,13 +123,15 @@ def _state() -> dict[str, Any]:
 def _charts() -> list[dict[str, Any]]:
     across, up = ({"key": key, "type": "METRIC"} for key in _TRADE)
     trade = {"type": "SCATTER", "uuid": "trade", "metricSectionId": "results", "xaxis": across, "yaxis": up}
-    bars = [_chart("BAR", "results", *bar) for bar in _BARS.items()]
-    lines = [_chart("LINE", "curves", *line) | {"xAxisKey": "step"} for line in _LINES.items()]
+    bars = [_chart("BAR", "results", metric) for metric in _BARS]
+    # The UI smooths a curve that doesn't say otherwise; "Global": by the settings behind the cog wheel.
+    raw = {"xAxisKey": "step", "lineSmoothness": 0, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
+    lines = [_chart("LINE", "curves", metric) | raw for metric in _LINES]
     return [*bars, trade, *lines]
 
 
-def _chart(kind: str, section: str, metric: str, title: str) -> dict[str, Any]:
-    return {"type": kind, "uuid": metric, "metricSectionId": section, "metricKey": metric, "displayName": title}
+def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
+    return {"type": kind, "uuid": metric, "metricSectionId": section, "metricKey": metric}
 
 
 def _json(value: Any) -> str:

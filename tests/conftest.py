@@ -48,6 +48,7 @@ def settings_of(pictures):
 
     def make(*overrides):
         path = f"data.path={json.dumps(str(pictures))}"
-        return config.load(["data.source=folder", path, "weights=random", "device=cpu", *overrides])
+        mine = ["data.source=folder", path, "data.limit=null", "recipe=linear-probe", "weights=random"]
+        return config.load([*mine, "device=cpu", "seed=0", *overrides])
 
     return make

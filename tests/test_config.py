@@ -10,7 +10,7 @@ from pipeline import config
 from pipeline.errors import UsageError
 
 PARAMS = yaml.safe_load((config.ROOT / "params.yaml").read_text(encoding="utf-8"))
-CHOSEN = PARAMS["recipe"]
+CHOSEN = "linear-probe"  # named in each test, for params.yaml may hold what somebody is trying out
 RECIPES = list(PARAMS["recipes"])
 
 ALLOWED = {key: allowed for key, allowed, _ in config.describe()}
@@ -76,7 +76,7 @@ def whole(key):
 def refusal(*overrides, path=None):
     """The one line with which these settings are refused."""
     with pytest.raises(UsageError) as caught:
-        config.load(overrides, **({"path": path} if path else {}))
+        config.load(overrides, path) if path else config.load([f"recipe={CHOSEN}", *overrides])
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -112,11 +112,10 @@ def changed(*keys, **changes):
 
 def test_shipped_settings_load():
     settings = config.load()
-    assert settings.recipe == "linear-probe"
     assert list(settings.recipes) == ["blog", "linear-probe", "finetune"]
-    assert settings.work is settings.recipes["linear-probe"]
-    assert (settings.data.source, settings.data.limit, settings.label) == ("auto", None, None)
-    assert settings.data.folder == config.ROOT / "data" / "raw"
+    assert settings.work is settings.recipes[PARAMS["recipe"]]
+    assert settings.data.folder == config.ROOT / PARAMS["data"]["path"]
+    assert settings.seed == PARAMS["seed"]
     assert isinstance(settings.data.mirrors, tuple)
 
 
@@ -149,9 +148,7 @@ def test_settings_are_frozen():
 
 
 def test_a_recipe_of_ones_own(params):
-    mine = dict(
-        PARAMS["recipes"]["finetune"], model="mobilenetv3_small_100.lamb_in1k", trainable=["blocks.5", "conv"]
-    )
+    mine = dict(PARAMS["recipes"]["finetune"], model="mobilenetv3_small_100.lamb_in1k", trainable=["blocks.5", "conv"])
     tree = changed(recipe="mine") | {"recipes": PARAMS["recipes"] | {"mine": mine}}
     work = config.load(["epochs=2"], path=params(tree)).work
     assert (work.model, work.trainable, work.epochs) == (mine["model"], ("blocks.5", "conv"), 2)
@@ -223,14 +220,12 @@ def test_missing_key(params, key):
     [
         (
             "recipe=finetun",
-            'recipe: "finetun" is not allowed: expected blog | linear-probe | finetune; '
-            "did you mean finetune?",
+            'recipe: "finetun" is not allowed: expected blog | linear-probe | finetune; did you mean finetune?',
         ),
         ("recipe=imagenet", 'recipe: "imagenet" is not allowed: expected blog | linear-probe | finetune'),
         (
             "device=cude",
-            'device: "cude" is not allowed: expected auto | cpu | cuda | cuda:1 | mps | xpu; '
-            "did you mean cuda?",
+            'device: "cude" is not allowed: expected auto | cpu | cuda | cuda:1 | mps | xpu; did you mean cuda?',
         ),
         (
             "data.source=sinthetic",
@@ -254,8 +249,7 @@ def test_missing_key(params, key):
         ),
         (
             "precision=bf61",
-            'recipes.linear-probe.precision: "bf61" is not allowed: expected fp32 | tf32 | bf16; '
-            "did you mean bf16?",
+            'recipes.linear-probe.precision: "bf61" is not allowed: expected fp32 | tf32 | bf16; did you mean bf16?',
         ),
     ],
 )
@@ -272,13 +266,11 @@ def test_whole_line(override, line):
     [
         (
             "zebra=1",
-            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, "
-            "tracking, recipes",
+            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, tracking, recipes",
         ),
         (
             "zebra.stripes=1",
-            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, "
-            "tracking, recipes",
+            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, tracking, recipes",
         ),
         ("epoch=1", "epoch: unknown setting; did you mean epochs?"),
         (
@@ -294,10 +286,12 @@ def test_whole_line(override, line):
         ("recipes.finetun.lr=1", "recipes.finetun: unknown setting; did you mean recipes.finetune?"),
         (
             "recipes.zebra.lr=1",
-            "recipes.zebra: unknown setting; allowed here: recipes.blog, recipes.linear-probe, "
-            "recipes.finetune",
+            "recipes.zebra: unknown setting; allowed here: blog, linear-probe, finetune",
         ),
-        ("seed.more=1", "seed.more: unknown setting: seed holds 0 and no settings of its own"),
+        (
+            "seed.more=1",
+            f"seed.more: unknown setting: seed holds {PARAMS['seed']} and no settings of its own",
+        ),
         ("data=auto", 'data: "auto" is not allowed: expected its settings below it'),
         ("recipes.blog=1", "recipes.blog: 1 is not allowed: expected its settings below it"),
         ("recipes={}", "recipes: {} is not allowed: expected at least one recipe by its name"),
@@ -316,7 +310,7 @@ def test_an_unlike_key_of_a_recipe_gets_the_whole_list():
 
 def test_a_recipes_key_at_the_files_top_is_sent_to_its_place(params):
     assert refusal(path=params(PARAMS | {"epochs": 3})) == (
-        "epochs: unknown setting; did you mean recipes.linear-probe.epochs?"
+        f"epochs: unknown setting; did you mean recipes.{PARAMS['recipe']}.epochs?"
     )
 
 
@@ -360,9 +354,7 @@ def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_bytes(b"recipe: \xff\xfe\n")
     assert refusal(path=path).startswith("params.yaml can't be read: ")
-    assert refusal(path=tmp_path).endswith(
-        "can't be read: " + refusal(path=tmp_path).split("can't be read: ")[1]
-    )
+    assert refusal(path=tmp_path).startswith(f"{tmp_path.name} can't be read: ")  # a folder
 
 
 @pytest.mark.parametrize(
@@ -395,6 +387,15 @@ def test_plain_values_are_read_as_dvc_reads_them(text, value):
     found = config._parse(text, "here")
     assert (type(found), found) == (type(value), value)
     assert found == ruamel.YAML(typ="safe").load(text)
+
+
+@pytest.mark.parametrize("word", ["off", "1e-5", ".5", "1E5", "true", "null", "", "a: b", "1:30", "猫", "-", "x" * 200])
+def test_what_is_written_is_read_again(word):
+    ruamel = pytest.importorskip("ruamel.yaml")
+    tree = {"label": word, "lr": 1e-5, "more": {"limit": None, "flip": True, "trainable": ["layer4", word]}}
+    text = config.dump(tree | {"tuple": (1, 2.5)})
+    assert config._parse(text, "here") == tree | {"tuple": [1, 2.5]}
+    assert ruamel.YAML(typ="safe").load(text) == tree | {"tuple": [1, 2.5]}
 
 
 def test_the_shipped_file_is_read_as_dvc_reads_it():
@@ -449,7 +450,7 @@ def test_a_misspelt_recipe_beside_a_key_of_it():
 
 
 def test_options_of_another_optimizer_can_be_laid_over():
-    work = config.load(["optimizer=lamb", "optimizer_options.lamb.weight_decay=1e-4"]).work
+    work = config.load([f"recipe={CHOSEN}", "optimizer=lamb", "optimizer_options.lamb.weight_decay=1e-4"]).work
     assert work.resolved()["optimizer_options"] == {"weight_decay": 1e-4}
     assert work.optimizer_options["adamw"] == PARAMS["recipes"][CHOSEN]["optimizer_options"]["adamw"]
 
@@ -469,7 +470,7 @@ INPUTS = {
 
 def workload(*overrides, data=None, weights=None):
     inputs = {"data": INPUTS["data"] | (data or {}), "weights": INPUTS["weights"] | (weights or {})}
-    return config.workload(config.load(overrides).work, inputs)
+    return config.workload(config.load([f"recipe={CHOSEN}", *overrides]).work, inputs)
 
 
 def test_a_workload_is_ten_hex_digits():
@@ -541,7 +542,7 @@ def test_where_inputs_came_from_is_not_the_work():
 
 
 def test_the_order_of_keys_is_not_the_work(params):
-    tree = changed()
+    tree = changed(recipe=CHOSEN)
     tree["recipes"][CHOSEN] = dict(reversed(tree["recipes"][CHOSEN].items()))
     assert config.workload(config.load(path=params(tree)).work, INPUTS) == workload()
 

@@ -50,27 +50,29 @@ def unused_gpu() -> str | None:
     gpu = next((gpu for gpu in machine.gpus() if gpu.get("for_training")), None)
     if gpu is None or available() != ["cpu"]:
         return None
-    vendor, name = gpu["vendor"], gpu["name"]
-    if vendor == "NVIDIA":
+    return f"{gpu['name']} is there, but {_why_unused(gpu)}"
+
+
+def _why_unused(gpu: dict[str, Any]) -> str:
+    build = f"this torch {torch.__version__}"
+    if gpu["vendor"] == "NVIDIA":
+        if "driver" not in gpu:
+            return "its driver does not answer: install or repair it; in a container, start that with --gpus all"
         if torch.version.cuda is None:
-            return f"{name} is there, but this torch {torch.__version__} is built without CUDA: make run TORCH=default"
+            return f"{build} is built without CUDA: make run TORCH=cu130 (cards before Turing: TORCH=cu126)"
         if torch.cuda.device_count() == 0:
-            driver = gpu.get("driver", "not answering")
             return (
-                f"{name} is there, but its driver ({driver}) does not serve CUDA {torch.version.cuda}: "
-                "update the driver, or make run TORCH=cu126"
+                f"its driver {gpu['driver']} does not serve CUDA {torch.version.cuda}: update the driver, "
+                "or make run TORCH=cu126"
             )
-        return (
-            f"{name} is there, but this torch {torch.__version__} has no code for it "
-            f"(built for {' '.join(torch.cuda.get_arch_list())}): make run TORCH=cu126"
-        )
-    if vendor == "AMD":
-        return f"{name} is there, but this torch {torch.__version__} is built without ROCm: make run TORCH=rocm7.2"
-    if vendor == "Intel":
-        return f"{name} is there, but this torch {torch.__version__} does not see it: make run TORCH=xpu"
+        return f"{build} has code for {' '.join(torch.cuda.get_arch_list())} alone: make run TORCH=cu126"
+    if gpu["vendor"] == "AMD":
+        return f"{build} is built without ROCm: make run TORCH=rocm7.2 (Linux only)"
+    if gpu["vendor"] == "Intel":
+        return f"{build} does not see it: make run TORCH=xpu"
     if not torch.backends.mps.is_built():
-        return f"{name} is there, but this torch {torch.__version__} has no MPS: use Python for arm64, not x86_64"
-    return f"{name} is there, but macOS does not offer it to torch: MPS needs macOS 14 or newer"
+        return f"{build} has no MPS: use Python for arm64, not x86_64"
+    return "macOS does not offer it to torch: MPS needs macOS 14 or newer"
 
 
 def torch_facts() -> dict[str, Any]:

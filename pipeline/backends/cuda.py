@@ -52,22 +52,21 @@ class Cuda(Backend):
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "architectures": torch.cuda.get_arch_list(),
         }
         return {key: value for key, value in facts.items() if value is not None} | self._from_vendor()
 
     def _from_vendor(self) -> dict[str, Any]:
         # Laptop GPUs of one name differ by power limit; torch doesn't know it. CUDA_VISIBLE_DEVICES may
-        # reorder the cards, so the facts are taken only where every card of this name agrees on them.
+        # reorder the cards, so a fact is taken only where every card of this name agrees on it.
         name = torch.cuda.get_device_name(self.index)
-        same = [gpu for gpu in machine.gpus() if gpu["name"] == name]
-        found = {}
-        for key in ("power_limit_watts", "driver"):
-            values = {gpu.get(key) for gpu in same}
-            if len(values) == 1 and None not in values:
-                found[key] = values.pop()
-        return found
+        drivers = {gpu.get("driver") for gpu in machine.gpus() if gpu["name"] == name}
+        found = {
+            "driver": drivers.pop() if len(drivers) == 1 else None,
+            "power_limit_watts": machine.power_limit_watts(name),
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def set_precision(self, precision: str) -> None:
         """torch leaves TF32 on for cuDNN's convolutions by default; here fp32 is fp32."""

@@ -48,7 +48,7 @@ class Mps(Backend):
     def facts(self) -> dict[str, Any]:
         """The chip as Apple names it, from the system: torch only says "mps"."""
         here = machine.facts()
-        apple = next((gpu for gpu in here.get("gpus", []) if gpu["vendor"] == "Apple"), {})
+        apple: dict[str, Any] = next((gpu for gpu in here.get("gpus", []) if gpu["vendor"] == "Apple"), {})
         facts = {
             "name": apple.get("name") or here.get("cpu", "Apple GPU"),
             "memory_gib": here.get("memory_gib"),  # one memory for CPU and GPU

@@ -1,0 +1,123 @@
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import views
+
+VIEW = "mlflow.sharedViewState.trainmark"
+LOGGED = {  # the metrics of a run, besides system/*
+    "best/epoch",
+    "best/val_accuracy",
+    "memory/peak_mib",
+    "speed/feature_images_per_second",
+    "speed/test_images_per_second",
+    "speed/train_images_per_second",
+    "test/accuracy",
+    "test/loss",
+    "time/data_seconds",
+    "time/setup_seconds",
+    "time/total_seconds",
+    "time/train_seconds",
+    "time/val_seconds",
+    "train/accuracy",
+    "train/loss",
+    "train/lr",
+    "train/lr_applied",
+    "val/accuracy",
+    "val/loss",
+}
+
+
+@pytest.fixture
+def state():
+    return json.loads(json.loads(views.experiment_tags("7")[VIEW])["state"])
+
+
+def metrics_drawn(chart):
+    axes = [chart[axis]["key"] for axis in ("xaxis", "yaxis") if axis in chart]
+    return axes or [chart["metricKey"]]
+
+
+def test_the_ui_accepts_the_view_as_one_of_its_own_saved_views():
+    view = json.loads(views.experiment_tags("7")[VIEW])
+    # The three conditions of the UI; a view that fails one isn't in its menu.
+    assert isinstance(view["name"], str)
+    assert isinstance(view["createdAt"], int)
+    assert isinstance(view["state"], str)
+
+
+def test_the_installed_ui_knows_every_word_of_the_tags_and_links(state):
+    words = {VIEW.removesuffix("trainmark"), "custom_model_development", "mlflow.note.content"}
+    words |= {"workflowType", "machine_learning", "viewStateShareKey", "compareRunsMode", "FIRST_20_RUNS"}
+    words |= {*state} | {key for part in state["compareRunSections"] for key in part}
+    words |= {key for chart in state["compareRunCharts"] for key in chart}
+    words |= {chart["type"] for chart in state["compareRunCharts"]}
+    words |= {"runDateAndNestInfo", "Run Name", "System metrics"}
+    for script in (Path(mlflow.__file__).parent / "server/js/build/static/js").glob("*.js"):
+        text = script.read_text(encoding="utf-8")
+        words = {word for word in words if word not in text}
+    assert not words
+
+
+def test_every_name_in_the_view_is_one_that_other_code_logs(state):
+    kinds = [column.split(".", 1) for column in [*state["selectedColumns"], state["orderByKey"]]]
+    tags = {name.strip("`") for kind, name in kinds if kind == "tags"}
+    metrics = {name.strip("`") for kind, name in kinds if kind == "metrics"}
+    metrics |= {metric for chart in state["compareRunCharts"] for metric in metrics_drawn(chart)}
+    assert {kind for kind, _ in kinds} == {"tags", "metrics"}
+    assert metrics <= LOGGED
+    others = [path for path in Path(views.__file__).parent.rglob("*.py") if path.name != "views.py"]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in others)
+    assert [name for name in sorted(tags | metrics) if f'"{name}"' not in source] == []
+
+
+def test_the_table_opens_on_what_makes_machines_comparable_best_first(state):
+    shown = {column.split(".", 1)[1].strip("`") for column in state["selectedColumns"]}
+    assert {"hardware", "recipe", "precision", "workload", "fallback", "label"} <= shown
+    assert {"speed/train_images_per_second", "time/total_seconds", "test/accuracy"} <= shown
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`test/accuracy`", False)
+    assert state["columnOrder"][-len(shown) :] == state["selectedColumns"]
+    assert set(state["columnWidths"]) == set(state["columnOrder"])
+
+
+def test_every_chart_has_its_place_and_other_metrics_are_folded(state):
+    charts, sections = state["compareRunCharts"], state["compareRunSections"]
+    assert len({chart["uuid"] for chart in charts}) == len(charts)
+    assert {chart["metricSectionId"] for chart in charts} == {s["uuid"] for s in sections if s["display"]}
+    folded = {section["name"] for section in sections if not section["display"]}
+    assert folded == {metric.split("/")[0] for metric in LOGGED} | {"System metrics"}
+    lines = {chart["metricKey"] for chart in charts if chart["type"] == "LINE"}
+    assert lines == {"train/loss", "val/loss", "train/accuracy", "val/accuracy"}
+    assert all(chart["lineSmoothness"] == 0 for chart in charts if chart["type"] == "LINE")
+
+
+def test_links():
+    table = "http://h:5000/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=trainmark"
+    assert views.link("http://h:5000", "7") == views.link("http://h:5000/", "7") == table
+    assert views.charts_link("http://h:5000", "7") == f"{table}&compareRunsMode=CHART"
+
+
+def test_the_description_begins_with_links_that_work_under_any_address():
+    first = views.experiment_tags("7")["mlflow.note.content"].splitlines()[
+        0
+    ]  # all that the UI shows at first
+    for link in (views.link("", "7"), views.charts_link("", "7")):
+        assert f"]({link.removeprefix('/')})" in first
+    assert "#/experiments" not in views.experiment_tags()["mlflow.note.content"]
+
+
+@pytest.mark.filterwarnings("ignore")  # SQLAlchemy's, about MLflow's own code
+def test_a_store_keeps_the_tags_and_has_nothing_to_change_the_next_time(tmp_path):
+    client = MlflowClient(f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}")
+    experiment = client.create_experiment("trainmark", tmp_path.as_uri())
+    for key, value in views.experiment_tags(experiment).items():
+        client.set_experiment_tag(experiment, key, value)
+    kept = client.get_experiment(experiment).tags
+    assert {key: kept[key] for key in views.experiment_tags(experiment)} == views.experiment_tags(experiment)
+
+
+def test_tags_fit_older_servers_too():
+    assert max(map(len, views.experiment_tags("9" * 19).values())) <= 5000  # 20000 since MLflow 3
