@@ -21,7 +21,8 @@ examples:
   dvc repro                                   # the same stages, those whose inputs changed
   dvc exp run -S recipe=finetune -S recipes.finetune.lr=0.01
 
-A key of a recipe alone (epochs, lr, ...) means that of the chosen recipe. Values are YAML: true, null, 1e-3, [layer4, fc].
+A key of a recipe alone (epochs, lr, ...) means that of the chosen recipe.
+Values are YAML: true, null, 1e-3, [layer4, fc].
 Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C."""
 
 
@@ -66,4 +67,6 @@ def _help(doc: str, program: str) -> str:
     width = max(len(key) for key, _, _ in config.describe())
     rows = [f"  {key:{width}}  {meaning}: {allowed}" for key, allowed, meaning in config.describe()]
     usage = argparse.ArgumentParser(prog=program, usage=f"{program} [-S key=value ...] [--key value ...]")
-    return "\n".join([usage.format_usage().strip(), "", doc.strip(), "", "settings (params.yaml):", *rows, "", EXAMPLES])
+    return "\n".join(
+        [usage.format_usage().strip(), "", doc.strip(), "", "settings (params.yaml):", *rows, "", EXAMPLES]
+    )

@@ -50,10 +50,14 @@ def _table(runs: Sequence[Mapping[str, Any]]) -> str:
     tags = runs[0]["tags"]
     rows = [COLUMNS, *(_row(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     fallback = f", fallback: {tags['fallback']}" if "fallback" in tags else ""
-    heading = f"## {tags['recipe']} on {tags['dataset']} (workload `{tags['workload']}`, {tags['weights']} weights{fallback})"
+    heading = (
+        f"## {tags['recipe']} on {tags['dataset']} (workload `{tags['workload']}`, {tags['weights']} weights{fallback})"
+    )
     return heading + "\n\n" + "\n".join(lines)
 
 

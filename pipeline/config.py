@@ -194,9 +194,7 @@ class Recipe:
     features: str = setting(
         one_of("auto", "cache", "recompute"), "execution: a frozen backbone's features, once or every epoch"
     )
-    threads: int | None = setting(
-        either(NULL, whole(1, 4096)), "execution: CPU threads; null: what torch takes"
-    )
+    threads: int | None = setting(either(NULL, whole(1, 4096)), "execution: CPU threads; null: what torch takes")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the options of the chosen optimizer and scheduler alone, as plain JSON values."""
@@ -331,7 +329,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of `!!int x`
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

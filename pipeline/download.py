@@ -16,7 +16,9 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     classes = data["classes"]
     shown = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
     size = "x".join(map(str, data["size"])) + " pixels" if data["size"] else "of many sizes"
-    terminal.say(f"data     {data['source']}: {data['counts']['train']:,} train + {data['counts']['test']:,} test, {size}")
+    terminal.say(
+        f"data     {data['source']}: {data['counts']['train']:,} train + {data['counts']['test']:,} test, {size}"
+    )
     terminal.say(f"classes  {len(classes)}: {shown}")
     terminal.say(f"weights  {start['model']}: {start['used']}")
     if fallback:

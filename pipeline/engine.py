@@ -92,9 +92,7 @@ def train(
         if not job.per_batch:
             job.scheduler.step()
         with job.clock.span("validate") as val_span:
-            val_loss, val_accuracy = evaluate(
-                job.network, val_batches(), job.backend, job.precision, progress=progress
-            )
+            val_loss, val_accuracy = evaluate(job.network, val_batches(), job.backend, job.precision, progress=progress)
         _refuse_non_finite("validation", val_loss, epoch)
         speed = {} if job.on_features else {"speed/train_images_per_second": totals.count / train_span.seconds}
         peak = job.backend.peak_memory_mib()

@@ -64,17 +64,13 @@ def cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) -> Non
     """
     if cifar10_present(folder):
         return
-    path = archive(
-        folder, mirrors, name=ARCHIVE, md5=ARCHIVE_MD5, size=ARCHIVE_BYTES, timeout_seconds=timeout_seconds
-    )
+    path = archive(folder, mirrors, name=ARCHIVE, md5=ARCHIVE_MD5, size=ARCHIVE_BYTES, timeout_seconds=timeout_seconds)
     unpack(path, folder / BATCHES, ARCHIVE_MD5)
     if not cifar10_present(folder):
         raise StageError(f"{folder / BATCHES} is not what {path} held: is the disk sound?")
 
 
-def archive(
-    folder: Path, mirrors: Sequence[str], *, name: str, md5: str, size: int, timeout_seconds: float
-) -> Path:
+def archive(folder: Path, mirrors: Sequence[str], *, name: str, md5: str, size: int, timeout_seconds: float) -> Path:
     """The path of the archive `name` in `folder`, its digest checked; fetched where it is not there yet.
 
     `size` is in bytes; a mirror that is silent for `timeout_seconds` gives way to the next, which continues

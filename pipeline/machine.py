@@ -137,9 +137,7 @@ def pci_displays(root: Path) -> list[dict[str, Any]]:
     machines and of servers' consoles are other makers'."""
     found = []
     for folder in sorted(root.glob("*")):
-        kind, vendor, device = (
-            _read(folder / key).removeprefix("0x") for key in ("class", "vendor", "device")
-        )
+        kind, vendor, device = (_read(folder / key).removeprefix("0x") for key in ("class", "vendor", "device"))
         # 03 is a display controller; 12 an accelerator: AMD's Instinct, but an NPU of Intel's.
         if vendor in VENDORS and (kind.startswith("03") or (kind.startswith("12") and vendor == "1002")):
             memory = _number(_read(folder / "mem_info_vram_total"))  # by the driver amdgpu alone
@@ -156,9 +154,7 @@ def parse_lspci(text: str) -> dict[str, str]:
     """Descriptions by id from `lspci -mm -nn`; a device that its list doesn't know is absent."""
     line = re.compile(r'"[^"]*" "[^"]* \[([0-9a-f]{4})\]" "([^"]*) \[([0-9a-f]{4})\]"')
     found = (match.groups() for match in line.finditer(text))
-    return {
-        f"{vendor}:{device}": description for vendor, description, device in found if description != "Device"
-    }
+    return {f"{vendor}:{device}": description for vendor, description, device in found if description != "Device"}
 
 
 def pci_gpu(vendor: str, device: str, memory_gib: float = 0, description: str = "") -> dict[str, Any]:
@@ -238,9 +234,7 @@ def parse_cpuinfo(text: str) -> str | None:
     makers = [value for key, value in values if key == "CPU implementer"]
     parts = [value for key, value in values if key == "CPU part"]
     kinds = dict.fromkeys(f"{maker}:{part}" for maker, part in zip(makers, parts, strict=False))
-    return (
-        " + ".join(ARM_PARTS.get(kind, f"{ARM_MAKERS.get(kind[:4], 'ARM')} {kind}") for kind in kinds) or None
-    )
+    return " + ".join(ARM_PARTS.get(kind, f"{ARM_MAKERS.get(kind[:4], 'ARM')} {kind}") for kind in kinds) or None
 
 
 def linux_model(root: Path) -> str | None:
@@ -284,12 +278,8 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
         folders.append(folders[-1] / part)
     quotas = [_read(folder / "cpu.max").split() for folder in folders]
     quotas += [[_read(root / "cpu/cpu.cfs_quota_us"), _read(root / "cpu/cpu.cfs_period_us")]]
-    limits = [_read(folder / "memory.max") for folder in folders] + [
-        _read(root / "memory/memory.limit_in_bytes")
-    ]
-    cores = [
-        int(quota[0]) / int(quota[1]) for quota in quotas if len(quota) == 2 and all(map(str.isdigit, quota))
-    ]
+    limits = [_read(folder / "memory.max") for folder in folders] + [_read(root / "memory/memory.limit_in_bytes")]
+    cores = [int(quota[0]) / int(quota[1]) for quota in quotas if len(quota) == 2 and all(map(str.isdigit, quota))]
     return min(cores, default=None), min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
 
@@ -304,9 +294,7 @@ def _allowed() -> tuple[float | None, int | None]:
 def _system() -> dict[str, Any]:
     if sys.platform == "darwin":
         here = _sysctl()
-        product = parse_ioreg(
-            _run("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name"), "product-name"
-        )
+        product = parse_ioreg(_run("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name"), "product-name")
         found: dict[str, Any] = {
             "model": ", ".join(filter(None, (product, here.get("hw.model")))),
             "cpu": here.get("machdep.cpu.brand_string"),

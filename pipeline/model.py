@@ -97,11 +97,12 @@ def hub_file(name: str) -> tuple[str, str] | None:
 def build(recipe: Recipe, classes: int, weights: Path | None) -> Classifier:
     """The recipe's model with a new head for `classes`, its parameters frozen or not as the recipe says.
 
-    `weights`: a .safetensors file, or None for random ones. Raises UsageError where model, weights and
-    `trainable` don't fit each other.
+    `weights`: a .safetensors file, or None for random ones. Raises UsageError where model, weights,
+    `trainable` and `image_size` don't fit each other.
     """
     check(recipe.model)
     net = timm.create_model(recipe.model, pretrained=False, num_classes=classes)
+    _try_size(net, recipe)
     mean, std = normalization(net, recipe.normalize)
     if weights is not None:
         _load_weights(net, recipe, classes, weights)
@@ -181,12 +182,12 @@ def save_checkpoint(path: Path, model: Classifier, facts: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> tuple[Classifier, Checkpoint]:
     """The model of a checkpoint, whole, in evaluation mode on the CPU. Raises StageError where it can't be used."""
     metadata, state = _read_safetensors(path)
-    if "trainmark" not in metadata:
-        raise StageError(f"{path.name} is no checkpoint of ours: its metadata does not say which model it is")
-    facts = Checkpoint(**{
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(metadata["trainmark"]).items()
-    })
+    try:
+        stored: dict[str, Any] = json.loads(metadata["trainmark"])
+        facts = Checkpoint(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        what = "its metadata does not say which model it is"
+        raise StageError(f"{path.name} is no checkpoint of ours: {what}") from None
     check(facts.model)
     net = timm.create_model(facts.model, pretrained=False, num_classes=len(facts.classes))
     _load_state(net, state, f"{path.name}: it says it is {facts.model} of {len(facts.classes)} classes")
@@ -195,6 +196,21 @@ def load_checkpoint(path: Path) -> tuple[Classifier, Checkpoint]:
 
 def _is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+@torch.no_grad()
+def _try_size(net: nn.Module, recipe: Recipe) -> None:
+    """Many transformers take images of one size alone, which shows only when they get one."""
+    net.eval()
+    try:
+        net(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        own = net.pretrained_cfg["input_size"][1]  # type: ignore[index]
+        raise UsageError(
+            f"image_size: {recipe.image_size} is not allowed with {recipe.model} ({reason}): its own is {own}"
+        ) from None
+    net.train()
 
 
 def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
@@ -211,9 +227,7 @@ def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
     heads = set(head.parameters()) if trainable == "head" and head is not None else set()
     for name, parameter in named.items():
         parameter.requires_grad = (
-            trainable == "all"
-            or parameter in heads
-            or (isinstance(trainable, tuple) and name.startswith(trainable))
+            trainable == "all" or parameter in heads or (isinstance(trainable, tuple) and name.startswith(trainable))
         )
 
 
@@ -231,9 +245,7 @@ def _load_weights(net: nn.Module, recipe: Recipe, classes: int, path: Path) -> N
     _load_state(net, state, f"weights: {path.name} does not fit {recipe.model} with {classes} classes", UsageError)
 
 
-def _load_state(
-    net: nn.Module, state: dict[str, Tensor], what: str, error: type[StageError] = StageError
-) -> None:
+def _load_state(net: nn.Module, state: dict[str, Tensor], what: str, error: type[StageError] = StageError) -> None:
     fresh = net.state_dict()
     missing, extra = sorted(set(fresh) - set(state)), sorted(set(state) - set(fresh))
     shapes = [name for name in fresh if name in state and fresh[name].shape != state[name].shape]

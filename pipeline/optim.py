@@ -118,9 +118,7 @@ def _names(package: str) -> dict[str, str]:
     if package == "timm":
         return {name: name for name in module.list_optimizers()}
     base = torch.optim.Optimizer
-    classes = {
-        key: value for key, value in vars(module).items() if isinstance(value, type) and value is not base
-    }
+    classes = {key: value for key, value in vars(module).items() if isinstance(value, type) and value is not base}
     return {key.lower(): key for key, value in classes.items() if issubclass(value, base)}
 
 
@@ -312,9 +310,7 @@ weight, as in LAMB or Adam, is part of the update rule and no change of the rate
 def _follow_override(optimizer: torch.optim.Optimizer) -> None:
     """Has `optimizer` note each step's own rate, in its first group, where it doesn't use the schedule's."""
     cls = type(optimizer)
-    when, rate = OVERRIDES.get(
-        f"{cls.__module__.partition('.')[0]}.{cls.__name__}", ("before", lambda _: None)
-    )
+    when, rate = OVERRIDES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}", ("before", lambda _: None))
     if rate(optimizer) is None:
         return
     optimizer.param_groups[0]["applied_lr"] = None
@@ -439,15 +435,11 @@ def build_scheduler(
             return OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * moves, **given)
         rates = {"base_lr": 1e-5, "max_lr": lr} | given
         if rates["base_lr"] > rates["max_lr"]:
-            raise _refused(
-                f"{setting}.base_lr", rates["base_lr"], f"expected at most max_lr, {rates['max_lr']}"
-            )
+            raise _refused(f"{setting}.base_lr", rates["base_lr"], f"expected at most max_lr, {rates['max_lr']}")
         return CyclicLR(optimizer, **rates)
     except ZeroDivisionError:
         total = f"the {epochs * moves} steps of the schedule"
-        raise _refused(
-            f"{setting}.pct_start", given["pct_start"], f"it leaves a phase of {total} empty"
-        ) from None
+        raise _refused(f"{setting}.pct_start", given["pct_start"], f"it leaves a phase of {total} empty") from None
     except (TypeError, ValueError) as error:
         raise _refused(setting, dict(options), _line(error)) from None
 
@@ -459,9 +451,7 @@ def _warm_moves(name: str, epochs: int, moves: int, warmup_epochs: float) -> int
     if not 0 <= warmup_epochs < epochs:
         raise _refused("warmup_epochs", warmup_epochs, f"expected from 0 to below epochs, {epochs}")
     if moves == 1 and warmup_epochs != int(warmup_epochs):
-        raise _refused(
-            "warmup_epochs", warmup_epochs, "expected whole epochs, as the schedule moves by epochs"
-        )
+        raise _refused("warmup_epochs", warmup_epochs, "expected whole epochs, as the schedule moves by epochs")
     return min(round(warmup_epochs * moves), epochs * moves - 1)
 
 

@@ -92,9 +92,7 @@ def loss(epochs: Sequence[Mapping[str, float]], *, title: str) -> Figure:
 
 
 @_styled
-def accuracy(
-    epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validation: str, title: str
-) -> Figure:
+def accuracy(epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validation: str, title: str) -> Figure:
     """Draws training and validation accuracy (left axis), and training loss (right axis), against the epoch.
 
     There is at least one record. Each has "epoch" (from 1) and, where measured, "train/accuracy" and
@@ -213,9 +211,7 @@ def _line(axes: Axes, epochs: Sequence[Mapping[str, float]], key: str, **drawn: 
     if len(epochs) > MARKED_EPOCHS:
         drawn["marker"] = ""
     # Not clipped: a marker at 100 % is drawn whole.
-    axes.plot(
-        [record["epoch"] for record in having], [record[key] for record in having], clip_on=False, **drawn
-    )
+    axes.plot([record["epoch"] for record in having], [record[key] for record in having], clip_on=False, **drawn)
 
 
 def _finish(figure: Figure, axes: Axes, epochs: Sequence[Mapping[str, float]]) -> None:

@@ -28,9 +28,7 @@ def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -
     _describe(handle, record, None)
 
 
-def evaluation(
-    handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], folder: Path
-) -> None:
+def evaluation(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
     """Logs the evaluation `result` of the training `record`, which left `folder`."""
     tracking.log_figures(handle, result["metrics"], result["ended"])
     tracking.log_datasets(handle, result["datasets"])

@@ -147,13 +147,15 @@ def datasets(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) ->
     for split, count in counts.items():
         # A split of train is another one under another seed; MLflow's digests have at most 36 characters.
         identity = json.dumps([data["digest"], data["limit"], split, count, None if split == "test" else seed])
-        rows.append({
-            "name": f"{data['source']}-{split}",
-            "digest": hashlib.sha256(identity.encode()).hexdigest()[:32],
-            "source": json.dumps({"source": data["source"], "digest": data["digest"]}),
-            "context": {"train": "training", "validation": "validation", "test": "testing"}[split],
-            "profile": json.dumps({"images": count, "classes": len(data["classes"])}),
-        })
+        rows.append(
+            {
+                "name": f"{data['source']}-{split}",
+                "digest": hashlib.sha256(identity.encode()).hexdigest()[:32],
+                "source": json.dumps({"source": data["source"], "digest": data["digest"]}),
+                "context": {"train": "training", "validation": "validation", "test": "testing"}[split],
+                "profile": json.dumps({"images": count, "classes": len(data["classes"])}),
+            }
+        )
     return rows
 
 
@@ -167,18 +169,19 @@ def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
         f"{own.get('hardware.cpu', 'unknown CPU')}, {own.get('software.os', '')}, torch {own.get('software.torch')}",
         "",
         f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
-        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images of "
-        f"{len(facts['classes'])} classes ({own['dataset']}) for {len(record['epochs'])} epochs, {own['precision']}",
+        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
+        f"of {len(facts['classes'])} classes ({own['dataset']}) for {len(record['epochs'])} epochs, {own['precision']}",
         "",
     ]
-    result = f"**Result** best validation accuracy {figures['best/val_accuracy']:.2%} in epoch {figures['best/epoch']:.0f}"
+    result = (
+        f"**Result** best validation accuracy {figures['best/val_accuracy']:.2%} in epoch {figures['best/epoch']:.0f}"
+    )
     if evaluation is not None:
         result += f", **test accuracy {evaluation['metrics']['test/accuracy']:.2%}**"
     result += f"; {figures['time/total_seconds']:.2f} s in all"
-    if "speed/feature_images_per_second" in figures:
-        result += (
-            f"; the frozen network's features computed once at {figures['speed/feature_images_per_second']:,.0f} images/s"
-        )
+    features = figures.get("speed/feature_images_per_second")
+    if features:
+        result += f"; the frozen network's features computed once at {features:,.0f} images/s"
     else:
         result += f"; last epoch {last['speed/train_images_per_second']:,.0f} images/s"
     lines += [result, ""]

@@ -20,8 +20,19 @@ from pipeline.errors import StageError, UsageError
 CACHE = config.ROOT / ".cache"
 """What can be found out again, but slowly; may be deleted at any time."""
 
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-SYNTHETIC_CLASSES = "disc ring square frame triangle cross horizontal vertical diagonal checks".split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+SYNTHETIC_CLASSES = [
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "triangle",
+    "cross",
+    "horizontal",
+    "vertical",
+    "diagonal",
+    "checks",
+]
 SYNTHETIC_VERSION = "synthetic-1"
 """Raised when the generator draws other pixels: it stands for the data in the workload."""
 
@@ -82,9 +93,7 @@ def _auto(data: config.Data) -> tuple[str, str | None]:
     return "cifar10", None
 
 
-def _generated_facts(
-    digest: str, classes: list[str], each: tuple[int, int], limit: int | None
-) -> dict[str, Any]:
+def _generated_facts(digest: str, classes: list[str], each: tuple[int, int], limit: int | None) -> dict[str, Any]:
     counts = {split: len(classes) * min(n, limit or n) for split, n in zip(SPLITS, each, strict=True)}
     return {"digest": digest, "classes": classes, "counts": counts, "size": [32, 32]}
 
@@ -114,7 +123,7 @@ def _folder_listing(data: config.Data) -> dict[str, list[list[str]]]:
                 raise UsageError(f"data.path: class {split}/{name} holds no image ({', '.join(SUFFIXES)})")
             for path in found:
                 if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
-                    raise UsageError(f"data.path: {ascii(path)} is no Unicode name: rename it")
+                    raise UsageError(f"data.path: {path!a} is no Unicode name: rename it")
             listing[split].append(found[: data.limit])
     for here, there in (("train", "test"), ("test", "train")):
         missing = [name for name in names[here] if name not in names[there]]
@@ -173,9 +182,7 @@ def _unreadable(shown: str, error: Exception) -> UsageError:
     return UsageError(f"data.path: {shown} is not a readable image ({why})")
 
 
-def _folder_images(
-    data: config.Data, inputs: dict[str, Any], split: str, image_size: int
-) -> tuple[Images, Labels]:
+def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     if _folder_facts(data)["digest"] != inputs["digest"]:
         raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
     groups = _folder_listing(data)[split]

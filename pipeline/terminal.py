@@ -16,7 +16,9 @@ def say(text: str) -> None:
 def shout(title: str, *lines: str) -> None:
     """A warning that can't be overlooked, on stderr: a figure under it is not what it seems."""
     rule = "!" * 78
-    print("\n".join(["", rule, f"!!  {title}", *(f"!!  {line}" for line in lines), rule, ""]), file=sys.stderr, flush=True)
+    print(
+        "\n".join(["", rule, f"!!  {title}", *(f"!!  {line}" for line in lines), rule, ""]), file=sys.stderr, flush=True
+    )
 
 
 @contextmanager
@@ -53,9 +55,7 @@ def _advance(bar: "tqdm[NoReturn]", count: int) -> None:
 
 
 def _bar(title: str, images: int) -> "tqdm[NoReturn]":
-    return tqdm(
-        total=images, desc=title, unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-    )
+    return tqdm(total=images, desc=title, unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
 
 
 def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:

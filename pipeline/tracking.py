@@ -28,7 +28,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import views
 from pipeline.config import ROOT
-from pipeline.errors import StageError
+from pipeline.errors import StageError, UsageError
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # else a new store prints its migrations
@@ -49,8 +49,20 @@ class Handle:
 
 
 def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, else SQLite beside params.yaml, whatever the current folder is."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}"
+    """MLFLOW_TRACKING_URI, else SQLite beside params.yaml; a relative path starts there too, wherever we are.
+
+    Raises UsageError where the store would be lost with the temporary folder it is in.
+    """
+    uri = shown_uri()
+    relative = uri.removeprefix("sqlite:///")
+    if relative == uri or Path(relative).is_absolute():
+        return uri
+    if ".dvc/tmp/exps" in ROOT.as_posix():
+        raise UsageError(
+            f"MLFLOW_TRACKING_URI: {uri} would be lost with this experiment's temporary folder: expected an absolute "
+            f"one for queued and --temp experiments, such as sqlite:////home/me/{relative}"
+        )
+    return f"sqlite:///{(ROOT / relative).as_posix()}"
 
 
 def shown_uri() -> str:

@@ -39,6 +39,7 @@ Splits = dict[str, data.Split]
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Trains as one run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`."""
     recipe = settings.work
+    tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     backend = backends.select(settings.device)
     backend.set_precision(recipe.precision)
@@ -110,9 +111,7 @@ def _check(recipe: config.Recipe) -> None:
     )
 
 
-def _splits(
-    settings: config.Settings, inputs: Mapping[str, Any]
-) -> tuple[Splits, tuple[NDArray[np.uint8], list[str]]]:
+def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Splits, tuple[NDArray[np.uint8], list[str]]]:
     """Decoded images in host memory to train and to validate on, and six of them with their class names."""
     recipe, found = settings.work, inputs["data"]
     images, labels = sources.decode(settings.data, found, "train", recipe.image_size)
@@ -218,9 +217,7 @@ def _epochs(
         with terminal.progress("features", images) as advance, clock.span("features") as span:
             for name, split in samples.items():
                 batches = work.ready(data.batches(split, batch_size), size)
-                samples[name] = engine.compute_features(
-                    work.net.features, batches, job.backend, job.precision, advance
-                )
+                samples[name] = engine.compute_features(work.net.features, batches, job.backend, job.precision, advance)
         record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
     train, validated = samples["train"], next(split for name, split in samples.items() if name != "train")
 
@@ -264,9 +261,7 @@ def _record(
         "datasets": records.datasets(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
         "epochs": [],
         "metrics": {},
-        "warnings": records.warnings(
-            settings, inputs, own, unused_gpu, optim.overrides_schedule(work.job.optimizer)
-        ),
+        "warnings": records.warnings(settings, inputs, own, unused_gpu, optim.overrides_schedule(work.job.optimizer)),
         "facts": {
             "model": recipe.model,
             "classes": inputs["data"]["classes"],

@@ -223,9 +223,7 @@ def test_archive_put_by_hand_is_taken_and_kept(data, server):
     assert server.connections == 0
 
 
-@pytest.mark.parametrize(
-    "content", [ARCHIVE[:-1], b"", tar_of(("evil", b"evil"))], ids=["cut", "empty", "other"]
-)
+@pytest.mark.parametrize("content", [ARCHIVE[:-1], b"", tar_of(("evil", b"evil"))], ids=["cut", "empty", "other"])
 def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
     path = put(data / fetch.ARCHIVE, content)
     message = fails(UsageError, fetch.cifar10, data, server.urls("good"), 5)
@@ -301,9 +299,7 @@ def test_a_stalling_mirror_gives_way_to_the_next(data, server):
 
 
 def test_a_mirror_that_only_stalls_is_named(data, server):
-    assert "127.0.0.1 was silent for 0.3 s" in fails(
-        StageError, fetch.cifar10, data, server.urls("stall"), 0.3
-    )
+    assert "127.0.0.1 was silent for 0.3 s" in fails(StageError, fetch.cifar10, data, server.urls("stall"), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -514,9 +510,7 @@ def test_a_damaged_archive_is_not_unpacked(tmp_path, content):
     assert tree(tmp_path) == {Path("a.tar.gz"): content}
 
 
-@pytest.mark.parametrize(
-    ("at", "bytes_there"), [(-8, b"0000"), (100_000, b"\xff" * 1000)], ids=["checksum", "inside"]
-)
+@pytest.mark.parametrize(("at", "bytes_there"), [(-8, b"0000"), (100_000, b"\xff" * 1000)], ids=["checksum", "inside"])
 def test_an_archive_damaged_in_its_compression(tmp_path, at, bytes_there):
     tar = gzip.decompress(tar_of((f"{fetch.BATCHES}/good", b" ".join(b"%d" % n for n in range(99_999)))))
     packed = bytearray(gzip.compress(tar.rstrip(b"\0")))  # no end mark: tarfile reads up to the checksum

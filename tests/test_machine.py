@@ -14,9 +14,7 @@ from pipeline import machine
 
 SMI_FIELDS = ("name", "memory.total", "driver_version", "power.default_limit", "uuid")
 DESKTOP = "NVIDIA GeForce GTX 1060 6GB, 6144, 560.35.03, 120.00, GPU-5f0c8f1e-0000-1111-2222-333344445555\n"
-LAPTOP = (
-    "NVIDIA GeForce RTX 3060 Laptop GPU, 6144, 550.120, [N/A], GPU-0a1b2c3d-0000-1111-2222-333344445555\n"
-)
+LAPTOP = "NVIDIA GeForce RTX 3060 Laptop GPU, 6144, 550.120, [N/A], GPU-0a1b2c3d-0000-1111-2222-333344445555\n"
 NO_DRIVER = (
     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
     "Make sure that the latest NVIDIA driver is installed and running.\n\n"
@@ -134,9 +132,7 @@ def test_a_card_is_told_once_where_its_driver_and_the_bus_both_show_it(monkeypat
     assert [gpu["driver"] for gpu in machine.gpus()] == ["560.35.03"]
 
 
-def test_without_lspci_a_card_goes_by_its_id_and_consoles_of_servers_are_no_gpus(
-    monkeypatch, tmp_path, fresh
-):
+def test_without_lspci_a_card_goes_by_its_id_and_consoles_of_servers_are_no_gpus(monkeypatch, tmp_path, fresh):
     bus = pci(tmp_path, ("030200", "10de", "1c60"), ("030000", "1a03", "2000"), ("030000", "102b", "0536"))
     monkeypatch.setattr(machine, "PCI", bus)
     recorded(monkeypatch, "linux", {})
@@ -164,9 +160,7 @@ def test_without_lspci_a_card_goes_by_its_id_and_consoles_of_servers_are_no_gpus
         ("10de", "0df4", "GF108M [GeForce GT 540M]", "NVIDIA GeForce GT 540M", False),  # of 2011
     ],
 )
-def test_cards_train_and_display_adapters_in_processors_do_not(
-    vendor, device, description, name, for_training
-):
+def test_cards_train_and_display_adapters_in_processors_do_not(vendor, device, description, name, for_training):
     gpu = machine.pci_gpu(vendor, device, description=description)
     assert gpu["for_training"] is for_training
     assert name is None or gpu["name"] == name
@@ -234,9 +228,7 @@ def test_a_mac_with_an_intel_chip_or_in_a_virtual_machine_has_no_gpu_for_torch()
 def test_the_cpu_is_named_on_x86_and_on_arm_which_gives_numbers_only():
     x86 = "processor\t: 0\nmodel\t\t: 158\nmodel name\t: Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz\n"
     assert machine.parse_cpuinfo(x86) == "Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz"
-    core = (
-        "processor\t: {}\nBogoMIPS\t: 48.00\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {}\n\n"
-    )
+    core = "processor\t: {}\nBogoMIPS\t: 48.00\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {}\n\n"
     big_little = "".join(core.format(index, part) for index, part in enumerate(["0xd05"] * 4 + ["0xd0b"] * 4))
     assert machine.parse_cpuinfo(big_little) == "Cortex-A55 + Cortex-A76"
     assert machine.parse_cpuinfo(core.format(0, "0xfff")) == "ARM 0x41:0xfff"
@@ -292,9 +284,7 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
     }
     bus = [{"vendor": "10de", "device": "1c03", "memory_gib": 0.0}]
     here = machine.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
-    assert here == machine.fingerprint(
-        HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32
-    )
+    assert here == machine.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
     assert here == machine.fingerprint(HARDWARE, [], bus, "a" * 32)
     assert here == machine.fingerprint(HARDWARE | {"memory_gib": 15.6}, [gpu], bus, "a" * 32)
     others = {

@@ -37,9 +37,7 @@ def scheduler_of(name, optimizer=None, epochs=10, steps=5, per_batch=False, warm
     )
 
 
-def checked(
-    optimizer="sgd", scheduler="constant", optimizer_options=None, scheduler_options=None, warmup_epochs=0
-):
+def checked(optimizer="sgd", scheduler="constant", optimizer_options=None, scheduler_options=None, warmup_epochs=0):
     optim.check(
         optimizer,
         scheduler,
@@ -123,8 +121,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         "timm: or none before the name; did you mean timm:?"
     )
     assert refusal(scheduler_of, "cosin") == (
-        'scheduler: "cosin" is not allowed: expected cosine | cyclic | onecycle | constant; '
-        "did you mean cosine?"
+        'scheduler: "cosin" is not allowed: expected cosine | cyclic | onecycle | constant; did you mean cosine?'
     )
 
 
@@ -138,17 +135,13 @@ def test_options_reach_the_optimizer_and_lists_become_tuples():
 
 def test_unknown_option_is_refused_by_name():
     line = refusal(optimizer_of, "sgd", {"momentumm": 0.9})
-    assert line.startswith(
-        "optimizer_options.sgd.momentumm: unknown option: expected momentum | dampening | "
-    )
+    assert line.startswith("optimizer_options.sgd.momentumm: unknown option: expected momentum | dampening | ")
     assert line.endswith("; did you mean momentum?")
 
 
 def test_option_that_kwargs_would_swallow_is_refused():
     line = refusal(optimizer_of, "ranger21", {"weight_decai": 0.0})
-    assert line.startswith(
-        "optimizer_options.ranger21.weight_decai: unknown option: expected num_iterations | "
-    )
+    assert line.startswith("optimizer_options.ranger21.weight_decai: unknown option: expected num_iterations | ")
     assert line.endswith("; did you mean weight_decay?")
 
 
@@ -193,9 +186,7 @@ def test_wrong_value_is_refused_by_name_in_the_packages_own_words(name, options,
 
 def test_two_wrong_values_are_shown_together():
     line = refusal(optimizer_of, "sgd", {"momentum": -1, "weight_decay": -2})
-    assert line.startswith(
-        'optimizer_options.sgd: {"momentum": -1, "weight_decay": -2} is not allowed: Invalid '
-    )
+    assert line.startswith('optimizer_options.sgd: {"momentum": -1, "weight_decay": -2} is not allowed: Invalid ')
 
 
 # --- optimizers that don't suit
@@ -376,9 +367,7 @@ def test_warm_up_climbs_in_equal_parts_and_leaves_the_rest_to_the_schedule():
     found = rates(scheduler_of("cosine", epochs=3, steps=4, per_batch=True, warmup=1), 12)
     assert found[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert found[4:] == pytest.approx([0.05 * (1 + math.cos(math.pi * move / 8)) for move in range(8)])
-    assert rates(scheduler_of("constant", epochs=5, warmup=2), 5) == pytest.approx(
-        [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1]
-    )
+    assert rates(scheduler_of("constant", epochs=5, warmup=2), 5) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1])
     assert rates(scheduler_of("constant", steps=4, per_batch=True, warmup=0.5), 3)[2] == 0.1
 
 
@@ -410,9 +399,7 @@ def test_momentum_cannot_cycle_where_there_is_none(name):
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_onecycle_ends_with_the_training(per_batch):
     moves = 50 if per_batch else 10
-    scheduler = scheduler_of(
-        "onecycle", per_batch=per_batch, pct_start=0.2, div_factor=10, final_div_factor=100
-    )
+    scheduler = scheduler_of("onecycle", per_batch=per_batch, pct_start=0.2, div_factor=10, final_div_factor=100)
     found = rates(scheduler, moves)
     assert found[0] == pytest.approx(0.01)
     assert max(found) == found[moves // 5 - 1] == pytest.approx(0.1)
@@ -512,9 +499,7 @@ def test_check_passes_what_the_recipes_say():
 
 def test_check_refuses_before_there_is_a_model():
     assert refusal(checked, "adamww").startswith('optimizer: "adamww" is not allowed')
-    assert refusal(checked, optimizer_options={"momentum": -1}).startswith(
-        "optimizer_options.sgd.momentum: -1 "
-    )
+    assert refusal(checked, optimizer_options={"momentum": -1}).startswith("optimizer_options.sgd.momentum: -1 ")
     assert refusal(checked, scheduler="cosin").startswith('scheduler: "cosin" is not allowed')
     assert refusal(checked, scheduler="cyclic", warmup_epochs=1).startswith("warmup_epochs: 1 is not allowed")
     assert refusal(checked, "adagrad", "cyclic").startswith("scheduler_options.cyclic.cycle_momentum: true ")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -52,9 +53,7 @@ def values(figure, key):
 def epoch_ticks(figure):
     figure.canvas.draw()
     low, high = figure.axes[0].get_xlim()
-    return [
-        text.get_text() for text in figure.axes[0].get_xticklabels() if low <= text.get_position()[0] <= high
-    ]
+    return [text.get_text() for text in figure.axes[0].get_xticklabels() if low <= text.get_position()[0] <= high]
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
@@ -191,7 +190,7 @@ def test_many_classes_have_no_numbers_and_labels_that_stay_apart(classes, labels
     assert len(axes.get_yticks()) == labels
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in axes.get_yticklabels()]
-    assert all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:], strict=False))
+    assert all(above.y0 >= below.y1 for above, below in pairwise(boxes))
 
 
 @pytest.mark.parametrize(("classes", "count"), [(3, 400), (10, 1000), (20, 12345)])
@@ -292,7 +291,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 def test_plots_leave_matplotlib_and_torch_alone():
     program = """
 import json, sys, matplotlib
-before = dict(matplotlib.rcParams)
+before = {key: dict.__getitem__(matplotlib.rcParams, key) for key in matplotlib.rcParams}
 from pipeline import plots
 plots.loss([{"epoch": 1, "train/loss": 1.0}], title="t")
 changed = [key for key, value in before.items() if dict.__getitem__(matplotlib.rcParams, key) != value]

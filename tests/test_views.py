@@ -101,9 +101,7 @@ def test_links():
 
 
 def test_the_description_begins_with_links_that_work_under_any_address():
-    first = views.experiment_tags("7")["mlflow.note.content"].splitlines()[
-        0
-    ]  # all that the UI shows at first
+    first = views.experiment_tags("7")["mlflow.note.content"].splitlines()[0]  # all that the UI shows at first
     for link in (views.link("", "7"), views.charts_link("", "7")):
         assert f"]({link.removeprefix('/')})" in first
     assert "#/experiments" not in views.experiment_tags()["mlflow.note.content"]

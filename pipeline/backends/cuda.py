@@ -81,13 +81,12 @@ def runs_on(index: int) -> bool:
     or PTX that the driver can compile for a newer one (CUDA C++ guide, "Binary compatibility")."""
     if torch.version.hip:
         return True
-    major, minor = torch.cuda.get_device_capability(index)
+    card = torch.cuda.get_device_capability(index)
     for architecture in torch.cuda.get_arch_list():
         kind, _, number = architecture.partition("_")
-        digits = number.rstrip("af")  # sm_90a, sm_100f: for that architecture or family alone
+        digits = number.rstrip("af")  # sm_90a is for that card alone, sm_100f for later minors of it too
         built = (int(digits[:-1]), int(digits[-1]))
-        if kind == "sm" and built[0] == major and built[1] <= minor:
-            return True
-        if kind == "compute" and built <= (major, minor):
+        later_minor = built[0] == card[0] and built < card and not number.endswith("a")
+        if built == card or later_minor or (kind == "compute" and number == digits and built < card):
             return True
     return False

@@ -1,0 +1,380 @@
+"""What a run shows: parameters, tags, data sets, warnings and a description, from which no path leaks."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import config, files, records
+from pipeline.errors import UsageError
+
+HARDWARE = {
+    "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "os": "Debian GNU/Linux 12",
+    "torch": "2.14.1", "gpus": [],
+}  # fmt: skip
+GPU = {"name": "NVIDIA T4", "memory_gib": 14.6, "gpu_cores": 40, "power_limit_watts": 70.0, "driver": "580.65"}
+
+
+def backend(kind="cuda", index=0, name=None):
+    return SimpleNamespace(kind=kind, index=index, name=name or kind)
+
+
+def inputs_of(settings, **changes):
+    """What `download` would write down for `settings`."""
+    data = {
+        "requested": settings.data.source, "source": "folder", "digest": "sha256:d1", "limit": settings.data.limit,
+        "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16], "reason": None,
+    }  # fmt: skip
+    weights = {
+        "model": settings.work.model, "requested": records.shareable(settings.work.weights), "used": "random",
+        "digest": None, "hub": None, "reason": None,
+    }  # fmt: skip
+    inputs = {"data": data, "weights": weights, "fallback": []}
+    for key, value in changes.items():
+        inputs[key] = value if key == "fallback" else inputs[key] | value
+    return inputs
+
+
+def tags_of(settings, *, inputs=None, hardware=HARDWARE, on=None, accelerator=GPU, conditions=None, fallback=()):
+    return records.tags(
+        settings,
+        inputs or inputs_of(settings),
+        hardware,
+        on or backend(),
+        accelerator,
+        conditions or {},
+        list(fallback),
+    )
+
+
+def line(call, *args):
+    with pytest.raises(UsageError) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# --- what download left
+
+
+def test_inputs_are_those_that_download_left(settings_of, tmp_path):
+    settings = settings_of("data.limit=5")
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings))
+    assert records.inputs_for(settings, tmp_path) == inputs_of(settings)
+
+
+def test_inputs_fit_whatever_does_not_concern_them(settings_of, tmp_path):
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
+    for other in ("seed=3", "epochs=2", "recipe=finetune", "device=cpu", "image_size=32"):
+        records.inputs_for(settings_of(other), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.source=synthetic", 'data.source: "synthetic" is not what `download` looked at ("folder"): '),
+        ("data.limit=3", "data.limit: 3 is not what `download` looked at (null): "),
+        ("model=resnet34", 'model: "resnet34" is not what `download` looked at ("resnet18.a1_in1k"): '),
+        ("weights=pretrained", 'weights: "pretrained" is not what `download` looked at ("random"): '),
+        ("weights=/srv/a.safetensors", 'weights: "a.safetensors" is not what `download` looked at ("random"): '),
+    ],
+)
+def test_inputs_for_other_settings_are_refused(settings_of, tmp_path, override, said):
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
+    message = line(records.inputs_for, settings_of(override), tmp_path)
+    assert message == said + "run `python -m pipeline.download` with the same settings first"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/srv/models/mine.safetensors",
+        "mine.safetensors",
+        "~/mine.safetensors",
+        pytest.param(
+            "weights/mine.safetensors",
+            marks=pytest.mark.xfail(reason="inputs.json has the name alone, records the path", strict=True),
+        ),
+    ],
+)
+def test_inputs_fit_weights_from_a_file(settings_of, tmp_path, path):
+    settings = settings_of(f"weights={path}")
+    left = inputs_of(settings, weights={"requested": "mine.safetensors", "used": "file", "digest": "sha256:w1"})
+    files.write_json(tmp_path / "inputs.json", left)
+    assert records.inputs_for(settings, tmp_path) == left
+
+
+# --- parameters
+
+
+def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_of):
+    found = records.params(settings_of("recipe=blog", "seed=4", "lr=0.25"))
+    assert {key.partition(".")[0] for key in found} == {"train", "settings"}
+    assert all(type(value) is str for value in found.values())
+    assert found["train.optimizer"] == "ranger21"
+    assert found["train.lr"] == "0.25"
+    assert found["train.normalize"] == "false"
+    assert found["train.threads"] == "null"
+    assert found["train.optimizer_options.num_warm_up_iterations"] == "0"
+    assert not any("momentum" in key for key in found)  # of an optimizer that was not chosen
+    assert found["train.scheduler_options.max_lr"] == "0.1"
+    assert found["settings.recipe"] == "blog"
+    assert found["settings.seed"] == "4"
+    assert found["settings.data.source"] == "folder"
+    assert found["settings.tracking.experiment"] == "trainmark"
+    assert json.loads(found["settings.data.mirrors"]) == list(settings_of().data.mirrors)
+
+
+def test_every_key_of_the_recipe_and_of_the_settings_is_there(settings_of):
+    found = records.params(settings_of())
+    shown = {key.replace("recipes.NAME", "train") for key, *_ in config.describe()}
+    for key in shown:
+        name = key if key.startswith("train.") else f"settings.{key}"
+        assert any(other == name or other.startswith(f"{name}.") for other in found), name
+
+
+def test_prefixes_of_what_is_trained_are_json(settings_of):
+    assert records.params(settings_of("trainable=[layer4, fc]"))["train.trainable"] == '["layer4", "fc"]'
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("data/raw", "data/raw"),
+        ("weights/mine.safetensors", "weights/mine.safetensors"),
+        ("/home/jane/pictures", "pictures"),
+        ("/home/jane/pictures/", "pictures"),
+        ("~/pictures", "pictures"),
+        ("../jane/pictures", "pictures"),
+        ("C:\\Users\\jane\\pictures", "pictures"),
+        ("c:/Users/jane/pictures", "pictures"),
+        ("\\\\server\\jane\\pictures", "pictures"),
+        ("pretrained", "pretrained"),
+    ],
+)
+def test_of_a_path_outside_the_project_the_last_part_alone_is_shared(path, shown):
+    assert records.shareable(path) == shown
+
+
+def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
+    settings = settings_of(f"weights={tmp_path}/jane/mine.safetensors")
+    assert settings.data.path == str(pictures)
+    weights = {"used": "file", "digest": "sha256:w1"}
+    inputs = inputs_of(settings, weights=weights)
+    own = tags_of(settings, inputs=inputs)
+    shared = [
+        records.effective(settings),
+        records.params(settings),
+        own,
+        records.datasets(inputs, {"train": 54, "validation": 6}, 0),
+        records.warnings(settings, inputs, own, None, False),
+    ]
+    text = json.dumps(shared)
+    assert str(tmp_path) not in text
+    assert "jane" not in text
+    assert records.params(settings)["settings.data.path"] == "pictures"
+    assert records.params(settings)["train.weights"] == "mine.safetensors"
+
+
+def test_the_runs_own_settings_hold_the_chosen_recipe_alone(settings_of):
+    settings = settings_of("recipe=finetune", "epochs=3")
+    own = records.effective(settings)
+    assert list(own["recipes"]) == ["finetune"]
+    assert own["recipes"]["finetune"]["epochs"] == 3
+    assert "linear-probe" not in config.dump(own)
+    described = {key.partition(".")[0] for key, *_ in config.describe()}
+    assert set(own) == described
+
+
+# --- tags
+
+
+def test_tags_say_what_ran_where(settings_of):
+    settings = settings_of("recipe=blog", "precision=bf16", "label=my desk")
+    inputs = inputs_of(settings)
+    assert tags_of(settings, inputs=inputs, on=backend(index=1), conditions={"power_source": "mains"}) == {
+        "hardware": "NVIDIA T4",
+        "hardware.model": "LENOVO 20XW",
+        "hardware.memory_gib": "14.6",
+        "hardware.cpu": "AMD EPYC",
+        "hardware.cores": "2",
+        "hardware.gpu_cores": "40",
+        "hardware.power_limit_watts": "70.0",
+        "machine": "b72054f1a41b",
+        "label": "my desk",
+        "device": "cuda:1",
+        "backend": "cuda",
+        "software.os": "Debian GNU/Linux 12",
+        "software.torch": "2.14.1",
+        "software.driver": "580.65",
+        "recipe": "blog",
+        "precision": "bf16",
+        "dataset": "folder",
+        "weights": "random",
+        "workload": config.workload(settings.work, inputs),
+        "power_source": "mains",
+    }
+
+
+def test_facts_that_are_not_known_have_no_tag(settings_of):
+    found = tags_of(
+        settings_of(), hardware={"machine": "b72054f1a41b"}, on=backend("mps"), accelerator={"name": "Apple M3"}
+    )
+    assert set(found) == {
+        "hardware", "machine", "device", "backend", "recipe", "precision", "dataset", "weights", "workload"
+    }  # fmt: skip
+    assert "None" not in found.values()
+
+
+@pytest.mark.parametrize(("index", "shown"), [(0, "cuda"), (1, "cuda:1")])
+def test_amds_gpus_are_driven_as_cuda_by_the_backend_rocm(settings_of, index, shown):
+    found = tags_of(settings_of(), on=backend(index=index, name="rocm"))
+    assert (found["device"], found["backend"]) == (shown, "rocm")
+
+
+# --- demos
+
+
+def test_a_run_with_a_fallback_is_a_demo_by_name_and_experiment(settings_of):
+    settings = settings_of("recipe=blog", "tracking.experiment=mine")
+    own = tags_of(settings, fallback=["data", "device"])
+    assert own["fallback"] == "data device"
+    assert records.run_name(own) == "DEMO · NVIDIA T4 · blog · fp32"
+    assert records.experiment(settings, own) == "mine-demo"
+
+
+def test_a_run_without_one_is_none(settings_of):
+    settings = settings_of("recipe=blog", "tracking.experiment=mine")
+    own = tags_of(settings)
+    assert records.run_name(own) == "NVIDIA T4 · blog · fp32"
+    assert records.experiment(settings, own) == "mine"
+
+
+# --- warnings
+
+
+def warnings_of(settings, inputs=None, own=None, unused=None, overridden=False):
+    inputs = inputs or inputs_of(settings)
+    return records.warnings(settings, inputs, own or tags_of(settings, inputs=inputs), unused, overridden)
+
+
+def test_a_run_as_it_should_be_has_no_warnings(settings_of, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # which says nothing on cuda
+    assert warnings_of(settings_of()) == []
+
+
+def test_each_fallback_is_said_with_its_reason(settings_of):
+    inputs = inputs_of(
+        settings_of(), data={"reason": "no mirror"}, weights={"reason": "no hub"}, fallback=["data", "weights"]
+    )
+    assert warnings_of(settings_of(), inputs, unused="NVIDIA GTX 1060 is there, but old") == [
+        "DEMO: generated pictures in place of CIFAR-10 (no mirror)",
+        "DEMO: random weights in place of pretrained ones (no hub)",
+        "DEMO: trained on the CPU beside a GPU: NVIDIA GTX 1060 is there, but old",
+    ]
+
+
+def test_battery_metal_test_split_and_optimizers_rate_are_said(settings_of, monkeypatch):
+    settings = settings_of("recipe=blog")
+    own = tags_of(settings, on=backend("mps"), conditions={"power_source": "battery"})
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    found = warnings_of(settings, own=own, overridden=True)
+    assert len(found) == 4
+    for word, said in zip(("battery", "Metal", "test split", "ranger21 overrides the schedule"), found, strict=True):
+        assert word in said
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
+    assert len(warnings_of(settings, own=own)) == 2
+
+
+# --- data sets
+
+
+def test_each_split_is_a_data_set_with_its_purpose(settings_of):
+    rows = records.datasets(inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}, 0)
+    assert [(row["name"], row["context"]) for row in rows] == [
+        ("folder-train", "training"), ("folder-validation", "validation"), ("folder-test", "testing")
+    ]  # fmt: skip
+    assert [json.loads(row["profile"]) for row in rows] == [
+        {"images": count, "classes": 3} for count in (54, 6, 30)
+    ]
+    assert all(0 < len(row["digest"]) <= 36 for row in rows)
+    assert len({row["digest"] for row in rows}) == 3
+
+
+def test_digests_tell_other_images_apart_and_nothing_else(settings_of):
+    inputs, counts = inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}
+
+    def digests(inputs=inputs, counts=counts, seed=0):
+        return [row["digest"] for row in records.datasets(inputs, counts, seed)]
+
+    same = digests()
+    assert digests() == same
+    reseeded = digests(seed=1)
+    assert reseeded[2] == same[2]  # the test split is the same under every seed
+    assert not set(reseeded[:2]) & set(same)
+    for other in ({"digest": "sha256:d2"}, {"limit": 3}):
+        assert not set(digests(inputs_of(settings_of(), data=other))) & set(same)
+    alone = records.datasets(inputs, {"test": 30}, 0)[0]
+    assert alone["digest"] == same[2]  # what evaluate says beside what train said
+
+
+# --- description
+
+
+@pytest.fixture
+def record(settings_of):
+    settings = settings_of("recipe=finetune")
+    own = tags_of(settings)
+    last = {"epoch": 2, "speed/train_images_per_second": 12345.6}
+    return {
+        "tags": own,
+        "facts": {
+            "model": "resnet18.a1_in1k", "trainable": 5130, "parameters": 11181642, "images": {"train": 45000},
+            "classes": ["blue", "green", "red"],
+        },
+        "metrics": {"best/val_accuracy": 0.8765, "best/epoch": 2, "time/total_seconds": 61.5},
+        "epochs": [{"figures": {"epoch": 1}}, {"figures": last}],
+        "warnings": [],
+    }  # fmt: skip
+
+
+def test_the_description_says_machine_work_and_result(record):
+    text = records.description(record, None)
+    machine, work, result = text.strip().split("\n\n")
+    assert machine == (
+        "**Machine** NVIDIA T4, 14.6 GiB (`cuda`) in LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1"
+    )
+    assert work.startswith(f"**Work** `finetune` (workload `{record['tags']['workload']}`): resnet18.a1_in1k with ")
+    assert "5,130 of 11,181,642 parameters trained on 45,000 images of 3 classes (folder) for 2 epochs, fp32" in work
+    assert result == (
+        "**Result** best validation accuracy 87.65% in epoch 2; 61.50 s in all; last epoch 12,346 images/s"
+    )
+    assert text.endswith("\n")
+
+
+def test_the_description_after_evaluation_says_the_test_accuracy(record):
+    text = records.description(record, {"metrics": {"test/accuracy": 0.8571}})
+    assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in text
+
+
+def test_the_description_of_features_computed_once_says_their_speed(record):
+    record["metrics"]["speed/feature_images_per_second"] = 2345.6
+    record["epochs"][-1]["figures"].pop("speed/train_images_per_second")
+    text = records.description(record, None)
+    assert "the frozen network's features computed once at 2,346 images/s" in text
+    assert "last epoch" not in text
+
+
+def test_the_description_lists_the_warnings(record):
+    record["warnings"] = ["the machine ran on battery", "validated on the test split"]
+    text = records.description(record, None)
+    assert text.endswith("**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n")
+
+
+def test_the_description_of_a_machine_that_tells_little(record):
+    own = copy.deepcopy(record["tags"])
+    for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
+        del own[key]
+    record["tags"] = own
+    assert records.description(record, None).startswith("**Machine** NVIDIA T4 (`cuda`) in a machine, unknown CPU, ")
