@@ -37,6 +37,8 @@ SYNTHETIC_VERSION = "synthetic-1"
 """Raised when the generator draws other pixels: it stands for the data in the workload."""
 
 SPLITS = ("train", "test")
+DECODERS = min(4, os.cpu_count() or 1)
+"""Threads that decode: of small images, Python's own share is too large for more of them to help."""
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -202,7 +204,7 @@ def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_
         images[index] = np.asarray(pixels)
 
     # around all threads, which share the filters: left by one of them, these would be put back wrong
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("ignore", UserWarning)  # PIL's on odd metadata and transparency: pixels count
         for _ in pool.map(fill, enumerate(path for group in groups for path in group)):
             pass

@@ -103,9 +103,7 @@ def test_a_device_is_taken_by_its_name():
     ],
 )
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, counts, expected):
-    assert line(backends.select, device, there(**counts)) == (
-        f'device: "{device}" is not there: expected {expected}'
-    )
+    assert line(backends.select, device, there(**counts)) == (f'device: "{device}" is not there: expected {expected}')
 
 
 def test_the_refusal_says_why_a_gpu_that_is_there_cannot_be_used(monkeypatch):
@@ -452,7 +450,9 @@ def test_a_driver_that_does_not_answer(unused, card):
 def test_a_torch_without_cuda(unused, card):
     card(cuda=None)
     said = unused(MAXWELL | {"driver": "580.65"})
-    assert said.startswith("NVIDIA GeForce GTX 970 is there, but this torch 2.14.1+test is built without CUDA: make run ")
+    assert said.startswith(
+        "NVIDIA GeForce GTX 970 is there, but this torch 2.14.1+test is built without CUDA: make run "
+    )
     assert "TORCH=cu126" in said  # for a card as old as this
 
 
@@ -490,7 +490,7 @@ def test_a_gpu_that_trains_is_named_before_one_that_displays(unused, card):
 # --- torch itself
 
 
-def test_torchs_facts_are_plain(monkeypatch):
+def test_torchs_facts_are_plain():
     facts = backends.torch_facts()
     assert facts["torch"] == torch.__version__
     assert "\n" not in facts["build"]

@@ -1,0 +1,27 @@
+"""Reads the store after the main job: one finished run that learnt something, its pictures and its checkpoint there."""
+
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+
+def main() -> None:
+    """Ends with a message and status 1 where something is missing."""
+    with closing(sqlite3.connect("mlflow.db")) as store:
+        runs = store.execute("select run_uuid, status, artifact_uri from runs where lifecycle_stage = 'active'").fetchall()
+        if [status for _, status, _ in runs] != ["FINISHED"]:
+            sys.exit(f"expected one finished run, found {runs}")
+        ((run, _, artifacts),) = runs
+        metrics = dict(store.execute("select key, value from latest_metrics where run_uuid = ?", (run,)))
+        tags = dict(store.execute("select key, value from tags where run_uuid = ?", (run,)))
+    if metrics["test/accuracy"] < 0.6:  # three classes: 0.33 is chance
+        sys.exit(f"learnt nothing: test/accuracy is {metrics['test/accuracy']}")
+    for name in ("plots/samples.png", "plots/confusion_matrix.png", "checkpoints/best.safetensors", "hardware.json"):
+        if not (Path(artifacts.removeprefix("file://")) / name).stat().st_size:
+            sys.exit(f"{name} is empty")
+    print(f"main job: {tags['mlflow.runName']}, test accuracy {metrics['test/accuracy']:.2%}")
+
+
+if __name__ == "__main__":
+    main()
