@@ -9,7 +9,9 @@ from pathlib import Path
 def main() -> None:
     """Ends with a message and status 1 where something is missing."""
     with closing(sqlite3.connect("mlflow.db")) as store:
-        runs = store.execute("select run_uuid, status, artifact_uri from runs where lifecycle_stage = 'active'").fetchall()
+        runs = store.execute(
+            "select run_uuid, status, artifact_uri from runs where lifecycle_stage = 'active'"
+        ).fetchall()
         if [status for _, status, _ in runs] != ["FINISHED"]:
             sys.exit(f"expected one finished run, found {runs}")
         ((run, _, artifacts),) = runs

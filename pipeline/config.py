@@ -284,6 +284,12 @@ def describe() -> list[tuple[str, str, str]]:
     return rows
 
 
+def shareable(path: str) -> str:
+    """A path as it may leave the machine: only the last part of one from outside the project."""
+    inside = not (path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path)
+    return path if inside else path.replace("\\", "/").rstrip("/").split("/")[-1]
+
+
 def dump(tree: Mapping[str, Any]) -> str:
     """`tree` as YAML, in its own order."""
     return yaml.dump(_plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

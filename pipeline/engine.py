@@ -170,7 +170,7 @@ def warm_up(job: Job, samples: Batches) -> None:
     job.set_mode()
     for inputs, labels in samples:
         step(job, inputs, labels)
-    evaluate(job.network, samples, job.backend, job.precision)
+    evaluate(job.network, [(inputs, labels)], job.backend, job.precision)
     job.backend.synchronise()
 
 

@@ -36,7 +36,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     result = {
         "id": record["id"],
         "metrics": metrics,
-        "tags": {"label": settings.label or ""},
+        "tags": {"label": settings.label},
         "datasets": [
             dataset
             for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)

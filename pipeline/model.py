@@ -184,7 +184,8 @@ def load_checkpoint(path: Path) -> tuple[Classifier, Checkpoint]:
     metadata, state = _read_safetensors(path)
     try:
         stored: dict[str, Any] = json.loads(metadata["trainmark"])
-        facts = Checkpoint(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+        stored |= {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+        facts = Checkpoint(**stored)
     except (AttributeError, KeyError, TypeError, ValueError):
         what = "its metadata does not say which model it is"
         raise StageError(f"{path.name} is no checkpoint of ours: {what}") from None
@@ -260,7 +261,7 @@ def _load_state(net: nn.Module, state: dict[str, Tensor], what: str, error: type
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise StageError(f"{path} is missing") from None

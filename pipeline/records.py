@@ -26,7 +26,7 @@ def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
         ("data.source", settings.data.source, inputs["data"]["requested"]),
         ("data.limit", settings.data.limit, inputs["data"]["limit"]),
         ("model", settings.work.model, inputs["weights"]["model"]),
-        ("weights", shareable(settings.work.weights), inputs["weights"]["requested"]),
+        ("weights", config.shareable(settings.work.weights), inputs["weights"]["requested"]),
     ):
         if wanted != have:
             raise UsageError(
@@ -38,33 +38,29 @@ def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
 
 def effective(settings: config.Settings) -> dict[str, Any]:
     """The settings as a run's own params.yaml: the chosen recipe alone, no absolute path."""
+    work = settings.work.resolved()
+    chosen = {"optimizer_options": work["optimizer"], "scheduler_options": work["scheduler"]}
+    options = {key: {name: work[key]} for key, name in chosen.items()}
     return {
         "recipe": settings.recipe,
         "device": settings.device,
         "seed": settings.seed,
         "label": settings.label,
         "repeats": settings.repeats,
-        "data": vars(settings.data) | {"path": shareable(settings.data.path)},
+        "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
         "tracking": vars(settings.tracking),
-        "recipes": {
-            settings.recipe: settings.work.resolved() | {"weights": shareable(settings.work.weights)},
-        },
+        "recipes": {settings.recipe: work | {"weights": config.shareable(work["weights"])} | options},
     }
 
 
 def params(settings: config.Settings) -> dict[str, str]:
     """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`; no absolute path."""
     rest = effective(settings)
-    work = rest.pop("recipes")[settings.recipe]
+    del rest["recipes"]
+    work = settings.work.resolved() | {"weights": config.shareable(settings.work.weights)}
     keyed = {f"train.{key}": value for key, value in config.flat(work).items()}
     keyed |= {f"settings.{key}": value for key, value in config.flat(rest).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in keyed.items()}
-
-
-def shareable(path: str) -> str:
-    """A path as it may leave the machine: only the last part of one from outside the project."""
-    inside = not (path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path)
-    return path if inside else path.replace("\\", "/").rstrip("/").split("/")[-1]
 
 
 def tags(
@@ -163,14 +159,19 @@ def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
     """The run for a person to read in the UI, in Markdown: machine, work, result, warnings."""
     own, facts, figures = record["tags"], record["facts"], record["metrics"]
     last = record["epochs"][-1]["figures"]
-    memory = f", {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else ""
+    hardware = [own["hardware"] + (f" with {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else "")]
+    hardware += [
+        own[key]
+        for key in ("hardware.model", "hardware.cpu", "software.os")
+        if own.get(key, own["hardware"]) != own["hardware"]
+    ]
+    epochs = len(record["epochs"])
     lines = [
-        f"**Machine** {own['hardware']}{memory} (`{own['device']}`) in {own.get('hardware.model', 'a machine')}, "
-        f"{own.get('hardware.cpu', 'unknown CPU')}, {own.get('software.os', '')}, torch {own.get('software.torch')}",
+        f"**Machine** {', '.join(hardware)}, torch {own['software.torch']}, on `{own['device']}`",
         "",
         f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
         f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
-        f"of {len(facts['classes'])} classes ({own['dataset']}) for {len(record['epochs'])} epochs, {own['precision']}",
+        f"of {len(facts['classes'])} classes ({own['dataset']}) for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
         "",
     ]
     result = (

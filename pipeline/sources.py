@@ -91,7 +91,7 @@ def _auto(data: config.Data) -> tuple[str, str | None]:
     except UsageError:
         raise  # an archive put there by hand is wrong: for its owner to put right
     except StageError as error:
-        return "synthetic", str(error).replace(str(data.folder), data.path)
+        return "synthetic", str(error).replace(str(data.folder), config.shareable(data.path))
     return "cifar10", None
 
 

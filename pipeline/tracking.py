@@ -147,9 +147,14 @@ def log_files(handle: Handle, artifacts: Mapping[str, Path]) -> None:
 
 
 def set_tags(handle: Handle, tags: Mapping[str, Any]) -> None:
-    """Sets tags of the run."""
+    """Sets tags of the run; one that is None is taken away."""
     with _store_errors():
-        handle.client.log_batch(handle.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        gone = [key for key, value in tags.items() if value is None]
+        have = handle.client.get_run(handle.run_id).data.tags if gone else {}
+        for key in gone:
+            if key in have:
+                handle.client.delete_tag(handle.run_id, key)
+        handle.client.log_batch(handle.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items() if v is not None])
 
 
 def log_model(handle: Handle, model: Any, image_size: int, classes: int, requirements: list[str]) -> None:

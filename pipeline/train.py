@@ -43,6 +43,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     _check(recipe)
     backend = backends.select(settings.device)
     backend.set_precision(recipe.precision)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     hardware = files.read_json(folder / "hardware.json")
     inputs = records.inputs_for(settings, folder)
     unused = backends.unused_gpu() if settings.device == "auto" else None

@@ -27,7 +27,7 @@ def resolve(recipe: config.Recipe) -> dict[str, Any]:
         path = _path(recipe.weights)
         if not path.is_file():
             raise UsageError(f'weights: "{recipe.weights}" is not there: expected pretrained | random | a file')
-        return facts | {"requested": path.name, "used": "file", "digest": _digest(path)}
+        return facts | {"requested": config.shareable(recipe.weights), "used": "file", "digest": _digest(path)}
     hub = _hub_file(recipe.model)
     file, reason = _fetched(*hub)
     if file is None:

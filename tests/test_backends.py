@@ -1,6 +1,7 @@
 """Which device trains: chosen in order, refused by name, told apart from what torch can't use."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -204,7 +205,7 @@ def test_running_out_of_memory_ends_with_what_to_lower(error):
 
 
 def test_torchs_own_allocator_is_understood():
-    with pytest.raises(StageError, match="^cpu is out of memory: "), Cpu().memory_errors():
+    with pytest.raises(StageError, match=r"^cpu is out of memory: "), Cpu().memory_errors():
         torch.empty(2**50, dtype=torch.uint8)
 
 
@@ -241,6 +242,10 @@ def test_the_cpus_peak_is_the_process_and_grows_with_what_it_holds():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
 def test_the_cpus_peak_is_that_since_the_reset():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("a sandbox without clear_refs")
     cpu = Cpu()
     cpu.reset_peak_memory()
     held = torch.ones(200 * 2**20, dtype=torch.uint8)
@@ -248,8 +253,6 @@ def test_the_cpus_peak_is_that_since_the_reset():
     del held
     assert cpu.peak_memory_mib() >= high - 1
     cpu.reset_peak_memory()
-    if cpu.peak_memory_mib() >= high - 1:
-        pytest.skip("a sandbox without clear_refs")
     assert cpu.peak_memory_mib() < high - 150
 
 

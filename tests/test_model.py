@@ -23,6 +23,15 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So little work is done fastest by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def recipe(*overrides, name=RESNET):
     return config.load([f"model={name}", "weights=random", "image_size=32", *overrides]).work
 
@@ -160,7 +169,7 @@ def test_an_image_size_that_the_model_cannot_take_is_refused():
         message = line(UsageError, built, name=name)
         assert message.startswith(f"image_size: 32 is not allowed with {name} ({said}")
         assert message.endswith("): its own is 160")
-        assert built("image_size=160", name=name).training
+        assert all(module.training for module in built("image_size=160", name=name).modules())
 
 
 def test_xavier_starts_the_head_alone():
@@ -296,7 +305,7 @@ def test_a_checkpoint_holds_timms_names_whatever_the_memory_layout(saved):
     state = safetensors.torch.load_file(path)
     timms = timm.create_model(RESNET, num_classes=5)
     timms.load_state_dict(state, strict=True)
-    assert torch.equal(timms.eval()(images()), net.eval().net(images()))
+    assert torch.allclose(timms.eval()(images()), net.eval().net(images()), atol=1e-5)
     assert [file.name for file in path.parent.iterdir()] == ["best.safetensors"]
 
 
@@ -320,16 +329,17 @@ def test_a_checkpoint_of_a_bf16_training_is_float32(saved):
     [
         (
             facts_of(classes=4),
-            "best.safetensors: it says it is test_resnet.r160_in1k of 4 classes: fc.weight is (5, 96), expected (4, 96)",
+            "test_resnet.r160_in1k of 4 classes: fc.weight is (5, 96), expected (4, 96)",
         ),
         (
             facts_of("test_vit.r160_in1k"),
-            "best.safetensors: it says it is test_vit.r160_in1k of 5 classes: the file lacks blocks.0.attn.proj.bias (and ",
+            "test_vit.r160_in1k of 5 classes: the file lacks blocks.0.attn.proj.bias (and ",
         ),
     ],
 )
 def test_a_checkpoint_that_is_not_what_it_says_is_refused(saved, facts, said):
-    assert line(StageError, model.load_checkpoint, saved(built(), facts)).startswith(said)
+    message = line(StageError, model.load_checkpoint, saved(built(), facts))
+    assert message.startswith(f"best.safetensors: it says it is {said}")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 100, 0.5, 0.999])

@@ -27,7 +27,7 @@ def inputs_of(settings, **changes):
         "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16], "reason": None,
     }  # fmt: skip
     weights = {
-        "model": settings.work.model, "requested": records.shareable(settings.work.weights), "used": "random",
+        "model": settings.work.model, "requested": config.shareable(settings.work.weights), "used": "random",
         "digest": None, "hub": None, "reason": None,
     }  # fmt: skip
     inputs = {"data": data, "weights": weights, "fallback": []}
@@ -92,15 +92,12 @@ def test_inputs_for_other_settings_are_refused(settings_of, tmp_path, override, 
         "/srv/models/mine.safetensors",
         "mine.safetensors",
         "~/mine.safetensors",
-        pytest.param(
-            "weights/mine.safetensors",
-            marks=pytest.mark.xfail(reason="inputs.json has the name alone, records the path", strict=True),
-        ),
+        "weights/mine.safetensors",
     ],
 )
 def test_inputs_fit_weights_from_a_file(settings_of, tmp_path, path):
     settings = settings_of(f"weights={path}")
-    left = inputs_of(settings, weights={"requested": "mine.safetensors", "used": "file", "digest": "sha256:w1"})
+    left = inputs_of(settings, weights={"requested": config.shareable(path), "used": "file", "digest": "sha256:w1"})
     files.write_json(tmp_path / "inputs.json", left)
     assert records.inputs_for(settings, tmp_path) == left
 
@@ -154,7 +151,7 @@ def test_prefixes_of_what_is_trained_are_json(settings_of):
     ],
 )
 def test_of_a_path_outside_the_project_the_last_part_alone_is_shared(path, shown):
-    assert records.shareable(path) == shown
+    assert config.shareable(path) == shown
 
 
 def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
