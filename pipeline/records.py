@@ -171,7 +171,8 @@ def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
         "",
         f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
         f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
-        f"of {len(facts['classes'])} classes ({own['dataset']}) for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
+        f"of {len(facts['classes'])} classes ({own['dataset']}) "
+        f"for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
         "",
     ]
     result = (

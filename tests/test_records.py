@@ -338,7 +338,7 @@ def test_the_description_says_machine_work_and_result(record):
     text = records.description(record, None)
     machine, work, result = text.strip().split("\n\n")
     assert machine == (
-        "**Machine** NVIDIA T4, 14.6 GiB (`cuda`) in LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1"
+        "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
     )
     assert work.startswith(f"**Work** `finetune` (workload `{record['tags']['workload']}`): resnet18.a1_in1k with ")
     assert "5,130 of 11,181,642 parameters trained on 45,000 images of 3 classes (folder) for 2 epochs, fp32" in work
@@ -372,4 +372,4 @@ def test_the_description_of_a_machine_that_tells_little(record):
     for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
         del own[key]
     record["tags"] = own
-    assert records.description(record, None).startswith("**Machine** NVIDIA T4 (`cuda`) in a machine, unknown CPU, ")
+    assert records.description(record, None).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
