@@ -3,7 +3,9 @@
 # rocm7.2 | xpu: a build that PyTorch offers at download.pytorch.org. The choice is kept in .venv until another is made.
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+# The first that runs (a shim may not), is one that torch is built for, and can make environments.
+FITS := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p $(FITS) && echo $$p && break; done)
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),default)
 # Which torch is asked for: a stamp by its name is missing where another one is installed.
 STAMP := $(VENV)/.installed-$(TORCH)
@@ -32,9 +34,8 @@ clean:
 	rm -rf $(VENV)
 
 $(STAMP): requirements.txt
-	@test -n "$(PYTHON)" || { echo "make: no python3 found: install Python 3.11, 3.12 or 3.13" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
-		|| { echo "make: PYTHON=$(PYTHON) is $$($(PYTHON) -V): expected Python 3.11, 3.12 or 3.13" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) $(FITS) || { echo "make: PYTHON=$(PYTHON) won't do: expected Python 3.11," \
+		"3.12 or 3.13 with its venv module (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# pip takes 2.14.1+cpu for 2.14.1: another build has to go before
 	if [ "$$(cat $(VENV)/.torch 2>/dev/null || echo default)" != "$(TORCH)" ]; then \
