@@ -10,25 +10,27 @@ TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),default)
 # Which torch is asked for: a stamp by its name is missing where another one is installed.
 STAMP := $(VENV)/.installed-$(TORCH)
 DEV_STAMP := $(VENV)/.installed-dev-$(TORCH)
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+# For what dvc starts. Called by their paths above and below: make 3.81, which macOS has, looks up commands without it.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: run test ui bench clean
 .DELETE_ON_ERROR:
 
 run: $(STAMP)
-	dvc repro
+	$(BIN)/dvc repro
 
 test: $(DEV_STAMP)
-	ruff check .
-	ruff format --check .
-	mypy
-	python -m pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
 
 ui: $(STAMP)
-	python -m pipeline.ui
+	$(BIN)/python -m pipeline.ui
 
 bench: $(STAMP)
-	python -m benchmarks.features
+	$(BIN)/python -m benchmarks.features
 
 clean:
 	rm -rf $(VENV)
@@ -36,18 +38,18 @@ clean:
 $(STAMP): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) $(FITS) || { echo "make: PYTHON=$(PYTHON) won't do: expected Python 3.11," \
 		"3.12 or 3.13 with its venv module (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV) (torch: $(TORCH)); a few minutes, some GB the first time"
 	@# pip takes 2.14.1+cpu for 2.14.1: another build has to go before
-	if [ "$$(cat $(VENV)/.torch 2>/dev/null || echo default)" != "$(TORCH)" ]; then \
-		python -m pip uninstall -q -y torch torchvision; fi
-	rm -f $(VENV)/.installed-* $(VENV)/.torch
-	if [ "$(TORCH)" != default ]; then python -m pip install -q --disable-pip-version-check \
-		--extra-index-url https://download.pytorch.org/whl/$(TORCH) \
+	@if [ "$$(cat $(VENV)/.torch 2>/dev/null || echo default)" != "$(TORCH)" ]; then \
+		$(BIN)/python -m pip uninstall -q -y torch torchvision; fi
+	@rm -f $(VENV)/.installed-* $(VENV)/.torch
+	@if [ "$(TORCH)" != default ]; then $(PIP) --extra-index-url https://download.pytorch.org/whl/$(TORCH) \
 		$$(sed -nE 's/^(torch(vision)?==[^ ]+).*/\1+$(TORCH)/p' requirements.txt); fi
-	python -m pip install -q --disable-pip-version-check -r requirements.txt
-	echo $(TORCH) > $(VENV)/.torch
-	touch $@
+	@$(PIP) -r requirements.txt
+	@echo $(TORCH) > $(VENV)/.torch
+	@touch $@
 
 $(DEV_STAMP): requirements-dev.txt $(STAMP)
-	python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

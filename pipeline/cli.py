@@ -1,6 +1,8 @@
 """The command line that every stage shares: settings, --help, errors as one line, exit status."""
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,8 +67,38 @@ def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None
 
 def _help(doc: str, program: str) -> str:
     width = max(len(key) for key, _, _ in config.describe())
-    rows = [f"  {key:{width}}  {meaning}: {allowed}" for key, allowed, meaning in config.describe()]
+    now = _now()
+    rows = [f"  {key:{width}}  {meaning}: {allowed}{now.get(key, '')}" for key, allowed, meaning in config.describe()]
     usage = argparse.ArgumentParser(prog=program, usage=f"{program} [-S key=value ...] [--key value ...]")
     return "\n".join(
-        [usage.format_usage().strip(), "", doc.strip(), "", "settings (params.yaml):", *rows, "", EXAMPLES]
+        [
+            usage.format_usage().strip(),
+            "",
+            doc.strip(),
+            "",
+            "settings (params.yaml); in brackets what it holds now, NAME being the chosen recipe:",
+            *rows,
+            "",
+            EXAMPLES,
+        ]
     )
+
+
+def _now() -> dict[str, str]:
+    """What params.yaml holds, by the keys of `config.describe`, as --help shows it; nothing where it can't be read."""
+    try:
+        settings = config.load()
+    except UsageError:
+        return {}
+    own = {
+        "": vars(settings),
+        "data.": vars(settings.data),
+        "tracking.": vars(settings.tracking),
+        "recipes.NAME.": settings.work.resolved(),
+    }
+    return {
+        f"{prefix}{key}": f" [{json.dumps(value, ensure_ascii=False)}]"
+        for prefix, values in own.items()
+        for key, value in values.items()
+        if not isinstance(value, dict | list | tuple) and not dataclasses.is_dataclass(value)
+    }

@@ -151,7 +151,7 @@ class Data:
     @property
     def folder(self) -> Path:
         """The absolute path of `path`."""
-        return ROOT / Path(self.path).expanduser()
+        return absolute(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +284,14 @@ def describe() -> list[tuple[str, str, str]]:
     return rows
 
 
+def absolute(path: str) -> Path:
+    """A path of the settings: a relative one starts at the project's folder, `~` at the user's home."""
+    try:
+        return ROOT / Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f'"{path}" can\'t be found: {error}') from None
+
+
 def shareable(path: str) -> str:
     """A path as it may leave the machine: only the last part of one from outside the project."""
     inside = not (path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path)
@@ -331,6 +339,17 @@ def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key, value in node.value:
+        if keys.count(key.value) > 1:  # PyYAML would take the last one without a word
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", value.start_mark)
+    return dict(loader.construct_pairs(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def _parse(text: str, where: str) -> Any:

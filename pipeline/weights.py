@@ -24,7 +24,7 @@ def resolve(recipe: config.Recipe) -> dict[str, Any]:
     if recipe.weights == "random":
         return facts | {"used": "random", "digest": None}
     if recipe.weights != "pretrained":
-        path = _path(recipe.weights)
+        path = config.absolute(recipe.weights)
         if not path.is_file():
             raise UsageError(f'weights: "{recipe.weights}" is not there: expected pretrained | random | a file')
         return facts | {"requested": config.shareable(recipe.weights), "used": "file", "digest": _digest(path)}
@@ -39,14 +39,10 @@ def located(facts: dict[str, Any], recipe: config.Recipe) -> Path | None:
     """The file that `resolve` found, None for random weights. Raises StageError where it is no longer the same."""
     if facts["used"] == "random":
         return None
-    path = _path(recipe.weights) if facts["used"] == "file" else _kept(*facts["hub"])
+    path = config.absolute(recipe.weights) if facts["used"] == "file" else _kept(*facts["hub"])
     if path is None or not path.is_file() or _digest(path) != facts["digest"]:
         raise StageError("the weights changed since `download` looked at them: run it again (`dvc repro`)")
     return path
-
-
-def _path(text: str) -> Path:
-    return config.ROOT / Path(text).expanduser()
 
 
 def _digest(path: Path) -> str:

@@ -560,3 +560,15 @@ def test_flat():
         "b.d.e": None,
     }
     assert config.flat({"lr": 1}, "train.") == {"train.lr": 1}
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((config.ROOT / "params.yaml").read_text() + "\nseed: 1\n")
+    with pytest.raises(UsageError, match=r"params\.yaml, line \d+: .*seed is given twice"):
+        config.load(path=path)
+
+
+def test_an_unknown_home_is_refused():
+    with pytest.raises(UsageError, match="nosuchuser"):
+        _ = config.load(["data.path=~nosuchuser/x"]).data.folder
