@@ -166,7 +166,8 @@ def test_help_says_every_setting(word, capsys):
     assert said.startswith("usage: python -m pipeline.stage [-S key=value ...] [--key value ...]\n\nWhat it does.\n")
     for key, allowed, meaning in config.describe():
         (row,) = [line for line in said.splitlines() if line.split()[:1] == [key]]
-        assert row.endswith(f"{meaning}: {allowed}")
+        assert f"{meaning}: {allowed}" in row
+    assert '["linear-probe"]' in said  # what params.yaml holds now
     assert "python -m pipeline.run -S recipe=finetune -S epochs=2" in said
     assert "130 stopped by Ctrl-C" in said
 
