@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -411,18 +412,25 @@ def test_non_finite_loss_fails_the_run(project):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")
 def test_ctrl_c_ends_the_run_as_killed_with_what_it_has(project):
-    import signal
-
     before = {run_id for run_id, *_ in project.runs()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.run", "-S", "epochs=100000", "-S", "features=recompute"],
+    # Where these tests themselves run in the background of a shell, SIGINT is ignored from birth.
+    program = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv = ['run', '-S', 'epochs=100000', '-S', 'features=recompute']; "
+        "runpy.run_module('pipeline.run', run_name='__main__', alter_sys=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
         cwd=project.root, env=project.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch ") and int(line.split()[1].split("/")[0]) > 1:
-            break
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    ) as process:  # fmt: skip
+        try:
+            for line in process.stdout:
+                if line.startswith("epoch ") and int(line.split()[1].split("/")[0]) > 1:
+                    break
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
     assert process.returncode == 130, output
     assert "Traceback" not in output and "stopped by Ctrl-C" in output
     ((run_id, _, status),) = [run for run in project.runs() if run[0] not in before]
