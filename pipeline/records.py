@@ -149,7 +149,7 @@ def datasets(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) ->
                 "digest": hashlib.sha256(identity.encode()).hexdigest()[:32],
                 "source": json.dumps({"source": data["source"], "digest": data["digest"]}),
                 "context": {"train": "training", "validation": "validation", "test": "testing"}[split],
-                "profile": json.dumps({"images": count, "classes": len(data["classes"])}),
+                "profile": json.dumps({"images": count, "classes": data["classes"]}, ensure_ascii=False),
             }
         )
     return rows

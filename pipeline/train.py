@@ -258,7 +258,8 @@ def _record(
         "experiment": records.experiment(settings, own),
         "started": tracking.now(),
         "ended": None,
-        "params": records.params(settings),
+        "params": records.params(settings)
+        | {"model.parameters": str(parameters), "model.trainable_parameters": str(trainable)},
         "tags": own,
         "datasets": records.datasets(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
         "epochs": [],

@@ -292,7 +292,9 @@ def test_each_split_is_a_data_set_with_its_purpose(settings_of):
     assert [(row["name"], row["context"]) for row in rows] == [
         ("folder-train", "training"), ("folder-validation", "validation"), ("folder-test", "testing")
     ]  # fmt: skip
-    assert [json.loads(row["profile"]) for row in rows] == [{"images": count, "classes": 3} for count in (54, 6, 30)]
+    assert [json.loads(row["profile"]) for row in rows] == [
+        {"images": count, "classes": ["blue", "green", "red"]} for count in (54, 6, 30)
+    ]
     assert all(0 < len(row["digest"]) <= 36 for row in rows)
     assert len({row["digest"] for row in rows}) == 3
 
