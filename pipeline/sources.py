@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as PIL_VERSION
 
 from pipeline import config, fetch, files
 from pipeline.errors import StageError, UsageError
@@ -35,6 +37,9 @@ SYNTHETIC_CLASSES = [
 ]
 SYNTHETIC_VERSION = "synthetic-1"
 """Raised when the generator draws other pixels: it stands for the data in the workload."""
+
+DECODED_VERSION = 1
+"""Raised when decoding gives other pixels, so that none kept before are taken."""
 
 SPLITS = ("train", "test")
 DECODERS = min(4, os.cpu_count() or 1)
@@ -73,8 +78,36 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
     """The images of a split, (N, H, W, 3) uint8, and their labels, (N,) int64, in a fixed order.
 
     `inputs` is what `resolve` gave. A folder's images keep their size where all have one, else each is squashed
-    to `image_size` squared. Raises UsageError naming an unreadable file.
+    to `image_size` squared. Decoded once: later calls map what was kept into memory, if the source is unchanged.
+    Raises UsageError naming an unreadable file, StageError where the source is no longer what `inputs` says.
     """
+    if inputs["source"] == "folder" and _folder_facts(data)["digest"] != inputs["digest"]:
+        raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
+    if inputs["source"] == "cifar10":
+        fetch.cifar10(data.folder, (), data.timeout_seconds)  # pickles: loaded only where their digests match
+    kept = _kept_as(inputs, split, image_size)
+    try:
+        images = np.load(kept / "images.npy", mmap_mode="c")  # "c": torch warns of arrays that can't be written
+        return images, np.load(kept / "labels.npy")
+    except (OSError, ValueError, EOFError):
+        images, labels = _decoded(data, inputs, split, image_size)
+    try:
+        for name, array in (("images", images), ("labels", labels)):
+            with files.written_aside(kept / f"{name}.npy") as aside, aside.open("wb") as file:
+                np.save(file, array)
+    except StageError as error:
+        print(f"decoded images are not kept: {error}", file=sys.stderr)
+    return images, labels
+
+
+def _kept_as(inputs: dict[str, Any], split: str, image_size: int) -> Path:
+    """The folder of a split's decoded images: by all that decides their pixels, the decoder's version included."""
+    size = inputs["size"] or [image_size, image_size]
+    pixels = [DECODED_VERSION, PIL_VERSION, inputs["digest"], inputs["limit"], split, size]
+    return CACHE / "decoded" / hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:32]
+
+
+def _decoded(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     if inputs["source"] == "folder":
         return _folder_images(data, inputs, split, image_size)
     if inputs["source"] == "cifar10":
@@ -185,8 +218,6 @@ def _unreadable(shown: str, error: Exception) -> UsageError:
 
 
 def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
-    if _folder_facts(data)["digest"] != inputs["digest"]:
-        raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
     groups = _folder_listing(data)[split]
     width, height = inputs["size"] or (image_size, image_size)
     images = np.empty((sum(map(len, groups)), height, width, 3), np.uint8)
@@ -215,7 +246,6 @@ def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_
 
 
 def _cifar10_images(data: config.Data, split: str) -> tuple[Images, Labels]:
-    fetch.cifar10(data.folder, (), data.timeout_seconds)  # its batches are pickles: loaded once the digest matched
     from torchvision.datasets import CIFAR10  # takes seconds: not before it is needed
 
     published = CIFAR10(data.folder, train=split == "train")

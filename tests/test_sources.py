@@ -502,3 +502,59 @@ def test_auto_refuses_a_wrong_archive_put_there_by_hand(published, monkeypatch, 
     line = fails(UsageError, sources.resolve, data_of("data.source=auto"))
     assert "is not the published file" in line
     assert (folder / fetch.ARCHIVE).read_bytes() == archive + b"more"
+
+
+# kept decoded
+
+
+def test_decoded_once(data_of, cache, monkeypatch):
+    data = data_of()
+    facts = sources.resolve(data)
+    first = sources.decode(data, facts, "train", 16)
+    monkeypatch.setattr(sources, "_decoded", lambda *_: pytest.fail("decoded again"))
+    again = sources.decode(data, facts, "train", 16)
+    for kept, made in zip(again, first, strict=True):
+        assert kept.dtype == made.dtype and (kept == made).all()
+    assert isinstance(again[0], np.memmap)
+
+
+@pytest.mark.parametrize("change", ["limit", "pillow", "content"])
+def test_what_decides_the_pixels_is_decoded_anew(data_of, pictures, monkeypatch, change):
+    data = data_of()
+    sources.decode(data, sources.resolve(data), "train", 16)
+    if change == "limit":
+        data = data_of("data.limit=2")
+    elif change == "pillow":
+        monkeypatch.setattr(sources, "PIL_VERSION", "0.0")
+    else:
+        picture((9, 9, 9)).save(pictures / "train" / "blue" / "00.jpg")
+    decoded = []
+    original = sources._decoded
+    monkeypatch.setattr(sources, "_decoded", lambda *given: decoded.append(1) or original(*given))
+    images, labels = sources.decode(data, sources.resolve(data), "train", 16)
+    assert decoded and len(images) == len(labels) == (6 if change == "limit" else 60)
+    if change == "content":
+        assert images[0].mean() < 40
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+def test_a_damaged_file_is_decoded_anew(data_of, cache, name):
+    data = data_of()
+    facts = sources.resolve(data)
+    images, labels = sources.decode(data, facts, "train", 16)
+    (kept,) = cache.rglob(name)
+    kept.write_bytes(kept.read_bytes()[:200])
+    again = sources.decode(data, facts, "train", 16)
+    assert (again[0] == images).all() and (again[1] == labels).all()
+
+
+def test_a_full_disk_costs_the_cache_alone(data_of, monkeypatch, capsys):
+    data = data_of()
+    facts = sources.resolve(data)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(sources.decode(data, facts, "train", 16)[0]) == 60
+    assert "decoded images are not kept: no disk space left" in capsys.readouterr().err
