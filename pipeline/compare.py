@@ -26,7 +26,7 @@ def run(settings: config.Settings, folder: Path) -> str:
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
     """The runs of each workload in a table of its own, most accurate first; runs with a fallback apart.
 
-    Each run has `run_id`, `tags` and `metrics`, and `start_time` in milliseconds since 1970.
+    Each run has `run_id`, `tags` and `metrics`, as `tracking.finished_runs` gives them.
     """
     # One training may stand in several experiments of a store; it is one run all the same.
     once = {run["tags"].get(tracking.RECORD_TAG, run["run_id"]): run for run in runs}.values()

@@ -49,6 +49,16 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     handle = tracking.find(record["id"], experiment)
     if handle is None:  # the store is another one than the training's
         handle = publish.restore(record, None, experiment, folder)
+    if tracking.is_deleted(handle):
+        terminal.say("note     the run was deleted in this store: the evaluation is not put there")
+    else:
+        _complete(handle, record, result, out)
+    _announce(record, metrics)
+    return result
+
+
+def _complete(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], out: Path) -> None:
+    """Adds the evaluation to the training's run."""
     tracking.resume(handle)
     try:
         publish.evaluation(handle, record, result, out)
@@ -56,8 +66,6 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracking.end(handle, "FINISHED", result["ended"])
-    _announce(record, metrics)
-    return result
 
 
 def _checkpoint(

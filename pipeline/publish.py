@@ -50,8 +50,8 @@ def restore(
         if result is not None:
             evaluation(handle, record, result, folder / "evaluate")
         tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
-    except BaseException:
-        tracking.end(handle, "FAILED")
+    except BaseException as error:
+        tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracking.end(handle, "FINISHED", (result or record)["ended"])
     return handle

@@ -3,19 +3,30 @@
 import time
 from pathlib import Path
 
-from pipeline import compare, config, download, evaluate, hardware, train
+from pipeline import compare, config, download, evaluate, files, hardware, train
 
 RUNS = config.ROOT / "runs"
 
 
 def run(settings: config.Settings, folder: Path) -> None:
     """Hardware, download, train, evaluate, compare. Not in `folder`, whose files are DVC's, but below `runs/`."""
-    base = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}"
-    own, count = base, 1
-    while own.exists():
-        own, count = base.with_name(f"{base.name}-{count + 1}"), count + 1
+    own = _own_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
     for stage in (hardware, download, train, evaluate, compare):
         stage.run(settings, own)
+
+
+def _own_folder(name: str) -> Path:
+    """A new folder below `runs/`; making it, not looking for it, settles which of two runs has it."""
+    own, count = RUNS / name, 1
+    while True:
+        try:
+            own.mkdir(parents=True)
+            return own
+        except FileExistsError:
+            count += 1
+            own = RUNS / f"{name}-{count}"
+        except OSError as error:
+            raise files.cannot_write(own, error) from error
 
 
 if __name__ == "__main__":

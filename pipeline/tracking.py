@@ -23,7 +23,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline import views
@@ -32,6 +32,7 @@ from pipeline.errors import StageError, UsageError
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # else a new store prints its migrations
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else an error is also printed with traceback
 
 RECORD_TAG = "record"
 """Tag with the id of the training's record: how a cached training finds its run again, in any store."""
@@ -192,6 +193,12 @@ def resume(handle: Handle) -> None:
         handle.client.update_run(handle.run_id, status="RUNNING")
 
 
+def is_deleted(handle: Handle) -> bool:
+    """Whether somebody deleted the run, which then takes nothing more."""
+    with _store_errors():
+        return bool(handle.client.get_run(handle.run_id).info.lifecycle_stage == LifecycleStage.DELETED)
+
+
 def end(handle: Handle, status: str, at: int | None = None) -> None:
     """Ends the run: FINISHED, FAILED or KILLED (which MLflow's context manager would call FAILED)."""
     with _store_errors():
@@ -283,12 +290,12 @@ def _client() -> MlflowClient:
 def _experiment(client: MlflowClient, name: str) -> str:
     """The id of the experiment `name`, made where it is missing, its artifacts beside an SQLite store of ours."""
     found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
+    if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
         raise StageError(f'tracking.experiment: "{name}" is deleted in this store: restore it, or name another')
     if found is not None:
         _describe_experiment(client, found.experiment_id)
         return str(found.experiment_id)
-    ours = "MLFLOW_TRACKING_URI" not in os.environ
+    ours = not os.environ.get("MLFLOW_TRACKING_URI")
     made = client.create_experiment(name, (ROOT / "mlartifacts").as_uri() if ours else None)
     _describe_experiment(client, made)
     return str(made)
@@ -338,7 +345,9 @@ def _store_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, RequestException, OSError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
+        first = next(iter(said + lines), type(error).__name__)
         raise StageError(f"the MLflow store {store_uri()} can't be used: {first}") from error
 
 
@@ -353,6 +362,6 @@ def experiment_to_show(name: str) -> str | None:
     with _store_errors():
         client = _client()
         found = [client.get_experiment_by_name(each) for each in (name, f"{name}-demo")]
-        there = [experiment.experiment_id for experiment in found if experiment is not None]
+        there = [each.experiment_id for each in found if each and each.lifecycle_stage == LifecycleStage.ACTIVE]
         filled = [each for each in there if client.search_runs([each], max_results=1)]
     return next(iter(filled + there), None)

@@ -54,6 +54,17 @@ class Backend:
         """Most memory held since the last reset, in MiB (2**20 bytes); None where it can't be told."""
         return None
 
+    def energy(self) -> tuple[str, float] | None:
+        """Where the device's energy is read (nvml | rapl), and joules since some moment, the same at every call:
+        only differences mean something. None where there is no such source. See `energy.py` for what each counts
+        and, of rapl, how often it must be read."""
+        return None
+
+    def gpu_uuid(self) -> str | None:
+        """NVIDIA's name of this very card (`GPU-...`), for other tools to find it by; None for all others. It
+        must not be recorded: it is a serial number."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """What the hardware.* and software.* tags need: `name`, and where known `memory_gib`, `gpu_cores`,
         `power_limit_watts`, `driver`; a fact that is not known is absent. Plus what only torch knows."""

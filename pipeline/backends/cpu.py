@@ -9,12 +9,17 @@ import torch
 
 from pipeline import machine
 from pipeline.backends.base import Backend
+from pipeline.backends.energy import RaplEnergy
 
 
 class Cpu(Backend):
     """Work on it is synchronous; its memory is the process's."""
 
     kind = name = "cpu"
+
+    def __init__(self, index: int = 0):
+        super().__init__(index)
+        self._meter = RaplEnergy()
 
     @property
     def device(self) -> torch.device:
@@ -50,6 +55,11 @@ class Cpu(Backend):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+
+    def energy(self) -> tuple[str, float] | None:
+        """Of all packages, by Linux' RAPL, where we may read it."""
+        joules = self._meter.joules()
+        return None if joules is None else ("rapl", joules)
 
     def facts(self) -> dict[str, Any]:
         """The CPU's brand and the machine's memory."""

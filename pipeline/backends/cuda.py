@@ -6,6 +6,7 @@ import torch
 
 from pipeline import machine
 from pipeline.backends.base import Backend
+from pipeline.backends.energy import NvmlEnergy
 
 
 class Cuda(Backend):
@@ -16,6 +17,7 @@ class Cuda(Backend):
 
     def __init__(self, index: int = 0):
         super().__init__(index)
+        self._meter: NvmlEnergy | None = None
         self.name = "rocm" if torch.version.hip else "cuda"
         capability = torch.cuda.get_device_capability(index)
         # TF32 came with Ampere (8.0), and bf16 units with it; earlier cards only emulate bf16.
@@ -41,6 +43,20 @@ class Cuda(Backend):
     def peak_memory_mib(self) -> float | None:
         """Most memory that tensors held (torch's allocator may have reserved more)."""
         return float(torch.cuda.max_memory_allocated(self.device)) / 2**20
+
+    def energy(self) -> tuple[str, float] | None:
+        """Of the card, by NVML; AMD's cards tell none."""
+        if self.name == "rocm":
+            return None
+        if self._meter is None:
+            self._meter = NvmlEnergy(self.gpu_uuid())
+        joules = self._meter.joules()
+        return None if joules is None else ("nvml", joules)
+
+    def gpu_uuid(self) -> str | None:
+        """By torch's index, which CUDA_VISIBLE_DEVICES makes another one than the driver's."""
+        uuid = getattr(torch.cuda.get_device_properties(self.index), "uuid", None)
+        return f"GPU-{uuid}" if uuid is not None and self.name == "cuda" else None
 
     def facts(self) -> dict[str, Any]:
         """The card as its vendor names it; its power limit and driver from the vendor's tool."""

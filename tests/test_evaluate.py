@@ -1,0 +1,258 @@
+"""The best checkpoint on the test split: what is counted, where it is logged, what is refused."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from mlflow.entities import ViewType
+from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
+from test_train import generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+
+from pipeline import data, evaluate, files, model, plots, publish, sources, tracking, train
+from pipeline.errors import StageError, UsageError
+
+LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png"}
+
+
+@pytest.fixture
+def outputs(once, store, tmp_path, light):  # noqa: F811
+    """What a training left, its run in the store, not evaluated yet."""
+    shutil.copy(once.trained, store)
+    return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate"))
+
+
+def line(settings, folder):
+    before = [(run.info.run_id, run.info.status, dict(run.data.metrics)) for run in runs()]
+    with pytest.raises(UsageError) as caught:
+        evaluate.run(settings, folder)
+    assert len(str(caught.value).splitlines()) == 1
+    assert [(run.info.run_id, run.info.status, dict(run.data.metrics)) for run in runs()] == before
+    assert not (folder / "evaluate").exists()
+    return str(caught.value)
+
+
+def rewrite(folder, **changes):
+    """Puts a checkpoint there that says something else of itself."""
+    path = folder / "train" / "best.safetensors"
+    net, facts = model.load_checkpoint(path)
+    model.save_checkpoint(path, net, model.Checkpoint(**vars(facts) | changes))
+
+
+# --- what is measured
+
+
+def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
+    drawn = {}
+
+    def matrix(counts, classes, *, accuracy, title):
+        drawn.update(counts=counts.copy(), classes=list(classes), accuracy=accuracy, title=title)
+
+    monkeypatch.setattr(plots, "confusion_matrix", matrix)
+    settings = generated("batch_size=7")  # the last of 9 batches is short
+    record = files.read_json(outputs / "train" / "record.json")
+    record["tags"]["workload"] = evaluate.config.workload(settings.work, files.read_json(outputs / "inputs.json"))
+    files.write_json(outputs / "train" / "record.json", record)
+    result = evaluate.run(settings, outputs)
+
+    net, facts = model.load_checkpoint(outputs / "train" / "best.safetensors")
+    images, labels = sources.decode(settings.data, files.read_json(outputs / "inputs.json")["data"], "test", 32)
+    logits = net(data.prepare(data.as_split(images, labels).inputs, 32)).detach().numpy().astype(np.float64)
+    answers = logits.argmax(1)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+    metrics = result["metrics"]
+    assert metrics["test/accuracy"] == (answers == labels).mean()
+    assert metrics["test/loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert set(metrics) == {"test/accuracy", "test/loss", "speed/test_images_per_second"}
+    assert 0 < metrics["speed/test_images_per_second"] < np.inf
+
+    with (outputs / "evaluate" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["actual", "predicted"]
+    assert rows[1:] == [[facts.classes[a], facts.classes[p]] for a, p in zip(labels, answers, strict=True)]
+    assert len(rows) == 1 + 60
+    assert drawn["counts"].sum() == 60 and drawn["counts"].trace() == (answers == labels).sum()
+    for actual, predicted in np.ndindex(10, 10):
+        assert drawn["counts"][actual, predicted] == ((labels == actual) & (answers == predicted)).sum()
+    assert drawn["classes"] == list(facts.classes)
+    assert (drawn["accuracy"], drawn["title"]) == (metrics["test/accuracy"], record["name"])
+
+
+def test_the_first_batch_is_passed_once_before_the_clock_starts(outputs, monkeypatch):
+    passed = []
+    whole = evaluate.engine.evaluate
+    clock = []
+
+    def measured(net, batches, *args):
+        batches = list(batches)
+        passed.append((sum(len(labels) for _, labels in batches), [c._open for c in clock]))
+        return whole(net, batches, *args)
+
+    real = evaluate.Clock
+    monkeypatch.setattr(evaluate, "Clock", lambda *args: clock.append(real(*args)) or clock[-1])
+    monkeypatch.setattr(evaluate.engine, "evaluate", measured)
+    evaluate.run(generated(), outputs)
+    assert passed == [(60, []), (60, ["test"])]
+
+
+def test_the_speed_is_images_over_the_time_of_the_clock(outputs, monkeypatch):
+    readings = iter([10.0, 12.5])
+    real = evaluate.Clock
+    monkeypatch.setattr(evaluate, "Clock", lambda synchronise: real(synchronise, lambda: next(readings)))
+    assert evaluate.run(generated(), outputs)["metrics"]["speed/test_images_per_second"] == 60 / 2.5
+
+
+# --- where it is logged
+
+
+def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
+    (before,) = runs()
+    statuses = []
+    log = publish.evaluation
+    monkeypatch.setattr(publish, "evaluation", lambda *a: (statuses.append(runs()[0].info.status), log(*a)))
+    record = files.read_json(outputs / "train" / "record.json")
+    result = evaluate.run(generated("label=under the desk"), outputs)
+    (run,) = runs()
+    assert run.info.run_id == before.info.run_id
+    assert statuses == ["RUNNING"]
+    assert (run.info.status, run.info.end_time) == ("FINISHED", result["ended"])
+    assert result["ended"] >= record["ended"]
+    assert run.data.metrics == before.data.metrics | result["metrics"]
+    assert run.data.tags["label"] == "under the desk"
+    assert "test accuracy" in run.data.tags["mlflow.note.content"]
+    assert "plots/confusion_matrix.png" in [
+        each.path for each in client().list_artifacts(run.info.run_id, "plots")
+    ]  # fmt: skip
+    folder = outputs / "evaluate"
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == LEFT
+    assert files.read_json(folder / "record.json") == result
+    assert set(result) == {"id", "metrics", "tags", "datasets", "ended"} and result["id"] == record["id"]
+    assert files.read_json(folder / "metrics.json") == result["metrics"]
+    assert f"test accuracy {result['metrics']['test/accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_the_test_split_is_an_input_of_the_run(outputs):
+    result = evaluate.run(generated(), outputs)
+    evaluate.run(generated(), outputs)
+    contexts = [(d.dataset.name, d.tags[0].value) for d in runs()[0].inputs.dataset_inputs]
+    assert sorted(contexts) == [
+        ("synthetic-test", "testing"), ("synthetic-train", "training"), ("synthetic-validation", "validation")
+    ]  # fmt: skip
+    assert [each["name"] for each in result["datasets"]] == ["synthetic-test"]
+
+
+def test_the_test_split_that_was_validated_on_is_logged_once(tmp_path, light):  # noqa: F811
+    settings = generated("validation=test", "epochs=1")
+    prepare(settings, tmp_path / "outputs")
+    record = train.run(settings, tmp_path / "outputs")
+    result = evaluate.run(settings, tmp_path / "outputs")
+    assert result["datasets"] == []
+    contexts = [(d.dataset.name, d.tags[0].value) for d in runs()[0].inputs.dataset_inputs]
+    assert sorted(contexts) == [("synthetic-test", "testing"), ("synthetic-train", "training")]
+    assert result["metrics"]["test/accuracy"] == record["metrics"]["best/val_accuracy"]  # the same images and network
+
+
+def test_nothing_of_an_earlier_evaluation_stays(outputs):
+    (outputs / "evaluate" / "plots").mkdir(parents=True)
+    (outputs / "evaluate" / "plots" / "stale.png").write_text("stale")
+    evaluate.run(generated(), outputs)
+    assert [path.name for path in (outputs / "evaluate" / "plots").iterdir()] == ["confusion_matrix.png"]
+    assert all("stale" not in each.path for each in client().list_artifacts(runs()[0].info.run_id, "plots"))
+
+
+def test_a_store_without_the_run_gets_it_back(outputs):
+    (run,) = runs()
+    result = evaluate.run(generated("tracking.experiment=another"), outputs)
+    (restored,) = [each for each in runs() if each.info.run_id != run.info.run_id]
+    assert client().get_experiment(restored.info.experiment_id).name == "another"
+    assert restored.data.metrics == run.data.metrics | result["metrics"]
+    assert "restored" in restored.data.tags and restored.info.status == "FINISHED"
+    assert "test/accuracy" not in client().get_run(run.info.run_id).data.metrics
+
+
+def test_a_run_that_was_deleted_is_left_alone(outputs, capsys):
+    (run,) = runs()
+    client().delete_run(run.info.run_id)
+    result = evaluate.run(generated(), outputs)
+    assert files.read_json(outputs / "evaluate" / "record.json") == result
+    assert "deleted in this store" in capsys.readouterr().out
+    (after,) = client().search_runs([run.info.experiment_id], run_view_type=ViewType.ALL)
+    assert after.info.lifecycle_stage == "deleted" and "test/accuracy" not in after.data.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(StageError("the store is away"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_an_evaluation_that_does_not_come_to_its_end_says_so(outputs, monkeypatch, error, status):
+    def fails(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "log_datasets", fails)
+        with pytest.raises(type(error)):
+            evaluate.run(generated(), outputs)
+    (run,) = runs()
+    assert run.info.status == status and run.info.end_time is not None
+    evaluate.run(generated(), outputs)
+    assert runs()[0].info.status == "FINISHED"
+
+
+# --- what is refused
+
+
+def test_another_work_is_refused(outputs):
+    said = line(generated("lr=0.5"), outputs)
+    assert said.startswith('recipe: "linear-probe" as it is set now is workload ')
+    assert files.read_json(outputs / "train" / "record.json")["tags"]["workload"] in said
+
+
+def test_another_execution_is_the_same_work(outputs):
+    evaluate.run(generated("precision=bf16", "seed=7", "label=desk"), outputs)
+    assert runs()[0].info.status == "FINISHED"
+
+
+def test_a_checkpoint_of_another_training_is_refused(outputs):
+    rewrite(outputs, record="another")
+    assert line(generated(), outputs).startswith(
+        "best.safetensors: it is a checkpoint of another training (another), expected "
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(outputs, monkeypatch):
+    load = model.load_checkpoint
+
+    def other(path):
+        net, facts = load(path)
+        return net, model.Checkpoint(**vars(facts) | {"model": "resnet18.a1_in1k"})
+
+    monkeypatch.setattr(model, "load_checkpoint", other)
+    said = line(generated(), outputs)
+    assert "a checkpoint of another model (resnet18.a1_in1k), expected test_resnet.r160_in1k: run " in said
+
+
+def test_a_checkpoint_of_other_classes_is_refused(outputs):
+    classes = tuple(f"class{index}" for index in range(10))
+    rewrite(outputs, classes=classes)
+    assert "a checkpoint of another classes (['class0', " in line(generated(), outputs)
+
+
+def test_inputs_of_other_settings_are_refused(outputs):
+    assert line(generated("data.limit=5"), outputs).startswith("data.limit: 5 is not what `download` looked at (6)")
+
+
+@pytest.mark.parametrize("gone", ["inputs.json", "train/record.json", "train/best.safetensors"])
+def test_what_is_missing_is_named(outputs, gone):
+    (outputs / gone).unlink()
+    with pytest.raises(StageError, match=gone.rpartition("/")[2]):
+        evaluate.run(generated(), outputs)
+
+
+def test_a_failing_restore_is_not_evaluated(outputs, monkeypatch):
+    def fails(*args):
+        raise StageError("the store is away")
+
+    monkeypatch.setattr(publish, "training", fails)
+    with pytest.raises(StageError, match="the store is away"):
+        evaluate.run(generated("tracking.experiment=another"), outputs)
+    record = files.read_json(outputs / "train" / "record.json")
+    assert tracking.find(record["id"], "another") is None

@@ -1,0 +1,162 @@
+"""A run put back from its record is the run that was live."""
+
+import json
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+from test_tracking import QUIET, client, runs, store  # noqa: F401 (store: each test has its own)
+from test_train import light, once, threads  # noqa: F401 (threads: one is enough)
+
+from pipeline import files, publish, tracking
+from pipeline.errors import StageError
+
+OTHER = {"restored", "mlflow.log-model.history"}
+"""Tags in which a restored run differs from the live one; the second holds ids and the time."""
+
+
+@pytest.fixture
+def left(once):  # noqa: F811
+    """The record of the training and of its evaluation, and the folder they left."""
+    train, evaluate = (files.read_json(once.outputs / name / "record.json") for name in ("train", "evaluate"))
+    return train, evaluate, once.outputs
+
+
+def whole(at, run_id, tmp_path):
+    """All of a run in the store of the client `at`, but for its ids."""
+    run = at.get_run(run_id)
+    folder = tmp_path / run_id
+    folder.mkdir()
+    at.download_artifacts(run_id, "", str(folder))
+    return {
+        "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
+        "params": run.data.params,
+        "tags": {k: v for k, v in run.data.tags.items() if k not in OTHER},
+        "metrics": {
+            key: [(each.value, each.step, each.timestamp) for each in at.get_metric_history(run_id, key)]
+            for key in run.data.metrics
+        },
+        "datasets": sorted(
+            (d.dataset.name, d.dataset.digest, d.dataset.source, d.dataset.profile, [(t.key, t.value) for t in d.tags])
+            for d in run.inputs.dataset_inputs
+        ),
+        "artifacts": {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        },
+        "models": len(run.outputs.model_outputs),
+    }
+
+
+@QUIET
+def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
+    record, result, folder = left
+    at = MlflowClient(f"sqlite:///{once.evaluated.as_posix()}")
+    (live,) = at.search_runs([at.get_experiment_by_name("trainmark").experiment_id])
+    handle = publish.restore(record, result, "trainmark", folder)
+
+    before, after = whole(at, live.info.run_id, tmp_path), whole(client(), handle.run_id, tmp_path)
+    for part in before:
+        assert after[part] == before[part], part
+    assert set(before["metrics"]) >= {
+        "train/loss",
+        "time/total_seconds",
+        "test/accuracy",
+        "speed/test_images_per_second",
+    }
+    assert len(before["metrics"]["val/loss"]) == 2 and len(before["datasets"]) == 3
+    assert before["models"] == 1 and "checkpoints/best.safetensors" in before["artifacts"]
+    tags = client().get_run(handle.run_id).data.tags
+    assert tags["restored"] == "from the cache of `dvc repro`; nothing was trained"
+    assert "restored" not in live.data.tags
+    assert tags["record"] == live.data.tags["record"] == record["id"]
+    assert tracking.find(record["id"], "trainmark").run_id == handle.run_id
+
+
+@pytest.mark.usefixtures("light")
+def test_a_training_alone_is_restored_without_what_its_evaluation_adds(left):
+    record, _, folder = left
+    handle = publish.restore(record, None, "trainmark", folder)
+    run = client().get_run(handle.run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", record["ended"])
+    assert not any(key.startswith("test/") for key in run.data.metrics)
+    assert "test accuracy" not in run.data.tags["mlflow.note.content"]
+    assert sorted(d.dataset.name for d in run.inputs.dataset_inputs) == ["synthetic-train", "synthetic-validation"]
+    assert [each.path for each in client().list_artifacts(handle.run_id, "plots")] == [
+        "plots/accuracy.png", "plots/loss.png", "plots/samples.png"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("light")
+def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
+    record, result, folder = left
+    handle = publish.restore(record, result, "another", folder)
+    assert client().get_experiment(handle.experiment_id).name == "another"
+    assert tracking.find(record["id"], "trainmark") is None
+    assert record["experiment"] == "trainmark"  # the record itself is left as it was
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(
+    ("broken", "error", "status"),
+    [
+        *(
+            (name, StageError("the store is away"), "FAILED")
+            for name in ("log_epoch", "log_files", "log_model", "mark")
+        ),
+        ("log_datasets", KeyboardInterrupt(), "KILLED"),
+    ],
+)
+def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatch, broken, error, status):
+    record, result, folder = left
+    real, calls = getattr(tracking, broken), []
+
+    def fails(*args):
+        calls.append(args)
+        if broken == "log_datasets" and len(calls) == 1:
+            return real(*args)  # the training's, as the run starts; the evaluation's fails
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, broken, fails)
+        with pytest.raises(type(error)):
+            publish.restore(record, result, "trainmark", folder)
+    assert tracking.find(record["id"], "trainmark") is None
+    (failed,) = runs()
+    assert failed.info.status == status and tracking.finished_runs() == []
+
+    handle = publish.restore(record, result, "trainmark", folder)
+    assert tracking.find(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
+    assert [run["run_id"] for run in tracking.finished_runs()] == [handle.run_id]
+
+
+@pytest.mark.usefixtures("light")
+def test_a_damaged_checkpoint_is_no_run(left, tmp_path):
+    record, result, folder = left
+    shutil.copytree(folder, tmp_path / "damaged")
+    best = tmp_path / "damaged" / "train" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.raises(StageError, match=r"best\.safetensors"):
+        publish.restore(record, result, "trainmark", tmp_path / "damaged")
+    assert tracking.find(record["id"], "trainmark") is None
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(("label", "shown"), [("under the desk", "under the desk"), (None, None)])
+def test_an_evaluation_sets_the_label_anew(left, label, shown):
+    record, result, folder = left
+    record = json.loads(json.dumps(record)) | {"tags": record["tags"] | {"label": "attic"}}
+    handle = publish.restore(record, result | {"tags": {"label": label}}, "trainmark", folder)
+    tags = client().get_run(handle.run_id).data.tags
+    assert tags.get("label") == shown
+    assert f"**test accuracy {result['metrics']['test/accuracy']:.2%}**" in tags["mlflow.note.content"]
+
+
+def test_the_model_asks_for_released_packages(left, monkeypatch):
+    record, _, folder = left
+    asked = []
+    monkeypatch.setattr(tracking, "log_model", lambda handle, net, *rest: asked.append((net.training, *rest)))
+    publish.restore(record, None, "trainmark", folder)
+    ((training, image_size, classes, requirements),) = asked
+    assert (training, image_size, classes) == (False, 32, 10)
+    assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]
+    assert not any("+" in each for each in requirements)  # a build such as 2.14.1+cu130 is not on the index

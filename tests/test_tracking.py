@@ -1,0 +1,514 @@
+"""The store: where it is, whole runs in it, one line when it fails. Its first migration takes seconds, so each test
+gets a copy of a store that has been through it."""
+
+import os
+import shutil
+import socket
+import sqlite3
+import threading
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+
+from pipeline import tracking, views
+from pipeline.errors import StageError, UsageError
+
+AT = 1_750_000_000_000
+QUIET = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
+"""For tests that log a model: what MLflow then imports warns of its own code."""
+
+DATASET = {"name": "folder-train", "digest": "0" * 32, "source": "{}", "context": "training", "profile": "{}"}
+
+
+def fresh_store(path, factory):
+    """An empty store in the file `path`; its URI."""
+    template = factory.getbasetemp() / "template.db"
+    if not template.exists():
+        made = template.with_suffix(".part")
+        MlflowClient(f"sqlite:///{made.as_posix()}").search_experiments()
+        made.replace(template)
+    shutil.copy(template, path)
+    return f"sqlite:///{path.as_posix()}"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, tmp_path_factory, monkeypatch):
+    """The path of a store of the test's own, whose artifacts are beside it."""
+    for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", fresh_store(tmp_path / "store.db", tmp_path_factory))
+    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts below the current folder
+    yield tmp_path / "store.db"
+    mlflow.set_tracking_uri(None)  # else the next test would be in this one's store
+
+
+def client():
+    return MlflowClient(tracking.store_uri())
+
+
+def record_of(**changes):
+    """What `start` reads of a training's record."""
+    record = {
+        "id": "a1b2", "name": "AMD EPYC · blog · fp32", "experiment": "trainmark", "started": AT,
+        "params": {"train.lr": "0.1", "train.epochs": "2"}, "tags": {"workload": "w1", "recipe": "blog"},
+        "datasets": [DATASET],
+    }  # fmt: skip
+    return record | changes
+
+
+def run_of(handle):
+    return client().get_run(handle.run_id)
+
+
+def runs():
+    """Every run of every experiment, deleted ones too."""
+    ids = [each.experiment_id for each in client().search_experiments(ViewType.ALL)]
+    return list(client().search_runs(ids, run_view_type=ViewType.ALL))
+
+
+def line(error, call, *args):
+    with pytest.raises(error) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# --- where the store is
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_store_is_beside_params_yaml(monkeypatch, tmp_path, value):
+    monkeypatch.setattr(tracking, "ROOT", tmp_path / "clone")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if value is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    assert tracking.store_uri() == f"sqlite:///{(tmp_path / 'clone' / 'mlflow.db').as_posix()}"
+    assert tracking.shown_uri() == "sqlite:///mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("sqlite:///mine/other.db", "sqlite:///{root}/mine/other.db"),
+        ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        ("http://server:5000", "http://server:5000"),
+        ("https://server/mlflow/", "https://server/mlflow/"),
+        ("postgresql://user@server/db", "postgresql://user@server/db"),
+    ],
+)
+def test_only_a_relative_sqlite_store_is_resolved(monkeypatch, tmp_path, given, expected):
+    monkeypatch.setattr(tracking, "ROOT", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert tracking.store_uri() == expected.format(root=tmp_path.as_posix())
+    assert tracking.shown_uri() == given
+
+
+@pytest.mark.parametrize("given", ["", "sqlite:///mlflow.db"])
+def test_a_store_in_a_temporary_experiment_is_refused(monkeypatch, tmp_path, given):
+    monkeypatch.setattr(tracking, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "tmpx1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert line(UsageError, tracking.store_uri).startswith("MLFLOW_TRACKING_URI: sqlite:///mlflow.db would be lost")
+    for lasting in ("sqlite:////home/me/mlflow.db", "http://server:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", lasting)
+        assert tracking.store_uri() == lasting
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_artifacts_of_the_own_store_are_beside_it(monkeypatch, tmp_path, store, value):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    store.rename(clone / "mlflow.db")
+    monkeypatch.setattr(tracking, "ROOT", clone)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if value is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    handle = tracking.start(record_of())
+    (tmp_path / "notes.txt").write_text("kept")
+    tracking.log_files(handle, {"papers/notes.txt": tmp_path / "notes.txt"})
+    (kept,) = clone.rglob("notes.txt")
+    assert kept.relative_to(clone).parts[0] == "mlartifacts"
+    assert kept.parent.name == "papers" and kept.read_text() == "kept"
+
+
+def test_link_is_to_the_store_that_is_a_server(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
+    assert tracking.link("7") == views.link("http://server:5000", "7")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
+    assert tracking.link("7") == views.link("http://127.0.0.1:5000", "7")
+    assert tracking.link("7", "http://127.0.0.1:5003") == views.link("http://127.0.0.1:5003", "7")
+
+
+# --- a run
+
+
+def test_start_makes_a_run_with_params_tags_and_datasets():
+    record = record_of(tags={"workload": "w1", "hardware.cores": 2})
+    handle = tracking.start(record)
+    run = run_of(handle)
+    assert (run.info.run_name, run.info.status, run.info.start_time) == (record["name"], "RUNNING", AT)
+    assert run.info.experiment_id == handle.experiment_id
+    assert run.data.params == record["params"]
+    assert run.data.tags["workload"] == "w1" and run.data.tags["hardware.cores"] == "2"
+    (entry,) = run.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("folder-train", "0" * 32)
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+
+
+def test_the_experiment_is_made_once_and_says_what_it_shows():
+    first, second = tracking.start(record_of()), tracking.start(record_of())
+    assert first.experiment_id == second.experiment_id and first.run_id != second.run_id
+    experiment = client().get_experiment_by_name("trainmark")
+    assert views.experiment_tags(experiment.experiment_id).items() <= experiment.tags.items()
+
+
+def test_an_experiment_made_elsewhere_is_described_too():
+    made = client().create_experiment("trainmark")
+    assert tracking.start(record_of()).experiment_id == made
+    assert views.experiment_tags(made).items() <= client().get_experiment(made).tags.items()
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many metrics, params and tags each call held; a server takes 1000, 100 and 100, and 1000 in all."""
+    sizes = []
+    whole = MlflowClient.log_batch
+
+    def counted(self, run_id, metrics=(), params=(), tags=(), **options):
+        sizes.append((len(metrics), len(params), len(tags)))
+        return whole(self, run_id, metrics, params, tags, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    return sizes
+
+
+def test_more_params_than_one_call_takes(batches):
+    params = {f"train.optimizer_options.option{index:03}": str(index) for index in range(250)}
+    assert run_of(tracking.start(record_of(params=params))).data.params == params
+    assert batches == [(0, 100, 0), (0, 100, 0), (0, 50, 0), (0, 0, 2)]
+
+
+def test_more_metrics_than_one_call_takes(batches):
+    handle = tracking.start(record_of())
+    figures = {f"figure{index}": index / 4 for index in range(1001)}
+    tracking.log_figures(handle, figures, AT)
+    assert run_of(handle).data.metrics == figures
+    assert batches[-2:] == [(1000, 0, 0), (1, 0, 0)]
+
+
+def test_an_epoch_is_logged_under_its_number_and_a_sample_under_its_own():
+    handle = tracking.start(record_of())
+    samples = [{"figures": {"system/cpu": 7.5}, "at": AT + step, "step": step} for step in (4, 5)]
+    figures = {"epoch": 3, "train/loss": 0.25, "train/lr": 1}
+    tracking.log_epoch(handle, {"at": AT + 9, "figures": figures, "system": samples})
+    found = {
+        key: [(m.value, m.step, m.timestamp) for m in client().get_metric_history(handle.run_id, key)]
+        for key in run_of(handle).data.metrics
+    }
+    assert found == {
+        "train/loss": [(0.25, 3, AT + 9)],
+        "train/lr": [(1.0, 3, AT + 9)],
+        "system/cpu": [(7.5, 4, AT + 4), (7.5, 5, AT + 5)],
+    }
+
+
+def test_tags_are_set_and_those_that_are_none_taken_away():
+    handle = tracking.start(record_of())
+    tracking.set_tags(handle, {"label": "desk", "restored": "yes"})
+    tracking.set_tags(handle, {"label": None, "never": None, "count": 3})
+    own = run_of(handle).data.tags
+    assert "label" not in own and "never" not in own
+    assert (own["restored"], own["count"]) == ("yes", "3")
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_it_ended_and_can_go_on(status):
+    handle = tracking.start(record_of())
+    tracking.end(handle, status, AT + 5)
+    assert (run_of(handle).info.status, run_of(handle).info.end_time) == (status, AT + 5)
+    tracking.resume(handle)
+    assert run_of(handle).info.status == "RUNNING"
+
+
+def test_files_keep_their_names_and_folders(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    handle = tracking.start(record_of())
+    tracking.log_files(handle, {"a.txt": tmp_path / "a.txt", "plots/b.txt": tmp_path / "b.txt"})
+    listed = [each.path for path in ("", "plots") for each in client().list_artifacts(handle.run_id, path)]
+    assert listed == ["a.txt", "plots", "plots/b.txt"]
+
+
+# --- under `mlflow run`
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The run that `mlflow run` made, in an experiment of its own, with the parameters it was called with."""
+    run = client().create_run(client().create_experiment("by hand"))
+    for key in ("lr", "epochs"):
+        client().log_param(run.info.run_id, key, "7")
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", run.info.experiment_id)
+    return run.info
+
+
+def test_the_given_run_is_filled_in_its_own_experiment(given):
+    handle = tracking.start(record_of())
+    assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
+    (run,) = runs()
+    assert run.info.run_name == record_of()["name"]
+    assert run.data.params == {"lr": "7", "epochs": "7"} | record_of()["params"]
+    assert run.data.tags["workload"] == "w1"
+    assert client().get_experiment_by_name("trainmark") is None
+    tags = client().get_experiment(given.experiment_id).tags
+    assert views.experiment_tags(given.experiment_id).items() <= tags.items()
+
+
+def test_the_given_run_is_found_whatever_it_is_marked_with(given):
+    handle = tracking.find("a1b2", "trainmark")
+    assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
+
+
+@QUIET
+def test_a_model_is_logged_to_the_given_run(given):
+    handle = tracking.start(record_of())
+    before = dict(os.environ)
+    tracking.log_model(handle, Mean(), 8, 3, ["torch"])
+    assert dict(os.environ) == before
+    (run,) = runs()
+    assert run.info.status == "RUNNING" and len(run.outputs.model_outputs) == 1
+
+
+# --- finding
+
+
+def test_a_run_is_found_once_it_is_marked():
+    handle, other = tracking.start(record_of()), tracking.start(record_of(id="c3d4"))
+    assert tracking.find("a1b2", "trainmark") is None
+    tracking.mark(handle, record_of())
+    tracking.mark(other, record_of(id="c3d4"))
+    for record_id, expected in (("a1b2", handle), ("c3d4", other)):
+        found = tracking.find(record_id, "trainmark")
+        assert (found.run_id, found.experiment_id) == (expected.run_id, expected.experiment_id)
+    assert tracking.find("e5f6", "trainmark") is None
+
+
+def test_a_run_of_another_experiment_is_not_found():
+    tracking.mark(tracking.start(record_of(experiment="trainmark-demo")), record_of())
+    assert tracking.find("a1b2", "trainmark") is None
+    tracking.start(record_of())
+    assert tracking.find("a1b2", "trainmark") is None
+    assert tracking.find("a1b2", "trainmark-demo") is not None
+
+
+def test_a_deleted_run_is_found_and_said_to_be_deleted():
+    handle = tracking.start(record_of())
+    tracking.mark(handle, record_of())
+    assert not tracking.is_deleted(handle)
+    client().delete_run(handle.run_id)
+    assert tracking.find("a1b2", "trainmark").run_id == handle.run_id
+    assert tracking.is_deleted(handle)
+
+
+def test_a_deleted_experiment_is_refused():
+    client().delete_experiment(tracking.start(record_of()).experiment_id)
+    said = line(StageError, tracking.start, record_of())
+    assert said.startswith('tracking.experiment: "trainmark" is deleted in this store')
+    assert len(runs()) == 1
+
+
+def finished(name, status="FINISHED", **changes):
+    handle = tracking.start(record_of(name=name, **changes))
+    tracking.log_figures(handle, {"test/accuracy": 0.5}, AT)
+    if status:
+        tracking.end(handle, status)
+    return handle
+
+
+def test_finished_runs_are_whole_and_newest_first():
+    older = finished("older", started=AT)
+    newer = finished("newer", started=AT + 1000, experiment="trainmark-demo")
+    found = tracking.finished_runs()
+    assert [run["run_id"] for run in found] == [newer.run_id, older.run_id]
+    assert found[1]["name"] == "older"
+    assert found[1]["metrics"] == {"test/accuracy": 0.5}
+    assert found[1]["params"] == record_of()["params"]
+    assert record_of()["tags"].items() <= found[1]["tags"].items()
+
+
+def test_finished_runs_are_trainings_that_came_to_their_end():
+    finished("done")
+    for status in ("FAILED", "KILLED", None):
+        finished("not done", status)
+    finished("of something else", tags={"recipe": "x"})
+    client().delete_run(finished("deleted").run_id)
+    client().delete_experiment(finished("with its experiment", experiment="other").experiment_id)
+    assert [run["name"] for run in tracking.finished_runs()] == ["done"]
+
+
+def test_a_store_without_runs_has_none_finished():
+    assert tracking.finished_runs() == []
+
+
+def test_finished_runs_are_more_than_one_page(monkeypatch):
+    for index in range(5):
+        finished(str(index), started=AT + index)
+    whole = MlflowClient.search_runs
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: whole(*a, **k | {"max_results": 2}))
+    assert [run["name"] for run in tracking.finished_runs()] == ["4", "3", "2", "1", "0"]
+
+
+def test_the_experiment_to_show_is_the_one_with_runs():
+    assert tracking.experiment_to_show("trainmark") is None
+    real = client().create_experiment("trainmark")
+    assert tracking.experiment_to_show("trainmark") == real
+    demo = tracking.start(record_of(experiment="trainmark-demo")).experiment_id
+    assert tracking.experiment_to_show("trainmark") == demo
+    assert tracking.start(record_of()).experiment_id == real
+    assert tracking.experiment_to_show("trainmark") == real
+
+
+def test_a_deleted_experiment_is_not_shown():
+    client().delete_experiment(tracking.start(record_of()).experiment_id)
+    assert tracking.experiment_to_show("trainmark") is None
+    demo = client().create_experiment("trainmark-demo")
+    assert tracking.experiment_to_show("trainmark") == demo
+
+
+# --- the model
+
+
+class Mean(torch.nn.Module):
+    """Of each image's three channels."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+@QUIET
+def test_a_model_is_logged_and_the_environment_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("MLFLOW_DEFAULT_PREDICTION_DEVICE", "cuda")
+    handle = tracking.start(record_of())
+    before = dict(os.environ)
+    tracking.log_model(handle, Mean(), 8, 3, ["torch", "numpy"])
+    assert dict(os.environ) == before
+    run = run_of(handle)
+    assert run.info.status == "RUNNING" and mlflow.active_run() is None
+    (model,) = run.outputs.model_outputs
+    monkeypatch.setenv("MLFLOW_DEFAULT_PREDICTION_DEVICE", "cpu")
+    loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+    images = np.random.default_rng(0).random((5, 3, 8, 8), dtype=np.float32)
+    assert np.allclose(loaded.predict(images), images.mean((2, 3)), atol=1e-6)
+    schema = loaded.metadata.signature.inputs.inputs[0]
+    assert (schema.type, schema.shape) == (np.dtype("float32"), (-1, 3, 8, 8))
+
+
+def test_a_model_that_cannot_be_logged_leaves_the_environment_as_it_was(monkeypatch):
+    def broken(*args, **kwargs):
+        assert os.environ["MLFLOW_DEFAULT_PREDICTION_DEVICE"] == "cpu"
+        raise OSError("disk full\nand more")
+
+    monkeypatch.setattr(mlflow.pytorch, "log_model", broken)
+    handle = tracking.start(record_of())
+    before = dict(os.environ)
+    assert line(StageError, tracking.log_model, handle, Mean(), 8, 3, []).endswith(" can't be used: disk full")
+    assert dict(os.environ) == before
+    assert mlflow.active_run() is None
+
+
+# --- what the machine does meanwhile
+
+
+def test_system_metrics_are_collected_and_the_store_left_alone(store, monkeypatch):
+    handle = tracking.start(record_of())
+    system = tracking.SystemMetrics(handle.run_id)
+    sampled = threading.Event()
+    collect = system._monitor.collect_metrics
+    monkeypatch.setattr(system._monitor, "collect_metrics", lambda: (collect(), system._step >= 3 and sampled.set()))
+    monkeypatch.setattr(system, "INTERVAL", 0.0)
+    before = store.read_bytes()
+    with system:
+        assert sampled.wait(30)
+    taken = system.take()
+    assert store.read_bytes() == before
+    assert [sample["step"] for sample in taken] == list(range(len(taken))) and len(taken) > 3
+    assert "system/cpu_utilization_percentage" in taken[0]["figures"]
+    assert {type(value) for sample in taken for value in sample["figures"].values()} == {float}
+    assert all(key.startswith("system/") for sample in taken for key in sample["figures"])
+    assert [sample["at"] for sample in taken] == sorted(sample["at"] for sample in taken)
+    assert system.take() == []
+
+
+def test_system_metrics_end_with_what_they_are_for():
+    handle = tracking.start(record_of())
+    with pytest.raises(ZeroDivisionError), tracking.SystemMetrics(handle.run_id) as system:
+        raise ZeroDivisionError
+    assert not system._thread.is_alive()
+    assert system.take()[0]["step"] == 0
+
+
+# --- a store that fails
+
+
+def everything(handle):
+    """What is asked of a store, each as a call without arguments."""
+    return [
+        lambda: tracking.start(record_of()),
+        lambda: tracking.mark(handle, record_of()),
+        lambda: tracking.find("a1b2", "trainmark"),
+        lambda: tracking.log_figures(handle, {"train/loss": 1.0}, AT),
+        lambda: tracking.log_datasets(handle, [DATASET]),
+        lambda: tracking.set_tags(handle, {"label": None}),
+        lambda: tracking.is_deleted(handle),
+        lambda: tracking.resume(handle),
+        lambda: tracking.end(handle, "FINISHED"),
+        tracking.finished_runs,
+        lambda: tracking.experiment_to_show("trainmark"),
+    ]
+
+
+def test_a_file_that_is_no_store_is_named(monkeypatch, tmp_path):
+    (tmp_path / "broken.db").write_bytes(b"This is no database. " * 400)
+    uri = f"sqlite:///{(tmp_path / 'broken.db').as_posix()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for call in (tracking.finished_runs, lambda: tracking.start(record_of())):
+        said = line(StageError, call)
+        assert said.startswith(f"the MLflow store {uri} can't be used: ") and "not a database" in said
+
+
+def test_a_store_that_breaks_meanwhile_is_named(store, caplog):
+    handle = tracking.start(record_of())
+    with sqlite3.connect(store) as rows:
+        rows.execute("drop table runs")
+    for call in everything(handle)[:-1]:
+        said = line(StageError, call)
+        assert said.startswith(f"the MLflow store sqlite:///{store.as_posix()} can't be used: ")
+        assert "no such table: runs" in said
+    assert caplog.text == ""  # MLflow would print a traceback beside it
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    handle = tracking.Handle(MlflowClient(f"http://127.0.0.1:{port}"), "0" * 32, "1")
+    for call in everything(handle):
+        assert line(StageError, call).startswith(f"the MLflow store http://127.0.0.1:{port} can't be used: ")
+
+
+def test_a_run_that_is_not_in_the_store_is_named(monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    for call in (lambda: tracking.start(record_of()), lambda: tracking.find("a1b2", "trainmark")):
+        assert "0" * 32 in line(StageError, call)
+
+
+def test_a_missing_artifact_is_named(tmp_path):
+    handle = tracking.start(record_of())
+    assert "gone.json" in line(StageError, tracking.log_files, handle, {"gone.json": tmp_path / "gone.json"})

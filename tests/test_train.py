@@ -1,0 +1,394 @@
+"""A training: what it leaves, in which order, and how it ends. Nothing is learnt here that matters."""
+
+import csv
+import json
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_tracking import client, fresh_store, runs, store  # noqa: F401 (store: each test has its own)
+
+from pipeline import backends, config, download, engine, evaluate, files, hardware, model, plots, tracking, train
+from pipeline.backends.cpu import Cpu
+from pipeline.clock import Clock
+from pipeline.errors import StageError, UsageError
+
+SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
+ONCE = {"time/setup_seconds", "time/data_seconds", "time/total_seconds", "best/epoch", "best/val_accuracy"}
+LEFT = {
+    "best.safetensors", "curves.csv", "hardware.json", "metrics.json", "params.yaml", "record.json",
+    "plots/samples.png", "plots/loss.png", "plots/accuracy.png",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread does so little work fastest; what a test sets does not last."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generated(*overrides):
+    """Settings for generated pictures, 6 of each of 10 classes to train and to test on, that need no files."""
+    mine = ("data.source=synthetic", "data.limit=6", "recipe=linear-probe", "weights=random", "device=cpu", "seed=0")
+    return config.load([*mine, *SMALL, *overrides])
+
+
+def prepare(settings, folder):
+    for stage in (hardware, download):
+        stage.run(settings, folder)
+
+
+def trained_once(factory):
+    """What a training and its evaluation left, made once: `settings`, `outputs` and, as it was after each of the
+    two, the store (`trained`, `evaluated`)."""
+    root = factory.getbasetemp() / "once"
+    made = SimpleNamespace(
+        settings=generated(), outputs=root / "outputs", trained=root / "trained.db", evaluated=root / "evaluated.db"
+    )
+    if not made.evaluated.exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what MLflow imports to log a model warns of its own code
+            patch.chdir(root)
+            patch.setenv("MLFLOW_TRACKING_URI", fresh_store(root / "store.db", factory))
+            prepare(made.settings, made.outputs)
+            train.run(made.settings, made.outputs)
+            shutil.copy(root / "store.db", made.trained)
+            evaluate.run(made.settings, made.outputs)
+            (root / "store.db").rename(made.evaluated)
+    return made
+
+
+@pytest.fixture
+def once(tmp_path_factory):
+    return trained_once(tmp_path_factory)
+
+
+@pytest.fixture
+def light(monkeypatch, once):
+    """Leaves out what takes long and is tested elsewhere: the model in MLflow, and drawing. Not of `once`."""
+    monkeypatch.setattr(tracking, "log_model", lambda *args: None)
+    monkeypatch.setattr(plots, "save", lambda figure, path: files.write_text(path, "a picture"))
+
+
+@pytest.fixture
+def trained(settings_of, tmp_path, light):
+    """Trains on `pictures` with `key=value` overrides; gives the record."""
+
+    def run(*overrides):
+        settings = settings_of(*SMALL, *overrides)
+        prepare(settings, tmp_path / "outputs")
+        return train.run(settings, tmp_path / "outputs")
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "outputs" / "train"
+
+
+def left_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def script(monkeypatch, accuracies, then=None):
+    """Trains by script: epochs with these validation accuracies, each leaving its number in the head's bias; `then`
+    what is raised after them."""
+
+    def epochs(job, train_batches, val_batches, progress):
+        for epoch, accuracy in enumerate(accuracies, 1):
+            with torch.no_grad():
+                job.network.bias.fill_(epoch)
+            yield {
+                "epoch": epoch, "train/loss": 1.0, "train/accuracy": 0.5, "val/loss": 1.0, "val/accuracy": accuracy,
+                "train/lr": 0.1, "time/train_seconds": 1.0, "time/val_seconds": 1.0,
+            }  # fmt: skip
+        if then is not None:
+            raise then
+
+    monkeypatch.setattr(engine, "train", epochs)
+
+
+# --- what it leaves
+
+
+def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
+    record = files.read_json(once.outputs / "train" / "record.json")
+    assert set(record) == {
+        "id", "name", "experiment", "started", "ended", "params", "tags", "datasets", "epochs", "metrics", "warnings",
+        "facts", "hardware",
+    }  # fmt: skip
+    assert record["name"] == f"{record['tags']['hardware']} · linear-probe · fp32"
+    assert record["experiment"] == "trainmark" and record["warnings"] == []
+    assert record["params"]["train.epochs"] == "2" and record["params"]["settings.data.source"] == "synthetic"
+    assert [each["name"] for each in record["datasets"]] == ["synthetic-train", "synthetic-validation"]
+    facts = record["facts"]
+    assert facts["images"] == {"train": 50, "validation": 10}  # at least one of each class is held out
+    assert len(facts["classes"]) == 10 and facts["features_cached"] and facts["image_size"] == 32
+    assert 0 < facts["trainable"] < facts["parameters"]
+    assert set(record["hardware"]) == {"machine", "accelerator", "torch", "conditions"}
+    assert record["hardware"]["machine"]["machine"] == record["tags"]["machine"]
+    assert record["hardware"]["torch"]["threads"] == 1
+    assert [epoch["figures"]["epoch"] for epoch in record["epochs"]] == [1, 2]
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/lr"} <= set(
+        record["epochs"][0]["figures"]
+    )
+    times = [record["started"], *(epoch["at"] for epoch in record["epochs"]), record["ended"]]
+    assert times == sorted(times)
+    assert set(record["metrics"]) == ONCE | {"speed/feature_images_per_second"}
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{once.trained.as_posix()}")
+    (run,) = runs()
+    assert (run.info.run_name, run.info.status) == (record["name"], "FINISHED")
+    assert (run.info.start_time, run.info.end_time) == (record["started"], record["ended"])
+    assert run.data.params == record["params"]
+    assert record["tags"].items() <= run.data.tags.items()
+    assert run.data.tags[tracking.RECORD_TAG] == record["id"]
+    assert "**Machine**" in run.data.tags["mlflow.note.content"]
+    last = {key: value for key, value in record["epochs"][-1]["figures"].items() if key != "epoch"}
+    shown = {key: value for key, value in run.data.metrics.items() if not key.startswith("system/")}
+    assert shown == last | record["metrics"]
+    samples = [sample for epoch in record["epochs"] for sample in epoch["system"]]
+    assert len({sample["step"] for sample in samples}) == len(samples)
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_curves_metrics_and_settings_are_files_of_their_own(once):
+    folder = once.outputs / "train"
+    assert left_in(folder) == LEFT
+    record = files.read_json(folder / "record.json")
+    epochs = [epoch["figures"] for epoch in record["epochs"]]
+    with (folder / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(epochs[0])
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == epochs
+    metrics = files.read_json(folder / "metrics.json")
+    assert metrics["train/loss"] == epochs[-1]["train/loss"] != epochs[0]["train/loss"]
+    assert set(metrics) == set(epochs[-1]) - {"epoch"} | set(record["metrics"])
+    assert files.read_json(folder / "hardware.json") == record["hardware"]
+    settings = config._tree(folder / "params.yaml")
+    assert list(settings["recipes"]) == ["linear-probe"] and settings["recipes"]["linear-probe"]["epochs"] == 2
+    _, facts = model.load_checkpoint(folder / "best.safetensors")
+    assert (facts.record, facts.model) == (record["id"], "test_resnet.r160_in1k")
+    assert facts.classes == tuple(record["facts"]["classes"])
+    assert facts.epoch == record["metrics"]["best/epoch"]
+    assert facts.val_accuracy == record["metrics"]["best/val_accuracy"] == max(e["val/accuracy"] for e in epochs)
+
+
+def test_no_absolute_path_is_left(trained, out, pictures):
+    record = trained()
+    assert record["params"]["settings.data.path"] == "pictures"
+    for path in out.rglob("*"):
+        assert path.is_dir() or str(pictures.parent).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [([0.5, 0.75, 0.75, 0.5], 2), ([0.0, 0.0], 1), ([0.25, 0.5, 0.75], 3), ([0.9, 0.1], 1)]
+)
+def test_the_checkpoint_is_of_the_first_best_epoch(trained, out, monkeypatch, accuracies, best):
+    script(monkeypatch, accuracies)
+    record = trained(f"epochs={len(accuracies)}")
+    net, facts = model.load_checkpoint(out / "best.safetensors")
+    assert (facts.epoch, facts.val_accuracy) == (best, max(accuracies))
+    assert net.head.bias.tolist() == [best] * 3
+    assert record["metrics"]["best/epoch"] == best
+    assert record["metrics"]["best/val_accuracy"] == max(accuracies)
+
+
+def test_nothing_of_an_earlier_training_stays(trained, out, monkeypatch):
+    script(monkeypatch, [0.5])
+    (out / "plots").mkdir(parents=True)
+    for name in ("record.json", "plots/extra.png"):
+        (out / name).write_text("stale")
+    record = trained("epochs=1")
+    assert left_in(out) == LEFT
+    assert files.read_json(out / "record.json") == json.loads(json.dumps(record))
+
+
+def test_validation_on_the_test_split_is_said(trained):
+    record = trained("validation=test")
+    assert record["facts"]["images"] == {"train": 60, "test": 30}
+    assert [each["context"] for each in record["datasets"]] == ["training", "testing"]
+    (warning,) = record["warnings"]
+    assert "test split" in warning and "flatters" in warning
+
+
+# --- how it ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (engine.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (StageError("not enough memory on the device"), "FAILED"),
+        (ZeroDivisionError(), "FAILED"),
+    ],
+)
+def test_a_training_that_does_not_come_to_its_end_says_so(trained, out, monkeypatch, error, status):
+    script(monkeypatch, [0.5], then=error)
+    with pytest.raises(type(error)):
+        trained()
+    (run,) = runs()
+    assert run.info.status == status and run.info.end_time is not None
+    assert run.data.metrics["val/accuracy"] == 0.5  # what was reached stays
+    assert left_in(out) == {"best.safetensors"}
+
+
+def test_a_store_that_is_not_there_ends_it_before_it_starts(trained, out, monkeypatch, tmp_path):
+    (tmp_path / "broken.db").write_bytes(b"This is no database. " * 400)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'broken.db').as_posix()}")
+    out.mkdir(parents=True)
+    (out / "record.json").write_text("stale")
+    with pytest.raises(StageError, match=r"broken\.db can't be used"):
+        trained()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("broken", ["log_epoch", "log_files", "log_model", "set_tags"])
+def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, broken):
+    script(monkeypatch, [0.5])
+    mark = tracking.mark
+    real = getattr(tracking, broken)
+    marked = []
+
+    def fails(*args):
+        if not marked:
+            return real(*args)  # `mark` sets a tag, too
+        raise StageError("the store is away")
+
+    monkeypatch.setattr(tracking, "mark", lambda *args: (mark(*args), marked.append(True)))
+    monkeypatch.setattr(tracking, broken, fails)
+    with pytest.raises(StageError, match="the store is away"):
+        trained("epochs=1")
+    (run,) = runs()
+    assert run.info.status == "FAILED"
+    # Whole files or none: all of them, once the figures are there, so that nothing has to be trained again.
+    assert left_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT)
+    assert model.load_checkpoint(out / "best.safetensors")[1].epoch == 1
+
+
+def test_a_store_that_would_be_lost_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "x")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI: "):
+        train.run(generated(), tmp_path / "outputs")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_what_the_stages_before_leave_is_asked_for(tmp_path):
+    with pytest.raises(StageError, match=r"hardware\.json is missing: run the stage"):
+        train.run(generated(), tmp_path)
+    hardware.run(generated(), tmp_path)
+    with pytest.raises(StageError, match=r"inputs\.json is missing: run the stage"):
+        train.run(generated(), tmp_path)
+    assert runs() == []
+
+
+# --- the clock
+
+
+def clocked(monkeypatch, now=None):
+    """Makes the training's clock one that is read from `now`; gives the list that the clock is put into."""
+    made = []
+
+    def clock(synchronise):
+        made.append(Clock(synchronise, now) if now else Clock(synchronise))
+        return made[-1]
+
+    monkeypatch.setattr(train, "Clock", clock)
+    return made
+
+
+def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypatch):
+    made = clocked(monkeypatch)
+    spans, called = [], []
+
+    def watched(module, name):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            called.append(name)
+            spans.extend((name, clock._open) for clock in made if clock._open is not None)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    names = {
+        tracking: ("start", "mark", "log_epoch", "log_figures", "log_files", "log_model", "set_tags", "end"),
+        model: ("save_checkpoint",),
+        plots: ("save",),
+        files: ("write_json", "write_text"),
+    }
+    for module, functions in names.items():
+        for name in functions:
+            watched(module, name)
+    trained("features=recompute")
+    (clock,) = made
+    assert spans == []
+    assert set(called) == {name for functions in names.values() for name in functions}
+    assert called.count("log_epoch") == 2 and called.count("log_model") == 1
+    assert set(clock.seconds) == {"decode", "setup", "upload", "train", "validate"}
+
+
+@pytest.mark.parametrize("features", ["cache", "recompute"])
+def test_the_total_is_upload_features_training_and_validation(trained, monkeypatch, features):
+    lasting = [1, 10, 100, *([1000] if features == "cache" else []), *[10_000, 200_000] * 2]
+    readings = iter([value for seconds in lasting for value in (5.0, 5.0 + seconds)])
+    clocked(monkeypatch, lambda: next(readings))
+    record = trained(f"features={features}")
+    assert next(readings, None) is None
+    metrics = record["metrics"]
+    assert (metrics["time/data_seconds"], metrics["time/setup_seconds"]) == (1, 10)
+    assert [epoch["figures"]["time/train_seconds"] for epoch in record["epochs"]] == [10_000] * 2
+    assert [epoch["figures"]["time/val_seconds"] for epoch in record["epochs"]] == [200_000] * 2
+    if features == "cache":
+        assert metrics["time/total_seconds"] == 421_100
+        assert metrics["speed/feature_images_per_second"] == 60 / 1000  # training's and validation's
+        assert "speed/train_images_per_second" not in record["epochs"][0]["figures"]
+    else:
+        assert metrics["time/total_seconds"] == 420_100
+        assert "speed/feature_images_per_second" not in metrics
+        assert record["epochs"][0]["figures"]["speed/train_images_per_second"] == 54 / 10_000
+
+
+# --- the device
+
+
+def test_a_gpu_that_torch_cannot_use_makes_it_a_demo(trained, monkeypatch, capsys):
+    script(monkeypatch, [0.5])
+    monkeypatch.setattr(backends, "select", lambda device: Cpu())
+    monkeypatch.setattr(backends, "unused_gpu", lambda: "GTX 1060 is there, but this torch is built without CUDA")
+    record = trained("epochs=1", "device=auto")
+    assert record["tags"]["fallback"] == "device"
+    assert record["name"].startswith("DEMO · ") and record["experiment"] == "trainmark-demo"
+    assert any("GTX 1060" in warning and warning.startswith("DEMO") for warning in record["warnings"])
+    said = capsys.readouterr().err
+    assert "!!  DEMO" in said and "GTX 1060 is there, but this torch is built without CUDA" in said
+    (run,) = runs()
+    assert client().get_experiment(run.info.experiment_id).name == "trainmark-demo"
+    assert run.data.tags["fallback"] == "device"
+
+
+def test_the_cpu_that_was_asked_for_is_no_fallback(trained, monkeypatch, capsys):
+    script(monkeypatch, [0.5])
+    monkeypatch.setattr(backends, "unused_gpu", lambda: "GTX 1060 is there")
+    record = trained("epochs=1", "device=cpu")
+    assert "fallback" not in record["tags"] and record["experiment"] == "trainmark"
+    assert "DEMO" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("threads=1", 1), ("threads=null", 2)])
+def test_threads_are_those_of_the_setting(trained, monkeypatch, setting, expected):
+    script(monkeypatch, [0.5])
+    torch.set_num_threads(2)
+    record = trained("epochs=1", setting)
+    assert torch.get_num_threads() == expected
+    assert record["hardware"]["torch"]["threads"] == expected
