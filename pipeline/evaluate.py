@@ -60,12 +60,9 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
 def _complete(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], out: Path) -> None:
     """Adds the evaluation to the training's run."""
     tracking.resume(handle)
-    try:
+    with tracking.ended_by_failure(handle):
         publish.evaluation(handle, record, result, out)
-    except BaseException as error:
-        tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracking.end(handle, "FINISHED", result["ended"])
+        tracking.end(handle, "FINISHED", result["ended"])
 
 
 def _checkpoint(

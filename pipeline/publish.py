@@ -42,7 +42,7 @@ def restore(
 ) -> tracking.Handle:
     """Makes the run of a cached training, and of its evaluation where there is one, anew, whole and marked."""
     handle = tracking.start(dict(record) | {"experiment": experiment})
-    try:
+    with tracking.ended_by_failure(handle):
         tracking.set_tags(handle, {"restored": "from the cache of `dvc repro`; nothing was trained"})
         for epoch in record["epochs"]:
             tracking.log_epoch(handle, epoch)
@@ -50,10 +50,7 @@ def restore(
         if result is not None:
             evaluation(handle, record, result, folder / "evaluate")
         tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
-    except BaseException as error:
-        tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracking.end(handle, "FINISHED", (result or record)["ended"])
+        tracking.end(handle, "FINISHED", (result or record)["ended"])
     return handle
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,11 @@ def start(record: Mapping[str, Any]) -> Handle:
             )
         handle = Handle(client, run.info.run_id, run.info.experiment_id)
         params = [Param(key, _text(value)) for key, value in record["params"].items()]
-        tags = [RunTag(key, str(value)) for key, value in record["tags"].items()]
+    with ended_by_failure(handle), _store_errors():
         for part in range(0, len(params), 100):  # the most that one call takes
             client.log_batch(handle.run_id, params=params[part : part + 100])
-        client.log_batch(handle.run_id, tags=tags)
-    log_datasets(handle, record["datasets"])
+        set_tags(handle, record["tags"])
+        log_datasets(handle, record["datasets"])
     return handle
 
 
@@ -200,9 +200,21 @@ def is_deleted(handle: Handle) -> bool:
 
 
 def end(handle: Handle, status: str, at: int | None = None) -> None:
-    """Ends the run: FINISHED, FAILED or KILLED (which MLflow's context manager would call FAILED)."""
+    """Ends the run: FINISHED, FAILED or KILLED."""
     with _store_errors():
         handle.client.set_terminated(handle.run_id, status, at)
+
+
+@contextmanager
+def ended_by_failure(handle: Handle) -> Iterator[None]:
+    """Ends the run as KILLED (Ctrl-C; MLflow's context manager would call it FAILED) or FAILED when that is how the
+    block ends. A store that does not answer then does not hide why."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(StageError):
+            end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
 
 
 def finished_runs() -> list[dict[str, Any]]:

@@ -61,8 +61,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     record = _record(settings, hardware, inputs, work, splits, unused)
     _announce(record)
     handle = tracking.start(record)
-    tracking.mark(handle, record)
-    try:
+    with tracking.ended_by_failure(handle):
+        tracking.mark(handle, record)
         with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
             best = 0.0
             for figures in _epochs(work, splits, settings, record):
@@ -75,11 +75,9 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         record["metrics"] |= _once(clock)
         _leave(record, settings, shown, out)
         publish.training(handle, record, out)
-    except BaseException as error:
-        # MLflow's own context manager would call an interrupted run FAILED.
-        tracking.end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracking.end(handle, "FINISHED", record["ended"])
+        # Last: without it, a training that could not be logged whole is taken for none.
+        files.write_json(out / "record.json", record)
+        tracking.end(handle, "FINISHED", record["ended"])
     return record
 
 
@@ -345,7 +343,6 @@ def _leave(
     files.write_text(out / "params.yaml", config.dump(records.effective(settings)))
     files.write_text(out / "curves.csv", _csv(epochs))
     files.write_json(out / "metrics.json", {k: v for k, v in epochs[-1].items() if k != "epoch"} | record["metrics"])
-    files.write_json(out / "record.json", record)
 
 
 def _csv(epochs: list[dict[str, float]]) -> str:
