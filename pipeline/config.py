@@ -188,9 +188,11 @@ class Recipe:
     scheduler_options: dict[str, dict[str, Any]] = setting(OPTIONS, "by scheduler; the chosen one's are read")
     scheduler_step: str = setting(one_of("batch", "epoch"), "how often the schedule moves")
     warmup_epochs: float = setting(real(0), "epochs over which the learning rate climbs to lr in a line")
-    precision: str = setting(one_of("fp32", "tf32", "bf16"), "execution: number format of the network")
+    precision: str = setting(one_of("fp32", "tf32", "bf16", "fp16"), "execution: number format of the network")
     channels_last: str | bool = setting(either(one_of("auto"), SWITCH), "execution: memory layout of images")
-    compile: str = setting(one_of("off"), "execution: torch.compile")
+    compile: str = setting(
+        one_of("auto", "off", "default", "reduce-overhead", "max-autotune"), "execution: torch.compile, by its modes"
+    )
     features: str = setting(
         one_of("auto", "cache", "recompute"), "execution: a frozen backbone's features, once or every epoch"
     )

@@ -65,6 +65,8 @@ class Job:
     clock: Clock
     on_features: bool
     """Whether the inputs are features: images then never pass the network, and none count as trained."""
+    scaler: torch.amp.GradScaler | None = None
+    """Scales the loss where gradients would vanish (fp16)."""
 
 
 def train(
@@ -117,8 +119,13 @@ def step(job: Job, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = job.network(inputs)
     loss = F.cross_entropy(logits.float(), labels)
     job.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    job.optimizer.step()
+    if job.scaler is None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        job.optimizer.step()
+    else:
+        job.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
     return loss, logits
 
 
@@ -164,13 +171,13 @@ def compute_features(
     return data.Split(torch.cat(parts), torch.cat(labels))
 
 
-def warm_up(job: Job, samples: Batches) -> None:
-    """Takes real steps on `samples`, so that the first timed one does not pay for what is done once (allocation,
-    choice of kernels). The job has learnt from them: it is for throwing away."""
+def warm_up(job: Job, training: Batches, validation: Batches) -> None:
+    """Takes real steps, so that the first timed one does not pay for what is done once by shape (allocation, choice
+    of kernels, compiling). The network has learnt from them, and the optimizer is for throwing away."""
     job.set_mode()
-    for inputs, labels in samples:
+    for inputs, labels in training:
         step(job, inputs, labels)
-    evaluate(job.network, [(inputs, labels)], job.backend, job.precision)
+    evaluate(job.network, validation, job.backend, job.precision)
     job.backend.synchronise()
 
 

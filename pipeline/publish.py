@@ -13,6 +13,7 @@ def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -
     from pipeline import model  # torch takes seconds to import, and only what is missing needs it
 
     tracking.log_figures(handle, record["metrics"], record["ended"])
+    tracking.set_tags(handle, record["tags"])  # some are known at the end alone
     tracking.log_files(
         handle,
         {

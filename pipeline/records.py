@@ -112,7 +112,6 @@ def warnings(
         f"DEMO: generated pictures in place of CIFAR-10 ({data['reason']})": "data" in inputs["fallback"],
         f"DEMO: random weights in place of pretrained ones ({weights['reason']})": "weights" in inputs["fallback"],
         f"DEMO: trained on the CPU beside a GPU: {unused_gpu}": unused_gpu is not None,
-        "the machine ran on battery": own.get("power_source") == "battery",
         "operators that Metal lacks may have run on the CPU (PYTORCH_ENABLE_MPS_FALLBACK)": (
             own["backend"] == "mps" and os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
         ),

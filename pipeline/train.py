@@ -4,7 +4,8 @@ import csv
 import io
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from pipeline import (
     backends,
+    conditions,
     config,
     data,
     engine,
     files,
-    machine,
     model,
     optim,
     plots,
@@ -32,8 +33,12 @@ from pipeline import (
     weights,
 )
 from pipeline.clock import Clock
+from pipeline.errors import StageError
 
 Splits = dict[str, data.Split]
+
+METERED_SECONDS = 1.0
+"""Less than this is not metered: NVML's energy counter moves ten to fifty times a second."""
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
@@ -50,15 +55,16 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     unused = backends.unused_gpu() if settings.device == "auto" else None
     if unused:
         terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
+    before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     clock = Clock(backend.synchronise)
     with clock.span("decode"):
         splits, shown = _splits(settings, inputs)
     with clock.span("setup"), backend.memory_errors():
-        work = _set_up(settings, inputs, splits["train"], backend, clock)
+        work = _set_up(settings, inputs, splits, backend, clock)
 
     out = folder / "train"
     shutil.rmtree(out, ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    record = _record(settings, hardware, inputs, work, splits, unused)
+    record = _record(settings, hardware, inputs, work, splits, unused, before)
     _announce(record)
     handle = tracking.start(record)
     with tracking.ended_by_failure(handle):
@@ -73,6 +79,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
                 tracking.log_epoch(handle, record["epochs"][-1])
         record["ended"] = tracking.now()
         record["metrics"] |= _once(clock)
+        _taint(record, before, conditions.sample(backend.gpu_uuid()))
         _leave(record, settings, shown, out)
         publish.training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.
@@ -86,13 +93,17 @@ class Work:
     """What `_set_up` built: the model on its device, and the job that trains it or its head."""
 
     net: model.Classifier
+    features: Callable[[Tensor], Tensor]
+    """The model's, compiled where that is asked for."""
     job: engine.Job
+    recipe: config.Recipe
     channels_last: bool
+    compile_mode: str
 
-    def ready(self, batches: engine.Batches, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def ready(self, batches: engine.Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of uint8 images as the network takes them."""
         for images, labels in batches:
-            yield data.prepare(images, image_size, channels_last=self.channels_last), labels
+            yield data.prepare(images, self.recipe.image_size, channels_last=self.channels_last), labels
 
 
 def _check(recipe: config.Recipe) -> None:
@@ -129,43 +140,71 @@ def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Split
 def _set_up(
     settings: config.Settings,
     inputs: Mapping[str, Any],
-    train: data.Split,
+    splits: Splits,
     backend: backends.Backend,
     clock: Clock,
 ) -> Work:
-    """Builds everything twice from the same seed: once to warm the device up with, once to train."""
+    """Builds the model, warms the device up with it, and puts it back to its beginning."""
     recipe = settings.work
-    classes = len(inputs["data"]["classes"])
-    file = weights.located(inputs["weights"], recipe)
-    channels_last = backend.channels_last if recipe.channels_last == "auto" else bool(recipe.channels_last)
+    train, validated = splits["train"], _validated(splits)
+    torch.manual_seed(settings.seed)
+    net = model.build(recipe, len(inputs["data"]["classes"]), weights.located(inputs["weights"], recipe))
+    auto = recipe.channels_last == "auto"
+    channels_last = backend.channels_last(recipe.precision) if auto else bool(recipe.channels_last)
+    net = net.to(backend.device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    beginning = {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
-    def network() -> model.Classifier:
-        torch.manual_seed(settings.seed)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return model.build(recipe, classes, file).to(backend.device).to(memory_format=layout)
+    def samples(split: data.Split, sizes: set[int]) -> list[tuple[Tensor, Tensor]]:
+        first = [split.take(np.arange(size)).to(backend.device) for size in sorted(sizes)]
+        return [(data.prepare(s.inputs, recipe.image_size, channels_last=channels_last), s.labels) for s in first]
 
-    def work(net: model.Classifier, cached: bool) -> Work:
-        return Work(net, _job(recipe, net, cached, len(train), backend, clock), channels_last)
+    # Kernels are chosen, and graphs compiled, by shape: the full batch's and the short last one's.
+    training = samples(train, _sizes(train, recipe.batch_size))
+    cached = model.caches_features(net, recipe, training[0][0])
+    passes = 1 if cached else recipe.epochs
+    mode = backend.compile_mode(recipe.compile, (len(train) + len(validated)) * passes)
+    validation = samples(validated, _sizes(validated, recipe.batch_size)) if mode != "off" else training[:1]
 
-    trial = network()
-    # Kernels are chosen by shape, so both the full batch and a short last one are tried.
-    sizes = sorted({min(recipe.batch_size, len(train)), len(train) % recipe.batch_size} - {0})
-    first = [train.take(np.arange(size)).to(backend.device) for size in sizes]
-    warm = list(work(trial, False).ready(((s.inputs, s.labels) for s in first), recipe.image_size))
-    cached = model.caches_features(trial, recipe, warm[0][0])
-    if cached:
-        with torch.no_grad(), backend.autocast(recipe.precision):
-            warm = [(trial.features(images).float(), labels) for images, labels in warm]
-    engine.warm_up(work(trial, cached).job, warm)
-    built = work(network(), cached)
+    def compiled(function: Any) -> Any:
+        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
+
+    features = compiled(net.features)
+    network = net.head if cached else compiled(net)
+
+    def job() -> engine.Job:
+        return _job(recipe, net, network, len(train), backend, clock)
+
+    try:
+        if cached:
+            net.eval()
+            with torch.no_grad(), backend.autocast(recipe.precision):
+                training, validation = (
+                    [(features(images).float(), labels) for images, labels in some] for some in (training, validation)
+                )
+        engine.warm_up(job(), training, validation)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first = str(error).strip().splitlines()[0]
+        raise StageError(f'compile: "{mode}" fails here ({first}): set compile to off') from error
+    net.load_state_dict(beginning)
+    for parameter in net.parameters():
+        parameter.grad = None
     torch.manual_seed(settings.seed)  # what dropout draws does not depend on how the model was built
-    return built
+    return Work(net, features, job(), recipe, channels_last, mode)
+
+
+def _validated(splits: Splits) -> data.Split:
+    return next(split for name, split in splits.items() if name != "train")
+
+
+def _sizes(split: data.Split, batch_size: int) -> set[int]:
+    """The sizes of the split's batches."""
+    return {min(batch_size, len(split)), len(split) % batch_size} - {0}
 
 
 def _job(
     recipe: config.Recipe,
     net: model.Classifier,
-    cached: bool,
+    network: torch.nn.Module,
     images: int,
     backend: backends.Backend,
     clock: Clock,
@@ -190,7 +229,7 @@ def _job(
         warmup_epochs=recipe.warmup_epochs,
     )
     return engine.Job(
-        network=net.head if cached else net,
+        network=network,
         optimizer=optimizer,
         scheduler=scheduler,
         set_mode=lambda: model.set_mode(net, recipe.frozen_batch_norm),
@@ -199,7 +238,8 @@ def _job(
         precision=recipe.precision,
         backend=backend,
         clock=clock,
-        on_features=cached,
+        on_features=network is net.head,
+        scaler=torch.amp.GradScaler(backend.kind) if recipe.precision == "fp16" else None,
     )
 
 
@@ -208,31 +248,58 @@ def _epochs(
 ) -> Iterator[dict[str, float]]:
     """Moves the images to the device, computes a frozen backbone's features where that is done once, trains."""
     recipe, job, clock = settings.work, work.job, work.job.clock
-    size, batch_size = recipe.image_size, recipe.batch_size
+    backend, batch_size = job.backend, recipe.batch_size
+    joules: dict[str, list[float]] = {}
     with clock.span("upload"):
-        samples = {name: split.to(job.backend.device) for name, split in splits.items()}
+        samples = {name: split.to(backend.device) for name, split in splits.items()}
+    images = sum(map(len, samples.values()))
     if job.on_features:
-        images = sum(map(len, samples.values()))
         work.net.eval()
-        with terminal.progress("features", images) as advance, clock.span("features") as span:
+        with (
+            terminal.progress("features", images) as advance,
+            _metered(backend, joules),
+            clock.span("features") as span,
+        ):
             for name, split in samples.items():
-                batches = work.ready(data.batches(split, batch_size), size)
-                samples[name] = engine.compute_features(work.net.features, batches, job.backend, job.precision, advance)
+                batches = work.ready(data.batches(split, batch_size))
+                samples[name] = engine.compute_features(work.features, batches, backend, job.precision, advance)
         record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
-    train, validated = samples["train"], next(split for name, split in samples.items() if name != "train")
+    train, validated = samples["train"], _validated(samples)
 
     def train_batches(epoch: int) -> engine.Batches:
         batches = data.shuffled(train, batch_size, settings.seed, epoch, flip=recipe.flip)
-        return batches if job.on_features else work.ready(batches, size)
+        return batches if job.on_features else work.ready(batches)
 
     def val_batches() -> engine.Batches:
         batches = data.batches(validated, batch_size)
-        return batches if job.on_features else work.ready(batches, size)
+        return batches if job.on_features else work.ready(batches)
 
     with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
-        for figures in engine.train(job, train_batches, val_batches, advance):
+        epochs = engine.train(job, train_batches, val_batches, advance)
+        while True:
+            with _metered(backend, joules):
+                figures = next(epochs, None)
+            if figures is None:
+                break
             finish(figures)
             yield figures
+    passed = images * (1 if job.on_features else recipe.epochs)
+    for source, spent in joules.items():
+        whole = len(spent) == recipe.epochs + 1 + job.on_features  # no reading was missed
+        if whole and clock.total("features", "train", "validate") > METERED_SECONDS:
+            record["tags"]["energy.source"] = source
+            record["metrics"]["energy/joules"] = sum(spent)
+            record["metrics"]["energy/images_per_joule"] = passed / sum(spent)
+
+
+@contextmanager
+def _metered(backend: backends.Backend, joules: dict[str, list[float]]) -> Iterator[None]:
+    """Adds the energy spent inside to `joules`, by its source; nothing where the backend can't tell."""
+    before = backend.energy()
+    yield
+    after = backend.energy()
+    if before and after:
+        joules.setdefault(before[0], []).append(after[1] - before[1])
 
 
 def _record(
@@ -242,13 +309,13 @@ def _record(
     work: Work,
     splits: Splits,
     unused_gpu: str | None,
+    before: conditions.Sample,
 ) -> dict[str, Any]:
     """What is known of the training before it starts (see records.py)."""
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
-    conditions = {"power_source": machine.power_source()}
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
-    own = records.tags(settings, inputs, hardware, backend, accelerator, conditions, fallback)
+    own = records.tags(settings, inputs, hardware, backend, accelerator, before, fallback)
     trainable, parameters = model.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
@@ -271,13 +338,14 @@ def _record(
             "parameters": parameters,
             "features_cached": work.job.on_features,
             "channels_last": work.channels_last,
+            "compile": work.compile_mode,
             "image_size": recipe.image_size,
         },
         "hardware": {
             "machine": dict(hardware),
             "accelerator": accelerator,
             "torch": backends.torch_facts(),
-            "conditions": {key: value for key, value in conditions.items() if value is not None},
+            "conditions": {"before": before},
         },
     }
 
@@ -322,6 +390,22 @@ def _once(clock: Clock) -> dict[str, float]:
         "time/data_seconds": clock.total("decode"),
         "time/total_seconds": clock.total("upload", "features", "train", "validate"),
     }
+
+
+def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.Sample) -> None:
+    """Says in the run what of the machine's state makes its figures doubtful."""
+    figures = [epoch["figures"] for epoch in record["epochs"]]
+    # On features an epoch is over before a machine could change its pace.
+    paced = [] if record["facts"]["features_cached"] else [each["time/train_seconds"] for each in figures]
+    taints = conditions.taints(before, after, paced)
+    record["hardware"]["conditions"]["after"] = after
+    record["warnings"] += taints.values()
+    if taints:
+        record["tags"]["taints"] = " ".join(taints)
+    if "gpu_power_watts" in before:
+        record["metrics"]["energy/idle_watts"] = before["gpu_power_watts"]
+    for sentence in taints.values():
+        terminal.say(f"note     {sentence}")
 
 
 def _leave(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config, sources, weights
+from pipeline import conditions, config, sources, weights
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 """The classes of `pictures`, in order of name, each with the mean of its pixels."""
@@ -19,6 +19,13 @@ def cache(tmp_path, monkeypatch):
     for module in (sources, weights):
         monkeypatch.setattr(module, "CACHE", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def calm(request, monkeypatch):
+    """A machine of which nothing is told, where its sensors are not what is tested."""
+    if request.module.__name__ != "test_conditions":
+        monkeypatch.setattr(conditions, "sample", lambda *_: {})
 
 
 def picture(colour, size=(16, 16), seed=0):

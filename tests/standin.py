@@ -18,7 +18,6 @@ class Standin(Backend):
 
     kind = name = "mps"
     precisions = ("fp32",)
-    channels_last = False
 
     def __init__(self, index=0, peaks=()):
         super().__init__(index)

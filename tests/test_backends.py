@@ -149,24 +149,25 @@ def test_tf32_is_off_unless_asked_for(card, flags):
 @pytest.mark.parametrize(
     ("capability", "hip", "name", "precisions", "channels_last"),
     [
-        ((6, 1), None, "cuda", ("fp32",), False),
-        ((7, 5), None, "cuda", ("fp32",), True),
-        ((8, 0), None, "cuda", ("fp32", "tf32", "bf16"), True),
-        ((12, 0), None, "cuda", ("fp32", "tf32", "bf16"), True),
-        ((9, 0), "7.2", "rocm", ("fp32", "bf16"), False),
+        ((6, 1), None, "cuda", ("fp32", "fp16"), False),
+        ((7, 5), None, "cuda", ("fp32", "fp16"), True),
+        ((8, 0), None, "cuda", ("fp32", "tf32", "bf16", "fp16"), True),
+        ((12, 0), None, "cuda", ("fp32", "tf32", "bf16", "fp16"), True),
+        ((9, 0), "7.2", "rocm", ("fp32", "bf16", "fp16"), False),
     ],
 )
 def test_a_card_offers_what_its_generation_can_do(card, capability, hip, name, precisions, channels_last):
     card(capability, hip=hip)
     chosen = Cuda()
     assert (chosen.kind, chosen.name, chosen.precisions) == ("cuda", name, precisions)
-    assert chosen.channels_last is channels_last
+    assert chosen.channels_last("fp16") is channels_last
+    assert not chosen.channels_last("fp32")  # slower without tensor cores
     assert chosen.pinned_memory
 
 
 def test_each_card_is_asked_for_its_own_generation(card):
     card((8, 0), (7, 5))
-    assert Cuda(1).precisions == ("fp32",)
+    assert Cuda(1).precisions == ("fp32", "fp16")
     assert Cuda(1).device == torch.device("cuda:1")
 
 
@@ -260,7 +261,7 @@ def test_the_cpu_is_one_device_without_an_index_named_by_the_machine(monkeypatch
     monkeypatch.setattr(machine, "facts", lambda: {"cpu": "AMD EPYC", "memory_gib": 23.5})
     cpu = Cpu()
     assert cpu.device == torch.zeros(1).device == torch.device("cpu")
-    assert (Cpu.count(), cpu.channels_last, cpu.pinned_memory) == (1, True, False)
+    assert (Cpu.count(), cpu.channels_last("fp32"), cpu.pinned_memory) == (1, True, False)
     facts = cpu.facts()
     assert (facts["name"], facts["memory_gib"]) == ("AMD EPYC", 23.5)
     assert cpu.synchronise() is None
@@ -388,7 +389,7 @@ def test_metal_is_one_device_without_an_index(metal, monkeypatch):
     mps = Mps()
     assert mps.device == torch.device("mps")
     assert mps.device.index is None
-    assert (mps.channels_last, mps.pinned_memory, mps.precisions) == (False, False, ("fp32", "bf16"))
+    assert (mps.channels_last("bf16"), mps.pinned_memory, mps.precisions) == (False, False, ("fp32", "bf16"))
     for is_there in (True, False):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda is_there=is_there: is_there)
         assert Mps.count() == int(is_there)
@@ -498,3 +499,23 @@ def test_torchs_facts_are_plain():
     assert facts["torch"] == torch.__version__
     assert "\n" not in facts["build"]
     assert facts["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("mode", "images", "chosen"),
+    [
+        ("auto", 1_000_000, "off"),
+        ("auto", 50_000_000, "default"),
+        ("off", 50_000_000, "off"),
+        ("default", 1, "default"),
+    ],
+)
+def test_compile_auto_goes_by_the_images(card, mode, images, chosen):
+    card((9, 0))
+    assert Cuda().compile_mode(mode, images) == chosen
+
+
+def test_compile_modes_that_a_backend_lacks_are_refused():
+    assert Cpu().compile_mode("auto", 10**12) == "off"
+    with pytest.raises(UsageError, match=r'compile: "reduce-overhead" is not allowed on cpu: expected auto \| off'):
+        Cpu().compile_mode("reduce-overhead", 1)

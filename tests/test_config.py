@@ -249,7 +249,8 @@ def test_missing_key(params, key):
         ),
         (
             "precision=bf61",
-            'recipes.linear-probe.precision: "bf61" is not allowed: expected fp32 | tf32 | bf16; did you mean bf16?',
+            'recipes.linear-probe.precision: "bf61" is not allowed: '
+            "expected fp32 | tf32 | bf16 | fp16; did you mean bf16?",
         ),
     ],
 )

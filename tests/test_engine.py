@@ -1,6 +1,7 @@
 """The loops: figures that can be recomputed by hand, a clock that waits, the same numbers by every path."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -235,7 +236,8 @@ def test_warm_up_takes_real_steps_then_waits_and_never_reads_the_clock():
     network = linear()
     before = network.weight.detach().clone()
     job = job_of(Queued(network, backend, 1.0), backend=backend)
-    engine.warm_up(job, list(data.batches(samples(5), 4)))
+    batches = list(data.batches(samples(5), 4))
+    engine.warm_up(job, batches, batches[1:])
     assert backend.calls == ["synchronise"]
     assert backend.time == 103.0  # two batches to train on, the last one to validate
     assert not torch.equal(network.weight, before)
@@ -347,3 +349,16 @@ def test_the_same_seed_gives_the_same_figures_bit_for_bit(overrides, cached):
     first = figures_of(*overrides, cached=cached)
     assert first == figures_of(*overrides, cached=cached)
     assert first != figures_of(*overrides, cached=cached, seed=1)
+
+
+def test_a_scaled_loss_gives_the_same_step():
+    """fp16's way: the gradients are scaled up and down again, by powers of 2."""
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        job = dataclasses.replace(job_of(linear()), scaler=scaler)
+        (inputs, labels), *_ = data.batches(samples(8), 8)
+        loss, _ = engine.step(job, inputs, labels)
+        weights.append(job.network.weight.detach().clone())
+        assert loss.item() == pytest.approx(F.cross_entropy(linear()(inputs), labels).item())
+    assert torch.allclose(*weights, atol=1e-7)
+    assert not torch.allclose(weights[0], linear().weight)

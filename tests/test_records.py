@@ -272,16 +272,16 @@ def test_each_fallback_is_said_with_its_reason(settings_of):
     ]
 
 
-def test_battery_metal_test_split_and_optimizers_rate_are_said(settings_of, monkeypatch):
+def test_metal_test_split_and_optimizers_rate_are_said(settings_of, monkeypatch):
     settings = settings_of("recipe=blog")
-    own = tags_of(settings, on=backend("mps"), conditions={"power_source": "battery"})
+    own = tags_of(settings, on=backend("mps"))
     monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     found = warnings_of(settings, own=own, overridden=True)
-    assert len(found) == 4
-    for word, said in zip(("battery", "Metal", "test split", "ranger21 overrides the schedule"), found, strict=True):
+    assert len(found) == 3
+    for word, said in zip(("Metal", "test split", "ranger21 overrides the schedule"), found, strict=True):
         assert word in said
     monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
-    assert len(warnings_of(settings, own=own)) == 2
+    assert len(warnings_of(settings, own=own)) == 1
 
 
 # --- data sets

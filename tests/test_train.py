@@ -10,7 +10,20 @@ import pytest
 import torch
 from test_tracking import client, fresh_store, runs, store  # noqa: F401 (store: each test has its own)
 
-from pipeline import backends, config, download, engine, evaluate, files, hardware, model, plots, tracking, train
+from pipeline import (
+    backends,
+    conditions,
+    config,
+    download,
+    engine,
+    evaluate,
+    files,
+    hardware,
+    model,
+    plots,
+    tracking,
+    train,
+)
 from pipeline.backends.cpu import Cpu
 from pipeline.clock import Clock
 from pipeline.errors import StageError, UsageError
@@ -61,6 +74,7 @@ def trained_once(factory):
             train.run(made.settings, made.outputs)
             shutil.copy(root / "store.db", made.trained)
             evaluate.run(made.settings, made.outputs)
+            shutil.copytree(root / "mlruns", root / "kept")  # stores copied from these two write into mlruns, too
             (root / "store.db").rename(made.evaluated)
     return made
 
@@ -392,3 +406,79 @@ def test_threads_are_those_of_the_setting(trained, monkeypatch, setting, expecte
     record = trained("epochs=1", setting)
     assert torch.get_num_threads() == expected
     assert record["hardware"]["torch"]["threads"] == expected
+
+
+# --- conditions and energy
+
+
+def test_what_taints_the_figures_is_said_and_tagged(trained, monkeypatch):
+    samples = iter([{"power_source": "battery", "cpu_load": 0.4, "gpu_power_watts": 21.5}, {"power_source": "battery"}])
+    monkeypatch.setattr(conditions, "sample", lambda *_: next(samples))
+    record = trained("epochs=1")
+    assert record["tags"]["taints"] == "battery load"
+    assert any("40%" in sentence for sentence in record["warnings"])
+    assert record["tags"]["power_source"] == "battery"
+    assert record["metrics"]["energy/idle_watts"] == 21.5
+    assert record["hardware"]["conditions"]["before"]["cpu_load"] == 0.4
+    (run,) = runs()
+    assert run.data.tags["taints"] == "battery load"
+    assert "other processes" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_calm_machine_has_no_taint_and_no_energy(trained):
+    record = trained("epochs=1")
+    assert "taints" not in record["tags"] and record["warnings"] == []
+    assert not [key for key in record["metrics"] if key.startswith("energy/")]
+
+
+@pytest.mark.parametrize(("features", "images"), [("cache", 60), ("recompute", 120)])
+def test_energy_is_that_of_the_timed_spans(trained, monkeypatch, features, images):
+    """10 J a reading: the features, two epochs and the end of the loop are metered, what lies between is not."""
+    readings = []
+
+    def energy(self):
+        readings.append(clock_is_open())
+        return ("rapl", 10.0 * len(readings))
+
+    clocks = []
+    original = train.Clock.__init__
+    monkeypatch.setattr(train.Clock, "__init__", lambda self, *a: (original(self, *a), clocks.append(self))[0])
+
+    def clock_is_open():
+        return clocks[-1]._open is not None
+
+    monkeypatch.setattr(Cpu, "energy", energy)
+    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
+    record = trained("epochs=2", f"features={features}")
+    pairs = 4 if features == "cache" else 3
+    assert len(readings) == 2 * pairs and not any(readings)
+    assert record["metrics"]["energy/joules"] == 10.0 * pairs
+    assert record["metrics"]["energy/images_per_joule"] == pytest.approx(images / (10.0 * pairs))
+    assert record["tags"]["energy.source"] == "rapl"
+
+
+def test_energy_with_a_reading_missed_is_left_out(trained, monkeypatch):
+    left = [("rapl", 1.0), ("rapl", 2.0), None]
+    monkeypatch.setattr(Cpu, "energy", lambda self: left.pop(0) if left else ("rapl", 3.0))
+    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
+    record = trained("epochs=2")
+    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
+
+
+# --- execution
+
+
+@pytest.mark.slow
+def test_compiled_trains_as_eager_does(trained):
+    figures = {}
+    for mode in ("off", "default"):
+        record = trained("recipe=finetune", "epochs=1", "flip=false", f"compile={mode}")
+        assert record["facts"]["compile"] == mode
+        figures[mode] = record["epochs"][0]["figures"]
+    for key in ("train/loss", "val/loss"):
+        assert figures["default"][key] == pytest.approx(figures["off"][key], rel=1e-3)
+
+
+def test_a_compile_mode_that_the_device_lacks_is_refused(trained):
+    with pytest.raises(UsageError, match='compile: "max-autotune" is not allowed on cpu: expected auto | off'):
+        trained("compile=max-autotune")

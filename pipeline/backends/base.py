@@ -24,8 +24,11 @@ class Backend:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """The values of `precision` that it can do."""
 
-    channels_last = True
-    """Whether `channels_last: auto` chooses that layout here."""
+    compile_modes: tuple[str, ...] = ("off",)
+    """The values of `compile`, beside auto, that it can do."""
+
+    compile_pays_after_images: int | None = None
+    """How many images a training must pass through the network before `compile: auto` compiles; None: never."""
 
     pinned_memory = False
     """Whether copies from page-locked host memory are faster and safe here."""
@@ -77,9 +80,26 @@ class Backend:
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
 
+    def channels_last(self, precision: str) -> bool:
+        """Whether `channels_last: auto` chooses that layout here."""
+        return True
+
     def autocast(self, precision: str) -> torch.autocast:
         """The context in which the network runs."""
-        return torch.autocast(self.kind, dtype=torch.bfloat16, enabled=precision == "bf16")
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.kind, dtype=dtype, enabled=precision in ("bf16", "fp16"))
+
+    def compile_mode(self, mode: str, images: int) -> str:
+        """The mode of torch.compile for a value of `compile` and a training that passes `images` through the
+        network. Raises UsageError where the backend can't do it."""
+        if mode == "auto":
+            pays = self.compile_pays_after_images is not None and images > self.compile_pays_after_images
+            return "default" if pays else "off"
+        if mode not in self.compile_modes:
+            raise UsageError(
+                f'compile: "{mode}" is not allowed on {self.kind}: expected auto | {" | ".join(self.compile_modes)}'
+            )
+        return mode
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ class Cpu(Backend):
     """Work on it is synchronous; its memory is the process's."""
 
     kind = name = "cpu"
+    compile_modes = ("off", "default")
 
     def __init__(self, index: int = 0):
         super().__init__(index)

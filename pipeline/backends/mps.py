@@ -15,7 +15,6 @@ class Mps(Backend):
 
     kind = name = "mps"
     precisions = ("fp32", "bf16")
-    channels_last = False
 
     def __init__(self, index: int = 0):
         super().__init__(index)
@@ -30,6 +29,10 @@ class Mps(Backend):
     def count(cls) -> int:
         """One, where the build has MPS and macOS offers it."""
         return int(torch.backends.mps.is_available())
+
+    def channels_last(self, precision: str) -> bool:
+        """Metal's convolutions want their images contiguous."""
+        return False
 
     def synchronise(self) -> None:
         """Waits for all kernels. Metal keeps no peak of its memory, so it is sampled here, with the work's

@@ -12,6 +12,7 @@ class Xpu(Backend):
 
     kind = name = "xpu"
     pinned_memory = True
+    compile_modes = ("off", "default")
 
     @classmethod
     def count(cls) -> int:
