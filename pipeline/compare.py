@@ -8,7 +8,18 @@ from typing import Any
 from pipeline import config, files, publish, records, terminal, tracking
 
 REPORT = config.ROOT / "reports" / "compare.md"
-COLUMNS = ("hardware", "label", "precision", "test accuracy", "images/s", "s/epoch", "total s", "peak MiB", "run")
+COLUMNS = (
+    "hardware",
+    "label",
+    "precision",
+    "test accuracy",
+    "images/s",
+    "s/epoch",
+    "total s",
+    "peak MiB",
+    "taints",
+    "run",
+)
 
 
 def run(settings: config.Settings, folder: Path) -> str:
@@ -79,6 +90,7 @@ def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
         figure("time/train_seconds", ".2f"),
         figure("time/total_seconds", ".2f"),
         figure("memory/peak_mib", ",.0f"),
+        _cell(tags.get("taints", "")),
         run["run_id"][:8],
     )
 

@@ -29,6 +29,7 @@ _WIDTHS = {
     "metrics.`best/val_accuracy`": 120,
     "metrics.`memory/peak_mib`": 120,
     "tags.`fallback`": 120,
+    "tags.`taints`": 120,
     "tags.`workload`": 115,
     "tags.`label`": 90,
     "tags.`hardware`": 165,
@@ -62,6 +63,7 @@ Each run is one training, timed; its name says hardware, recipe and precision.
 | `best/val_accuracy` | the same on validation images, after the best epoch |
 | `memory/peak_mib` | the most memory the training held on the device |
 | `fallback` | what a stand-in replaced: **a run named DEMO is no measurement** |
+| `taints` | what disturbed the machine meanwhile: battery, load, throttling ... |
 | `workload` | **only runs of one `workload` did the same work and can be compared** |
 | `label` | the owner's name for the machine |
 

@@ -11,7 +11,18 @@ from test_train import generated, light, once, threads  # noqa: F401 (threads: o
 from pipeline import compare, config, files, tracking
 
 WORK = {"recipe": "blog", "dataset": "cifar10", "weights": "pretrained", "precision": "fp32"}
-COLUMNS = ["hardware", "label", "precision", "test accuracy", "images/s", "s/epoch", "total s", "peak MiB", "run"]
+COLUMNS = [
+    "hardware",
+    "label",
+    "precision",
+    "test accuracy",
+    "images/s",
+    "s/epoch",
+    "total s",
+    "peak MiB",
+    "taints",
+    "run",
+]
 
 
 def run_of(run_id, accuracy=None, *, workload="w1", metrics=(), **tags):
@@ -49,11 +60,11 @@ def test_a_row_shows_what_the_run_measured():
         "speed/train_images_per_second": 20816.6, "time/train_seconds": 2.402, "time/total_seconds": 5.744,
         "memory/peak_mib": 2462.4,
     }  # fmt: skip
-    text = compare.report([run_of("a", 0.33875, metrics=metrics, label="desk", hardware="NVIDIA H100")])
+    text = compare.report([run_of("a", 0.33875, metrics=metrics, label="desk", hardware="NVIDIA H100", taints="load")])
     assert text.startswith("# Runs by work and hardware\n\n## ")
     assert tables(text) == {
         "blog on cifar10 (workload `w1`, pretrained weights)": [
-            ["NVIDIA H100", "desk", "fp32", "33.88%", "20,817", "2.40", "5.74", "2,462", "aaaaaaaa"]
+            ["NVIDIA H100", "desk", "fp32", "33.88%", "20,817", "2.40", "5.74", "2,462", "load", "aaaaaaaa"]
         ]
     }
     assert "DEMO" not in text
@@ -61,7 +72,7 @@ def test_a_row_shows_what_the_run_measured():
 
 def test_what_is_not_known_is_empty():
     ((row,),) = tables(compare.report([run_of("a")])).values()
-    assert row == ["AMD EPYC", "", "fp32", "", "", "", "", "", "aaaaaaaa"]
+    assert row == ["AMD EPYC", "", "fp32", "", "", "", "", "", "", "aaaaaaaa"]
 
 
 def test_a_speed_of_features_is_not_passed_off_as_one_of_training():

@@ -480,5 +480,5 @@ def test_compiled_trains_as_eager_does(trained):
 
 
 def test_a_compile_mode_that_the_device_lacks_is_refused(trained):
-    with pytest.raises(UsageError, match='compile: "max-autotune" is not allowed on cpu: expected auto | off'):
+    with pytest.raises(UsageError, match=r'compile: "max-autotune" is not allowed on cpu: expected auto \| off'):
         trained("compile=max-autotune")
