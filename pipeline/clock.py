@@ -18,7 +18,7 @@ class Clock:
 
     Devices work asynchronously: a clock read while work is still queued times the queueing. So
     `synchronise` (a backend's) is called before each reading, at the start of a span and at its end.
-    Spans do not nest; what lies between two spans (checkpoints, logging, plots) is billed to none.
+    Spans do not nest; what lies between two of them is unaccounted.
     """
 
     def __init__(self, synchronise: Callable[[], None], now: Callable[[], float] = time.perf_counter):
@@ -26,6 +26,7 @@ class Clock:
         self._synchronise = synchronise
         self._now = now
         self._open: str | None = None
+        self._first: float | None = None
 
     @contextmanager
     def span(self, name: str) -> Iterator[Span]:
@@ -36,6 +37,7 @@ class Clock:
         self._open = name
         span = Span()
         start = self._now()
+        self._first = start if self._first is None else self._first
         try:
             yield span
             self._synchronise()
@@ -47,3 +49,10 @@ class Clock:
     def total(self, *names: str) -> float:
         """Seconds of these spans together; one that never ran counts nothing."""
         return sum(self.seconds.get(name, 0.0) for name in names)
+
+    def unaccounted(self) -> float:
+        """Seconds since the first span began that no span has."""
+        if self._first is None:
+            return 0.0
+        self._synchronise()
+        return self._now() - self._first - sum(self.seconds.values())

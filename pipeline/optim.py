@@ -412,7 +412,7 @@ def build_scheduler(
         if not fits(value):
             raise _refused(f"{setting}.{option}", value, f"expected {allowed}")
     moves = steps_per_epoch if per_batch else 1  # of the schedule in an epoch
-    warm = _warm_moves(name, epochs, moves, warmup_epochs)
+    warm = _warm_moves(name, epochs, moves, per_batch, warmup_epochs)
     if name in ("constant", "cosine"):
         lowest = given.get("eta_min", 0.0) / lr if name == "cosine" else 1.0
         if lowest > 1:
@@ -444,13 +444,13 @@ def build_scheduler(
         raise _refused(setting, dict(options), _line(error)) from None
 
 
-def _warm_moves(name: str, epochs: int, moves: int, warmup_epochs: float) -> int:
+def _warm_moves(name: str, epochs: int, moves: int, per_batch: bool, warmup_epochs: float) -> int:
     """The warm-up's length in moves of the schedule, of which an epoch has `moves`."""
     if warmup_epochs and name not in ("constant", "cosine"):
         raise _refused("warmup_epochs", warmup_epochs, f"{name} has its own climb; expected 0")
     if not 0 <= warmup_epochs < epochs:
         raise _refused("warmup_epochs", warmup_epochs, f"expected from 0 to below epochs, {epochs}")
-    if moves == 1 and warmup_epochs != int(warmup_epochs):
+    if not per_batch and warmup_epochs != int(warmup_epochs):
         raise _refused("warmup_epochs", warmup_epochs, "expected whole epochs, as the schedule moves by epochs")
     return min(round(warmup_epochs * moves), epochs * moves - 1)
 

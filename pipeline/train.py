@@ -47,6 +47,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     backend = backends.select(settings.device)
+    clock = Clock(backend.synchronise)
     backend.set_precision(recipe.precision)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -55,8 +56,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     unused = backends.unused_gpu() if settings.device == "auto" else None
     if unused:
         terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
-    before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
-    clock = Clock(backend.synchronise)
+    with clock.span("inspect"):
+        before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     with clock.span("decode"):
         splits, shown = _splits(settings, inputs)
     with clock.span("setup"), backend.memory_errors():
@@ -64,19 +65,24 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
 
     out = folder / "train"
     shutil.rmtree(out, ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    record = _record(settings, hardware, inputs, work, splits, unused, before)
+    with clock.span("inspect"):
+        record = _record(settings, hardware, inputs, work, splits, unused, before)
     _announce(record)
-    handle = tracking.start(record)
+    with clock.span("log"):
+        handle = tracking.start(record)
     with tracking.ended_by_failure(handle):
-        tracking.mark(handle, record)
+        with clock.span("log"):
+            tracking.mark(handle, record)
         with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
             best = 0.0
             for figures in _epochs(work, splits, settings, record):
                 if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
                     best = figures["val/accuracy"]
-                    _keep(work.net, record, figures, settings, out)
-                record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
-                tracking.log_epoch(handle, record["epochs"][-1])
+                    with clock.span("checkpoint"):
+                        _keep(work.net, record, figures, settings, out)
+                with clock.span("log"):
+                    record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
+                    tracking.log_epoch(handle, record["epochs"][-1])
         record["ended"] = tracking.now()
         record["metrics"] |= _once(clock)
         _taint(record, before, conditions.sample(backend.gpu_uuid()))
@@ -389,6 +395,9 @@ def _once(clock: Clock) -> dict[str, float]:
         "time/setup_seconds": clock.total("setup"),
         "time/data_seconds": clock.total("decode"),
         "time/total_seconds": clock.total("upload", "features", "train", "validate"),
+        "time/checkpoint_seconds": clock.total("checkpoint"),
+        "time/logging_seconds": clock.total("log"),
+        "time/unaccounted_seconds": clock.unaccounted(),
     }
 
 

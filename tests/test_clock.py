@@ -119,3 +119,16 @@ def test_by_itself_it_reads_a_clock_that_never_goes_back():
     with clock.span("train") as span:
         sum(range(1000))
     assert 0 < span.seconds == clock.seconds["train"]
+
+
+def test_what_no_span_has_is_unaccounted(device, clock):
+    assert clock.unaccounted() == 0
+    device.time += 9  # before the first span
+    with clock.span("decode"):
+        device.queue(3)
+    device.time += 2
+    device.queue(0.5)  # waited for before the clock is read
+    assert clock.unaccounted() == 2.5
+    with clock.span("train"):
+        device.queue(4)
+    assert clock.unaccounted() == 2.5

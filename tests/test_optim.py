@@ -503,3 +503,9 @@ def test_check_refuses_before_there_is_a_model():
     assert refusal(checked, scheduler="cosin").startswith('scheduler: "cosin" is not allowed')
     assert refusal(checked, scheduler="cyclic", warmup_epochs=1).startswith("warmup_epochs: 1 is not allowed")
     assert refusal(checked, "adagrad", "cyclic").startswith("scheduler_options.cyclic.cycle_momentum: true ")
+
+
+def test_half_an_epoch_of_warm_up_on_a_single_step_an_epoch():
+    """Small data: the schedule moves by batches, of which an epoch has one."""
+    scheduler = scheduler_of("cosine", epochs=4, steps=1, per_batch=True, warmup=0.5)
+    assert scheduler.get_last_lr() == [pytest.approx(0.1)]
