@@ -30,6 +30,7 @@ ui: $(STAMP)
 	$(BIN)/python -m pipeline.ui
 
 bench: $(STAMP)
+	$(BIN)/python -m benchmarks.blog_baseline
 	$(BIN)/python -m benchmarks.features
 
 clean:
