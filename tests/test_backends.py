@@ -191,9 +191,11 @@ def test_autocast_is_for_bf16_alone(precision, enabled):
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
         ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("Allocation on device"),
         MemoryError(),
     ],
-    ids=["cuda", "mps", "cpu", "windows", "numpy"],
+    ids=["cuda", "mps", "cpu", "windows", "cublas", "torch", "numpy"],
 )
 def test_running_out_of_memory_ends_with_what_to_lower(error):
     with pytest.raises(StageError) as caught, Standin().memory_errors():

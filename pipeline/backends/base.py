@@ -9,6 +9,10 @@ import torch
 from pipeline.errors import StageError, UsageError
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""What mps, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
+
+
 class Backend:
     """One device and all that is special about it. The defaults here are those of a backend that offers nothing.
 
@@ -108,9 +112,8 @@ class Backend:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             text = str(error).lower()
-            if isinstance(error, RuntimeError) and not any(
-                words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
-            ):
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and not any(words in text for words in OUT_OF_MEMORY):
                 raise
             raise StageError(
                 f"{self.kind} is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
