@@ -521,3 +521,12 @@ def test_compile_modes_that_a_backend_lacks_are_refused():
     assert Cpu().compile_mode("auto", 10**12) == "off"
     with pytest.raises(UsageError, match=r'compile: "reduce-overhead" is not allowed on cpu: expected auto \| off'):
         Cpu().compile_mode("reduce-overhead", 1)
+
+
+@pytest.mark.parametrize(
+    ("cards", "count"),
+    [([(9, 0), (8, 0)], 2), ([(9, 0), (6, 1)], 1), ([(6, 1), (9, 0)], 0), ([(9, 0), (6, 1), (9, 0)], 1)],
+)
+def test_a_card_that_torch_has_no_code_for_is_never_counted_in(card, cards, count):
+    card(*cards)
+    assert Cuda.count() == count

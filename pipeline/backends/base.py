@@ -8,7 +8,6 @@ import torch
 
 from pipeline.errors import StageError, UsageError
 
-
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What mps, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
 
