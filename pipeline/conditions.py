@@ -5,7 +5,6 @@ import math
 import mmap
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from pipeline import machine
+from pipeline.machine import contents, output
 
 Sample = Mapping[str, float | str | bool]
 """What `sample` returns."""
@@ -58,7 +58,6 @@ THERMAL_PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 WINDOW_SECONDS = 0.5
 """How long the CPUs and the swap are watched: twenty-five or more of the ticks that CPU time is counted in."""
 
-TIMEOUT_SECONDS = 3
 NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 0, 1  # nvml.h
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")
 PID_NAMESPACE, INITIAL_PID_NAMESPACE = Path("/proc/self/ns/pid"), 0xEFFFFFFC  # linux/proc_ns.h: PROC_PID_INIT_INO
@@ -301,7 +300,7 @@ def _cpu_seconds() -> tuple[float, float, float]:
 def _swapped_bytes() -> int | None:
     if sys.platform not in SWAP_COUNTERS:
         return None
-    text = _run("vm_stat") if sys.platform == "darwin" else _read(Path("/proc/vmstat"))
+    text = output("vm_stat") if sys.platform == "darwin" else contents(Path("/proc/vmstat"))
     pages = parse_swapped_pages(text, sys.platform)
     return None if pages is None else pages * mmap.PAGESIZE
 
@@ -318,15 +317,15 @@ def _swap_gib() -> float | None:
 
 def _low_power_mode() -> bool | None:
     if sys.platform == "darwin":
-        return parse_pmset(_run("pmset", "-g"))
-    profile = _read(PLATFORM_PROFILE) if sys.platform == "linux" else ""
+        return parse_pmset(output("pmset", "-g"))
+    profile = contents(PLATFORM_PROFILE) if sys.platform == "linux" else ""
     return profile == "low-power" if profile else None
 
 
 def _thermal_pressure() -> str | None:
     if sys.platform != "darwin":
         return None
-    return parse_thermal_pressure(_run("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
+    return parse_thermal_pressure(output("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
 
 
 def _sees_all_processes() -> bool:
@@ -336,23 +335,6 @@ def _sees_all_processes() -> bool:
         return PID_NAMESPACE.stat().st_ino == INITIAL_PID_NAMESPACE
     except OSError:
         return False
-
-
-def _run(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=os.environ | {"LC_ALL": "C"},
-            timeout=TIMEOUT_SECONDS, check=False, encoding="utf-8", errors="replace",
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:

@@ -68,14 +68,14 @@ def gpus() -> list[dict[str, Any]]:
         return _mac_gpus()
     nvidia = [nvidia_gpu(row) for row in _cards()]
     if sys.platform == "win32":
-        others = windows_gpus(_run(
+        others = windows_gpus(output(
             "powershell", "-NoProfile", "-NonInteractive", "-Command",
             "Get-CimInstance Win32_VideoController | Select-Object Name,PNPDeviceID | ConvertTo-Json",
         ))  # fmt: skip
         return nvidia + [gpu for gpu in others if not nvidia or gpu["vendor"] != "NVIDIA"]
     # In a container nvidia-smi shows the cards that are given to it and the bus shows all of the host's.
     devices = [device for device in pci_displays(PCI) if not nvidia or device["vendor"] != "10de"]
-    names = parse_lspci(_run("lspci", "-mm", "-nn")) if devices else {}
+    names = parse_lspci(output("lspci", "-mm", "-nn")) if devices else {}
     return nvidia + [pci_gpu(**device, description=names.get(pci_id(device), "")) for device in devices]
 
 
@@ -137,10 +137,10 @@ def pci_displays(root: Path) -> list[dict[str, Any]]:
     machines and of servers' consoles are other makers'."""
     found = []
     for folder in sorted(root.glob("*")):
-        kind, vendor, device = (_read(folder / key).removeprefix("0x") for key in ("class", "vendor", "device"))
+        kind, vendor, device = (contents(folder / key).removeprefix("0x") for key in ("class", "vendor", "device"))
         # 03 is a display controller; 12 an accelerator: AMD's Instinct, but an NPU of Intel's.
         if vendor in VENDORS and (kind.startswith("03") or (kind.startswith("12") and vendor == "1002")):
-            memory = _number(_read(folder / "mem_info_vram_total"))  # by the driver amdgpu alone
+            memory = _number(contents(folder / "mem_info_vram_total"))  # by the driver amdgpu alone
             found.append({"vendor": vendor, "device": device, "memory_gib": round((memory or 0) / GIB, 1)})
     return found
 
@@ -241,9 +241,9 @@ def linux_model(root: Path) -> str | None:
     """Maker and product of the machine, or of its board where it was put together by its owner."""
     dmi = root / "sys/class/dmi/id"
     for maker, product in (("sys_vendor", "product_name"), ("board_vendor", "board_name")):
-        if model := joined(_read(dmi / maker), _read(dmi / product)):
+        if model := joined(contents(dmi / maker), contents(dmi / product)):
             return model
-    return _read(root / "proc/device-tree/model").rstrip("\0") or None
+    return contents(root / "proc/device-tree/model").rstrip("\0") or None
 
 
 def joined(maker: str, product: str) -> str | None:
@@ -260,10 +260,10 @@ def windows_name(product: str, version: str, build: int) -> str:
 
 def linux_power_source(root: Path) -> str | None:
     """By the kernel's power supplies, less a mouse's or keyboard's, which psutil takes for the machine's."""
-    supplies = [folder for folder in root.glob("*") if _read(folder / "scope") != "Device"]
-    if any(_read(folder / "type") == "Mains" and _read(folder / "online") == "1" for folder in supplies):
+    supplies = [folder for folder in root.glob("*") if contents(folder / "scope") != "Device"]
+    if any(contents(folder / "type") == "Mains" and contents(folder / "online") == "1" for folder in supplies):
         return "mains"
-    states = {_read(folder / "status") for folder in supplies if _read(folder / "type") == "Battery"}
+    states = {contents(folder / "status") for folder in supplies if contents(folder / "type") == "Battery"}
     if "Discharging" in states:
         return "battery"
     return "mains" if states & {"Charging", "Full", "Not charging"} else None
@@ -276,9 +276,9 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
     folders = [root]
     for part in own[1].split("/") if own else []:
         folders.append(folders[-1] / part)
-    quotas = [_read(folder / "cpu.max").split() for folder in folders]
-    quotas += [[_read(root / "cpu/cpu.cfs_quota_us"), _read(root / "cpu/cpu.cfs_period_us")]]
-    limits = [_read(folder / "memory.max") for folder in folders] + [_read(root / "memory/memory.limit_in_bytes")]
+    quotas = [contents(folder / "cpu.max").split() for folder in folders]
+    quotas += [[contents(root / "cpu/cpu.cfs_quota_us"), contents(root / "cpu/cpu.cfs_period_us")]]
+    limits = [contents(folder / "memory.max") for folder in folders] + [contents(root / "memory/memory.limit_in_bytes")]
     cores = [int(quota[0]) / int(quota[1]) for quota in quotas if len(quota) == 2 and all(map(str.isdigit, quota))]
     return min(cores, default=None), min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
@@ -286,7 +286,7 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
 def _allowed() -> tuple[float | None, int | None]:
     if sys.platform != "linux":
         return None, None
-    quota, memory = cgroup_limits(Path("/sys/fs/cgroup"), _read(Path("/proc/self/cgroup")))
+    quota, memory = cgroup_limits(Path("/sys/fs/cgroup"), contents(Path("/proc/self/cgroup")))
     cores = min(len(os.sched_getaffinity(0)), quota or float("inf"))
     return round(cores, 1) if cores % 1 else int(cores), memory
 
@@ -294,7 +294,7 @@ def _allowed() -> tuple[float | None, int | None]:
 def _system() -> dict[str, Any]:
     if sys.platform == "darwin":
         here = _sysctl()
-        product = parse_ioreg(_run("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name"), "product-name")
+        product = parse_ioreg(output("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name"), "product-name")
         found: dict[str, Any] = {
             "model": ", ".join(filter(None, (product, here.get("hw.model")))),
             "cpu": here.get("machdep.cpu.brand_string"),
@@ -321,18 +321,18 @@ def _system() -> dict[str, Any]:
     wsl = " on WSL" if "microsoft" in platform.release().lower() else ""
     return {
         "model": linux_model(Path("/")),
-        "cpu": parse_cpuinfo(_read(Path("/proc/cpuinfo"))),
+        "cpu": parse_cpuinfo(contents(Path("/proc/cpuinfo"))),
         "os": re.sub(r" \([^)]*\)$", "", release) + wsl,
     }
 
 
 def _installation() -> str:
     if sys.platform == "darwin":
-        return parse_ioreg(_run("ioreg", "-rd1", "-c", "IOPlatformExpertDevice"), "IOPlatformUUID") or ""
+        return parse_ioreg(output("ioreg", "-rd1", "-c", "IOPlatformExpertDevice"), "IOPlatformUUID") or ""
     if sys.platform == "win32":
         return _registry(r"SOFTWARE\Microsoft\Cryptography", "MachineGuid")
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        if re.fullmatch(r"[0-9a-f]{32}", identity := _read(Path(path))):
+        if re.fullmatch(r"[0-9a-f]{32}", identity := contents(Path(path))):
             return identity
     # Containers often have none. The cards' ids don't join one that is there: they are away with the driver.
     return " ".join(sorted(row.get("uuid", "") for row in _cards()))
@@ -340,17 +340,17 @@ def _installation() -> str:
 
 def _mac_gpus() -> list[dict[str, Any]]:
     chip = _sysctl().get("machdep.cpu.brand_string", "")
-    cores = _number(parse_ioreg(_run("ioreg", "-rd1", "-c", "AGXAccelerator"), "gpu-core-count"))
+    cores = _number(parse_ioreg(output("ioreg", "-rd1", "-c", "AGXAccelerator"), "gpu-core-count"))
     if chip.startswith("Apple") and cores:
         return [{"vendor": "Apple", "name": chip, "for_training": True, "cores": int(cores)}]
-    return parse_displays(_run("system_profiler", "SPDisplaysDataType", "-json"))  # slower
+    return parse_displays(output("system_profiler", "SPDisplaysDataType", "-json"))  # slower
 
 
 @functools.cache
 def _sysctl() -> dict[str, str]:
-    found = parse_sysctl(_run(*SYSCTL))
+    found = parse_sysctl(output(*SYSCTL))
     if "VirtualApple" in found.get("machdep.cpu.brand_string", ""):  # under Rosetta, for a Python for x86_64
-        found = parse_sysctl(_run("arch", "-arm64", *SYSCTL)) or found
+        found = parse_sysctl(output("arch", "-arm64", *SYSCTL)) or found
     return found
 
 
@@ -361,10 +361,10 @@ def _cards() -> list[dict[str, str]]:
 
 def _smi(*fields: str) -> list[dict[str, str]]:
     query = f"--query-gpu={','.join(fields)}"
-    return parse_smi(_run("nvidia-smi", query, "--format=csv,noheader,nounits"), fields)
+    return parse_smi(output("nvidia-smi", query, "--format=csv,noheader,nounits"), fields)
 
 
-def _run(*command: str) -> str:
+def output(*command: str) -> str:
     """What the command prints, whatever its status: sysctl prints what it knows and fails for the rest."""
     env = os.environ | {"LC_ALL": "C"}
     if os.name == "posix":  # cron, sudo and WSL leave these out
@@ -378,7 +378,8 @@ def _run(*command: str) -> str:
         return ""
 
 
-def _read(path: Path) -> str:
+def contents(path: Path) -> str:
+    """The text of a file, without blanks at its ends; nothing where it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -292,7 +292,7 @@ def _epochs(
     passed = images * (1 if job.on_features else recipe.epochs)
     for source, spent in joules.items():
         whole = len(spent) == recipe.epochs + 1 + job.on_features  # no reading was missed
-        if whole and clock.total("features", "train", "validate") > METERED_SECONDS:
+        if whole and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
             record["tags"]["energy.source"] = source
             record["metrics"]["energy/joules"] = sum(spent)
             record["metrics"]["energy/images_per_joule"] = passed / sum(spent)

@@ -98,9 +98,9 @@ def quiet(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "platform", system)
         monkeypatch.setattr(conditions, "WINDOW_SECONDS", 0)
         monkeypatch.setattr(conditions, "PLATFORM_PROFILE", tmp_path / "platform_profile")
-        monkeypatch.setattr(conditions, "_run", lambda *command: (outputs or {}).get(" ".join(command), ""))
-        read = conditions._read
-        monkeypatch.setattr(conditions, "_read", lambda path: read(path) if tmp_path in path.parents else "")
+        monkeypatch.setattr(conditions, "output", lambda *command: (outputs or {}).get(" ".join(command), ""))
+        read = conditions.contents
+        monkeypatch.setattr(conditions, "contents", lambda path: read(path) if tmp_path in path.parents else "")
         monkeypatch.setattr(conditions, "_cpu_seconds", lambda: (0.0, 0.0, 0.0))
         monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=0))
         monkeypatch.setattr(machine, "power_source", lambda: None)
@@ -130,8 +130,8 @@ def test_a_mac_tells_its_power_mode_thermal_pressure_and_swap(quiet, monkeypatch
     command = "notifyutil -g com.apple.system.thermalpressurelevel"
     quiet("darwin", {"pmset -g": PMSET_AIR, command: said})
     pages = iter([VM_STAT, VM_STAT.replace("340.", "99340.")])
-    run = conditions._run
-    monkeypatch.setattr(conditions, "_run", lambda *line: next(pages) if line == ("vm_stat",) else run(*line))
+    run = conditions.output
+    monkeypatch.setattr(conditions, "output", lambda *line: next(pages) if line == ("vm_stat",) else run(*line))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=3 * 2**29))
     monkeypatch.setattr(machine, "power_source", lambda: "battery")
     times = SimpleNamespace(monotonic=iter([1.0, 1.5]).__next__, sleep=lambda seconds: None)
@@ -247,14 +247,14 @@ def test_no_cpu_time_counts_twice(monkeypatch, system, times, expected):
     assert conditions._cpu_seconds() == (*expected, 7.0)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("pmset", 3)])
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("pmset", 5)])
 def test_a_tool_that_is_missing_or_hangs_says_nothing(monkeypatch, error):
     def run(*_, timeout, **__):
-        assert timeout <= 3
+        assert timeout <= 5
         raise error
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert conditions._run("pmset", "-g") == ""
+    assert conditions.output("pmset", "-g") == ""
 
 
 # --- the card

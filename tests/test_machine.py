@@ -97,7 +97,7 @@ def pci(root: Path, *devices: tuple[str, str, str]) -> Path:
 def recorded(monkeypatch, system: str, outputs: dict[str, str]) -> None:
     """Puts the recorded output of each tool in its place; a tool without one isn't installed."""
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(machine, "_run", lambda *command: next(
+    monkeypatch.setattr(machine, "output", lambda *command: next(
         (text for start, text in outputs.items() if " ".join(command).startswith(start)), ""
     ))  # fmt: skip
 

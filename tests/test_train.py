@@ -488,6 +488,13 @@ def test_energy_with_a_reading_missed_is_left_out(trained, monkeypatch):
     assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
 
 
+def test_a_counter_that_stands_still_gives_no_energy(trained, monkeypatch):
+    monkeypatch.setattr(Cpu, "energy", lambda self: ("rapl", 5.0))
+    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
+    record = trained("epochs=1")
+    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
+
+
 # --- execution
 
 
