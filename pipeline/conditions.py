@@ -9,13 +9,14 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipeline import machine
-from pipeline.machine import contents, output
+from pipeline.machine import contents
 
 Sample = Mapping[str, float | str | bool]
 """What `sample` returns."""
@@ -57,6 +58,9 @@ THERMAL_PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 
 WINDOW_SECONDS = 0.5
 """How long the CPUs and the swap are watched: twenty-five or more of the ticks that CPU time is counted in."""
+
+output = partial(machine.output, seconds=3)
+"""A run waits for it, before and after."""
 
 NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 0, 1  # nvml.h
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")

@@ -1,6 +1,6 @@
 """Images on the device: the validation split, the order of each epoch, batches ready for the network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,14 @@ def shuffled(
     for start, (images, labels) in enumerate(batches(split, batch_size, order)):
         chosen = mirror[start * batch_size : start * batch_size + len(labels), None, None, None]
         yield torch.where(chosen, images.flip(3), images), labels
+
+
+def prepared(
+    cut: Iterable[tuple[Tensor, Tensor]], image_size: int, *, channels_last: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of uint8 images as the network takes them (see `prepare`)."""
+    for images, labels in cut:
+        yield prepare(images, image_size, channels_last=channels_last), labels
 
 
 def prepare(images: Tensor, image_size: int, *, channels_last: bool = False) -> Tensor:

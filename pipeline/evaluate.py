@@ -103,8 +103,8 @@ def _measured(
     net = net.to(backend.device).to(memory_format=layout)
 
     def batches(split: data.Split) -> engine.Batches:
-        for images, labels in data.batches(split, recipe.batch_size):
-            yield data.prepare(images, recipe.image_size, channels_last=channels_last), labels
+        cut = data.batches(split, recipe.batch_size)
+        return data.prepared(cut, recipe.image_size, channels_last=channels_last)
 
     first = test.take(np.arange(min(recipe.batch_size, len(test)))).to(backend.device)
     engine.evaluate(net, batches(first), backend, recipe.precision)

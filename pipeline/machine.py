@@ -364,14 +364,14 @@ def _smi(*fields: str) -> list[dict[str, str]]:
     return parse_smi(output("nvidia-smi", query, "--format=csv,noheader,nounits"), fields)
 
 
-def output(*command: str) -> str:
+def output(*command: str, seconds: float = 5) -> str:
     """What the command prints, whatever its status: sysctl prints what it knows and fails for the rest."""
     env = os.environ | {"LC_ALL": "C"}
     if os.name == "posix":  # cron, sudo and WSL leave these out
         env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/lib/wsl/lib"])
     try:
         return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=env, timeout=5, check=False,
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=env, timeout=seconds, check=False,
             encoding="utf-8", errors="replace",
         ).stdout  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

@@ -106,10 +106,9 @@ class Work:
     channels_last: bool
     compile_mode: str
 
-    def ready(self, batches: engine.Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    def ready(self, batches: engine.Batches) -> engine.Batches:
         """Batches of uint8 images as the network takes them."""
-        for images, labels in batches:
-            yield data.prepare(images, self.recipe.image_size, channels_last=self.channels_last), labels
+        return data.prepared(batches, self.recipe.image_size, channels_last=self.channels_last)
 
 
 def _check(recipe: config.Recipe) -> None:
@@ -162,7 +161,8 @@ def _set_up(
 
     def samples(split: data.Split, sizes: set[int]) -> list[tuple[Tensor, Tensor]]:
         first = [split.take(np.arange(size)).to(backend.device) for size in sorted(sizes)]
-        return [(data.prepare(s.inputs, recipe.image_size, channels_last=channels_last), s.labels) for s in first]
+        cut = ((sample.inputs, sample.labels) for sample in first)
+        return list(data.prepared(cut, recipe.image_size, channels_last=channels_last))
 
     # Kernels are chosen, and graphs compiled, by shape: the full batch's and the short last one's.
     training = samples(train, _sizes(train, recipe.batch_size))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline import conditions, config, sources, weights
+from pipeline.errors import StageError
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 """The classes of `pictures`, in order of name, each with the mean of its pixels."""
@@ -26,6 +27,15 @@ def calm(request, monkeypatch):
     """A machine of which nothing is told, where its sensors are not what is tested."""
     if request.module.__name__ != "test_conditions":
         monkeypatch.setattr(conditions, "sample", lambda *_: {})
+
+
+def fails(kind, call, *args):
+    """The one line that `call` fails with."""
+    with pytest.raises(StageError) as caught:
+        call(*args)
+    assert caught.type is kind
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
 
 
 def picture(colour, size=(16, 16), seed=0):

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import requests
-from conftest import COLOURS, picture
+from conftest import COLOURS, fails, picture
 from PIL import Image
 
 from pipeline import config, fetch, sources
@@ -23,15 +23,6 @@ from pipeline.errors import StageError, UsageError
 def data_of(settings_of):
     """Makes the data settings for `pictures`."""
     return lambda *overrides: settings_of(*overrides).data
-
-
-def fails(kind, call, *args):
-    """The one line that `call` fails with."""
-    with pytest.raises(StageError) as caught:
-        call(*args)
-    assert caught.type is kind
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def decoded(data, split="train", image_size=16):

@@ -5,6 +5,7 @@ import json
 
 import huggingface_hub
 import pytest
+from conftest import fails
 from huggingface_hub import constants
 
 from pipeline import config, fetch, model, weights
@@ -18,15 +19,6 @@ DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 def recipe(choice):
     return config.load([f"weights={json.dumps(choice)}", f"model={MODEL}"]).work
-
-
-def fails(kind, call, *args):
-    """The one line that `call` fails with."""
-    with pytest.raises(StageError) as caught:
-        call(*args)
-    assert caught.type is kind
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 @pytest.fixture
