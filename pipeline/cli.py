@@ -93,6 +93,7 @@ def _now() -> dict[str, str]:
     own = {
         "": vars(settings),
         "data.": vars(settings.data),
+        "energy.": vars(settings.energy),
         "tracking.": vars(settings.tracking),
         "recipes.NAME.": settings.work.resolved(),
     }

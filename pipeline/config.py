@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 """The project's folder: relative paths in the settings start here, whatever the current folder is."""
 
-EXECUTION_KEYS = ("precision", "channels_last", "compile", "features", "threads")
+EXECUTION_KEYS = ("precision", "channels_last", "compile", "graph", "features", "threads")
 """A recipe's keys that say how the work is done, not what it is: they stay out of the workload."""
 
 WORKLOAD_VERSION = 1
@@ -145,6 +145,7 @@ class Data:
     source: str = setting(one_of("auto", "cifar10", "folder", "synthetic"), "where the images come from")
     path: str = setting(TEXT, "folder of cifar10's archive, or one holding train/<class>/ and test/<class>/")
     limit: int | None = setting(either(NULL, whole(1)), "images taken of each class and split; null: all")
+    device_gib: float | None = setting(either(NULL, real(0)), "most GiB of images on the device; null: what is free")
     timeout_seconds: float = setting(real(0, open_low=True), "how long a mirror may be silent")
     mirrors: tuple[str, ...] = setting(texts("a list of URLs"), "of cifar-10-python.tar.gz, in this order")
 
@@ -152,6 +153,15 @@ class Data:
     def folder(self) -> Path:
         """The absolute path of `path`."""
         return absolute(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """How the energy is measured."""
+
+    source: str = setting(
+        one_of("auto", "meter", "powermetrics"), "the device's own counter; a plug meter that you read; Apple's tool"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +173,7 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The work: what is trained, on what, how long and how; the last five keys say how it is executed."""
+    """The work: what is trained, on what, how long and how; the last six keys say how it is executed."""
 
     model: str = setting(TEXT, "any timm classification model")
     weights: str = setting(
@@ -193,6 +203,7 @@ class Recipe:
     compile: str = setting(
         one_of("auto", "off", "default", "reduce-overhead", "max-autotune"), "execution: torch.compile, by its modes"
     )
+    graph: str | bool = setting(either(one_of("auto"), SWITCH), "execution: a step's launches recorded (CUDA graphs)")
     features: str = setting(
         one_of("auto", "cache", "recompute"), "execution: a frozen backbone's features, once or every epoch"
     )
@@ -218,7 +229,10 @@ class Settings:
     seed: int = setting(whole(0), "of every random choice")
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
     repeats: int = setting(whole(1, 1), "trainings per run (more than 1: not yet)")
+    sustain_seconds: float = setting(real(0), "how long finetune's step is repeated after the recipe; 0: not at all")
+    largest_batch: bool = setting(SWITCH, "find the largest batch that fits finetune's step, on GPUs")
     data: Data
+    energy: Energy
     tracking: Tracking
     recipes: dict[str, Recipe]
 
@@ -279,7 +293,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe() -> list[tuple[str, str, str]]:
     """Every setting as (dotted key, what is allowed, meaning); a recipe's keys under `recipes.NAME`."""
     rows = []
-    for prefix, owner in (("", Settings), ("data.", Data), ("tracking.", Tracking), ("recipes.NAME.", Recipe)):
+    for prefix, owner in (
+        ("", Settings),
+        ("data.", Data),
+        ("energy.", Energy),
+        ("tracking.", Tracking),
+        ("recipes.NAME.", Recipe),
+    ):
         for field in dataclasses.fields(owner):
             if "check" in field.metadata:
                 rows.append((prefix + field.name, field.metadata["check"].allowed, field.metadata["meaning"]))

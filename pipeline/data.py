@@ -1,6 +1,6 @@
-"""Images on the device: the validation split, the order of each epoch, batches ready for the network."""
+"""Images ready to train on: the validation split, the order of each epoch, batches on the device, the resize."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,32 +9,53 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.backends import Backend
 from pipeline.errors import UsageError
+
+UPLOAD_ROWS = 8192
+"""How many images are gathered in host memory at a time on their way to the device."""
+
+GOLDEN_GAMMA, MIX_1, MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""SplitMix64's constants, as the signed numbers that tensors hold."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples on one device: `inputs` (N, 3, H, W) uint8 images, or (N, D) features; `labels` (N,) int64."""
+    """Samples in host memory or on the device: `inputs` (N, H, W, 3) uint8 images as they were decoded, perhaps
+    mapped from a file, or (N, D) features; `labels` (N,) int64; `rows`, (M,) int64: which of them belong to it, in
+    this order, where not all do."""
 
     inputs: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels if self.rows is None else self.rows)
 
-    def to(self, device: torch.device) -> "Split":
-        """The same samples on `device`."""
-        return Split(self.inputs.to(device), self.labels.to(device))
+    @property
+    def nbytes(self) -> int:
+        """What its inputs take on a device."""
+        return len(self) * self.inputs[0].nbytes
 
     def take(self, indices: NDArray[np.int64]) -> "Split":
-        """The samples at `indices`, in that order."""
-        where = torch.from_numpy(indices).to(self.labels.device)
-        return Split(self.inputs[where], self.labels[where])
+        """The samples at `indices`, in that order; nothing is copied."""
+        chosen = torch.from_numpy(indices)
+        return Split(self.inputs, self.labels, chosen if self.rows is None else self.rows[chosen])
+
+    def to(self, device: torch.device) -> "Split":
+        """Its samples alone on `device`, whole rows."""
+        if self.rows is None:
+            return Split(self.inputs.to(device), self.labels.to(device))
+        inputs = torch.empty((len(self), *self.inputs.shape[1:]), dtype=self.inputs.dtype, device=device)
+        for start in range(0, len(self), UPLOAD_ROWS):
+            chosen = self.rows[start : start + UPLOAD_ROWS]
+            inputs[start : start + len(chosen)] = self.inputs[chosen].to(device)
+        return Split(inputs, self.labels[self.rows].to(device))
 
 
 def as_split(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
-    """Decoded images (N, H, W, 3) and labels (N,) as a Split in host memory, images (N, 3, H, W) contiguous."""
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
+    """Decoded images (N, H, W, 3) and labels (N,) as a Split in host memory, without a copy."""
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -54,58 +75,89 @@ def stratified(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64],
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def batches(split: Split, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cuts `split` into batches, the last one as short as it comes; `order` (N,) int64 shuffles it."""
-    for start in range(0, len(split), batch_size):
-        if order is None:
-            yield split.inputs[start : start + batch_size], split.labels[start : start + batch_size]
-        else:
-            chosen = order[start : start + batch_size]
-            yield split.inputs[chosen], split.labels[chosen]
+def batches(
+    split: Split, batch_size: int, backend: Backend, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cuts `split` into batches on the device, the last one as short as it comes; `order` (N,) int64, where `split`
+    is, shuffles it. What is in host memory is sent while the batch before it is worked on."""
+    cut = _cut(split, batch_size, order)
+    return cut if split.inputs.device.type == backend.device.type else _sent(cut, backend)
 
 
 def shuffled(
-    split: Split, batch_size: int, seed: int, epoch: int, *, flip: bool = False
+    split: Split, batch_size: int, backend: Backend, seed: int, epoch: int, *, flip: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's batches, in an order drawn from `seed` and `epoch` on the CPU: the same on every device.
+    """An epoch's batches, in an order drawn from `seed` and `epoch` where the samples are: the same on every device.
 
     `flip` mirrors each image left to right with probability one half.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    mirror = torch.rand(len(split), generator=generator) < 0.5 if flip else None
-    device = split.labels.device
-    order = order.to(device)
-    if mirror is None:
-        yield from batches(split, batch_size, order)
+    order = torch.argsort(_draw(len(split), seed, 2 * epoch, split.labels.device))
+    cut = batches(split, batch_size, backend, order)
+    if not flip:
+        yield from cut
         return
-    mirror = mirror.to(device)
-    for start, (images, labels) in enumerate(batches(split, batch_size, order)):
-        chosen = mirror[start * batch_size : start * batch_size + len(labels), None, None, None]
-        yield torch.where(chosen, images.flip(3), images), labels
-
-
-def prepared(
-    cut: Iterable[tuple[Tensor, Tensor]], image_size: int, *, channels_last: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of uint8 images as the network takes them (see `prepare`)."""
-    for images, labels in cut:
-        yield prepare(images, image_size, channels_last=channels_last), labels
+    mirror = (_draw(len(split), seed, 2 * epoch + 1, backend.device) < 0)[:, None, None, None]
+    for number, (images, labels) in enumerate(cut):
+        chosen = mirror[number * batch_size : number * batch_size + len(labels)]
+        yield torch.where(chosen, images.flip(2), images), labels
 
 
 def prepare(images: Tensor, image_size: int, *, channels_last: bool = False) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, 3, image_size, image_size) float32 from 0 to 1, resized as PIL does it.
+    """(B, H, W, 3) uint8 -> (B, 3, image_size, image_size) float32 from 0 to 1, resized as PIL does it.
 
     Bilinear with a widened filter when shrinking, and rounded to 8 bits, as torchvision's Resize does on a PIL
     image (Pillow, src/libImaging/Resample.c); PIL also rounds between its two passes, so values may differ by
-    one step of 1/255.
+    one step of 1/255. Weights of both filters are positive and sum to 1: nothing has to be clamped.
     """
-    pixels = images.to(dtype=torch.float32)
-    size = (image_size, image_size)
-    if pixels.shape[2:] != size:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    if pixels.shape[2:] != (image_size, image_size):
         # Growing, the filter is not widened: asking for antialiasing would change nothing but be missing on mps.
         shrinking = pixels.shape[2] > image_size or pixels.shape[3] > image_size
-        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=shrinking)
-        pixels = pixels.round_().clamp_(0, 255)
-    pixels = pixels.div_(255)
-    return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
+        size = (image_size, image_size)
+        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=shrinking).round_()
+    return pixels.div_(255).contiguous(memory_format=layout)
+
+
+def _cut(split: Split, batch_size: int, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(split), batch_size):
+        stop = start + batch_size
+        if order is None and split.rows is None:
+            yield split.inputs[start:stop], split.labels[start:stop]
+            continue
+        chosen = torch.arange(start, min(stop, len(split))) if order is None else order[start:stop]
+        if split.rows is not None:
+            chosen = split.rows[chosen]
+        yield split.inputs[chosen], split.labels[chosen]
+
+
+def _sent(cut: Iterator[tuple[Tensor, Tensor]], backend: Backend) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of host memory on the device, each sent before the one ahead of it is asked for."""
+    ahead = None
+    for batch in cut:
+        coming = backend.send(batch)
+        if ahead is not None:
+            images, labels = ahead()
+            yield images, labels
+        ahead = coming
+    if ahead is not None:
+        images, labels = ahead()
+        yield images, labels
+
+
+def _draw(count: int, seed: int, stream: int, device: torch.device) -> Tensor:
+    """(count,) int64, all different and as good as random: SplitMix64's outputs from a start that `seed` and `stream`
+    give (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+
+    torch's own generators give other numbers on each kind of device; machines that are compared shall take the very
+    same steps. Products wrap, as they do on every device.
+    """
+    start = int(_mix(_mix(torch.tensor(seed)) ^ stream))
+    return _mix(torch.arange(1, count + 1, device=device) * GOLDEN_GAMMA + start)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser, one to one; the masks make torch's shifts of signed numbers logical ones."""
+    bits = (bits ^ bits >> 30 & 0x3_FFFF_FFFF) * MIX_1
+    bits = (bits ^ bits >> 27 & 0x1F_FFFF_FFFF) * MIX_2
+    return bits ^ bits >> 31 & 0x1_FFFF_FFFF

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from pipeline import data, optim
 from pipeline.backends import Backend
-from pipeline.clock import Clock
+from pipeline.clock import Clock, StepTimes
 from pipeline.errors import StageError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Ready = Callable[[Tensor], Tensor]
+"""Makes of a batch, as it lies in memory, what the network takes."""
+Schedule = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 Progress = Callable[[int], None]
 """Told each batch's size, once its work is queued."""
 
@@ -33,40 +36,121 @@ class Totals:
         # float32, since mps has no float64; a float64 sum would differ in the seventh digit at 50,000 samples.
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = 0
-        """Samples so far."""
+
+    def reset(self) -> None:
+        """Starts anew, in the same memory."""
+        self._loss.zero_()
+        self._correct.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """`loss`: the batch's mean, a scalar; `logits` (B, classes); `labels` (B,)."""
-        self._loss += loss.detach() * len(labels)
-        self._correct += (logits.detach().argmax(1) == labels).sum()
-        self.count += len(labels)
+        self._loss.add_(loss.detach(), alpha=len(labels))
+        self._correct.add_((logits.detach().argmax(1) == labels).sum())
 
-    def read(self) -> tuple[float, float]:
-        """Mean loss, and accuracy as a fraction, over all samples added."""
-        return self._loss.item() / self.count, self._correct.item() / self.count
+    def read(self, count: int) -> tuple[float, float]:
+        """Mean loss, and accuracy as a fraction, over the `count` samples added."""
+        return self._loss.item() / count, self._correct.item() / count
 
 
-@dataclass(frozen=True)
 class Job:
-    """All that the loop needs beside the samples. `network` maps a batch's inputs to logits: the whole model on
-    prepared images, or its head alone on features computed before."""
+    """One training on one device: all that the loop needs beside the samples.
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    set_mode: Callable[[], None]
-    """Puts the network into training mode, frozen layers as the recipe says."""
-    epochs: int
-    per_batch: bool
-    """Whether the schedule moves with each batch, or with each epoch."""
-    precision: str
-    backend: Backend
-    clock: Clock
-    on_features: bool
-    """Whether the inputs are features: images then never pass the network, and none count as trained."""
-    scaler: torch.amp.GradScaler | None = None
-    """Scales the loss where gradients would vanish (fp16)."""
+    `network` maps what `ready` makes of a batch to logits: the whole model on images, or its head alone on features
+    computed before (`on_features`: images then never pass the network, and none count as trained). `recorded`: the
+    launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        build: Callable[[], Schedule],
+        backend: Backend,
+        clock: Clock,
+        *,
+        ready: Ready = lambda inputs: inputs,
+        set_mode: Callable[[], object],
+        epochs: int,
+        per_batch: bool,
+        precision: str,
+        on_features: bool = False,
+        recorded: bool = False,
+    ):
+        self.network, self.ready, self.set_mode = network, ready, set_mode
+        self.epochs, self.per_batch, self.on_features = epochs, per_batch, on_features
+        """`per_batch`: whether the schedule moves with each batch, or with each epoch."""
+        self.backend, self.clock, self.precision = backend, clock, precision
+        self.times = StepTimes(backend, clock.now)
+        self.totals = Totals(backend.device)
+        self._build = build
+        self.optimizer, self.scheduler = build()
+        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        # fp16 alone has so little range that gradients would vanish.
+        self.scaler = torch.amp.GradScaler(backend.kind) if precision == "fp16" else None
+        self._unscaled = self.scaler.state_dict() if self.scaler else {}
+        self._rates = [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups]
+        self._whole = recorded and self.scaler is None and optim.recordable(self.optimizer, self.scheduler)
+        work: Callable[..., Any] = self._whole_step if self._whole else self._gradients
+        self._step = backend.captured(work) if recorded else work
+        self.score = scorer(network, ready, backend, precision, self.totals, recorded=recorded)
+
+    def step(self, inputs: Tensor, labels: Tensor) -> None:
+        """One step of training on a batch on the device; its loss and correct answers go to `totals`."""
+        if self._whole:
+            for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+                rate.fill_(group["lr"])
+            self._step(inputs, labels)
+            return
+        for parameter, gradient in zip(self._parameters, self._step(inputs, labels), strict=True):
+            parameter.grad = gradient
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def restart(self) -> None:
+        """Puts the optimizer and its schedule back to their beginning; the caller does so with the network."""
+        if self._whole:
+            optim.forget(self.optimizer)
+        else:
+            self.optimizer, self.scheduler = self._build()
+        if self.scaler:
+            self.scaler.load_state_dict(self._unscaled)  # in its memory, where a recorded step reads it
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _gradients(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the batch's mean loss, one for each trainable parameter; None for one that has no part in it."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        with self.backend.autocast(self.precision):
+            logits = self.network(self.ready(inputs))
+        loss = F.cross_entropy(logits.float(), labels)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self.totals.add(loss, logits, labels)
+        return tuple(parameter.grad for parameter in self._parameters)
+
+    def _whole_step(self, inputs: Tensor, labels: Tensor) -> None:
+        self._gradients(inputs, labels)
+        with optim.recorded_rates(self.optimizer, self._rates):
+            self.optimizer.step()
+
+
+def scorer(
+    network: nn.Module, ready: Ready, backend: Backend, precision: str, totals: Totals, *, recorded: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that passes a batch through `network` in evaluation mode, adds its loss and correct answers to
+    `totals`, and gives the predicted labels, (B,) int64; they stand until the next batch."""
+
+    @torch.no_grad()
+    def score(inputs: Tensor, labels: Tensor) -> Tensor:
+        with backend.autocast(precision):
+            logits: Tensor = network(ready(inputs))
+        logits = logits.float()
+        totals.add(F.cross_entropy(logits, labels), logits, labels)
+        return logits.argmax(1)
+
+    return backend.captured(score) if recorded else score
 
 
 def train(
@@ -80,24 +164,26 @@ def train(
     for epoch in range(1, job.epochs + 1):
         job.backend.reset_peak_memory()
         job.set_mode()
-        totals = Totals(job.backend.device)
+        job.totals.reset()
+        images = 0
         with job.clock.span("train") as train_span:
             for inputs, labels in train_batches(epoch):
-                loss, logits = step(job, inputs, labels)
+                with job.times.step():
+                    job.step(inputs, labels)
                 lr, applied = job.optimizer.param_groups[0]["lr"], optim.applied_lr(job.optimizer)
                 if job.per_batch:
                     job.scheduler.step()
-                totals.add(loss, logits, labels)
+                images += len(labels)
                 progress(len(labels))
-            train_loss, train_accuracy = totals.read()
+            train_loss, train_accuracy = job.totals.read(images)
+        job.times.collect()
         _refuse_non_finite("training", train_loss, epoch)
         if not job.per_batch:
             job.scheduler.step()
         with job.clock.span("validate") as val_span:
-            val_loss, val_accuracy = evaluate(job.network, val_batches(), job.backend, job.precision, progress=progress)
+            val_loss, val_accuracy = evaluate(job.network, job.score, job.totals, val_batches(), progress=progress)
         _refuse_non_finite("validation", val_loss, epoch)
-        speed = {} if job.on_features else {"speed/train_images_per_second": totals.count / train_span.seconds}
-        peak = job.backend.peak_memory_mib()
+        speed = {} if job.on_features else {"speed/train_images_per_second": images / train_span.seconds}
         yield {
             "epoch": epoch,
             "train/loss": train_loss,
@@ -109,75 +195,60 @@ def train(
             "time/train_seconds": train_span.seconds,
             "time/val_seconds": val_span.seconds,
             **speed,
-            **({} if peak is None else {"memory/peak_mib": peak}),
+            **{f"memory/{name}_mib": mib for name, mib in job.backend.memory_mib().items()},
         }
 
 
-def step(job: Job, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of training. Gives the batch's mean loss, a scalar, and its logits (B, classes)."""
-    with job.backend.autocast(job.precision):
-        logits = job.network(inputs)
-    loss = F.cross_entropy(logits.float(), labels)
-    job.optimizer.zero_grad(set_to_none=True)
-    if job.scaler is None:
-        loss.backward()  # type: ignore[no-untyped-call]
-        job.optimizer.step()
-    else:
-        job.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-    return loss, logits
-
-
-@torch.no_grad()
 def evaluate(
     network: nn.Module,
+    score: Callable[[Tensor, Tensor], Tensor],
+    totals: Totals,
     batches: Batches,
-    backend: Backend,
-    precision: str,
     predictions: list[Tensor] | None = None,
     progress: Progress = _silent,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (a fraction) over `batches`; appends each batch's predicted labels, (B,) int64 on
-    the device, to `predictions` where given."""
+    """Mean loss and accuracy (a fraction) over `batches`, by a `scorer` of `network` that adds to `totals`; appends
+    each batch's predicted labels, (B,) int64 on the device, to `predictions` where given."""
     network.eval()
-    totals = Totals(backend.device)
+    totals.reset()
+    images = 0
     for inputs, labels in batches:
-        with backend.autocast(precision):
-            logits = network(inputs)
-        logits = logits.float()
-        totals.add(F.cross_entropy(logits, labels), logits, labels)
+        predicted = score(inputs, labels)
         if predictions is not None:
-            predictions.append(logits.argmax(1))
+            predictions.append(predicted.clone())
+        images += len(labels)
         progress(len(labels))
-    return totals.read()
+    return totals.read(images)
 
 
 @torch.no_grad()
 def compute_features(
-    features: Callable[[Tensor], Tensor],
-    batches: Batches,
-    backend: Backend,
-    precision: str,
-    progress: Progress = _silent,
+    features: Callable[[Tensor], Tensor], split: data.Split, batches: Batches, progress: Progress = _silent
 ) -> data.Split:
-    """What the head takes of each sample, float32, in the order of `batches`, on the device."""
-    parts, labels = [], []
-    for inputs, answers in batches:
-        with backend.autocast(precision):
-            parts.append(features(inputs).float())
-        labels.append(answers)
+    """What the head takes of each sample of `split`, (N, D) float32, in the order of `batches`, where `split` is."""
+    inputs = labels = torch.empty(0)
+    done = 0
+    for images, answers in batches:
+        found = features(images)
+        if not done:
+            inputs = torch.empty((len(split), *found.shape[1:]), device=split.inputs.device)
+            labels = torch.empty(len(split), dtype=answers.dtype, device=split.inputs.device)
+        inputs[done : done + len(found)] = found
+        labels[done : done + len(found)] = answers
+        done += len(found)
         progress(len(answers))
-    return data.Split(torch.cat(parts), torch.cat(labels))
+    return data.Split(inputs, labels)
 
 
 def warm_up(job: Job, training: Batches, validation: Batches) -> None:
     """Takes real steps, so that the first timed one does not pay for what is done once by shape (allocation, choice
-    of kernels, compiling). The network has learnt from them, and the optimizer is for throwing away."""
+    of kernels, compiling, recording). The network has learnt from them, and `job.restart` is due."""
     job.set_mode()
     for inputs, labels in training:
-        step(job, inputs, labels)
-    evaluate(job.network, validation, job.backend, job.precision)
+        job.step(inputs, labels)
+    job.network.eval()
+    for inputs, labels in validation:
+        job.score(inputs, labels)
     job.backend.synchronise()
 
 

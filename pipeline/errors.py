@@ -7,6 +7,10 @@ class StageError(Exception):
     status = 1
 
 
+class OutOfMemoryError(StageError):
+    """The device has too little memory for the work as it is set."""
+
+
 class UsageError(StageError):
     """The user's mistake. The message names the setting, its value and what is allowed."""
 

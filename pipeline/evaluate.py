@@ -12,7 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import backends, config, data, engine, files, model, plots, publish, records, sources, terminal, tracking
+from pipeline import (
+    backends,
+    config,
+    data,
+    engine,
+    files,
+    model,
+    plots,
+    publish,
+    records,
+    sources,
+    terminal,
+    tracking,
+    training,
+)
 from pipeline.clock import Clock
 from pipeline.errors import UsageError
 
@@ -99,21 +113,22 @@ def _measured(
     """The label predicted for each test image, and the figures. The first batch is passed once before the clock
     starts."""
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = net.to(backend.device).to(memory_format=layout)
+    net = net.to(backend.device).to(memory_format=training.layout(channels_last))
 
-    def batches(split: data.Split) -> engine.Batches:
-        cut = data.batches(split, recipe.batch_size)
-        return data.prepared(cut, recipe.image_size, channels_last=channels_last)
+    def ready(images: Tensor) -> Tensor:
+        return data.prepare(images, recipe.image_size, channels_last=channels_last)
 
-    first = test.take(np.arange(min(recipe.batch_size, len(test)))).to(backend.device)
-    engine.evaluate(net, batches(first), backend, recipe.precision)
+    totals = engine.Totals(backend.device)
+    score = engine.scorer(net, ready, backend, recipe.precision, totals)
+    size = min(recipe.batch_size, len(test))
+    engine.evaluate(net, score, totals, [training.first(test, size, backend)])
     clock = Clock(backend.synchronise)
     predictions: list[Tensor] = []
     with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
-        loss, accuracy = engine.evaluate(
-            net, batches(test.to(backend.device)), backend, recipe.precision, predictions, advance
-        )
+        if record["tags"]["data.placement"] == "device":
+            test = test.to(backend.device)
+        batches = data.batches(test, recipe.batch_size, backend)
+        loss, accuracy = engine.evaluate(net, score, totals, batches, predictions, advance)
     metrics = {
         "test/accuracy": accuracy,
         "test/loss": loss,

@@ -69,15 +69,23 @@ def check(
 
 
 def build_optimizer(
-    name: str, params: Sequence[torch.nn.Parameter], *, lr: float, options: Options, total_steps: int
+    name: str,
+    params: Sequence[torch.nn.Parameter],
+    *,
+    lr: float,
+    options: Options,
+    total_steps: int,
+    fastest: Options | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer called `name`, such as `sgd` or `timm:lamb`, over `params` as one group.
 
     `options` are the class's own arguments. A class that asks for `num_iterations` (Ranger21) gets
     `total_steps`, the training's number of steps, unless `options` has it. timm's are made by its factory,
-    with its defaults. Raises UsageError, in one line, for a name or an option that isn't there, a value that
-    the class refuses, and an optimizer that can't train `params` by plain `step()` calls: it first takes two
-    of them on small stand-ins, from gradients drawn at random.
+    with its defaults. `fastest` says how torch's own do the same arithmetic fastest on the device (fused,
+    capturable), for those that take it and where `options` doesn't choose itself. Raises UsageError, in one
+    line, for a name or an option that isn't there, a value that the class refuses, and an optimizer that can't
+    train `params` by plain `step()` calls: it first takes two of them on small stand-ins, from gradients drawn
+    at random.
     """
     cls, build = _find(name)
     setting = f"optimizer_options.{name}"
@@ -89,7 +97,9 @@ def build_optimizer(
             raise _refused(f"{setting}.params", value, "the model's trainable parameters are taken")
         if option not in accepted:
             raise _unknown(setting, option, accepted)
-    filled = {"num_iterations": total_steps} if "num_iterations" in accepted else {}
+    filled: dict[str, Any] = {"num_iterations": total_steps} if "num_iterations" in accepted else {}
+    if cls.__module__.startswith("torch.optim.") and not {"foreach", "fused"} & options.keys():
+        filled |= {key: value for key, value in (fastest or {}).items() if key in accepted}
 
     def make(some: Sequence[torch.nn.Parameter], chosen: Options) -> torch.optim.Optimizer:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
@@ -327,6 +337,37 @@ def _follow_override(optimizer: torch.optim.Optimizer) -> None:
 def overrides_schedule(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer`, from `build_optimizer`, takes another rate than its schedule's in some steps."""
     return "applied_lr" in optimizer.param_groups[0]
+
+
+def recordable(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> bool:
+    """Whether a step of `optimizer` may be recorded and replayed: nothing in it is decided by the host, its schedule
+    moves no more than the rate (`recorded_rates`), and its state begins as zeros (`forget`)."""
+    cls, group = type(optimizer), optimizer.param_groups[0]
+    adam = cls in (torch.optim.Adam, torch.optim.AdamW) and group["capturable"]
+    sgd = cls is torch.optim.SGD and not group["dampening"]
+    return bool((adam or sgd) and group["fused"]) and not getattr(scheduler, "cycle_momentum", False)
+
+
+@contextmanager
+def recorded_rates(optimizer: torch.optim.Optimizer, rates: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, a step reads its rate from `rates`, a scalar float32 on the device for each group, where a recorded
+    step finds at each replay what was written there before."""
+    own = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Puts a `recordable` optimizer back to its beginning, its state where it is: a recorded step goes on using it."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
 
 
 def applied_lr(optimizer: torch.optim.Optimizer) -> float | None:

@@ -48,6 +48,7 @@ def effective(settings: config.Settings) -> dict[str, Any]:
         "label": settings.label,
         "repeats": settings.repeats,
         "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
+        "energy": vars(settings.energy),
         "tracking": vars(settings.tracking),
         "recipes": {settings.recipe: work | {"weights": config.shareable(work["weights"])} | options},
     }

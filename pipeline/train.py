@@ -3,23 +3,25 @@
 import csv
 import io
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline import (
     backends,
+    ceilings,
     conditions,
     config,
     data,
+    energy,
     engine,
     files,
     model,
@@ -30,12 +32,11 @@ from pipeline import (
     sources,
     terminal,
     tracking,
+    training,
     weights,
 )
 from pipeline.clock import Clock
-from pipeline.errors import StageError
-
-Splits = dict[str, data.Split]
+from pipeline.errors import OutOfMemoryError, StageError
 
 METERED_SECONDS = 1.0
 """Less than this is not metered: NVML's energy counter moves ten to fifty times a second."""
@@ -44,8 +45,10 @@ METERED_SECONDS = 1.0
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Trains as one run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`."""
     recipe = settings.work
+    startup = time.time() - psutil.Process().create_time()
     tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
+    energy.check(settings.energy.source)
     backend = backends.select(settings.device)
     clock = Clock(backend.synchronise)
     backend.set_precision(recipe.precision)
@@ -61,7 +64,9 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     with clock.span("decode"):
         splits, shown = _splits(settings, inputs)
     with clock.span("setup"), backend.memory_errors():
-        work = _set_up(settings, inputs, splits, backend, clock)
+        path = weights.located(inputs["weights"], recipe)
+        classes = len(inputs["data"]["classes"])
+        work = training.build(recipe, settings.seed, classes, path, splits, backend, clock)
 
     out = folder / "train"
     shutil.rmtree(out, ignore_errors=True)  # nothing of an earlier training may pass for this one's
@@ -73,18 +78,24 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     with tracking.ended_by_failure(handle):
         with clock.span("log"):
             tracking.mark(handle, record)
-        with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
-            best = 0.0
-            for figures in _epochs(work, splits, settings, record):
-                if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
-                    best = figures["val/accuracy"]
-                    with clock.span("checkpoint"):
-                        _keep(work.net, record, figures, settings, out)
-                with clock.span("log"):
-                    record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
-                    tracking.log_epoch(handle, record["epochs"][-1])
+        full: str | None = None
+        try:
+            with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
+                best = 0.0
+                for figures in _epochs(work, splits, settings, record):
+                    if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
+                        best = figures["val/accuracy"]
+                        with clock.span("checkpoint"):
+                            _keep(work.net, record, figures, settings, out)
+                    with clock.span("log"):
+                        record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
+                        tracking.log_epoch(handle, record["epochs"][-1])
+        except OutOfMemoryError as error:
+            full = str(error)
+        if full:  # not in the except clause: what the error holds is in the way of every smaller batch
+            raise StageError(_advice(full, work, splits))
         record["ended"] = tracking.now()
-        record["metrics"] |= _once(clock)
+        record["metrics"] |= _once(clock, startup) | work.job.times.percentiles()
         _taint(record, before, conditions.sample(backend.gpu_uuid()))
         _leave(record, settings, shown, out)
         publish.training(handle, record, out)
@@ -92,23 +103,6 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         files.write_json(out / "record.json", record)
         tracking.end(handle, "FINISHED", record["ended"])
     return record
-
-
-@dataclass(frozen=True)
-class Work:
-    """What `_set_up` built: the model on its device, and the job that trains it or its head."""
-
-    net: model.Classifier
-    features: Callable[[Tensor], Tensor]
-    """The model's, compiled where that is asked for."""
-    job: engine.Job
-    recipe: config.Recipe
-    channels_last: bool
-    compile_mode: str
-
-    def ready(self, batches: engine.Batches) -> engine.Batches:
-        """Batches of uint8 images as the network takes them."""
-        return data.prepared(batches, self.recipe.image_size, channels_last=self.channels_last)
 
 
 def _check(recipe: config.Recipe) -> None:
@@ -127,7 +121,9 @@ def _check(recipe: config.Recipe) -> None:
     )
 
 
-def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Splits, tuple[NDArray[np.uint8], list[str]]]:
+def _splits(
+    settings: config.Settings, inputs: Mapping[str, Any]
+) -> tuple[training.Splits, tuple[NDArray[np.uint8], list[str]]]:
     """Decoded images in host memory to train and to validate on, and six of them with their class names."""
     recipe, found = settings.work, inputs["data"]
     images, labels = sources.decode(settings.data, found, "train", recipe.image_size)
@@ -142,168 +138,117 @@ def _splits(settings: config.Settings, inputs: Mapping[str, Any]) -> tuple[Split
     return splits, (images[shown], [found["classes"][labels[index]] for index in shown])
 
 
-def _set_up(
-    settings: config.Settings,
-    inputs: Mapping[str, Any],
-    splits: Splits,
-    backend: backends.Backend,
-    clock: Clock,
-) -> Work:
-    """Builds the model, warms the device up with it, and puts it back to its beginning."""
-    recipe = settings.work
-    train, validated = splits["train"], _validated(splits)
-    torch.manual_seed(settings.seed)
-    net = model.build(recipe, len(inputs["data"]["classes"]), weights.located(inputs["weights"], recipe))
-    auto = recipe.channels_last == "auto"
-    channels_last = backend.channels_last(recipe.precision) if auto else bool(recipe.channels_last)
-    net = net.to(backend.device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    beginning = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-    def samples(split: data.Split, sizes: set[int]) -> list[tuple[Tensor, Tensor]]:
-        first = [split.take(np.arange(size)).to(backend.device) for size in sorted(sizes)]
-        cut = ((sample.inputs, sample.labels) for sample in first)
-        return list(data.prepared(cut, recipe.image_size, channels_last=channels_last))
-
-    # Kernels are chosen, and graphs compiled, by shape: the full batch's and the short last one's.
-    training = samples(train, _sizes(train, recipe.batch_size))
-    cached = model.caches_features(net, recipe, training[0][0])
-    passes = 1 if cached else recipe.epochs
-    mode = backend.compile_mode(recipe.compile, (len(train) + len(validated)) * passes)
-    validation = samples(validated, _sizes(validated, recipe.batch_size)) if mode != "off" else training[:1]
-
-    def compiled(function: Any) -> Any:
-        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
-
-    features = compiled(net.features)
-    network = net.head if cached else compiled(net)
-
-    def job() -> engine.Job:
-        return _job(recipe, net, network, len(train), backend, clock)
-
-    try:
-        if cached:
-            net.eval()
-            with torch.no_grad(), backend.autocast(recipe.precision):
-                training, validation = (
-                    [(features(images).float(), labels) for images, labels in some] for some in (training, validation)
-                )
-        engine.warm_up(job(), training, validation)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        first = str(error).strip().splitlines()[0]
-        raise StageError(f'compile: "{mode}" fails here ({first}): set compile to off') from error
-    net.load_state_dict(beginning)
-    for parameter in net.parameters():
-        parameter.grad = None
-    torch.manual_seed(settings.seed)  # what dropout draws does not depend on how the model was built
-    return Work(net, features, job(), recipe, channels_last, mode)
-
-
-def _validated(splits: Splits) -> data.Split:
-    return next(split for name, split in splits.items() if name != "train")
-
-
-def _sizes(split: data.Split, batch_size: int) -> set[int]:
-    """The sizes of the split's batches."""
-    return {min(batch_size, len(split)), len(split) % batch_size} - {0}
-
-
-def _job(
-    recipe: config.Recipe,
-    net: model.Classifier,
-    network: torch.nn.Module,
-    images: int,
-    backend: backends.Backend,
-    clock: Clock,
-) -> engine.Job:
-    steps = -(-images // recipe.batch_size)
-    chosen = recipe.resolved()
-    optimizer = optim.build_optimizer(
-        recipe.optimizer,
-        [parameter for parameter in net.parameters() if parameter.requires_grad],
-        lr=recipe.lr,
-        options=chosen["optimizer_options"],
-        total_steps=steps * recipe.epochs,
-    )
-    scheduler = optim.build_scheduler(
-        recipe.scheduler,
-        optimizer,
-        options=chosen["scheduler_options"],
-        lr=recipe.lr,
-        epochs=recipe.epochs,
-        steps_per_epoch=steps,
-        per_batch=recipe.scheduler_step == "batch",
-        warmup_epochs=recipe.warmup_epochs,
-    )
-    return engine.Job(
-        network=network,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        set_mode=lambda: model.set_mode(net, recipe.frozen_batch_norm),
-        epochs=recipe.epochs,
-        per_batch=recipe.scheduler_step == "batch",
-        precision=recipe.precision,
-        backend=backend,
-        clock=clock,
-        on_features=network is net.head,
-        scaler=torch.amp.GradScaler(backend.kind) if recipe.precision == "fp16" else None,
-    )
-
-
 def _epochs(
-    work: Work, splits: Splits, settings: config.Settings, record: dict[str, Any]
+    work: training.Work, splits: training.Splits, settings: config.Settings, record: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """Moves the images to the device, computes a frozen backbone's features where that is done once, trains."""
-    recipe, job, clock = settings.work, work.job, work.job.clock
+    """Warms up, takes the machine's measure, moves the images to the device, computes a frozen backbone's features
+    where that is done once, and trains."""
+    recipe, job, clock, seed = work.recipe, work.job, work.job.clock, settings.seed
     backend, batch_size = job.backend, recipe.batch_size
+    with clock.span("setup"):
+        working = training.warm_up(work, splits)
+    with clock.span("ceilings"):
+        flops = training.flops_per_image(work)
+        measured = training.measure_ceilings(work, splits)
+    with clock.span("setup"):
+        training.restart(work, seed)
+    if backend.recording_fault:
+        record["warnings"].append(f"launched piece by piece, since it can't be recorded: {backend.recording_fault}")
     joules: dict[str, list[float]] = {}
-    with clock.span("upload"):
-        samples = {name: split.to(backend.device) for name, split in splits.items()}
-    images = sum(map(len, samples.values()))
-    if job.on_features:
-        work.net.eval()
-        with (
-            terminal.progress("features", images) as advance,
-            _metered(backend, joules),
-            clock.span("features") as span,
-        ):
-            for name, split in samples.items():
-                batches = work.ready(data.batches(split, batch_size))
-                samples[name] = engine.compute_features(work.features, batches, backend, job.precision, advance)
-        record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
-    train, validated = samples["train"], _validated(samples)
+    chosen = settings.energy.source
+    with energy.source(chosen, backend.energy) as reading:
+        begun = energy.ask_reading("before the training") if chosen == "meter" else 0.0
+        with clock.span("upload"):
+            samples, placement = training.place(work, splits, working, settings.data.device_gib)
+        record["tags"]["data.placement"] = placement
+        terminal.say(f"images   trained from {'the device' if placement == 'device' else 'host memory'}")
+        images = sum(map(len, samples.values()))
+        if job.on_features:
+            work.net.eval()
+            with (
+                terminal.progress("features", images) as advance,
+                _metered(reading, joules),
+                clock.span("features") as span,
+            ):
+                for name, split in samples.items():
+                    batches = data.batches(split, batch_size, backend)
+                    samples[name] = engine.compute_features(work.features, split, batches, advance)
+            record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
+        train, validated = samples["train"], training.validated_in(samples)
 
-    def train_batches(epoch: int) -> engine.Batches:
-        batches = data.shuffled(train, batch_size, settings.seed, epoch, flip=recipe.flip)
-        return batches if job.on_features else work.ready(batches)
+        def train_batches(epoch: int) -> engine.Batches:
+            return data.shuffled(train, batch_size, backend, seed, epoch, flip=recipe.flip)
 
-    def val_batches() -> engine.Batches:
-        batches = data.batches(validated, batch_size)
-        return batches if job.on_features else work.ready(batches)
+        def val_batches() -> engine.Batches:
+            return data.batches(validated, batch_size, backend)
 
-    with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
-        epochs = engine.train(job, train_batches, val_batches, advance)
-        while True:
-            with _metered(backend, joules):
-                figures = next(epochs, None)
-            if figures is None:
-                break
-            finish(figures)
-            yield figures
+        with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
+            epochs = engine.train(job, train_batches, val_batches, advance)
+            while True:
+                with _metered(reading, joules):
+                    figures = next(epochs, None)
+                if figures is None:
+                    break
+                finish(figures)
+                yield figures
+        if chosen == "meter":
+            try:
+                joules["meter"] = [energy.ask_reading("after the training", begun) - begun]
+            except StageError as error:  # the training is worth more than its energy
+                terminal.say(f"note     {error}")
     passed = images * (1 if job.on_features else recipe.epochs)
     for source, spent in joules.items():
-        whole = len(spent) == recipe.epochs + 1 + job.on_features  # no reading was missed
+        # Else a reading was missed.
+        whole = source == "meter" or len(spent) == recipe.epochs + 1 + job.on_features
         if whole and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
             record["tags"]["energy.source"] = source
             record["metrics"]["energy/joules"] = sum(spent)
             record["metrics"]["energy/images_per_joule"] = passed / sum(spent)
+    _judge(record, work, splits, measured, flops)
+
+
+def _judge(
+    record: dict[str, Any],
+    work: training.Work,
+    splits: training.Splits,
+    measured: ceilings.Measured,
+    flops: float | None,
+) -> None:
+    """Holds the speed against the machine's own ceilings. Raises StageError where it is above them."""
+    clock, backend = work.job.clock, work.job.backend
+    speed = record["metrics"].get("speed/feature_images_per_second")
+    if speed is None:
+        speed = len(splits["train"]) * work.recipe.epochs / clock.total("train")
+    figures = ceilings.efficiency(speed, measured, flops)
+    if ceilings.impossible(figures):  # perhaps other load held the machine down while it was measured
+        with clock.span("ceilings"):
+            again = training.measure_ceilings(work, splits)
+        measured = measured if measured.images_per_second > again.images_per_second else again
+        figures = ceilings.efficiency(speed, measured, flops)
+    if reason := ceilings.impossible(figures):
+        raise StageError(reason)
+    record["metrics"] |= figures
+    record["tags"]["limited_by"] = ceilings.limit(figures, measured, backend.asynchronous)
+    record["facts"]["verdict"] = ceilings.verdict(figures, measured, backend.asynchronous)
+    terminal.say(f"machine  {record['facts']['verdict']}")
+
+
+def _advice(reason: str, work: training.Work, splits: training.Splits) -> str:
+    """What to do about a batch that is too large: the largest smaller one that fits."""
+    tried = work.recipe.batch_size
+    shape = tuple(splits["train"].inputs.shape[1:])
+    largest = training.largest_batch(work, shape, below=tried) if tried > 1 else 0
+    if largest:
+        return f"batch_size: {tried} is too much for the memory of this device: the largest that fits is {largest}"
+    return reason
 
 
 @contextmanager
-def _metered(backend: backends.Backend, joules: dict[str, list[float]]) -> Iterator[None]:
-    """Adds the energy spent inside to `joules`, by its source; nothing where the backend can't tell."""
-    before = backend.energy()
+def _metered(reading: energy.Reading, joules: dict[str, list[float]]) -> Iterator[None]:
+    """Adds the energy spent inside to `joules`, by its source; nothing where that can't tell."""
+    before = reading()
     yield
-    after = backend.energy()
+    after = reading()
     if before and after:
         joules.setdefault(before[0], []).append(after[1] - before[1])
 
@@ -312,8 +257,8 @@ def _record(
     settings: config.Settings,
     hardware: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    work: Work,
-    splits: Splits,
+    work: training.Work,
+    splits: training.Splits,
     unused_gpu: str | None,
     before: conditions.Sample,
 ) -> dict[str, Any]:
@@ -345,6 +290,7 @@ def _record(
             "features_cached": work.job.on_features,
             "channels_last": work.channels_last,
             "compile": work.compile_mode,
+            "recorded": work.recorded,
             "image_size": recipe.image_size,
         },
         "hardware": {
@@ -389,12 +335,15 @@ def _keep(
     model.save_checkpoint(out / "best.safetensors", net, facts)
 
 
-def _once(clock: Clock) -> dict[str, float]:
-    """The figures that a run has once."""
+def _once(clock: Clock, startup: float) -> dict[str, float]:
+    """The figures that a run has once. `startup`: seconds from the process's start to the training's."""
     return {
+        "time/startup_seconds": startup,
         "time/setup_seconds": clock.total("setup"),
         "time/data_seconds": clock.total("decode"),
         "time/total_seconds": clock.total("upload", "features", "train", "validate"),
+        "time/ceilings_seconds": clock.total("ceilings"),
+        "time/inspect_seconds": clock.total("inspect"),
         "time/checkpoint_seconds": clock.total("checkpoint"),
         "time/logging_seconds": clock.total("log"),
         "time/unaccounted_seconds": clock.unaccounted(),

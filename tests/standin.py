@@ -46,9 +46,9 @@ class Standin(Backend):
     def reset_peak_memory(self):
         self.calls.append("reset")
 
-    def peak_memory_mib(self):
+    def memory_mib(self):
         self.calls.append("peak")
-        return self.peaks.pop(0) if self.peaks else None
+        return {"peak": self.peaks.pop(0)} if self.peaks else {}
 
     def facts(self):
         return {"name": "Stand-in"}

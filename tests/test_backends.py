@@ -1,6 +1,7 @@
 """Which device trains: chosen in order, refused by name, told apart from what torch can't use."""
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from standin import Standin
 
 from pipeline import backends, machine
-from pipeline.backends import Backend
+from pipeline.backends import Backend, cpu, mps
 from pipeline.backends.cpu import Cpu
 from pipeline.backends.cuda import Cuda, runs_on
 from pipeline.backends.mps import Mps
@@ -18,6 +19,7 @@ from pipeline.errors import StageError, UsageError
 
 MAXWELL = {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 970", "for_training": True}
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+MIB = 2**20
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 
@@ -162,7 +164,7 @@ def test_a_card_offers_what_its_generation_can_do(card, capability, hip, name, p
     assert (chosen.kind, chosen.name, chosen.precisions) == ("cuda", name, precisions)
     assert chosen.channels_last("fp16") is channels_last
     assert not chosen.channels_last("fp32")  # slower without tensor cores
-    assert chosen.pinned_memory
+    assert chosen.asynchronous
 
 
 def test_each_card_is_asked_for_its_own_generation(card):
@@ -231,11 +233,11 @@ def test_without_an_error_nothing_happens():
 
 
 def test_the_cpus_peak_is_the_process_and_grows_with_what_it_holds():
-    cpu = Cpu()
-    cpu.reset_peak_memory()
-    before = cpu.peak_memory_mib()
+    chosen = Cpu()
+    chosen.reset_peak_memory()
+    before = chosen.memory_mib()["peak"]
     held = torch.ones(200 * 2**20, dtype=torch.uint8)
-    peak = cpu.peak_memory_mib()
+    peak = chosen.memory_mib()["peak"]
     assert before > 50  # torch alone takes more
     assert peak >= before
     if sys.platform == "linux":  # elsewhere an earlier peak may hide it
@@ -249,24 +251,63 @@ def test_the_cpus_peak_is_that_since_the_reset():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("a sandbox without clear_refs")
-    cpu = Cpu()
-    cpu.reset_peak_memory()
+    chosen = Cpu()
+    chosen.reset_peak_memory()
     held = torch.ones(200 * 2**20, dtype=torch.uint8)
-    high = cpu.peak_memory_mib()
+    high = chosen.memory_mib()["peak"]
     del held
-    assert cpu.peak_memory_mib() >= high - 1
-    cpu.reset_peak_memory()
-    assert cpu.peak_memory_mib() < high - 150
+    assert chosen.memory_mib()["peak"] >= high - 1
+    chosen.reset_peak_memory()
+    assert chosen.memory_mib()["peak"] < high - 150
+
+
+def test_what_the_cpu_does_not_tell_is_absent(monkeypatch):
+    monkeypatch.setattr(Cpu, "_peak_mib", lambda self: None)
+    assert Cpu().memory_mib() == {}
+
+
+@pytest.fixture
+def ram(monkeypatch, tmp_path):
+    """Pretends to 16 MiB of RAM, 8 of them free, in a container that tells `files` of its control group."""
+
+    def put(**files):
+        monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * MIB, available=8 * MIB))
+        monkeypatch.setattr(cpu, "CGROUP", tmp_path)
+        for name, text in files.items():
+            (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("files", "capacity", "free"),
+    [
+        ({}, 16.0, 8),  # no control group, as on Windows
+        ({"max": "max", "current": 3 * MIB}, 16.0, 8),
+        ({"max": 4 * MIB, "current": 3 * MIB}, 4.0, 1),
+        ({"max": 4 * MIB, "current": 3 * MIB, "stat": f"inactive_anon 1\ninactive_file {2 * MIB}\nfile 7"}, 4.0, 3),
+        ({"max": 64 * MIB, "current": 3 * MIB}, 16.0, 8),  # a limit above what there is
+        ({"max": 4 * MIB}, 4.0, 8),
+    ],
+    ids=["none", "no limit", "limit", "cached files", "high limit", "use untold"],
+)
+def test_the_cpus_memory_is_what_the_container_may_have(ram, files, capacity, free):
+    ram(**files)
+    assert (Cpu().capacity_mib(), Cpu().free_bytes()) == (capacity, free * MIB)
+
+
+def test_this_machines_own_memory_is_told():
+    assert 0 < Cpu().free_bytes() / MIB < Cpu().capacity_mib()
 
 
 def test_the_cpu_is_one_device_without_an_index_named_by_the_machine(monkeypatch):
     monkeypatch.setattr(machine, "facts", lambda: {"cpu": "AMD EPYC", "memory_gib": 23.5})
-    cpu = Cpu()
-    assert cpu.device == torch.zeros(1).device == torch.device("cpu")
-    assert (Cpu.count(), cpu.channels_last("fp32"), cpu.pinned_memory) == (1, True, False)
-    facts = cpu.facts()
+    chosen = Cpu()
+    assert chosen.device == torch.zeros(1).device == torch.device("cpu")
+    assert (Cpu.count(), chosen.channels_last("fp32"), chosen.asynchronous) == (1, True, False)
+    facts = chosen.facts()
     assert (facts["name"], facts["memory_gib"]) == ("AMD EPYC", 23.5)
-    assert cpu.synchronise() is None
+    assert chosen.synchronise() is None
 
 
 # --- CUDA
@@ -342,25 +383,177 @@ def test_cudas_memory_and_waiting_are_of_the_device_itself(monkeypatch, card):
     asked = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("wait", device)))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(("reset", device)))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(("peak", device)) or 2**21)
+    figures = {"max_memory_allocated": 2, "max_memory_reserved": 5, "memory_reserved": 4, "memory_allocated": 1}
+    for name, mebibytes in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, held=mebibytes: asked.append(device) or held * MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (10 * MIB, 64 * MIB))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(60 + index) * MIB)
+    )
     second = Cuda(1)
     second.reset_peak_memory()
     second.synchronise()
-    assert second.peak_memory_mib() == 2.0
-    assert asked == [(what, torch.device("cuda:1")) for what in ("reset", "wait", "peak")]
+    assert asked == [(what, torch.device("cuda:1")) for what in ("reset", "wait")]
+    del asked[:]
+    assert second.memory_mib() == {"peak": 2.0, "peak_reserved": 5.0, "driver": 54.0}
+    assert second.free_bytes() == 13 * MIB  # 10 on the card, 3 in the allocator
+    assert set(asked) == {torch.device("cuda:1")}
+    assert second.capacity_mib() == 61.0
+
+
+class Queues:
+    """What torch.cuda does with streams and events, told in `calls` in order; `current` is the stream in use."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.current, self.made = [], self.Stream(self, "main"), 0
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.using)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **options: self.Event(self, options))
+
+    def stream(self, device):
+        self.made += 1
+        return self.Stream(self, f"side of {device}")
+
+    @contextmanager
+    def using(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    class Stream:
+        def __init__(self, queues, name):
+            self.queues, self.name = queues, name
+
+        def record_event(self):
+            self.queues.calls.append(f"event on {self.name}")
+            return self.name
+
+        def wait_event(self, event):
+            self.queues.calls.append(f"{self.name} waits for {event}")
+
+    class Event:
+        def __init__(self, queues, options):
+            self.queues, self.options = queues, options
+
+        def record(self, stream):
+            self.queues.calls.append(f"mark on {stream.name}, {self.options}")
+
+        def elapsed_time(self, later):
+            return 250.0
+
+    class Tensor:
+        def __init__(self, queues, name):
+            self.queues, self.name = queues, name
+
+        def pin_memory(self):
+            self.queues.calls.append(f"pin {self.name}")
+            return self
+
+        def to(self, device, non_blocking):
+            self.queues.calls.append(f"copy {self.name} to {device} on {self.queues.current.name}, {non_blocking=}")
+            return type(self)(self.queues, self.name.upper())
+
+        def record_stream(self, stream):
+            self.queues.calls.append(f"{self.name} is read on {stream.name}")
+
+
+@pytest.fixture
+def queues(monkeypatch):
+    return Queues(monkeypatch)
+
+
+def test_cuda_copies_on_a_stream_of_its_own_and_the_reader_waits_for_it(queues, card):
+    card((8, 0), (8, 0))
+    chosen = Cuda(1)
+    assert queues.made == 0
+    arrived = chosen.send((queues.Tensor(queues, "a"), queues.Tensor(queues, "b")))
+    side = "side of cuda:1"
+    assert queues.calls == [
+        "pin a", f"copy a to cuda:1 on {side}, non_blocking=True",
+        "pin b", f"copy b to cuda:1 on {side}, non_blocking=True",
+        f"event on {side}",
+    ]  # fmt: skip
+    del queues.calls[:]
+    queues.current = queues.Stream(queues, "the reader's")
+    assert [tensor.name for tensor in arrived()] == ["A", "B"]
+    assert queues.calls == [
+        f"the reader's waits for {side}",
+        "A is read on the reader's",
+        "B is read on the reader's",
+    ]
+    chosen.send(())
+    assert queues.made == 1  # one for all copies
+
+
+def test_cudas_mark_is_an_event_on_the_current_stream(queues, card):
+    card((8, 0))
+    first, last = Cuda().mark(), Cuda().mark()
+    assert queues.calls == ["mark on main, {'enable_timing': True}"] * 2
+    assert Cuda().seconds_between(first, last) == 0.25
+
+
+@pytest.mark.cuda
+def test_a_real_card_gets_what_was_sent_and_tells_time_and_memory():
+    chosen = backends.select("cuda")
+    chosen.reset_peak_memory()
+    matrix, sums = torch.ones(4096, 4096, device=chosen.device), []
+    first = chosen.mark()
+    for index in range(12):
+        if index % 3 == 0:  # idle: the copy is read at once, so that it must be waited for
+            chosen.synchronise()
+        host = torch.full((2**22,), index, dtype=torch.int32)
+        arrived = chosen.send((host,))
+        host.zero_()  # what was sent may be written anew
+        (numbers,) = arrived()
+        if index % 3 == 1:  # busy: the copy is read late, when its memory is free, and the next one was sent
+            for _ in range(20):
+                matrix @ matrix
+        sums.append(numbers.sum())
+        del numbers, arrived
+    last = chosen.mark()
+    chosen.synchronise()
+    assert [total.item() / 2**22 for total in sums] == list(range(12))
+    assert 0 < chosen.seconds_between(first, last) < 60
+    memory = chosen.memory_mib()
+    assert 64 < memory["peak"] <= memory["peak_reserved"] < memory["driver"] <= chosen.capacity_mib()
+    assert 0 < chosen.free_bytes() / MIB < chosen.capacity_mib()
+
+
+# --- Intel
+
+
+@pytest.mark.parametrize(("told", "free"), [(True, 13), (False, 63)])
+def test_intels_memory_is_known_even_where_the_driver_does_not_tell_it(monkeypatch, told, free):
+    figures = {"max_memory_allocated": 2, "max_memory_reserved": 5, "memory_reserved": 4, "memory_allocated": 1}
+    for name, mebibytes in figures.items():
+        monkeypatch.setattr(torch.xpu, name, lambda device, held=mebibytes: held * MIB)
+
+    def mem_get_info(device):
+        if not told:
+            raise RuntimeError("The device (Intel Arc) doesn't support querying the available free memory.")
+        return 10 * MIB, 64 * MIB
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(total_memory=64 * MIB))
+    chosen = Xpu()
+    assert chosen.memory_mib() == {"peak": 2.0, "peak_reserved": 5.0}
+    assert (chosen.capacity_mib(), chosen.free_bytes()) == (64.0, free * MIB)
 
 
 # --- Apple
 
 
 class Metal:
-    """What torch.mps tells; `memory` is what its driver holds."""
+    """What torch.mps tells; `memory` is what its driver holds, `held` what tensors do, `free` the machine's RAM."""
 
     def __init__(self, monkeypatch):
-        self.memory, self.waited = 0, 0
+        self.memory, self.held, self.free, self.waited = 0, 0, 0, 0
         monkeypatch.setattr(torch.mps, "synchronize", self.synchronise)
         monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: self.memory)
+        monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: self.held)
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+        monkeypatch.setattr(mps.psutil, "virtual_memory", lambda: SimpleNamespace(available=self.free))
 
     def synchronise(self):
         self.waited += 1
@@ -372,26 +565,36 @@ def metal(monkeypatch):
 
 
 def test_metals_peak_is_sampled_whenever_the_device_is_waited_for(metal):
-    mps = Mps()
-    assert mps.peak_memory_mib() is None  # not 0
+    chosen = Mps()
+    assert "peak" not in chosen.memory_mib()  # not 0
     for mebibytes in (3, 8, 5):
-        metal.memory = mebibytes * 2**20
-        mps.synchronise()
-    assert (metal.waited, mps.peak_memory_mib()) == (3, 8.0)
-    metal.memory = 100 * 2**20  # nobody waited meanwhile
-    assert mps.peak_memory_mib() == 8.0
-    mps.reset_peak_memory()
-    assert mps.peak_memory_mib() is None
-    metal.memory = 2 * 2**20
-    mps.synchronise()
-    assert mps.peak_memory_mib() == 2.0
+        metal.memory = mebibytes * MIB
+        chosen.synchronise()
+    assert (metal.waited, chosen.memory_mib()["peak"]) == (3, 8.0)
+    metal.memory, metal.held = 100 * MIB, 40 * MIB  # nobody waited meanwhile
+    assert chosen.memory_mib() == {"peak": 8.0, "current": 40.0, "driver": 100.0}
+    chosen.reset_peak_memory()
+    assert chosen.memory_mib() == {"current": 40.0, "driver": 100.0}
+    metal.memory = 2 * MIB
+    chosen.synchronise()
+    assert chosen.memory_mib()["peak"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("taken", "ram", "free"),
+    [(2, 14, 10), (2, 3, 3), (13, 14, 0)],
+    ids=["Metal's limit", "other processes", "beyond what is recommended"],
+)
+def test_metals_memory_is_a_part_of_the_one_that_all_processes_share(metal, taken, ram, free):
+    metal.memory, metal.held, metal.free = taken * 2**30, 2**30, ram * 2**30
+    assert (Mps().capacity_mib(), Mps().free_bytes()) == (12 * 2**10, free * 2**30)
 
 
 def test_metal_is_one_device_without_an_index(metal, monkeypatch):
-    mps = Mps()
-    assert mps.device == torch.device("mps")
-    assert mps.device.index is None
-    assert (mps.channels_last("bf16"), mps.pinned_memory, mps.precisions) == (False, False, ("fp32", "bf16"))
+    chosen = Mps()
+    assert chosen.device == torch.device("mps")
+    assert chosen.device.index is None
+    assert (chosen.channels_last("bf16"), chosen.asynchronous, chosen.precisions) == (False, True, ("fp32", "bf16"))
     for is_there in (True, False):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda is_there=is_there: is_there)
         assert Mps.count() == int(is_there)
@@ -415,10 +618,39 @@ def test_the_chip_is_named_by_the_machine_not_by_torch(metal, monkeypatch):
 # --- a backend that offers nothing
 
 
-def test_a_backend_that_tells_no_peak_tells_none():
+def test_a_backend_that_tells_nothing_of_its_memory_tells_none():
     backend = Backend()
     backend.reset_peak_memory()
-    assert backend.peak_memory_mib() is None
+    assert backend.memory_mib() == {}
+    assert (backend.capacity_mib(), backend.free_bytes()) == (None, None)
+
+
+def test_a_backend_without_marks_of_its_own_gives_none():
+    backend = Backend()
+    assert backend.mark() is None
+    with pytest.raises(NotImplementedError):
+        backend.seconds_between(None, None)
+
+
+@pytest.mark.parametrize("backend", [Cpu, Standin])
+def test_a_plain_copy_is_the_tensor_itself_where_it_is_there_already(backend):
+    inputs, labels = torch.ones(2, 3), torch.tensor([0, 1])
+    arrived = backend().send((inputs, labels))
+    first, second = arrived()
+    assert first is inputs
+    assert second is labels
+    assert backend().send(())() == ()
+
+
+def test_a_plain_copy_is_done_when_it_was_sent(monkeypatch):
+    monkeypatch.setattr(Standin, "device", torch.device("meta"))
+    host = torch.ones(2, 3)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: copied.append((args, options)) or self)
+    arrived = Standin().send((host,))
+    assert copied == [((torch.device("meta"),), {})]  # nothing non-blocking
+    assert arrived() == (host,)
+    assert len(copied) == 1
 
 
 # --- a GPU that torch can't use

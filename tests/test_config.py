@@ -41,6 +41,7 @@ REFUSED = {
         "true": None,
     },
     "data.mirrors": {"[]": None, "https://a": '"https://a"', "[1]": None, "['']": '[""]'},
+    "energy.source": {"1": None, "nvml": '"nvml"', "[meter]": '["meter"]', "null": None},
     "tracking.experiment": {"1": None, "null": None, "''": '""'},
     "model": {"1": None, "[resnet18]": '["resnet18"]', "null": None},
     "weights": {"1": None, "weights.pt": '"weights.pt"', ".safetensors": '".safetensors"', "null": None},
@@ -166,6 +167,7 @@ def test_a_recipe_of_ones_own(params):
         ("seed=2147483647", 2147483647),
         ("data.limit=1", 1),
         ("data.timeout_seconds=3", 3.0),
+        ("energy.source=meter", "meter"),
         ("tracking.experiment=a b", "a b"),
         ("weights=~/w.safetensors", "~/w.safetensors"),
         ("trainable=[layer4, fc]", ("layer4", "fc")),
@@ -265,20 +267,15 @@ def test_whole_line(override, line):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        (
-            "zebra=1",
-            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, tracking, recipes",
-        ),
-        (
-            "zebra.stripes=1",
-            "zebra: unknown setting; allowed here: recipe, device, seed, label, repeats, data, tracking, recipes",
-        ),
+        ("zebra=1", f"zebra: unknown setting; allowed here: {', '.join(PARAMS)}"),
+        ("zebra.stripes=1", f"zebra: unknown setting; allowed here: {', '.join(PARAMS)}"),
         ("epoch=1", "epoch: unknown setting; did you mean epochs?"),
         (
             "data.zebra=1",
             "data.zebra: unknown setting; allowed here: source, path, limit, timeout_seconds, mirrors",
         ),
         ("data.sorce=auto", "data.sorce: unknown setting; did you mean data.source?"),
+        ("energy.meter=1", "energy.meter: unknown setting; allowed here: source"),
         ("tracking.uri=x", "tracking.uri: unknown setting; allowed here: experiment"),
         (
             "recipes.finetune.epoch=1",
@@ -525,6 +522,7 @@ def test_workloads_that_differ():
         "device=cuda",
         "label=mine",
         "repeats=1",
+        "energy.source=meter",
         "tracking.experiment=mine",
         "data.path=elsewhere",
         "data.timeout_seconds=1",

@@ -77,7 +77,7 @@ class Project:
             self.environment.pop(key, None)
         text = (self.root / "params.yaml").read_text()
         for old, new in (
-            ("source: auto", "source: folder"),
+            ("data:\n  source: auto", "data:\n  source: folder"),
             ("path: data/raw", f"path: {json.dumps(str(self.pictures))}"),
             ("weights: pretrained", "weights: random"),
             ("model: resnet18.a1_in1k", "model: test_resnet.r160_in1k"),

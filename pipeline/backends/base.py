@@ -1,12 +1,13 @@
 """The interface that every backend fills; the rest of the code sees nothing else of a device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import OutOfMemoryError, UsageError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What mps, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
@@ -33,11 +34,22 @@ class Backend:
     compile_pays_after_images: int | None = None
     """How many images a training must pass through the network before `compile: auto` compiles; None: never."""
 
-    pinned_memory = False
-    """Whether copies from page-locked host memory are faster and safe here."""
+    records = False
+    """Whether `captured` does anything here."""
+
+    optimizer_options: Mapping[str, Any] = {}
+    """How torch's own optimizers are fastest here, where they take these options."""
+
+    asynchronous = True
+    """Whether work is queued, so that a clock is wrong unless it waits for the device first."""
+
+    refuses_memory = True
+    """Whether it says no when there isn't enough memory. A CPU swaps, and in the end the system kills the process."""
 
     def __init__(self, index: int = 0):
         self.index = index
+        self.recording_fault: str | None = None
+        """Why something could not be recorded (`captured`) and is launched piece by piece."""
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +66,52 @@ class Backend:
         raise NotImplementedError
 
     def reset_peak_memory(self) -> None:
-        """Starts the peak of `peak_memory_mib` anew, where the backend can."""
+        """Starts the peaks of `memory_mib` anew, where the backend can."""
 
-    def peak_memory_mib(self) -> float | None:
-        """Most memory held since the last reset, in MiB (2**20 bytes); None where it can't be told."""
+    def memory_mib(self) -> dict[str, float]:
+        """The device's memory in MiB (2**20 bytes), by these names; what can't be told is absent.
+
+        `peak`: most held since the last reset; `peak_reserved`: most that torch's allocator had taken for it since
+        then; `current`: held by tensors now; `driver`: taken now, as the driver tells it. Each backend says of what.
+        """
+        return {}
+
+    def capacity_mib(self) -> float | None:
+        """The memory that there is for tensors, used or not, in MiB; None where it can't be told."""
         return None
+
+    def free_bytes(self) -> int | None:
+        """What tensors could still take on the device at this moment, in bytes; None where it can't be told."""
+        return None
+
+    def release_memory(self) -> None:
+        """Gives back what torch keeps of freed tensors, so that another program, or a larger block, may have it."""
+
+    def send(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+        """Starts to copy tensors from host memory to the device. Gives a function that returns the copies in the
+        same order, for use on the stream that is current when it is called; it holds them for as long as it is held.
+
+        Here the copy is plain and done when this returns. One that isn't waited for is safe from page-locked memory
+        only, which mps hasn't: it may read pageable memory after that was written anew. Tensors that are on the
+        device already, as the CPU's are, come back themselves.
+        """
+        sent = tuple(tensor.to(self.device) for tensor in tensors)
+        return lambda: sent
+
+    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of tensors, so that its launches cost the host next to nothing: they are recorded at the first
+        call with each shape, which calls `function` several times, and replayed from then on. Its result then stands
+        until the next call of anything captured. Here it is `function` itself."""
+        return function
+
+    def mark(self) -> object | None:
+        """A mark in the device's own queue, behind the work queued so far, that will know when it was reached. None:
+        there is none that we trust, and who measures must wait for the device and read the clock."""
+        return None
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Seconds that the device took from one `mark` to another; valid once it was waited for (`synchronise`)."""
+        raise NotImplementedError
 
     def energy(self) -> tuple[str, float] | None:
         """Where the device's energy is read (nvml | rapl), and joules since some moment, the same at every call:
@@ -104,9 +157,19 @@ class Backend:
             )
         return mode
 
+    def recorded(self, graph: str | bool, compile_mode: str) -> bool:
+        """Whether launches are recorded for a value of `graph`; auto: where the backend can, and torch.compile does
+        not by itself. Raises UsageError where it can't be."""
+        by_itself = compile_mode in ("reduce-overhead", "max-autotune")
+        if graph is True and not self.records:
+            raise UsageError(f"graph: true is not allowed on {self.kind}: expected auto | false")
+        if graph is True and by_itself:
+            raise UsageError(f'graph: true is not allowed with compile: "{compile_mode}", which records by itself')
+        return self.records and not by_itself if graph == "auto" else bool(graph)
+
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Ends what runs out of memory inside with a StageError that says what to lower."""
+        """Ends what runs out of memory inside with an OutOfMemoryError that says what to lower."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -114,6 +177,6 @@ class Backend:
             known = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not known and not any(words in text for words in OUT_OF_MEMORY):
                 raise
-            raise StageError(
+            raise OutOfMemoryError(
                 f"{self.kind} is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
             ) from error

@@ -1,5 +1,6 @@
 """The processor itself."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from pipeline import machine
 from pipeline.backends.base import Backend
 from pipeline.backends.energy import RaplEnergy
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees the limits of its own control group, version 2 (the kernel's cgroup-v2.rst, "Memory")."""
+
 
 class Cpu(Backend):
     """Work on it is synchronous; its memory is the process's."""
 
     kind = name = "cpu"
+    asynchronous = False
+    refuses_memory = False
     compile_modes = ("off", "default")
 
     def __init__(self, index: int = 0):
@@ -43,8 +49,12 @@ class Cpu(Backend):
             except OSError:
                 return  # a sandbox without it: the peak since the process started stands
 
-    def peak_memory_mib(self) -> float | None:
-        """Most resident memory of this process: since the reset on Linux, since its start elsewhere."""
+    def memory_mib(self) -> dict[str, float]:
+        """`peak`: most resident memory of this process, since the reset on Linux, since its start elsewhere."""
+        peak = self._peak_mib()
+        return {} if peak is None else {"peak": peak}
+
+    def _peak_mib(self) -> float | None:
         if sys.platform == "linux":
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
@@ -56,6 +66,21 @@ class Cpu(Backend):
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return float(peak) / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+
+    def capacity_mib(self) -> float | None:
+        """The machine's RAM, or what a container may have of it."""
+        total, limit = psutil.virtual_memory().total, cgroup_bytes("memory.max")
+        return (total if limit is None else min(total, limit)) / 2**20
+
+    def free_bytes(self) -> int | None:
+        """RAM that is free or holds what can be dropped, and no more of it than a container has left."""
+        available = int(psutil.virtual_memory().available)
+        limit, used = cgroup_bytes("memory.max"), cgroup_bytes("memory.current")
+        if limit is None or used is None:
+            return available
+        # Used counts cached pages of files too, which give way: a data set just read would seem to fill the memory.
+        cached = re.search(r"^inactive_file (\d+)$", machine.contents(CGROUP / "memory.stat"), re.MULTILINE)
+        return min(available, limit - used + (int(cached[1]) if cached else 0))
 
     def energy(self) -> tuple[str, float] | None:
         """Of all packages, by Linux' RAPL, where we may read it."""
@@ -75,3 +100,9 @@ class Cpu(Backend):
         """oneDNN may use bf16 inside float32 products on some CPUs when asked to; fp32 means it is not."""
         super().set_precision(precision)
         torch.set_float32_matmul_precision("highest")
+
+
+def cgroup_bytes(name: str) -> int | None:
+    """A figure of this process's control group; None without one, and where it is `max`: no limit."""
+    text = machine.contents(CGROUP / name)
+    return int(text) if text.isdecimal() else None

@@ -1,21 +1,26 @@
 """NVIDIA's GPUs by CUDA and AMD's by ROCm, which torch drives by the same calls."""
 
+import gc
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline import machine
 from pipeline.backends.base import Backend
 from pipeline.backends.energy import NvmlEnergy
+from pipeline.backends.graphs import Captured, Recorder
 
 
 class Cuda(Backend):
     """Asynchronous; TF32 is off for products and convolutions unless `precision: tf32` asks for it."""
 
     kind = "cuda"
-    pinned_memory = True
     compile_modes = ("off", "default", "reduce-overhead", "max-autotune")
+    records = True
+    optimizer_options: Mapping[str, Any] = {"fused": True, "capturable": True}
     # Measured on an H100 (benchmarks/execution.py, blog, bf16): 3.1 microseconds saved an image, for 14 s of
     # compiling one of the four shapes that a run has (training and validation, full and last batch).
     compile_pays_after_images = 18_000_000
@@ -23,6 +28,8 @@ class Cuda(Backend):
     def __init__(self, index: int = 0):
         super().__init__(index)
         self._meter: NvmlEnergy | None = None
+        self._copies: torch.cuda.Stream | None = None
+        self._recorder = Recorder(self.device)
         self.name = "rocm" if torch.version.hip else "cuda"
         capability = torch.cuda.get_device_capability(index)
         # TF32 came with Ampere (8.0), and bf16 units with it; earlier cards only emulate bf16.
@@ -51,9 +58,69 @@ class Cuda(Backend):
         """Of torch's allocator."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
-    def peak_memory_mib(self) -> float | None:
-        """Most memory that tensors held (torch's allocator may have reserved more)."""
-        return float(torch.cuda.max_memory_allocated(self.device)) / 2**20
+    def memory_mib(self) -> dict[str, float]:
+        """`peak`: held by tensors; `peak_reserved`: by torch's allocator; `driver`: in use on the whole card, other
+        processes, CUDA's own context and graphs included."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = {
+            "peak": torch.cuda.max_memory_allocated(self.device) + self._recorder.hidden_bytes,
+            "peak_reserved": torch.cuda.max_memory_reserved(self.device),
+            "driver": total - free,
+        }
+        return {name: count / 2**20 for name, count in held.items()}
+
+    def capacity_mib(self) -> float | None:
+        """The card's memory, less what its driver keeps back."""
+        return float(torch.cuda.get_device_properties(self.index).total_memory) / 2**20
+
+    def free_bytes(self) -> int | None:
+        """Free on the card, or reserved by torch's allocator without a tensor in it."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def release_memory(self) -> None:
+        """Of torch's caching allocator."""
+        gc.collect()  # graphs and compiled functions hold tensors in cycles
+        torch.cuda.empty_cache()
+
+    def send(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+        """By way of page-locked memory and on a stream of its own, beside the work that is queued. The tensors given
+        may be written anew at once, unless they are page-locked themselves."""
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # The stream's context makes its card the current one, too: pinning would start another up for nothing.
+        with torch.cuda.stream(self._copies):
+            # torch keeps a page-locked block for as long as a copy on this stream reads it.
+            sent = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
+            copied = self._copies.record_event()
+
+        def arrived() -> tuple[Tensor, ...]:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            for tensor in sent:
+                # Freed, its memory would go to the next copy while work queued here may still read it.
+                tensor.record_stream(stream)
+            return sent
+
+        return arrived
+
+    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """By a CUDA graph for each shape; what can't be recorded is left as it is, and `recording_fault` says why."""
+
+        def note(reason: str) -> None:
+            self.recording_fault = reason
+
+        return Captured(function, self._recorder, note)
+
+    def mark(self) -> object | None:
+        """An event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """By the card's clock, to half a microsecond (CUDA runtime, cudaEventElapsedTime)."""
+        return float(first.elapsed_time(last)) / 1000
 
     def energy(self) -> tuple[str, float] | None:
         """Of the card, by NVML; AMD's cards tell none."""

@@ -1,9 +1,11 @@
 """Apple's GPUs by Metal Performance Shaders."""
 
+import gc
 import os
 import platform
 from typing import Any
 
+import psutil
 import torch
 
 from pipeline import machine
@@ -44,9 +46,31 @@ class Mps(Backend):
         """Of the samples."""
         self._peak = 0
 
-    def peak_memory_mib(self) -> float | None:
-        """Most memory of Metal's driver at any synchronisation: a lower bound of the true peak."""
-        return self._peak / 2**20 if self._peak else None
+    def memory_mib(self) -> dict[str, float]:
+        """`peak`: most of `driver` at any synchronisation, a lower bound of the true peak; `current`: held by tensors;
+        `driver`: what Metal has given this process, torch's cached buffers and MPSGraph's own included."""
+        held = {
+            "current": torch.mps.current_allocated_memory() / 2**20,
+            "driver": torch.mps.driver_allocated_memory() / 2**20,
+        }
+        return {"peak": self._peak / 2**20} | held if self._peak else held
+
+    def capacity_mib(self) -> float | None:
+        """What Metal recommends to stay below, two thirds of the RAM or somewhat more; torch refuses only beyond
+        1.7 times as much (MPSAllocator.h), where macOS swaps."""
+        return torch.mps.recommended_max_memory() / 2**20
+
+    def free_bytes(self) -> int | None:
+        """A lower bound: what Metal could still give, and no more than is free of the one memory that all processes
+        share. Buffers that torch holds for later use are left out: Metal doesn't tell them from MPSGraph's own, which
+        tensors never get."""
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(left, int(psutil.virtual_memory().available)))
+
+    def release_memory(self) -> None:
+        """Of torch's caching allocator."""
+        gc.collect()
+        torch.mps.empty_cache()
 
     def facts(self) -> dict[str, Any]:
         """The chip as Apple names it, from the system: torch only says "mps"."""

@@ -1,5 +1,6 @@
 """Intel's GPUs by SYCL."""
 
+import gc
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ class Xpu(Backend):
     """Asynchronous, with an allocator like CUDA's."""
 
     kind = name = "xpu"
-    pinned_memory = True
     compile_modes = ("off", "default")
 
     @classmethod
@@ -27,9 +27,31 @@ class Xpu(Backend):
         """Of torch's allocator."""
         torch.xpu.reset_peak_memory_stats(self.device)
 
-    def peak_memory_mib(self) -> float | None:
-        """Most memory that tensors held."""
-        return float(torch.xpu.max_memory_allocated(self.device)) / 2**20
+    def memory_mib(self) -> dict[str, float]:
+        """`peak`: held by tensors; `peak_reserved`: by torch's allocator."""
+        return {
+            "peak": torch.xpu.max_memory_allocated(self.device) / 2**20,
+            "peak_reserved": torch.xpu.max_memory_reserved(self.device) / 2**20,
+        }
+
+    def capacity_mib(self) -> float | None:
+        """The card's memory; of a processor's own GPU, the part of the RAM that it may use."""
+        return float(torch.xpu.get_device_properties(self.index).total_memory) / 2**20
+
+    def free_bytes(self) -> int | None:
+        """Free on the card, or reserved by torch's allocator without a tensor in it. Where the driver doesn't tell
+        what is free, an upper bound: other processes' memory is taken for free."""
+        reserved = torch.xpu.memory_reserved(self.device)
+        try:
+            free, _ = torch.xpu.mem_get_info(self.device)
+        except RuntimeError:  # "The device (...) doesn't support querying the available free memory"
+            free = torch.xpu.get_device_properties(self.index).total_memory - reserved
+        return int(free + reserved - torch.xpu.memory_allocated(self.device))
+
+    def release_memory(self) -> None:
+        """Of torch's caching allocator."""
+        gc.collect()
+        torch.xpu.empty_cache()
 
     def facts(self) -> dict[str, Any]:
         """The card as Intel names it."""

@@ -1,0 +1,307 @@
+"""What this machine can do at most, measured in seconds before a training, and what the training made of it."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import flop_counter
+
+from pipeline.backends import Backend
+
+WINDOW_SECONDS = 0.05
+"""What a window lasts: thousands of times what the clock resolves, and short enough to fall between other load."""
+
+SHORTEST_WINDOW = 1e-6
+"""What the first window, of one call, is taken to last at least: a coarse clock may tell none."""
+
+QUEUEINGS = 5
+"""How many calls `queueing_share` takes the median of."""
+
+SMALLEST_SIDE, LARGEST_SIDE = 512, 8192
+"""Sides of the matrices that `matmul_flops` multiplies: the smallest, doubled up to the largest."""
+
+LONG_PRODUCT_SECONDS = 0.02
+"""A product that takes this long has filled the device: no larger one is tried."""
+
+SIDE_SECONDS = 0.1
+"""How long `matmul_flops` measures a side: of five sides in two formats, a second in all."""
+
+COPIED_SIDE = 8192
+"""Side of the float32 matrix that `memory_bytes_per_second` copies: 256 MiB."""
+
+COPY_SECONDS = 0.5
+"""How long `memory_bytes_per_second` measures."""
+
+DATA_BELOW = 0.95
+"""Real images that pass at less than this share of the speed of one fixed batch were waited for."""
+
+LAUNCHES_ABOVE = 0.9
+"""A step whose queueing takes more than this share of its time is queued no faster than the device does it."""
+
+TRUST = 1.05
+"""How many times the speed of one fixed batch a training may seem to reach; above it is the clock's doing."""
+
+TRUST_PRODUCTS = 4 * TRUST
+"""As TRUST, of the rate of products. No such bound is sharp: Winograd's convolutions save up to 3 of 4 of the
+multiplications that are counted (Lavin and Gray 2015), and convolutions may come from a better library: ResNet-18's
+forward pass took 0.96 to 1.06 of it on an AMD EPYC (float32, channels last)."""
+
+LIMITED = ("data", "launches", "compute")
+"""What `limit` may answer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The ceilings of one machine, for one step of training at one precision."""
+
+    matmul_flops: float
+    """Floating-point operations a second of its best matrix product."""
+
+    memory_bytes_per_second: float
+    """Read and written by a copy."""
+
+    images_per_second: float
+    """Of the training's own step, again and again on one fixed batch that lies on the device."""
+
+    queueing_share: float
+    """Of that step; see the function of this name."""
+
+
+def fastest(
+    work: Callable[[], object],
+    synchronise: Callable[[], None],
+    *,
+    seconds: float = 1.0,
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Least seconds of one call of `work`, over windows of some 50 ms for `seconds`, after a call that is not timed.
+
+    The least, since other load can only slow a machine down: the fastest window is nearest to its ceiling. The
+    device is waited for at both ends of a window, not between its calls. At least two windows are timed.
+    """
+
+    def window(calls: int) -> float:
+        synchronise()
+        start = now()
+        for _ in range(calls):
+            work()
+        synchronise()
+        return now() - start
+
+    work()
+    least = passed = max(window(1), SHORTEST_WINDOW)
+    calls = max(1, round(WINDOW_SECONDS / least))
+    while True:
+        took = window(calls)
+        least, passed = min(least, took / calls), passed + took
+        if passed >= seconds:
+            return least
+
+
+def queueing_share(
+    work: Callable[[], object], synchronise: Callable[[], None], *, now: Callable[[], float] = time.perf_counter
+) -> float:
+    """Share (0..1) of a call's time, until the device is done, that the host needed to queue it; median of five.
+
+    Near 1 on an asynchronous device, the device waits for launches. It tells nothing of `work` that itself waits
+    for the device (`.item()`, a GradScaler's step), nor on a device that queues nothing: both give 1. One call at a
+    time, because a device that has about a thousand launches queued blocks the host, which would then look busy.
+    """
+    shares = []
+    for _ in range(QUEUEINGS):
+        synchronise()
+        start = now()
+        work()
+        queued = now()  # without waiting, here alone and on purpose: the time of queueing is what is asked
+        synchronise()
+        shares.append((queued - start) / (now() - start))
+    return statistics.median(shares)
+
+
+def matmul_flops(backend: Backend, precision: str) -> float:
+    """Floating-point operations a second of a square matrix product at `precision`: best of the sides tried.
+
+    A product of side n is 2 n^3 operations, a multiply-add being two (Golub and Van Loan, Matrix Computations,
+    section 1.1). The largest side is not always the fastest. Of float32, `backend.set_precision` must have said what
+    it means. It is tried for bf16 and fp16 too, since a device without their units can compute in it instead: a CPU
+    held to AVX2 did 2.5 GFLOP/s of bf16 products and 203 of float32. Needs up to 768 MiB on the device; raises
+    what torch raises where there is less.
+    """
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return max(_product_flops(backend, dtype) for dtype in {torch.float32, halves.get(precision, torch.float32)})
+
+
+def memory_bytes_per_second(backend: Backend) -> float:
+    """Bytes read plus bytes written a second when the device copies 256 MiB to 256 MiB of its own memory.
+
+    Counted as STREAM's copy is (McCalpin 1995): a CPU that reads a line before it overwrites it moves half as much
+    again. Some servers' last-level caches hold more than both; what they tell is in part the cache's speed. Raises
+    what torch raises where there is too little memory.
+    """
+    source = _normal(backend, torch.float32, COPIED_SIDE, seed=0)
+    target = torch.empty_like(source)
+    seconds = fastest(lambda: target.copy_(source), backend.synchronise, seconds=COPY_SECONDS)
+    return (source.nbytes + target.nbytes) / seconds
+
+
+def train_flops(
+    net: nn.Module, inputs_shape: tuple[int, ...], *, set_mode: Callable[[nn.Module], None]
+) -> float | None:
+    """Floating-point operations of one sample in one step of training: the forward pass, and of the backward pass
+    what the trainable parameters need. None where they can't be counted.
+
+    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode; `net`
+    itself is left as it is. Counted are products and convolutions, by their shapes, a multiply-add as two
+    (torch/utils/flop_counter.py); element-wise work (normalisation, activations, the optimizer) counts nothing.
+    """
+
+    def step(copied: nn.Module, inputs: Tensor) -> None:
+        set_mode(copied)
+        labels = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+        with torch.enable_grad():
+            F.cross_entropy(copied(inputs), labels).backward()  # type: ignore[no-untyped-call]
+
+    return _flops_per_sample(net, inputs_shape, step)
+
+
+def forward_flops(net: nn.Module, inputs_shape: tuple[int, ...]) -> float | None:
+    """Floating-point operations of one sample in evaluation; counted as, and None where, `train_flops` says."""
+
+    def forward(copied: nn.Module, inputs: Tensor) -> None:
+        copied.eval()
+        with torch.no_grad():
+            copied(inputs)
+
+    return _flops_per_sample(net, inputs_shape, forward)
+
+
+def efficiency(images_per_second: float, ceilings: Measured, flops_per_image: float | None) -> dict[str, float]:
+    """What a training at `images_per_second` made of the machine, by the names that MLflow shows.
+
+    Model FLOPs utilisation is that of PaLM (Chowdhery et al. 2022, appendix B), but over the rate of this machine's
+    own products, not a data sheet's; it is left out where `flops_per_image` is None.
+    """
+    figures = {
+        "efficiency/vs_synthetic": images_per_second / ceilings.images_per_second,
+        "ceiling/matmul_tflops": ceilings.matmul_flops / 1e12,
+        "ceiling/memory_gb_per_second": ceilings.memory_bytes_per_second / 1e9,
+        "ceiling/synthetic_images_per_second": ceilings.images_per_second,
+    }
+    if flops_per_image is not None:
+        utilisation = images_per_second * flops_per_image / ceilings.matmul_flops
+        figures["efficiency/model_flops_utilisation"] = utilisation
+    return figures
+
+
+def limit(figures: Mapping[str, float], ceilings: Measured, asynchronous: bool) -> str:
+    """What kept a training with these figures (`efficiency`'s) from being faster: data | launches | compute.
+
+    `asynchronous`: whether the step is queued on the device without waiting for it. Where it is not, queueing takes
+    all of the time and tells nothing.
+    """
+    if figures["efficiency/vs_synthetic"] < DATA_BELOW:
+        return "data"
+    return "launches" if asynchronous and ceilings.queueing_share > LAUNCHES_ABOVE else "compute"
+
+
+def verdict(figures: Mapping[str, float], ceilings: Measured, asynchronous: bool) -> str:
+    """`limit` in a sentence for people, with what it rests on."""
+    limited = limit(figures, ceilings, asynchronous)
+    share = f"{figures['efficiency/vs_synthetic']:.0%} of the speed of one fixed batch"
+    if limited == "data":
+        return f"limited by data: real images passed at {share}"
+    if limited == "launches":
+        queueing = f"queueing a step took {ceilings.queueing_share:.0%} of its time"
+        return f"limited by launches: {queueing}, so that the device waited for the host"
+    utilisation = figures.get("efficiency/model_flops_utilisation")
+    if utilisation is None:
+        return f"limited by compute: {share}"
+    return f"limited by compute: {share}, {utilisation:.0%} of the rate of this machine's own matrix products"
+
+
+def impossible(figures: Mapping[str, float]) -> str | None:
+    """Why these figures (`efficiency`'s) can't be true, for people; None where they can.
+
+    Other load while the ceilings were measured makes them look low, so measure those again before accusing a clock.
+    """
+    share = figures["efficiency/vs_synthetic"]
+    utilisation = figures.get("efficiency/model_flops_utilisation", 0.0)
+    accused = f"clock not trusted: {share * figures['ceiling/synthetic_images_per_second']:,.0f} images/s is"
+    if share > TRUST:
+        return f"{accused} {share:.2f} times what this machine did with one fixed batch"
+    if utilisation > TRUST_PRODUCTS:
+        return f"{accused} {utilisation:.2f} times what the rate of its matrix products allows"
+    return None
+
+
+def _product_flops(backend: Backend, dtype: torch.dtype) -> float:
+    best, side = 0.0, SMALLEST_SIDE
+    while True:
+        seconds = _product_seconds(backend, dtype, side)
+        best = max(best, 2 * side**3 / seconds)
+        if seconds >= LONG_PRODUCT_SECONDS or side >= LARGEST_SIDE:
+            return best
+        side *= 2
+
+
+def _product_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
+    """Its matrices are gone when it returns, before those of the next side are made."""
+    left, right = (_normal(backend, dtype, side, seed) for seed in range(2))
+    product = torch.empty_like(left)
+    return fastest(lambda: torch.mm(left, right, out=product), backend.synchronise, seconds=SIDE_SECONDS)
+
+
+def _normal(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:
+    """(side, side) on the device: a random normal block made on the CPU, the same everywhere, repeated.
+
+    Zeros would flatter: they switch few transistors, so that a card at its power limit clocks higher (He 2024,
+    "Strangely, Matrix Multiplications on GPUs Run Faster When Given 'Predictable' Data!").
+    """
+    block = torch.randn(SMALLEST_SIDE, SMALLEST_SIDE, generator=torch.Generator().manual_seed(seed))
+    times = side // SMALLEST_SIDE
+    return block.to(backend.device, dtype).repeat(times, times)
+
+
+def _flops_per_sample(
+    net: nn.Module, inputs_shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], None]
+) -> float | None:
+    """What `run` does to a copy of `net` with a batch, counted on the meta device, where nothing is computed."""
+    counter = flop_counter.FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    )
+    try:
+        copied = copy.deepcopy(net).to("meta")
+        with counter:
+            # Two samples: BatchNorm in training mode refuses one where it has one value a channel.
+            run(copied, torch.empty((2, *inputs_shape), device="meta"))
+    except Exception:  # whatever a network does that needs values: no training shall end for want of a count
+        return None
+    return counter.get_total_flops() / 2
+
+
+def _convolution_backward_flops(
+    grad_shape: Sequence[int],
+    inputs_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    needed: Sequence[bool],
+    out_shape: object,
+) -> int:
+    """The gradients of inputs and of weights take the forward pass's multiply-adds each, where needed.
+
+    torch 2.14's own formula for the weights' forgets the groups: `groups` times too much, so 14 times too much
+    for a whole step of EfficientNet-B0.
+    """
+    forward = flop_counter.conv_flop_count(list(inputs_shape), list(weight_shape), list(grad_shape), transposed)
+    return forward * sum(needed[:2])

@@ -1,0 +1,292 @@
+"""What a training needs on its device: model, loop, batches, memory, and this machine's own ceilings for it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import ceilings, config, data, engine, model, optim
+from pipeline.backends import Backend
+from pipeline.clock import Clock
+from pipeline.errors import OutOfMemoryError, StageError
+
+Splits = dict[str, data.Split]
+"""By name: `train`, and the one to validate on."""
+
+FREE_SHARE = 0.9
+"""Of the memory that is free beside a step's own: the rest is for what fragmentation and other programs take."""
+
+
+LARGEST_BATCH = 2**20
+"""As far as `batch_size` goes."""
+
+
+class Stepper(Protocol):
+    """See `Work.stepper`."""
+
+    def __call__(self, *, raw: bool, recorded: bool) -> Callable[[Tensor, Tensor], object]:
+        """A function of a batch and its labels; `raw`: of uint8 images, else of prepared ones."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model on its device and the job that trains it, or its head on features computed before."""
+
+    recipe: config.Recipe
+    net: model.Classifier
+    job: engine.Job
+    features: Callable[[Tensor], Tensor]
+    """What the head takes of a batch of uint8 images, (B, D) float32; it stands until the next batch."""
+    channels_last: bool
+    compile_mode: str
+    recorded: bool
+    """Whether launches are recorded and replayed (`Backend.captured`)."""
+    stepper: Stepper
+    """Makes another step of the same work, or pass that computes features, with an optimizer of its own."""
+    beginning: dict[str, Tensor]
+    """The model's state before any step."""
+
+
+def build(
+    recipe: config.Recipe, seed: int, classes: int, weights: Path | None, splits: Splits, backend: Backend, clock: Clock
+) -> Work:
+    """The recipe's model with fresh random numbers from `seed`, and its job. Raises UsageError where a setting does not
+    fit the model or the device."""
+    train, validated = splits["train"], validated_in(splits)
+    torch.manual_seed(seed)
+    net = model.build(recipe, classes, weights)
+    auto = recipe.channels_last == "auto"
+    channels_last = backend.channels_last(recipe.precision) if auto else bool(recipe.channels_last)
+    net = net.to(backend.device).to(memory_format=layout(channels_last))
+    beginning = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    few = data.prepare(first(train, min(2, len(train)), backend)[0], recipe.image_size, channels_last=channels_last)
+    cached = model.caches_features(net, recipe, few)
+    mode = backend.compile_mode(recipe.compile, (len(train) + len(validated)) * (1 if cached else recipe.epochs))
+    recorded = backend.recorded(recipe.graph, mode)
+
+    def compiled(function: Any) -> Any:
+        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
+
+    @compiled
+    def ready(images: Tensor) -> Tensor:
+        return data.prepare(images, recipe.image_size, channels_last=channels_last)
+
+    frozen = compiled(model.folded(net, few)) if cached else net.features
+    network = net.head if cached else compiled(net)
+
+    def unchanged(inputs: Tensor) -> Tensor:
+        return inputs
+
+    def job(ready: engine.Ready, *, recorded: bool = recorded) -> engine.Job:
+        return engine.Job(
+            network=network,
+            build=lambda: _schedule(recipe, net, len(train), backend),
+            backend=backend,
+            clock=clock,
+            ready=ready,
+            set_mode=lambda: model.set_mode(net, recipe.frozen_batch_norm),
+            epochs=recipe.epochs,
+            per_batch=recipe.scheduler_step == "batch",
+            precision=recipe.precision,
+            on_features=cached,
+            recorded=recorded,
+        )
+
+    def extractor(ready: engine.Ready, *, recorded: bool = recorded) -> Callable[[Tensor], Tensor]:
+        @torch.no_grad()
+        def extract(images: Tensor) -> Tensor:
+            with backend.autocast(recipe.precision):
+                return frozen(ready(images)).float()
+
+        return backend.captured(extract) if recorded else extract
+
+    def stepper(*, raw: bool, recorded: bool) -> Callable[[Tensor, Tensor], object]:
+        taken = ready if raw else unchanged
+        if not cached:
+            return job(taken, recorded=recorded).step
+        extract = extractor(taken, recorded=recorded)
+        return lambda images, _: extract(images)
+
+    return Work(
+        recipe=recipe,
+        net=net,
+        job=job(unchanged if cached else ready),
+        features=extractor(ready),
+        channels_last=channels_last,
+        compile_mode=mode,
+        recorded=recorded,
+        stepper=stepper,
+        beginning=beginning,
+    )
+
+
+def warm_up(work: Work, splits: Splits) -> float:
+    """Does once all that is done once by shape: kernels are chosen, graphs compiled and recorded. `restart` is due.
+
+    Gives the bytes of device memory that this was seen to take at most; 0 on a CPU, whose memory is not the
+    training's alone.
+    """
+    job, recipe = work.job, work.recipe
+    job.backend.reset_peak_memory()
+    # The full batch's shape and the short last one's.
+    batches = [
+        [first(split, size, job.backend) for size in sorted(_sizes(split, recipe.batch_size))]
+        for split in (splits["train"], validated_in(splits))
+    ]
+    if job.on_features:
+        work.net.eval()
+        batches = [[(work.features(images).clone(), labels) for images, labels in some] for some in batches]
+    training, validation = batches
+    if work.compile_mode == "off" and not work.recorded:
+        validation = training[:1]
+    try:
+        engine.warm_up(job, training, validation)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(f'compile: "{work.compile_mode}" fails here ({reason}): set compile to off') from error
+    return job.backend.memory_mib().get("peak", 0.0) * 2**20 if job.backend.asynchronous else 0.0
+
+
+def restart(work: Work, seed: int) -> None:
+    """Puts model, optimizer and random numbers back to their beginning."""
+    work.net.load_state_dict(work.beginning)
+    work.job.restart()
+    torch.manual_seed(seed)  # what dropout draws does not depend on how the model was built
+
+
+def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
+    """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
+    backend, recipe = work.job.backend, work.recipe
+    size = min(recipe.batch_size, len(splits["train"]))
+    images, labels = first(splits["train"], size, backend)
+    fixed = data.prepare(images, recipe.image_size, channels_last=work.channels_last)
+    step = work.stepper(raw=False, recorded=work.recorded)
+    work.net.eval() if work.job.on_features else work.job.set_mode()
+
+    def once() -> object:
+        return step(fixed, labels)
+
+    return ceilings.Measured(
+        images_per_second=size / ceilings.fastest(once, backend.synchronise),
+        queueing_share=ceilings.queueing_share(once, backend.synchronise),
+        matmul_flops=ceilings.matmul_flops(backend, recipe.precision),
+        memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
+    )
+
+
+def flops_per_image(work: Work) -> float | None:
+    """Floating-point operations that an image takes in one training step, or in computing its features."""
+    shape = (3, work.recipe.image_size, work.recipe.image_size)
+    if work.job.on_features:
+        return ceilings.forward_flops(model.Features(work.net), shape)
+    frozen_batch_norm = work.recipe.frozen_batch_norm
+    return ceilings.train_flops(work.net, shape, set_mode=lambda net: model.set_mode(net, frozen_batch_norm))
+
+
+def place(work: Work, splits: Splits, working: float, device_gib: float | None) -> tuple[Splits, str]:
+    """The splits where they are trained from, and that place: `device`, where they fit beside the `working` bytes of
+    a step, else `host`. `device_gib`: the most they may take, in GiB, where that is less."""
+    backend = work.job.backend
+    needed = sum(split.nbytes for split in splits.values())
+    free = backend.free_bytes()
+    room = math.inf if free is None else FREE_SHARE * free - working
+    if device_gib is not None:
+        room = min(room, device_gib * 2**30)
+    if needed > room:
+        return splits, "host"
+    return {name: split.to(backend.device) for name, split in splits.items()}, "device"
+
+
+def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None = None) -> int:
+    """The largest power of two whose step fits the device's memory, by taking steps: downwards from under `below`, or
+    upwards from 1; 0 where none fits. Images are (N, *image_shape) uint8. The model learns from it.
+
+    One that takes more than the device's capacity (where the system would swap) does not fit, and what would need
+    half as much again is not tried.
+    """
+    backend = work.job.backend
+    capacity = backend.capacity_mib() or math.inf
+    largest, size = 0, 1 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
+    while size >= 1:
+        backend.reset_peak_memory()
+        done = _takes_step(work, size, image_shape)
+        peak = backend.memory_mib().get("peak", 0.0)
+        fits = done and peak <= capacity
+        if below is not None:
+            if fits:
+                return size
+            size //= 2
+        elif not fits or 2 * peak > 1.5 * capacity or size == LARGEST_BATCH:
+            return size if fits else largest
+        else:
+            largest, size = size, 2 * size
+    return 0
+
+
+def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
+    """Whether a step of `size` images is done without running out of memory."""
+    backend = work.job.backend
+    work.net.eval() if work.job.on_features else work.job.set_mode()
+    try:
+        with backend.memory_errors():
+            images = torch.zeros((size, *image_shape), dtype=torch.uint8, device=backend.device)
+            labels = torch.zeros(size, dtype=torch.int64, device=backend.device)
+            step = work.stepper(raw=True, recorded=False)
+            for _ in range(2):  # the optimizer's state is there from the first one's end on
+                step(images, labels)
+            backend.synchronise()
+    except OutOfMemoryError:
+        return False
+    finally:
+        backend.release_memory()
+    return True
+
+
+def first(split: data.Split, size: int, backend: Backend) -> tuple[Tensor, Tensor]:
+    """The first `size` samples as one batch on the device."""
+    (batch,) = data.batches(split.take(np.arange(size)), size, backend)
+    return batch
+
+
+def validated_in(splits: Splits) -> data.Split:
+    """The split that a training is validated on."""
+    return next(split for name, split in splits.items() if name != "train")
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    """Torch's word for it."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _sizes(split: data.Split, batch_size: int) -> set[int]:
+    """The sizes of the split's batches."""
+    return {min(batch_size, len(split)), len(split) % batch_size} - {0}
+
+
+def _schedule(recipe: config.Recipe, net: model.Classifier, images: int, backend: Backend) -> engine.Schedule:
+    steps = -(-images // recipe.batch_size)
+    chosen = recipe.resolved()
+    optimizer = optim.build_optimizer(
+        recipe.optimizer,
+        [parameter for parameter in net.parameters() if parameter.requires_grad],
+        lr=recipe.lr,
+        options=chosen["optimizer_options"],
+        total_steps=steps * recipe.epochs,
+        fastest=backend.optimizer_options,
+    )
+    scheduler = optim.build_scheduler(
+        recipe.scheduler,
+        optimizer,
+        options=chosen["scheduler_options"],
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps,
+        per_batch=recipe.scheduler_step == "batch",
+        warmup_epochs=recipe.warmup_epochs,
+    )
+    return optimizer, scheduler
