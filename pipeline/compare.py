@@ -14,6 +14,7 @@ COLUMNS = (
     "precision",
     "test accuracy",
     "images/s",
+    "sustained",
     "s/epoch",
     "total s",
     "peak MiB",
@@ -87,6 +88,7 @@ def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
         tags.get("precision", ""),
         figure("test/accuracy", ".2%"),
         speed or (f"{features} (features)" if features else ""),
+        figure("speed/sustained_images_per_second", ",.0f"),
         figure("time/train_seconds", ".2f"),
         figure("time/total_seconds", ".2f"),
         figure("memory/peak_mib", ",.0f"),
@@ -108,11 +110,7 @@ def _in_store(settings: config.Settings, folder: Path) -> str | None:
     experiment = records.experiment(settings, record["tags"])
     handle = tracking.find(record["id"], experiment)
     if handle is None:
-        result = folder / "evaluate" / "record.json"
-        evaluation = files.read_json(result) if result.exists() else None
-        if evaluation is not None and evaluation["id"] != record["id"]:
-            evaluation = None
-        handle = publish.restore(record, evaluation, experiment, folder)
+        handle = publish.restore(record, experiment, folder)
         terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
     return handle.experiment_id
 

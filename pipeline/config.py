@@ -21,6 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 EXECUTION_KEYS = ("precision", "channels_last", "compile", "graph", "features", "threads")
 """A recipe's keys that say how the work is done, not what it is: they stay out of the workload."""
 
+STEP_KEYS = (
+    "model", "trainable", "frozen_batch_norm", "normalize", "flip", "image_size", "batch_size", "optimizer",
+    "optimizer_options",
+)  # fmt: skip
+"""A recipe's keys that say what one step of training computes."""
+
+SUSTAINED = "finetune"
+"""The recipe whose step is repeated for `sustain_seconds`, whatever the chosen one is."""
+
 WORKLOAD_VERSION = 1
 """Raised when the meaning of the work changes in the code, so that old and new runs are never compared."""
 
@@ -267,6 +276,8 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
     settings: Settings = _typed(Settings, tree, "")
     if settings.recipe not in settings.recipes:
         raise _refusal("recipe", settings.recipe, one_of(*settings.recipes))
+    if settings.sustain_seconds and SUSTAINED not in settings.recipes:
+        raise _refusal("sustain_seconds", settings.sustain_seconds, Check(float, f"0 without recipes.{SUSTAINED}"))
     return settings
 
 
@@ -280,6 +291,19 @@ def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
     work["data"] = [inputs["data"]["digest"], inputs["data"]["limit"]]
     work["version"] = WORKLOAD_VERSION
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def sustained(settings: Settings) -> Recipe:
+    """The recipe whose step is repeated: finetune's, executed as the chosen recipe is, from random weights."""
+    how = {key: getattr(settings.work, key) for key in EXECUTION_KEYS if key != "features"}
+    return dataclasses.replace(settings.recipes[SUSTAINED], weights="random", **how)
+
+
+def sustained_workload(recipe: Recipe, seconds: float) -> str:
+    """Ten hex digits that name what is repeated, and for how long: a machine is slower when it has got hot."""
+    step = {key: value for key, value in recipe.resolved().items() if key in STEP_KEYS}
+    step |= {"seconds": seconds, "version": WORKLOAD_VERSION}
+    return hashlib.sha256(json.dumps(step, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -184,6 +184,7 @@ def train(
             val_loss, val_accuracy = evaluate(job.network, job.score, job.totals, val_batches(), progress=progress)
         _refuse_non_finite("validation", val_loss, epoch)
         speed = {} if job.on_features else {"speed/train_images_per_second": images / train_span.seconds}
+        memory, capacity = job.backend.memory_mib(), job.backend.capacity_mib()
         yield {
             "epoch": epoch,
             "train/loss": train_loss,
@@ -195,7 +196,8 @@ def train(
             "time/train_seconds": train_span.seconds,
             "time/val_seconds": val_span.seconds,
             **speed,
-            **{f"memory/{name}_mib": mib for name, mib in job.backend.memory_mib().items()},
+            **{f"memory/{name}_mib": mib for name, mib in memory.items()},
+            **({"memory/peak_share": memory["peak"] / capacity} if capacity and "peak" in memory else {}),
         }
 
 

@@ -59,24 +59,9 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         "ended": tracking.now(),
     }
     _leave(result, labels, predictions, inputs["data"]["classes"], record["name"], out)
-    experiment = records.experiment(settings, record["tags"])
-    handle = tracking.find(record["id"], experiment)
-    if handle is None:  # the store is another one than the training's
-        handle = publish.restore(record, None, experiment, folder)
-    if tracking.is_deleted(handle):
-        terminal.say("note     the run was deleted in this store: the evaluation is not put there")
-    else:
-        _complete(handle, record, result, out)
+    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folder)
     _announce(record, metrics)
     return result
-
-
-def _complete(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], out: Path) -> None:
-    """Adds the evaluation to the training's run."""
-    tracking.resume(handle)
-    with tracking.ended_by_failure(handle):
-        publish.evaluation(handle, record, result, out)
-        tracking.end(handle, "FINISHED", result["ended"])
 
 
 def _checkpoint(

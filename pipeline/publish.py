@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import records, tracking
+from pipeline import files, records, terminal, tracking
 
 
 def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -> None:
@@ -26,34 +26,70 @@ def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -
     classifier, facts = model.load_checkpoint(folder / "best.safetensors")
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
     tracking.log_model(handle, classifier, facts.image_size, len(facts.classes), requirements)
-    _describe(handle, record, None)
+    _describe(handle, record, {})
 
 
-def evaluation(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
-    """Logs the evaluation `result` of the training `record`, which left `folder`."""
+def evaluation(handle: tracking.Handle, result: Mapping[str, Any], folder: Path) -> None:
+    """Logs the evaluation `result` of a training, which left `folder`."""
     tracking.log_figures(handle, result["metrics"], result["ended"])
     tracking.log_datasets(handle, result["datasets"])
     tracking.log_files(handle, {f"plots/{path.name}": path for path in sorted((folder / "plots").iterdir())})
     tracking.set_tags(handle, result["tags"])
-    _describe(handle, record, result)
 
 
-def restore(
-    record: Mapping[str, Any], result: Mapping[str, Any] | None, experiment: str, folder: Path
-) -> tracking.Handle:
-    """Makes the run of a cached training, and of its evaluation where there is one, anew, whole and marked."""
+def sustained(handle: tracking.Handle, result: Mapping[str, Any], folder: Path) -> None:
+    """Logs what `sustain` measured beside a training; its course by the second."""
+    tracking.log_figures(handle, result["metrics"], result["ended"])
+    tracking.log_series(handle, "sustained/images_per_second", result["series"], result["ended"])
+    tracking.set_tags(handle, result["tags"])
+
+
+LATER = {"evaluate": evaluation, "sustain": sustained}
+"""What later stages add to a training's run: by the stage's folder, how its record is logged."""
+
+
+def results(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The records that later stages left for this training, by stage."""
+    found = {
+        stage: files.read_json(folder / stage / "record.json")
+        for stage in LATER
+        if (folder / stage / "record.json").exists()
+    }
+    return {stage: result for stage, result in found.items() if result["id"] == record["id"]}
+
+
+def complete(stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folder: Path) -> None:
+    """Adds `result`, which `stage` just left in `folder`, to the training's run; one that is missing from this store
+    is made anew, whole."""
+    handle = tracking.find(record["id"], experiment)
+    if handle is None:
+        restore(record, experiment, folder)
+    elif tracking.is_deleted(handle):
+        terminal.say(f"note     the run was deleted in this store: what `{stage}` found is not put there")
+    else:
+        tracking.resume(handle)
+        with tracking.ended_by_failure(handle):
+            LATER[stage](handle, result, folder / stage)
+            _describe(handle, record, results(record, folder))
+            tracking.end(handle, "FINISHED", result["ended"])
+
+
+def restore(record: Mapping[str, Any], experiment: str, folder: Path) -> tracking.Handle:
+    """Makes the run of a cached training, and of what later stages found, anew, whole and marked."""
     handle = tracking.start(dict(record) | {"experiment": experiment})
     with tracking.ended_by_failure(handle):
         tracking.set_tags(handle, {"restored": "from the cache of `dvc repro`; nothing was trained"})
         for epoch in record["epochs"]:
             tracking.log_epoch(handle, epoch)
         training(handle, record, folder / "train")
-        if result is not None:
-            evaluation(handle, record, result, folder / "evaluate")
+        found = results(record, folder)
+        for stage, result in found.items():
+            LATER[stage](handle, result, folder / stage)
+        _describe(handle, record, found)
         tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
-        tracking.end(handle, "FINISHED", (result or record)["ended"])
+        tracking.end(handle, "FINISHED", max([record["ended"], *(result["ended"] for result in found.values())]))
     return handle
 
 
-def _describe(handle: tracking.Handle, record: Mapping[str, Any], result: Mapping[str, Any] | None) -> None:
-    tracking.set_tags(handle, {"mlflow.note.content": records.description(record, result)})
+def _describe(handle: tracking.Handle, record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    tracking.set_tags(handle, {"mlflow.note.content": records.description(record, found)})

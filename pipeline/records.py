@@ -2,7 +2,8 @@
 
 `train` writes `record.json`: `id`, `name`, `experiment`, `started`, `ended` (milliseconds since 1970), `params`,
 `tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`, `hardware`. `evaluate`
-writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`.
+writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`; `sustain` likewise: `id`,
+`metrics`, `tags`, `series` (images a second by the second), `warnings`, `ended`.
 """
 
 import hashlib
@@ -47,6 +48,8 @@ def effective(settings: config.Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "label": settings.label,
         "repeats": settings.repeats,
+        "sustain_seconds": settings.sustain_seconds,
+        "largest_batch": settings.largest_batch,
         "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
         "energy": vars(settings.energy),
         "tracking": vars(settings.tracking),
@@ -155,8 +158,10 @@ def datasets(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) ->
     return rows
 
 
-def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
-    """The run for a person to read in the UI, in Markdown: machine, work, result, warnings."""
+def description(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The run for a person to read in the UI, in Markdown: machine, work, result, speed, warnings. `found`: the records
+    of later stages, by stage."""
+    evaluation, sustained = found.get("evaluate"), found.get("sustain")
     own, facts, figures = record["tags"], record["facts"], record["metrics"]
     last = record["epochs"][-1]["figures"]
     hardware = [own["hardware"] + (f" with {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else "")]
@@ -186,7 +191,17 @@ def description(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None)
         result += f"; the frozen network's features computed once at {features:,.0f} images/s"
     else:
         result += f"; last epoch {last['speed/train_images_per_second']:,.0f} images/s"
-    lines += [result, ""]
-    if record["warnings"]:
-        lines += ["**Warnings**", "", *(f"- {warning}" for warning in record["warnings"])]
+    lines += [result, "", f"**Machine's part** {facts['verdict']}", ""]
+    speed = sustained["metrics"].get("speed/sustained_images_per_second") if sustained else None
+    if sustained and speed:
+        kept = sustained["metrics"].get("speed/sustained_last_to_first")
+        lines += [
+            f"**Sustained** {speed:,.0f} images/s of finetune's step (workload "
+            f"`{sustained['tags']['sustained.workload']}`) for {sustained['metrics']['time/sustain_seconds']:.0f} s"
+            + (f", the last third of them at {kept:.1%} of the first's speed" if kept else ""),
+            "",
+        ]
+    said = [*record["warnings"], *(sustained["warnings"] if sustained else [])]
+    if said:
+        lines += ["**Warnings**", "", *(f"- {warning}" for warning in said)]
     return "\n".join(lines).strip() + "\n"

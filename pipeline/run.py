@@ -3,15 +3,15 @@
 import time
 from pathlib import Path
 
-from pipeline import compare, config, download, evaluate, files, hardware, train
+from pipeline import compare, config, download, evaluate, files, hardware, sustain, train
 
 RUNS = config.ROOT / "runs"
 
 
 def run(settings: config.Settings, folder: Path) -> None:
-    """Hardware, download, train, evaluate, compare. Not in `folder`, whose files are DVC's, but below `runs/`."""
+    """All stages, in a folder of their own below `runs/`: the files in `folder` are DVC's."""
     own = _own_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
-    for stage in (hardware, download, train, evaluate, compare):
+    for stage in (hardware, download, train, evaluate, sustain, compare):
         stage.run(settings, own)
 
 

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,14 @@ def log_figures(handle: Handle, figures: Figures, at: int, step: int = 0) -> Non
     metrics = [Metric(key, float(value), at, step) for key, value in figures.items()]
     with _store_errors():
         for part in range(0, len(metrics), 1000):  # the most that one call takes
+            handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
+
+
+def log_series(handle: Handle, key: str, values: Sequence[float], at: int) -> None:
+    """Logs the course of one metric, its steps counted from 1."""
+    metrics = [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)]
+    with _store_errors():
+        for part in range(0, len(metrics), 1000):
             handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
 
 

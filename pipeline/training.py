@@ -171,12 +171,14 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     def once() -> object:
         return step(fixed, labels)
 
-    return ceilings.Measured(
+    measured = ceilings.Measured(
         images_per_second=size / ceilings.fastest(once, backend.synchronise),
         queueing_share=ceilings.queueing_share(once, backend.synchronise),
         matmul_flops=ceilings.matmul_flops(backend, recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
     )
+    backend.release_memory()
+    return measured
 
 
 def flops_per_image(work: Work) -> float | None:

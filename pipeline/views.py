@@ -24,12 +24,14 @@ _WIDTHS = {
     _DATE_COLUMN: 135,
     "metrics.`speed/train_images_per_second`": 110,
     "metrics.`speed/feature_images_per_second`": 110,
+    "metrics.`speed/sustained_images_per_second`": 110,
     "metrics.`time/total_seconds`": 110,
     "metrics.`test/accuracy`": 100,
     "metrics.`best/val_accuracy`": 120,
     "metrics.`memory/peak_mib`": 120,
     "tags.`fallback`": 120,
     "tags.`taints`": 120,
+    "tags.`limited_by`": 90,
     "tags.`workload`": 115,
     "tags.`label`": 90,
     "tags.`hardware`": 165,
@@ -38,17 +40,31 @@ _WIDTHS = {
 }
 
 _BARS = (
+    "speed/sustained_images_per_second",
     "test/accuracy",
     "time/total_seconds",
     "speed/train_images_per_second",
     "speed/feature_images_per_second",
     "memory/peak_mib",
 )
-_LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
+_LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "sustained/images_per_second")
 _TRADE = ("time/total_seconds", "test/accuracy")  # across, up
 
 # The UI adds a chart of every other metric to the section named as the metric's first part: kept, but folded.
-_FOLDED = ("best", "memory", "speed", "test", "time", "train", "val", "System metrics")
+_FOLDED = (
+    "best",
+    "ceiling",
+    "efficiency",
+    "energy",
+    "memory",
+    "speed",
+    "sustained",
+    "test",
+    "time",
+    "train",
+    "val",
+    "System metrics",
+)
 
 _NOTE = """\
 **What is a machine worth for training?** {where}
@@ -58,12 +74,14 @@ Each run is one training, timed; its name says hardware, recipe and precision.
 |---|---|
 | `speed/train_images_per_second` | images trained on in a second, in the last epoch |
 | `speed/feature_images_per_second` | instead, where a frozen network's features are computed once |
+| `speed/sustained_images_per_second` | of one step of `finetune`, repeated for a minute: **what machines are ranked by** |
 | `time/total_seconds` | copying to the device, training and validation; not decoding and setup |
 | `test/accuracy` | share of the test images named right; the table is sorted by it |
 | `best/val_accuracy` | the same on validation images, after the best epoch |
 | `memory/peak_mib` | the most memory the training held on the device |
 | `fallback` | what a stand-in replaced: **a run named DEMO is no measurement** |
 | `taints` | what disturbed the machine meanwhile: battery, load, throttling ... |
+| `limited_by` | what kept the training from being faster: `compute`, `data` or `launches` |
 | `workload` | **only runs of one `workload` did the same work and can be compared** |
 | `label` | the owner's name for the machine |
 
