@@ -74,7 +74,7 @@ Each run is one training, timed; its name says hardware, recipe and precision.
 |---|---|
 | `speed/train_images_per_second` | images trained on in a second, in the last epoch |
 | `speed/feature_images_per_second` | instead, where a frozen network's features are computed once |
-| `speed/sustained_images_per_second` | of one step of `finetune`, repeated for a minute: **what machines are ranked by** |
+| `speed/sustained_images_per_second` | of `finetune`'s step, repeated for a minute: **machines are ranked by it** |
 | `time/total_seconds` | copying to the device, training and validation; not decoding and setup |
 | `test/accuracy` | share of the test images named right; the table is sorted by it |
 | `best/val_accuracy` | the same on validation images, after the best epoch |

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ class Cpu(Backend):
     asynchronous = False
     refuses_memory = False
     compile_modes = ("off", "default")
+    # Of ResNet-18's 62 tensors: 6 ms a step with AdamW, 26 with foreach (2 cores).
+    optimizer_options: Mapping[str, Any] = {"fused": True}
 
     def __init__(self, index: int = 0):
         super().__init__(index)
