@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,27 @@ def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Se
     return config.load(overrides)
 
 
+def answer_early(doc: str | None) -> None:
+    """Answers --help, and refuses a wrong setting, before a stage imports torch, which takes seconds."""
+    with _ending(_program()):
+        settings_from(sys.argv[1:], doc or "", _program())
+
+
 def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None:
     """Runs one stage from the command line and ends the process with its exit status."""
-    program = f"python -m pipeline.{Path(sys.argv[0]).stem}"
+    with _ending(_program()):
+        stage(settings_from(sys.argv[1:], doc or "", _program()), OUTPUTS)
+
+
+def _program() -> str:
+    return f"python -m pipeline.{Path(sys.argv[0]).stem}"
+
+
+@contextmanager
+def _ending(program: str) -> Iterator[None]:
+    """Ends the process in one line where the block can't go on."""
     try:
-        stage(settings_from(sys.argv[1:], doc or "", program), OUTPUTS)
+        yield
     except StageError as error:
         print(f"{program.split('.')[-1]}: {error}", file=sys.stderr)
         sys.exit(error.status)

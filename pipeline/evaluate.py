@@ -1,5 +1,10 @@
 """Measures the best checkpoint on the test split, and completes the training's run with it."""
 
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
 import csv
 import io
 import shutil
@@ -161,6 +166,4 @@ def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    from pipeline import cli
-
     cli.main(run, __doc__)

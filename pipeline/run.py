@@ -1,5 +1,10 @@
 """Every stage in order, in one process and in a folder of its own below runs/; what `mlflow run` calls."""
 
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
 import time
 from pathlib import Path
 
@@ -30,6 +35,4 @@ def _own_folder(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    from pipeline import cli
-
     cli.main(run, __doc__)

@@ -1,5 +1,10 @@
 """Repeats one step of training, the same whatever the recipe: the speed that a machine keeps up."""
 
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
 import dataclasses
 import math
 import shutil
@@ -143,6 +148,4 @@ def _noise(count: int) -> data.Split:
 
 
 if __name__ == "__main__":
-    from pipeline import cli
-
     cli.main(run, __doc__)

@@ -1,5 +1,10 @@
 """Trains the chosen recipe's model, and leaves its record, curves, pictures and best checkpoint."""
 
+from pipeline import cli
+
+if __name__ == "__main__":
+    cli.answer_early(__doc__)
+
 import csv
 import dataclasses
 import io
@@ -407,6 +412,4 @@ def _csv(epochs: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline import cli
-
     cli.main(run, __doc__)
