@@ -11,7 +11,7 @@ import io
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,15 +203,22 @@ def _epochs(
                 joules["meter"] = [energy.ask_reading("after the training", begun) - begun]
             except StageError as error:  # the training is worth more than its energy
                 terminal.say(f"note     {error}")
-    passed = images * (1 if job.on_features else recipe.epochs)
+    _account(record, joules, images * (1 if job.on_features else recipe.epochs), clock)
+    _judge(record, work, splits, measured, flops)
+
+
+def _account(record: dict[str, Any], joules: Mapping[str, Sequence[float]], images: int, clock: Clock) -> None:
+    """Puts what `images` took in energy into the record; says so where that can't be told."""
+    whole = len(record["epochs"]) + 1 + record["facts"]["features_cached"]  # spans, if no reading was missed
     for source, spent in joules.items():
-        # Else a reading was missed.
-        whole = source == "meter" or len(spent) == recipe.epochs + 1 + job.on_features
-        if whole and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
+        complete = source == "meter" or len(spent) == whole
+        if complete and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
             record["tags"]["energy.source"] = source
             record["metrics"]["energy/joules"] = sum(spent)
-            record["metrics"]["energy/images_per_joule"] = passed / sum(spent)
-    _judge(record, work, splits, measured, flops)
+            record["metrics"]["energy/images_per_joule"] = images / sum(spent)
+    if "energy.source" not in record["tags"]:
+        why = "too short, or a reading was missed" if joules else "this machine has no counter that may be read"
+        terminal.say(f"energy   not measured: {why}")
 
 
 def _judge(
