@@ -34,7 +34,7 @@ SIDE_SECONDS = 0.1
 COPIED_SIDE = 8192
 """Side of the float32 matrix that `memory_bytes_per_second` copies: 256 MiB."""
 
-COPY_SECONDS = 0.5
+COPY_SECONDS = 0.3
 """How long `memory_bytes_per_second` measures."""
 
 DATA_BELOW = 0.95

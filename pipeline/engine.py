@@ -123,8 +123,9 @@ class Job:
         """Of the batch's mean loss, one for each trainable parameter; None for one that has no part in it."""
         for parameter in self._parameters:
             parameter.grad = None
+        inputs = self.ready(inputs)
         with self.backend.autocast(self.precision):
-            logits = self.network(self.ready(inputs))
+            logits = self.network(inputs)
         loss = F.cross_entropy(logits.float(), labels)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         self.totals.add(loss, logits, labels)
@@ -144,8 +145,9 @@ def scorer(
 
     @torch.no_grad()
     def score(inputs: Tensor, labels: Tensor) -> Tensor:
+        inputs = ready(inputs)
         with backend.autocast(precision):
-            logits: Tensor = network(ready(inputs))
+            logits: Tensor = network(inputs)
         logits = logits.float()
         totals.add(F.cross_entropy(logits, labels), logits, labels)
         return logits.argmax(1)

@@ -72,9 +72,12 @@ def build(
     def compiled(function: Any) -> Any:
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
+    height, width, _ = train.inputs.shape[1:]
+    enlarge = data.filters(height, width, recipe.image_size, backend.device)
+
     @compiled
     def ready(images: Tensor) -> Tensor:
-        return data.prepare(images, recipe.image_size, channels_last=channels_last)
+        return data.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
     frozen = compiled(model.folded(net, few)) if cached else net.features
     network = net.head if cached else compiled(net)
@@ -100,8 +103,9 @@ def build(
     def extractor(ready: engine.Ready, *, recorded: bool = recorded) -> Callable[[Tensor], Tensor]:
         @torch.no_grad()
         def extract(images: Tensor) -> Tensor:
+            inputs = ready(images)
             with backend.autocast(recipe.precision):
-                return frozen(ready(images)).float()
+                return frozen(inputs).float()
 
         return backend.captured(extract) if recorded else extract
 
@@ -172,7 +176,7 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
         return step(fixed, labels)
 
     measured = ceilings.Measured(
-        images_per_second=size / ceilings.fastest(once, backend.synchronise),
+        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=0.5),
         queueing_share=ceilings.queueing_share(once, backend.synchronise),
         matmul_flops=ceilings.matmul_flops(backend, recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
