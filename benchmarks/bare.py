@@ -1,10 +1,18 @@
 """A training as `train` does it, without MLflow, files or plots: what the other benchmarks take turns with."""
 
+import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import backends, config, data, engine, sources, training
+import torch
+
+from pipeline import backends, config, data, engine, sources, training, weights
 from pipeline.clock import Clock
+
+FIXED_SECONDS = 10.0
+"""How long one fixed batch is repeated at most; for no more steps than an epoch has."""
 
 
 def splits_of(settings: config.Settings) -> training.Splits:
@@ -19,43 +27,98 @@ def splits_of(settings: config.Settings) -> training.Splits:
     return {"train": every.take(kept), "validation": every.take(held_out)}
 
 
-def train(settings: config.Settings, splits: training.Splits, classes: int = 10) -> dict[str, Any]:
-    """Trains with random weights (or those of a file); gives `epochs` (figures by epoch), `seconds` (data in host
-    memory to the last epoch validated, as `time/total_seconds`), `setup` and, of a frozen network, `features` (images a
-    second)."""
+def weights_of(recipe: config.Recipe) -> Path | None:
+    """The file of the recipe's weights, None for random ones; ends the process where pretrained ones can't be had."""
+    found = weights.resolve(recipe)
+    if found["reason"]:
+        sys.exit(f"weights: pretrained ones can't be had ({found['reason']}): -S weights=random, or a file")
+    return weights.located(found, recipe)
+
+
+def classes_of(splits: training.Splits) -> int:
+    """How many classes the images have."""
+    return int(splits["train"].labels.max()) + 1
+
+
+def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = False) -> dict[str, Any]:
+    """Trains; gives `epochs` (figures by epoch), `at` (the clock at each one's end), `seconds` (data in host memory to
+    the last epoch validated, as `time/total_seconds`), `setup`, `speed` (images a second; of a frozen network, of
+    computing its features) and, where `fixed`, `fixed_speed`: of the same step or pass on one batch that lies prepared
+    on the device."""
     recipe = settings.work
     backend = backends.select(settings.device)
+    backend.release_memory()  # what an earlier turn held
     backend.set_precision(recipe.precision)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     clock = Clock(backend.synchronise)
-    path = None if recipe.weights == "random" else Path(recipe.weights)
+    path = weights_of(recipe)
     with clock.span("setup"):
-        work = training.build(recipe, settings.seed, classes, path, splits, backend, clock)
+        work = training.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
         working = training.warm_up(work, splits)
         training.restart(work, settings.seed)
     with clock.span("upload"):
-        samples, _ = training.place(work, splits, working, settings.data.device_gib)
+        samples, placement = training.place(work, splits, working, settings.data.device_gib)
+    images = sum(map(len, splits.values()))
     if work.job.on_features:
         work.net.eval()
         with clock.span("features"):
             for name, split in samples.items():
                 batches = data.batches(split, recipe.batch_size, backend)
                 samples[name] = engine.compute_features(work.features, split, batches)
-    rows = list(
-        engine.train(
-            work.job,
-            lambda epoch: data.shuffled(
-                samples["train"], recipe.batch_size, backend, settings.seed, epoch, flip=recipe.flip
-            ),
-            lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
-        )
-    )
-    images = sum(map(len, splits.values()))
-    return {
+    rows, at = [], [time.perf_counter()]
+    for row in engine.train(
+        work.job,
+        lambda epoch: data.shuffled(
+            samples["train"], recipe.batch_size, backend, settings.seed, epoch, flip=recipe.flip
+        ),
+        lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
+    ):
+        rows.append(row)
+        at.append(time.perf_counter())
+    trained = len(splits["train"]) * recipe.epochs / clock.total("train")
+    result = {
         "epochs": rows,
+        "at": at,
         "seconds": clock.total("upload", "features", "train", "validate"),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
+        "speed": images / clock.total("features") if work.job.on_features else trained,
         "steps": work.job.times.percentiles(),
         "fault": backend.recording_fault,
+        "how": {
+            "features": "cache" if work.job.on_features else "recompute",
+            "channels_last": work.channels_last,
+            "compile": work.compile_mode,
+            "recorded": work.recorded,
+            "placement": placement,
+        },
         **({"features": images / clock.total("features")} if work.job.on_features else {}),
     }
+    if fixed:
+        result["fixed_speed"] = _fixed_speed(work, splits)
+    if work.compile_mode != "off":
+        torch.compiler.reset()  # else it stops compiling after some turns of the same code
+    return result
+
+
+def _fixed_speed(work: training.Work, splits: training.Splits) -> float:
+    """Images a second of one fixed batch, by the mean of many steps as an epoch's is, not by the fastest."""
+    backend, recipe = work.job.backend, work.recipe
+    size = min(recipe.batch_size, len(splits["train"]))
+    images, labels = training.first(splits["train"], size, backend)
+    prepared = data.prepare(images, recipe.image_size, channels_last=work.channels_last)
+    step = work.stepper(raw=False, recorded=work.recorded)
+    work.net.eval() if work.job.on_features else work.job.set_mode()
+
+    def seconds(steps: int) -> float:
+        backend.synchronise()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(prepared, labels)
+        backend.synchronise()
+        return time.perf_counter() - start
+
+    seconds(2)  # kernels are chosen, launches recorded
+    steps = min(math.ceil(len(splits["train"]) / size), math.ceil(FIXED_SECONDS / seconds(1)))
+    return steps * size / seconds(steps)

@@ -29,7 +29,7 @@ def step_of(
     forward = net if compiled == "off" else torch.compile(net, mode=compiled, dynamic=False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=generator).to(backend.device)
+    images = torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, generator=generator).to(backend.device)
     labels = torch.randint(0, 10, (batch,), generator=generator).to(backend.device)
 
     def step() -> None:

@@ -294,9 +294,12 @@ def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
 
 
 def sustained(settings: Settings) -> Recipe:
-    """The recipe whose step is repeated: finetune's, executed as the chosen recipe is, from random weights."""
-    how = {key: getattr(settings.work, key) for key in EXECUTION_KEYS if key != "features"}
-    return dataclasses.replace(settings.recipes[SUSTAINED], weights="random", **how)
+    """The recipe whose step is repeated: finetune's, executed as the chosen recipe is, from random weights. Whole steps
+    at one rate: neither features nor a schedule, which might refuse so few steps, are part of what is repeated."""
+    how = {key: getattr(settings.work, key) for key in EXECUTION_KEYS} | {"features": "recompute"}
+    return dataclasses.replace(
+        settings.recipes[SUSTAINED], weights="random", scheduler="constant", warmup_epochs=0.0, **how
+    )
 
 
 def sustained_workload(recipe: Recipe, seconds: float) -> str:

@@ -117,9 +117,9 @@ def prepare(
 
     Bilinear, with a widened filter when shrinking, and rounded to 8 bits, as torchvision's Resize does on a PIL image
     (Pillow, src/libImaging/Resample.c). `enlarge`: the `filters`, where they are at hand. Enlarging is two matrix
-    products, columns first and rounded in between, as PIL does: a sixth of the time that torch's own interpolation takes
-    on an H100 (0.16 against 0.95 microseconds an image of 32 pixels). Shrunk by torch, which rounds once, values may
-    differ by one step of 1/255.
+    products, columns first and rounded in between, as PIL does: on an H100 all this takes 0.5 microseconds an image
+    from 32 to 96 pixels, with torch's own interpolation 1.1. Shrunk by torch, which rounds once, values may differ by
+    one step of 1/255.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     height, width = images.shape[1:3]

@@ -120,16 +120,17 @@ def _slices(work: training.Work, images: data.Split, seconds: float, seed: int) 
     job, clock = work.job, work.job.clock
     job.set_mode()
     batches = _forever(work, images, seed)
+    with clock.span("one step") as span:
+        job.step(*next(batches))
+    steps = max(1, round(SLICE_SECONDS / span.seconds))
     slices: list[tuple[int, float]] = []
-    steps = 1
-    with terminal.progress("sustain", round(seconds)) as advance:
+    with terminal.progress("sustain", steps * work.recipe.batch_size * round(seconds / SLICE_SECONDS)) as advance:
         while clock.total("sustain") < seconds:
             with clock.span("sustain") as span:
                 for _ in range(steps):
                     job.step(*next(batches))
             slices.append((steps * work.recipe.batch_size, span.seconds))
-            advance(round(span.seconds))
-            steps = max(1, round(steps * SLICE_SECONDS / span.seconds))
+            advance(slices[-1][0])
     return slices
 
 

@@ -210,15 +210,16 @@ def place(work: Work, splits: Splits, working: float, device_gib: float | None) 
 
 def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None = None) -> int:
     """The largest power of two whose step fits the device's memory, by taking steps: downwards from under `below`, or
-    upwards from 1; 0 where none fits. Images are (N, *image_shape) uint8. The model learns from it.
+    upwards from 2; 0 where none fits. Images are (N, *image_shape) uint8. The model learns from it. A single image is
+    not tried: BatchNorm refuses one whose maps are a pixel.
 
     One that takes more than the device's capacity (where the system would swap) does not fit, and what would need
     half as much again is not tried.
     """
     backend = work.job.backend
     capacity = backend.capacity_mib() or math.inf
-    largest, size = 0, 1 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
-    while size >= 1:
+    largest, size = 0, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
+    while size >= 2:
         backend.reset_peak_memory()
         done = _takes_step(work, size, image_shape)
         peak = backend.memory_mib().get("peak", 0.0)

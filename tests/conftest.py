@@ -1,6 +1,8 @@
 """What several test modules share. No test may touch the project's own cache, store or outputs."""
 
 import json
+import math
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +29,22 @@ def calm(request, monkeypatch):
     """A machine of which nothing is told, where its sensors are not what is tested."""
     if request.module.__name__ != "test_conditions":
         monkeypatch.setattr(conditions, "sample", lambda *_: {})
+
+
+@pytest.fixture(autouse=True)
+def low_ceilings(request, monkeypatch):
+    """Ceilings that are measured in no time and accuse no clock, where they are not what is tested."""
+    ceilings = sys.modules.get("pipeline.ceilings")  # its torch takes seconds to import, and some modules do without
+    if ceilings is None or request.module.__name__ == "test_ceilings":
+        return
+    for value, names in {
+        64: ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE"),
+        0.0: ("WINDOW_SECONDS", "SIDE_SECONDS", "COPY_SECONDS"),
+        math.inf: ("TRUST", "TRUST_PRODUCTS"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(ceilings, name, value)
+    monkeypatch.setitem(ceilings.fastest.__kwdefaults__, "seconds", 0.0)
 
 
 def fails(kind, call, *args):
@@ -61,11 +79,12 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def settings_of(pictures):
-    """Makes settings for `pictures` on the CPU, from random weights, with `key=value` overrides laid over."""
+    """Makes settings for `pictures` on the CPU, from random weights, with no step repeated after the training;
+    `key=value` overrides are laid over."""
 
     def make(*overrides):
         path = f"data.path={json.dumps(str(pictures))}"
         mine = ["data.source=folder", path, "data.limit=null", "recipe=linear-probe", "weights=random"]
-        return config.load([*mine, "device=cpu", "seed=0", *overrides])
+        return config.load([*mine, "device=cpu", "seed=0", "sustain_seconds=0", *overrides])
 
     return make

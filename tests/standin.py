@@ -1,19 +1,23 @@
-"""A device for tests that works like Apple's: asynchronous, without pinned memory, its memory's peak scripted."""
+"""Devices for tests. One works like Apple's: asynchronous, without pinned memory, its memory's peak scripted; one records
+as CUDA does; one has samples sent to it."""
 
 import time
+import weakref
 
 import torch
 
 from pipeline import engine, optim
 from pipeline.backends import Backend
 from pipeline.backends.cpu import Cpu
+from pipeline.backends.cuda import Cuda
+from pipeline.backends.graphs import WARM_UPS, Captured
 from pipeline.clock import Clock
 
 
 class Standin(Backend):
     """Tensors are the CPU's, time is its own: what `queue` takes passes when somebody waits for the device.
 
-    `calls` holds in order what was asked of it: `synchronise`, `now`, `reset`, `peak`.
+    `calls` holds in order what was asked of it: `synchronise`, `now`, `reset`, `peak`, and of `Marked`, `mark`.
     """
 
     kind = name = "mps"
@@ -54,6 +58,96 @@ class Standin(Backend):
         return {"name": "Stand-in"}
 
 
+class Marked(Standin):
+    """With marks in its queue: a mark is reached when what was queued before it is done."""
+
+    def mark(self):
+        self.calls.append("mark")
+        return self.time + self.queued
+
+    def seconds_between(self, first, last):
+        assert last <= self.time  # the device was waited for
+        return last - first
+
+
+class Recorder:
+    """What `graphs.Recorder` does, in effect: calls before recording, then arguments and results in memory of its own.
+
+    `recorded` holds in order the functions' names and the sizes of the batches, `replayed` the names alone.
+    """
+
+    def __init__(self, warm_ups=WARM_UPS):
+        self.warm_ups, self.recorded, self.replayed = warm_ups, [], []
+
+    def record(self, function, tensors):
+        for _ in range(self.warm_ups):
+            function(*tensors)
+        self.recorded.append((function.__name__, len(tensors[0])))
+        given, kept = [tensor.clone() for tensor in tensors], []
+
+        def replay(*tensors):
+            self.replayed.append(function.__name__)
+            for here, tensor in zip(given, tensors, strict=True):
+                here.copy_(tensor)
+            result = function(*given)
+            if not kept:
+                kept.append(result)
+            parts = [each if isinstance(each, tuple) else (each,) for each in (kept[0], result)]
+            for here, new in zip(*parts, strict=True):
+                if here is not None:
+                    here.copy_(new)
+            return kept[0]
+
+        return replay
+
+
+class Recording(Cpu):
+    """The CPU with `Recorder` for its graphs, and CUDA's optimizers."""
+
+    records = True
+    optimizer_options = Cuda.optimizer_options
+
+    def __init__(self, warm_ups=WARM_UPS):
+        super().__init__()
+        self.recorder = Recorder(warm_ups)
+
+    def captured(self, function):
+        return Captured(function, self.recorder, self.fails)
+
+    @staticmethod
+    def fails(reason):
+        raise AssertionError(f"could not be recorded: {reason}")
+
+
+class Elsewhere(str):
+    """Where torch makes tensors on the CPU, though it says that it is a GPU."""
+
+    type = "mps"
+
+
+class Away(Cpu):
+    """The CPU as a device that samples must be sent to. `sent` holds the copies, each batch's inputs and labels, weakly;
+    `arrived` how many batches were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.arrived = [], 0
+
+    @property
+    def device(self):
+        return Elsewhere("cpu")
+
+    def send(self, tensors):
+        copies = tuple(tensor.clone() for tensor in tensors)
+        self.sent.append([weakref.ref(copy) for copy in copies])
+
+        def arrived():
+            self.arrived += 1
+            return copies
+
+        return arrived
+
+
 class Queued(torch.nn.Module):
     """A network whose every pass keeps `backend` busy for `seconds`."""
 
@@ -70,6 +164,7 @@ def job_of(
     network,
     *,
     backend=None,
+    ready=lambda inputs: inputs,
     set_mode=None,
     optimizer="sgd",
     options=None,
@@ -81,36 +176,43 @@ def job_of(
     per_batch=True,
     precision="fp32",
     on_features=False,
+    recorded=False,
 ):
     """A job of `epochs` of `steps` for what is trainable in `network`: by plain SGD on the CPU unless told
     otherwise. A stand-in must be kept busy (`Queued`), as nothing is as fast as no time at all."""
     backend = backend or Cpu()
-    built = optim.build_optimizer(
-        optimizer,
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=lr,
-        options=options or {},
-        total_steps=epochs * steps,
-    )
-    schedule = optim.build_scheduler(
-        scheduler,
-        built,
-        options=scheduler_options or {},
-        lr=lr,
-        epochs=epochs,
-        steps_per_epoch=steps,
-        per_batch=per_batch,
-        warmup_epochs=0,
-    )
+
+    def build():
+        built = optim.build_optimizer(
+            optimizer,
+            [parameter for parameter in network.parameters() if parameter.requires_grad],
+            lr=lr,
+            options=options or {},
+            total_steps=epochs * steps,
+            fastest=backend.optimizer_options,
+        )
+        schedule = optim.build_scheduler(
+            scheduler,
+            built,
+            options=scheduler_options or {},
+            lr=lr,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            per_batch=per_batch,
+            warmup_epochs=0,
+        )
+        return built, schedule
+
     return engine.Job(
         network=network,
-        optimizer=built,
-        scheduler=schedule,
+        build=build,
+        backend=backend,
+        clock=Clock(backend.synchronise, getattr(backend, "now", time.perf_counter)),
+        ready=ready,
         set_mode=set_mode or network.train,
         epochs=epochs,
         per_batch=per_batch,
         precision=precision,
-        backend=backend,
-        clock=Clock(backend.synchronise, getattr(backend, "now", time.perf_counter)),
         on_features=on_features,
+        recorded=recorded,
     )
