@@ -12,12 +12,15 @@ from pipeline import backends, config, data, engine, sources, training, weights
 from pipeline.clock import Clock
 
 FIXED_SECONDS = 10.0
-"""How long one fixed batch is repeated at most; for no more steps than an epoch has."""
+"""How long one fixed batch is repeated at most; for no more steps than the training had."""
 
 
 def splits_of(settings: config.Settings) -> training.Splits:
-    """The images that `train` trains on and validates on, in host memory."""
+    """The images that `train` trains on and validates on, in host memory; ends the process where CIFAR-10 can't be
+    had."""
     found = sources.resolve(settings.data)
+    if found["reason"]:
+        sys.exit(f"data: CIFAR-10 can't be had ({found['reason']}): -S data.source=synthetic, or a folder")
     images, labels = sources.decode(settings.data, found, "train", settings.work.image_size)
     every = data.as_split(images, labels)
     if settings.work.validation == "test":
@@ -96,14 +99,15 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
         **({"features": images / clock.total("features")} if work.job.on_features else {}),
     }
     if fixed:
-        result["fixed_speed"] = _fixed_speed(work, splits)
+        passed = images if work.job.on_features else len(splits["train"]) * recipe.epochs
+        result["fixed_speed"] = _fixed_speed(work, splits, passed)
     if work.compile_mode != "off":
         torch.compiler.reset()  # else it stops compiling after some turns of the same code
     return result
 
 
-def _fixed_speed(work: training.Work, splits: training.Splits) -> float:
-    """Images a second of one fixed batch, by the mean of many steps as an epoch's is, not by the fastest."""
+def _fixed_speed(work: training.Work, splits: training.Splits, images: int) -> float:
+    """Images a second of one fixed batch, by the mean over as many steps as `images` make, not by the fastest."""
     backend, recipe = work.job.backend, work.recipe
     size = min(recipe.batch_size, len(splits["train"]))
     images, labels = training.first(splits["train"], size, backend)
@@ -120,5 +124,5 @@ def _fixed_speed(work: training.Work, splits: training.Splits) -> float:
         return time.perf_counter() - start
 
     seconds(2)  # kernels are chosen, launches recorded
-    steps = min(math.ceil(len(splits["train"]) / size), math.ceil(FIXED_SECONDS / seconds(1)))
+    steps = min(math.ceil(images / size), math.ceil(FIXED_SECONDS / seconds(1)))
     return steps * size / seconds(steps)

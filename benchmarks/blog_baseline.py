@@ -1,21 +1,29 @@
 """The blog post's way of training against ours: the same work on the same images, in turns, as a ratio.
 
-python -m benchmarks.blog_baseline [-S key=value ...]; the settings are the pipeline's. The baseline is what the post's
-script did, written afresh: images resized by PIL one by one in a DataLoader, float32, every image through the whole
-network in every epoch, the loss and the accuracy read (`.item()`) at every step. It ends with status 1 where the two
-disagree about the loss: no speed without parity.
+python -m benchmarks.blog_baseline [--whole] [-S key=value ...]; the settings are the pipeline's. Without --whole the
+job is small and made: little is learnt from so few images, so slowly, and the losses can be compared.
 
-Compared are seconds of an epoch with its validation (`blog`), and of all epochs of a frozen network with its
-BatchNorm in evaluation mode (`linear-probe`), for which the baseline's one measured epoch counts as many times as
-there are epochs: its cost does not change.
+The baseline is what the post's script did, written afresh: images resized by PIL one by one in a DataLoader, float32
+whatever `precision` says, every image through the whole network in every epoch, the loss and the accuracy read
+(`.item()`) at every step. Model, optimizer and schedule are built by the pipeline's own functions, from the same random
+numbers: what differs is how the work is done. Each round takes the baseline, ours (`bare.train`: no MLflow, no files),
+and ours on one fixed batch.
+
+Compared are seconds from images in host memory to the last epoch validated; both have warmed up before. Of the baseline
+one epoch is measured and counts as many times as there are epochs, since its cost does not change (--flat shows it);
+--accuracy makes it do them all.
+
+It ends with status 1, and without a ratio, where the two disagree: about the first epoch's mean training loss by more
+than 2%, or, with --accuracy and the recipe's own learning rate and schedule, about the last epoch's validation accuracy
+by more than 0.5 points, in the mean of the rounds. No speed without parity.
 """
 
+import copy
+import dataclasses
 import json
-import os
-import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +32,29 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
-from pipeline import backends, cli, config, data, download, hardware, model, optim, sources, train
+from benchmarks import bare, results
+from pipeline import backends, config, data, model, optim
 
-ROUNDS = 3
-SMALL = [
+RECIPES = ("blog", "linear-probe", "finetune")
+WORKERS = 2
+SMALL = (
     "weights=random", "data.source=synthetic", "data.limit=60", "batch_size=200",
-    "scheduler=constant", "lr=1.0e-5", "warmup_epochs=0",  # so little is learnt that the losses can be compared
-]  # fmt: skip
+    "scheduler=constant", "lr=1.0e-5", "warmup_epochs=0",
+)  # fmt: skip
+EPOCHS = {"blog": 1, "linear-probe": 10, "finetune": 1}
+"""Of the small jobs."""
+
+Pairs = tuple[list[Image.Image], np.ndarray]
+"""Images as PIL has them, and their labels, (N,) int64."""
 
 
 class Pictures(Dataset[tuple[torch.Tensor, int]]):
     """Images as PIL has them, transformed one by one when they are asked for."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Any):
-        self.images = [Image.fromarray(image) for image in images]
-        self.labels = labels
-        self.transform = transform
+    def __init__(self, images: Sequence[Image.Image], labels: np.ndarray, transform: Any):
+        self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,85 +63,246 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def baseline(settings: config.Settings, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """Seconds of one epoch with its validation, and the epoch's mean training loss."""
-    recipe, device = settings.work, backends.select(settings.device).device
+def baseline(
+    settings: config.Settings, weights: Path | None, train: Pairs, validation: Pairs, *, epochs: int, workers: int
+) -> list[dict[str, float]]:
+    """Does `epochs` of the recipe's; gives of each the seconds with its validation, the mean training loss and the
+    validation accuracy."""
+    recipe, backend = settings.work, backends.select(settings.device)
+    device = backend.device
+    backend.release_memory()
+    backend.set_precision("fp32")
     torch.manual_seed(settings.seed)
-    classes = int(splits["train"][1].max()) + 1
-    net = model.build(recipe, classes, None)
-    transform = Compose([Resize((recipe.image_size, recipe.image_size)), ToTensor(), Normalize(*net.normalization)])
-    loaders = {
-        name: DataLoader(Pictures(*split, transform), recipe.batch_size, shuffle=name == "train", num_workers=2)
-        for name, split in splits.items()
-    }
+    net = model.build(recipe, int(train[1].max()) + 1, weights)
     network = net.net.to(device)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    options = recipe.resolved()["optimizer_options"]
-    steps = len(loaders["train"]) * recipe.epochs
-    optimizer = optim.build_optimizer(recipe.optimizer, parameters, lr=recipe.lr, options=options, total_steps=steps)
-    start = time.perf_counter()
+    size = (recipe.image_size, recipe.image_size)
+    normalize = [Normalize(*net.normalization)] if recipe.normalize else []
+    seen = Compose([Resize(size), ToTensor(), *normalize])
+    trained = Compose([Resize(size), *([RandomHorizontalFlip()] if recipe.flip else []), ToTensor(), *normalize])
+    loader = DataLoader(Pictures(*train, trained), recipe.batch_size, shuffle=True, num_workers=workers)
+    val_loader = DataLoader(Pictures(*validation, seen), recipe.batch_size, num_workers=workers)
+    options = recipe.resolved()
+    optimizer = optim.build_optimizer(
+        recipe.optimizer,
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=recipe.lr,
+        options=options["optimizer_options"],
+        total_steps=len(loader) * recipe.epochs,
+    )
+    per_batch = recipe.scheduler_step == "batch"
+    scheduler = optim.build_scheduler(
+        recipe.scheduler,
+        optimizer,
+        options=options["scheduler_options"],
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        steps_per_epoch=len(loader),
+        per_batch=per_batch,
+        warmup_epochs=recipe.warmup_epochs,
+    )
+    _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
+    backend.synchronise()
+    rows = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        model.set_mode(network, recipe.frozen_batch_norm)
+        total = 0.0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = network(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if per_batch:
+                scheduler.step()
+            total += loss.item() * len(labels)
+            (logits.argmax(1) == labels).sum().item()  # as the post did: read at every step
+        if not per_batch:
+            scheduler.step()
+        network.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in val_loader:
+                labels = labels.to(device)
+                logits = network(images.to(device))
+                F.cross_entropy(logits, labels).item()
+                correct += int((logits.argmax(1) == labels).sum().item())
+        rows.append(
+            {
+                "seconds": time.perf_counter() - start,
+                "loss": total / len(train[1]),
+                "accuracy": correct / len(validation[1]),
+            }
+        )
+    return rows
+
+
+def alone(settings: config.Settings, workers: int) -> None:
+    """The baseline by itself, from a folder of images that PIL reads one by one, all epochs; prints what it found as
+    JSON on the last line. What `overheads` starts as a process."""
+    recipe = settings.work
+    images, labels = _read(settings, "train")
+    if recipe.validation == "test":
+        train, validation = (images, labels), _read(settings, "test")
+    else:
+        train, validation = (
+            ([images[index] for index in some], labels[some]) for some in data.stratified(labels, settings.seed)
+        )
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    weights = bare.weights_of(recipe)
+    print(json.dumps(baseline(settings, weights, train, validation, epochs=recipe.epochs, workers=workers)))
+
+
+def compared(name: str, arguments: Any) -> tuple[dict[str, Any], str | None]:
+    """All rounds of one recipe; gives the result, and why its ratios don't count where they don't."""
+    small = () if arguments.whole else (*SMALL, f"epochs={EPOCHS.get(name, 1)}")
+    settings = results.settings_of([*small, *arguments.overrides, f"recipe={name}"])
+    recipe, own = settings.work, config.load([f"recipe={name}"]).work
+    splits = bare.splits_of(settings)
+    weights = bare.weights_of(recipe)
+    fewer = _fewer(splits, arguments.baseline_limit, recipe.batch_size)
+    train, validation = (_pairs(split) for split in fewer.values())
+    epochs = recipe.epochs if arguments.accuracy else min(recipe.epochs, arguments.baseline_epochs)
+    if arguments.flat:
+        epochs = max(epochs, 2)
+    scale = len(splits["train"]) / len(fewer["train"])
+    theirs, mine, checked = [], [], []
+    for turn in range(arguments.rounds):
+        seeded = dataclasses.replace(settings, seed=settings.seed + turn)
+        rows = baseline(seeded, weights, train, validation, epochs=epochs, workers=arguments.workers)
+        trained = bare.train(seeded, splits, fixed=True)
+        theirs.append(rows)
+        mine.append(trained)
+        # What was timed must be the same work: of fewer images, ours does those as well.
+        checked.append(trained if fewer is splits else bare.train(seeded, fewer))
+        seconds = ", ".join(f"{row['seconds'] * scale:.2f}" for row in rows)
+        said = "scaled from fewer images" if fewer is not splits else f"{epochs} of {recipe.epochs} measured"
+        print(
+            f"{name} {turn + 1}: baseline {seconds} s an epoch ({said}), ours {trained['seconds']:.2f} s in all, "
+            f"{trained['speed']:,.0f} images/s, {trained['fixed_speed']:,.0f} of one fixed batch",
+            flush=True,
+        )
+    unchanged = (recipe.lr, recipe.scheduler, recipe.warmup_epochs) == (own.lr, own.scheduler, own.warmup_epochs)
+    losses = [rows[0]["loss"] for rows in theirs], [each["epochs"][0]["train/loss"] for each in checked]
+    accuracies = None
+    if epochs == recipe.epochs:
+        accuracies = [rows[-1]["accuracy"] for rows in theirs], [each["epochs"][-1]["val/accuracy"] for each in checked]
+    judged = accuracies if unchanged and arguments.accuracy else None
+    per_epoch = [sum(row["seconds"] for row in rows) / epochs * scale for rows in theirs]
+    result: dict[str, Any] = {
+        "recipe": name,
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "data": "cifar10" if settings.data.source == "auto" else settings.data.source,
+        "images": {split: len(images) for split, images in splits.items()},
+        "weights": recipe.weights if weights is None else weights.name,
+        "precision": {"baseline": "fp32", "ours": recipe.precision},
+        "how": mine[0]["how"],
+        "workers": arguments.workers,
+        "baseline epochs measured": epochs,
+        "baseline images": {split: len(images) for split, images in fewer.items()},
+        "baseline seconds by epoch": [[row["seconds"] for row in rows] for rows in theirs],
+        "baseline seconds": [seconds * recipe.epochs for seconds in per_epoch],
+        "ours seconds": [each["seconds"] for each in mine],
+        "ours setup seconds": [each["setup"] for each in mine],
+        "ours images/s": [each["speed"] for each in mine],
+        "fixed batch images/s": [each["fixed_speed"] for each in mine],
+        "first epoch's loss": dict(zip(("baseline", "ours"), losses, strict=True)),
+        "accuracy": accuracies and dict(zip(("baseline", "ours"), accuracies, strict=True)),
+        "accuracy judged": judged is not None,
+        "baseline / ours": results.ratios(
+            [seconds * recipe.epochs / each["seconds"] for seconds, each in zip(per_epoch, mine, strict=True)]
+        ),
+        "real / fixed batch": results.ratios([each["speed"] / each["fixed_speed"] for each in mine]),
+    }
+    if epochs > 1:
+        result["second epoch / first, baseline"] = results.ratios(
+            [rows[1]["seconds"] / rows[0]["seconds"] for rows in theirs]
+        )
+    return result, results.disagreement(losses, judged, len(validation[1]))
+
+
+def main(words: Sequence[str]) -> None:
+    """Compares the recipes, and prints and writes ratios."""
+    parser = results.parser(__doc__)
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="which, comma between them (all three)")
+    parser.add_argument("--whole", action="store_true", help="the recipes as params.yaml has them, on its data")
+    parser.add_argument("--accuracy", action="store_true", help="the baseline does all epochs; accuracies are compared")
+    parser.add_argument("--flat", action="store_true", help="the baseline does at least two epochs, to be compared")
+    parser.add_argument("--baseline-epochs", type=results.whole, default=1, metavar="N", help="it does at most (1)")
+    parser.add_argument("--baseline-limit", type=results.whole, metavar="N", help="images it trains on; time is scaled")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of its DataLoader ({WORKERS})")
+    parser.add_argument("--alone", action="store_true", help="only the baseline, all epochs, from a folder of images")
+    arguments = parser.parse_args(words)
+    if arguments.alone:
+        alone(results.settings_of(arguments.overrides), arguments.workers)
+        return
+    conditions = results.conditions_of(results.settings_of(arguments.overrides), arguments.overrides)
+    found: dict[str, Any] = {}
+    for name in arguments.recipes.split(","):
+        found[name], reason = compared(name, arguments)
+        if reason:
+            sys.exit(f"{name}: {reason}")
+    for name, result in found.items():
+        epochs = result["epochs"]
+        work = f"baseline / ours, {epochs} epoch{'s' * (epochs > 1)}, fp32 / {result['precision']['ours']}"
+        if result["baseline images"] != result["images"]:
+            work += f", scaled from {result['baseline images']['train']:,} images"
+        results.row(name, work, result["baseline / ours"])
+        passed = "features of all images" if result["how"]["features"] == "cache" else "training on all images"
+        results.row(name, f"images/s, {passed} / one fixed batch", result["real / fixed batch"])
+        if "second epoch / first, baseline" in result:
+            results.row(name, "the baseline's second epoch / its first", result["second epoch / first, baseline"])
+        if result["accuracy"]:
+            each = {who: f"{sum(values) / len(values):.2%}" for who, values in result["accuracy"].items()}
+            judged = "" if result["accuracy judged"] else " (not judged: see --accuracy)"
+            print(f"{name:13} validation accuracy: baseline {each['baseline']}, ours {each['ours']}{judged}")
+    results.write("blog_baseline", conditions, {"rounds": arguments.rounds, "recipes": found})
+
+
+def _warm_up(network: torch.nn.Module, recipe: config.Recipe, size: int, device: torch.device) -> None:
+    """A step and a validation of a copy, so that no epoch pays for what is done once: libraries loaded, kernels
+    chosen."""
+    images = torch.zeros(size, 3, recipe.image_size, recipe.image_size, device=device)
     model.set_mode(network, recipe.frozen_batch_norm)
-    total = 0.0
-    for images, labels in loaders["train"]:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        logits = network(images)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total += loss.item() * len(labels)
-        (logits.argmax(1) == labels).sum().item()  # as the post did: read at every step
+    F.cross_entropy(network(images), torch.zeros(size, dtype=torch.int64, device=device)).backward()
     network.eval()
     with torch.no_grad():
-        for images, labels in loaders["validation"]:
-            logits = network(images.to(device))
-            F.cross_entropy(logits, labels.to(device)).item()
-            (logits.argmax(1) == labels.to(device)).sum().item()
-    return time.perf_counter() - start, total / len(splits["train"][1])
+        network(images)
 
 
-def ours(settings: config.Settings, folder: Path) -> tuple[float, float]:
-    """Seconds of training and validation, all epochs, data in host memory to the last one; the first epoch's loss."""
-    for stage in (hardware, download):
-        stage.run(settings, folder)
-    record = train.run(settings, folder)
-    return record["metrics"]["time/total_seconds"], record["epochs"][0]["figures"]["train/loss"]
+def _pairs(split: data.Split) -> Pairs:
+    """A split as torchvision's CIFAR10 has it."""
+    rows = np.arange(len(split.labels)) if split.rows is None else split.rows.numpy()
+    return [Image.fromarray(split.inputs[int(row)].numpy()) for row in rows], split.labels.numpy()[rows]
 
 
-def images_of(settings: config.Settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The images that `train` trains on and validates on."""
-    found = sources.resolve(settings.data)
-    images, labels = sources.decode(settings.data, found, "train", settings.work.image_size)
-    if settings.work.validation == "test":
-        validation = sources.decode(settings.data, found, "test", settings.work.image_size)
-        return {"train": (images, labels), "validation": validation}
-    kept, held_out = data.stratified(labels, settings.seed)
-    return {"train": (images[kept], labels[kept]), "validation": (images[held_out], labels[held_out])}
+def _fewer(splits: dict[str, data.Split], limit: int | None, batch_size: int) -> dict[str, data.Split]:
+    """`limit` images of train and as large a share of what is validated on, at random."""
+    if limit is None or limit >= len(splits["train"]):
+        return splits
+    if limit < batch_size:
+        sys.exit(f"--baseline-limit: {limit} is less than a batch, whose cost would be another: at least {batch_size}")
+    share = limit / len(splits["train"])
+    random = np.random.default_rng(0)
+    return {
+        name: split.take(np.sort(random.permutation(len(split))[: max(1, round(share * len(split)))]))
+        for name, split in splits.items()
+    }
 
 
-def main(arguments: list[str]) -> None:
-    """Compares both recipes, ROUNDS times in turns; prints ratios, and all of it as JSON on the last line."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/bench.db"
-        for name, epochs in (("blog", 1), ("linear-probe", 10)):
-            chosen = [f"recipe={name}", *SMALL, f"epochs={epochs}"]
-            words = [word for setting in chosen for word in ("-S", setting)]
-            settings = cli.settings_from([*words, *arguments], __doc__ or "", "")
-            splits = images_of(settings)
-            ratios = []
-            for turn in range(ROUNDS):
-                theirs, their_loss = baseline(settings, splits)
-                mine, my_loss = ours(settings, Path(folder) / f"{name}-{turn}")
-                if abs(their_loss - my_loss) > 0.02 * their_loss:
-                    sys.exit(f"{name}: the losses disagree, {their_loss:.4f} and {my_loss:.4f}: not the same work")
-                ratios.append(theirs * settings.work.epochs / mine)
-                print(f"{name} {turn + 1}: baseline {theirs:.2f} s an epoch, ours {mine:.2f} s in all", flush=True)
-            results[name] = {"epochs": settings.work.epochs, "precision": settings.work.precision, "ratios": ratios}
-    for name, result in results.items():
-        spread = f"{min(result['ratios']):.2f} to {max(result['ratios']):.2f}"
-        print(f"{name}: {statistics.median(result['ratios']):.2f} times as fast ({spread}, n = {ROUNDS})")
-    print(json.dumps(results))
+def _read(settings: config.Settings, split: str) -> Pairs:
+    """The images of PATH/split/<class>/, read and decoded one by one; classes and files in order of name."""
+    images, labels = [], []
+    classes = sorted(path for path in (settings.data.folder / split).iterdir() if path.is_dir())
+    for label, folder in enumerate(classes):
+        for path in sorted(folder.iterdir())[: settings.data.limit]:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+            labels.append(label)
+    return images, np.array(labels)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def _cut(split: Split, batch_size: int, order: Tensor | None) -> Iterator[tuple[
         chosen = torch.arange(start, min(stop, len(split))) if order is None else order[start:stop]
         if split.rows is not None:
             chosen = split.rows[chosen]
-        yield split.inputs[chosen], split.labels[chosen]
+        # Not by inputs[chosen], which takes the host twice as long to launch.
+        yield torch.index_select(split.inputs, 0, chosen), torch.index_select(split.labels, 0, chosen)
 
 
 def _sent(cut: Iterator[tuple[Tensor, Tensor]], backend: Backend) -> Iterator[tuple[Tensor, Tensor]]:

@@ -175,7 +175,7 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     assert all(set(epoch["figures"]) == PER_EPOCH for epoch in record["epochs"])
     times = [record["started"], *(epoch["at"] for epoch in record["epochs"]), record["ended"]]
     assert times == sorted(times)
-    # Of two steps half took longer than the fastest; there are too few to tell what one in ten took.
+    # Two steps have a median; of what one in ten took they tell nothing.
     assert set(record["metrics"]) == ONCE | {"speed/feature_images_per_second", "time/step_p50_seconds"}
     assert record["tags"]["data.placement"] == "device"
     assert facts["verdict"].startswith(f"limited by {record['tags']['limited_by']}: ") and not facts["recorded"]
@@ -331,20 +331,43 @@ def test_what_the_stages_before_leave_is_asked_for(tmp_path):
 # --- the clock
 
 
-def clocked(monkeypatch, now=None):
-    """Makes the training's clock one that is read from `now`; gives the list that the clock is put into."""
+LASTING = {
+    "inspect": 3.0, "decode": 1.0, "setup": 10.0, "ceilings": 50.0, "upload": 100.0, "features": 1000.0,
+    "train": 10_000.0, "validate": 200_000.0, "checkpoint": 7.0, "log": 8.0,
+}  # fmt: skip
+"""Seconds that each span lasts by `Scripted`; of no two spans do the sums look alike."""
+
+
+class Scripted(Clock):
+    """Its time passes in spans alone, in each as long as is said, and for a quarter of a second before each."""
+
+    def __init__(self, synchronise):
+        self.time = 0.0
+        super().__init__(synchronise, lambda: self.time)
+
+    @contextmanager
+    def span(self, name):
+        self.time += 0.25
+        with super().span(name) as span:
+            yield span
+            self.time += LASTING[name]
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """The clocks that a training makes."""
     made = []
-
-    def clock(synchronise):
-        made.append(Clock(synchronise, now) if now else Clock(synchronise))
-        return made[-1]
-
-    monkeypatch.setattr(train, "Clock", clock)
+    real = train.Clock
+    monkeypatch.setattr(train, "Clock", lambda synchronise: made.append(real(synchronise)) or made[-1])
     return made
 
 
-def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypatch):
-    made = clocked(monkeypatch)
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(train, "Clock", Scripted)
+
+
+def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypatch, clocks):
     spans, called = [], []
 
     def watched(module, name):
@@ -352,7 +375,7 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
 
         def call(*args, **kwargs):
             called.append(name)
-            spans.extend((name, clock._open) for clock in made if clock._open not in (None, "log", "checkpoint"))
+            spans.extend((name, clock._open) for clock in clocks if clock._open not in (None, "log", "checkpoint"))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
@@ -367,42 +390,27 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
         for name in functions:
             watched(module, name)
     trained("features=recompute")
-    (clock,) = made
+    (clock,) = clocks
     assert spans == []
     assert set(called) == {name for functions in names.values() for name in functions}
     assert called.count("log_epoch") == 2 and called.count("log_model") == 1
-    assert set(clock.seconds) == {
-        "inspect", "decode", "setup", "upload", "train", "validate", "checkpoint", "log"
-    }  # fmt: skip
+    assert set(clock.seconds) == set(LASTING) - {"features"}
 
 
+@pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize("features", ["cache", "recompute"])
-def test_the_total_is_upload_features_training_and_validation(trained, monkeypatch, features):
-    lasting = {
-        "inspect": 3, "decode": 1, "setup": 10, "upload": 100, "features": 1000, "train": 10_000, "validate": 200_000,
-        "checkpoint": 7, "log": 8,
-    }  # fmt: skip
-    time, started = [0.0], []
-
-    def now():
-        """Each span lasts as long as it is said to; a quarter of a second passes before each."""
-        name = made[-1]._open
-        if started and started[-1] == name:
-            time[0] += lasting[name]
-            started.clear()
-        elif name:
-            time[0] += 0.25
-            started.append(name)
-        return time[0]
-
-    made = clocked(monkeypatch, now)
+def test_the_total_is_upload_features_training_and_validation(trained, features):
     record = trained(f"features={features}")
     metrics = record["metrics"]
-    assert (metrics["time/data_seconds"], metrics["time/setup_seconds"]) == (1, 10)
+    assert metrics["time/data_seconds"] == 1
+    assert metrics["time/setup_seconds"] == 3 * 10  # building, warming up, back to the beginning
+    assert metrics["time/inspect_seconds"] == 2 * 3
+    assert metrics["time/ceilings_seconds"] == 2 * 50  # such a slow training makes it doubt the first
     assert metrics["time/logging_seconds"] == 4 * 8  # the start, the mark, two epochs
-    assert metrics["time/checkpoint_seconds"] in (7, 14)  # the second epoch may be no better
-    between = 12 + (features == "cache") + metrics["time/checkpoint_seconds"] / 7  # gaps, one less than spans
-    assert metrics["time/unaccounted_seconds"] == 0.25 * between
+    checkpoints = metrics["time/checkpoint_seconds"] / 7
+    assert checkpoints in (1, 2)  # the second epoch may be no better
+    spans = 3 + 1 + 2 + 2 + 4 + checkpoints + 1 + (features == "cache") + 4
+    assert metrics["time/unaccounted_seconds"] == 0.25 * (spans - 1)
     assert [epoch["figures"]["time/train_seconds"] for epoch in record["epochs"]] == [10_000] * 2
     assert [epoch["figures"]["time/val_seconds"] for epoch in record["epochs"]] == [200_000] * 2
     if features == "cache":
@@ -413,6 +421,183 @@ def test_the_total_is_upload_features_training_and_validation(trained, monkeypat
         assert metrics["time/total_seconds"] == 420_100
         assert "speed/feature_images_per_second" not in metrics
         assert record["epochs"][0]["figures"]["speed/train_images_per_second"] == 54 / 10_000
+
+
+def test_the_time_of_starting_up_is_the_processs(trained, monkeypatch):
+    script(monkeypatch, [0.5])
+    monkeypatch.setattr(train.time, "time", lambda: train.psutil.Process().create_time() + 12.5)
+    assert trained("epochs=1")["metrics"]["time/startup_seconds"] == 12.5
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [(2, {"p50"}), (18, {"p50", "p90"})]
+)
+def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, steps, told):
+    """Of two epochs of 54 images each, cut so that there are as many steps; on the CPU every step is timed."""
+    metrics = trained(f"batch_size={54 * 2 // steps}")["metrics"]
+    assert {key for key in metrics if key.startswith("time/step_")} == {f"time/step_{name}_seconds" for name in told}
+
+
+# --- what the machine could have done
+
+
+def ceilings_of(images_per_second, matmul_flops=1e15, queueing_share=0.5):
+    return ceilings.Measured(matmul_flops, 5e10, images_per_second, queueing_share)
+
+
+SPEED = 54 / 10_000
+"""Images a second, by `Scripted`, where features are not computed once."""
+
+
+@pytest.fixture
+def measuring(monkeypatch, scripted):
+    """Gives, one after the other, the ceilings that it is given; each may be asked for inside its span alone."""
+    clocks = []
+    monkeypatch.setattr(train, "Clock", lambda synchronise: clocks.append(Scripted(synchronise)) or clocks[-1])
+    monkeypatch.setattr(ceilings, "TRUST", 1.05)
+    monkeypatch.setattr(ceilings, "TRUST_PRODUCTS", 4.2)
+
+    def script(*measured):
+        left = list(measured)
+
+        def measure(work, splits):
+            assert clocks[-1]._open == "ceilings"
+            return left.pop(0)
+
+        monkeypatch.setattr(training, "measure_ceilings", measure)
+        return left
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("shares", "limited"),
+    [
+        ([1.0], "compute"),
+        ([0.96], "compute"),
+        ([1.04], "compute"),
+        ([0.9, 0.9], "data"),
+        ([0.9, 1.0], "compute"),  # slower by now, too: no fault of the data's
+        ([1.1, 1.0], "compute"),  # held down while it was measured first
+        ([1.1, 0.9], "data"),
+    ],
+)
+def test_a_speed_that_does_not_fit_the_ceilings_is_held_against_them_measured_again(trained, measuring, shares, limited):
+    left = measuring(*(ceilings_of(SPEED / share) for share in shares))
+    record = trained("features=recompute")
+    assert left == []
+    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(shares[-1])
+    assert record["metrics"]["ceiling/synthetic_images_per_second"] == SPEED / shares[-1]
+    assert record["metrics"]["ceiling/matmul_tflops"] == 1000
+    assert record["metrics"]["time/ceilings_seconds"] == 50 * len(shares)
+    (run,) = runs()
+    assert run.data.tags["limited_by"] == record["tags"]["limited_by"] == limited
+    assert record["facts"]["verdict"].startswith(f"limited by {limited}: ")
+    assert record["facts"]["verdict"] in run.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (ceilings_of(SPEED / 1.1), "1.10 times what this machine did with one fixed batch"),
+        (ceilings_of(SPEED, matmul_flops=1.0), "times what the rate of its matrix products allows"),
+    ],
+)
+def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, out, measured, said):
+    left = measuring(measured, measured)
+    line = fails(StageError, trained, "features=recompute")
+    assert line.startswith("clock not trusted: ") and said in line and left == []
+    (run,) = runs()
+    assert run.info.status == "FAILED" and "limited_by" not in run.data.tags
+    assert left_in(out) == {"best.safetensors"}
+
+
+def test_features_are_held_against_their_own_ceiling(trained, measuring):
+    measuring(ceilings_of(60 / 1000))  # training's and validation's images in the span's seconds
+    assert trained("features=cache")["metrics"]["efficiency/vs_synthetic"] == 1
+
+
+@pytest.mark.parametrize(("asynchronous", "limited"), [(True, "launches"), (False, "compute")])
+def test_a_device_that_queues_nothing_waits_for_no_launches(trained, measuring, monkeypatch, asynchronous, limited):
+    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
+    measuring(ceilings_of(SPEED, queueing_share=0.95))
+    assert trained("features=recompute")["tags"]["limited_by"] == limited
+
+
+def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
+    script(monkeypatch, [0.5])
+    monkeypatch.setattr(Cpu, "__init__", lambda self, index=0: (Backend.__init__(self), setattr(
+        self, "recording_fault", "cuRAND is in the way"), setattr(self, "_meter", RaplEnergy()))[0])
+    assert trained("epochs=1")["warnings"] == [
+        "launched piece by piece, since it can't be recorded: cuRAND is in the way"
+    ]
+
+
+# --- where the images lie
+
+
+@pytest.mark.parametrize("features", ["cache", "recompute"])
+def test_images_that_may_not_lie_on_the_device_are_trained_from_host_memory_alike(trained, monkeypatch, features):
+    def figures(record):
+        timed = ("time/", "memory/", "speed/")
+        return [
+            {key: value for key, value in epoch["figures"].items() if not key.startswith(timed)}
+            for epoch in record["epochs"]
+        ]
+
+    cut = ("batch_size=20", f"features={features}")
+    device = trained(*cut)
+    assert device["tags"]["data.placement"] == "device"
+
+    def refuse(split, device):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(data.Split, "to", refuse)
+    host = trained(*cut, "data.device_gib=0")
+    assert host["tags"]["data.placement"] == "host"
+    assert {run.data.tags["data.placement"] for run in runs()} == {"device", "host"}
+    assert figures(host) == figures(device)
+
+
+# --- memory that does not last
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A device whose memory holds steps of so many images, from the training on or, so it is asked, before; gives the
+    sizes that were tried to find what fits."""
+
+    def limit(images, *, early):
+        limited, real, placed, tried = [early], data.prepare, training.place, []
+
+        def prepare(batch, *args, **kwargs):
+            if limited[0] and len(batch) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
+            return real(batch, *args, **kwargs)
+
+        def place(*args):
+            limited[0] = True
+            return placed(*args)
+
+        takes = training._takes_step
+
+        def takes_step(work, size, shape):
+            tried.append(size)
+            return takes(work, size, shape)
+
+        monkeypatch.setattr(data, "prepare", prepare)
+        monkeypatch.setattr(training, "place", place)
+        monkeypatch.setattr(training, "_takes_step", takes_step)
+        return tried
+
+    return limit
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["in warm-up", "in training"])
+@pytest.mark.parametrize("features", ["cache", "recompute"])
+def test_a_batch_that_is_too_large_fails_the_run_with_the_largest_that_fits(trained, little, out, early, features):
+    tried = little(5, early=early)
+    line = fails(OutOfMemoryError, trained, "batch_size=50", f"features={features}") if False else None
 
 
 # --- the device
