@@ -106,8 +106,8 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     return result
 
 
-def _fixed_speed(work: training.Work, splits: training.Splits, images: int) -> float:
-    """Images a second of one fixed batch, by the mean over as many steps as `images` make, not by the fastest."""
+def _fixed_speed(work: training.Work, splits: training.Splits, passed: int) -> float:
+    """Images a second of one fixed batch, by the mean over as many steps as `passed` images make, not by the fastest."""
     backend, recipe = work.job.backend, work.recipe
     size = min(recipe.batch_size, len(splits["train"]))
     images, labels = training.first(splits["train"], size, backend)
@@ -124,5 +124,5 @@ def _fixed_speed(work: training.Work, splits: training.Splits, images: int) -> f
         return time.perf_counter() - start
 
     seconds(2)  # kernels are chosen, launches recorded
-    steps = min(math.ceil(images / size), math.ceil(FIXED_SECONDS / seconds(1)))
+    steps = min(math.ceil(passed / size), math.ceil(FIXED_SECONDS / seconds(1)))
     return steps * size / seconds(steps)

@@ -87,16 +87,17 @@ def batches(
 def shuffled(
     split: Split, batch_size: int, backend: Backend, seed: int, epoch: int, *, flip: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's batches, in an order drawn from `seed` and `epoch` where the samples are: the same on every device.
+    """An epoch's batches, in an order drawn from `seed` and `epoch` on the device: the same on every device.
 
     `flip` mirrors each image left to right with probability one half.
     """
-    order = torch.argsort(_draw(len(split), seed, 2 * epoch, split.labels.device))
+    where = backend.device if backend.sorts_int64 else torch.device("cpu")
+    order = torch.argsort(_draw(len(split), seed, 2 * epoch, where)).to(split.labels.device)
     cut = batches(split, batch_size, backend, order)
     if not flip:
         yield from cut
         return
-    mirror = (_draw(len(split), seed, 2 * epoch + 1, backend.device) < 0)[:, None, None, None]
+    mirror = (_draw(len(split), seed, 2 * epoch + 1, where) < 0).to(backend.device)[:, None, None, None]
     for number, (images, labels) in enumerate(cut):
         chosen = mirror[number * batch_size : number * batch_size + len(labels)]
         yield torch.where(chosen, images.flip(2), images), labels

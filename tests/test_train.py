@@ -1,20 +1,29 @@
 """A training: what it leaves, in which order, and how it ends. Nothing is learnt here that matters."""
 
 import csv
+import gc
+import io
 import json
 import shutil
+import sys
 import warnings
+import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import fails
 from test_tracking import client, fresh_store, runs, store  # noqa: F401 (store: each test has its own)
 
 from pipeline import (
     backends,
+    ceilings,
     conditions,
     config,
+    data,
     download,
+    energy,
     engine,
     evaluate,
     files,
@@ -24,10 +33,11 @@ from pipeline import (
     sustain,
     tracking,
     train,
+    training,
 )
 from pipeline.backends.cpu import Cpu
 from pipeline.clock import Clock
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import OutOfMemoryError, StageError, UsageError
 
 SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
 REPEATED = (
@@ -429,9 +439,7 @@ def test_the_time_of_starting_up_is_the_processs(trained, monkeypatch):
     assert trained("epochs=1")["metrics"]["time/startup_seconds"] == 12.5
 
 
-@pytest.mark.parametrize(
-    ("steps", "told"), [(2, {"p50"}), (18, {"p50", "p90"})]
-)
+@pytest.mark.parametrize(("steps", "told"), [(2, {"p50"}), (18, {"p50", "p90"})])
 def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, steps, told):
     """Of two epochs of 54 images each, cut so that there are as many steps; on the CPU every step is timed."""
     metrics = trained(f"batch_size={54 * 2 // steps}")["metrics"]
@@ -450,10 +458,8 @@ SPEED = 54 / 10_000
 
 
 @pytest.fixture
-def measuring(monkeypatch, scripted):
-    """Gives, one after the other, the ceilings that it is given; each may be asked for inside its span alone."""
-    clocks = []
-    monkeypatch.setattr(train, "Clock", lambda synchronise: clocks.append(Scripted(synchronise)) or clocks[-1])
+def measuring(monkeypatch, scripted, clocks):
+    """Makes these be the ceilings that are measured, one after the other; gives those that are left."""
     monkeypatch.setattr(ceilings, "TRUST", 1.05)
     monkeypatch.setattr(ceilings, "TRUST_PRODUCTS", 4.2)
 
@@ -461,7 +467,7 @@ def measuring(monkeypatch, scripted):
         left = list(measured)
 
         def measure(work, splits):
-            assert clocks[-1]._open == "ceilings"
+            assert clocks[0]._open == "ceilings"
             return left.pop(0)
 
         monkeypatch.setattr(training, "measure_ceilings", measure)
@@ -482,7 +488,9 @@ def measuring(monkeypatch, scripted):
         ([1.1, 0.9], "data"),
     ],
 )
-def test_a_speed_that_does_not_fit_the_ceilings_is_held_against_them_measured_again(trained, measuring, shares, limited):
+def test_a_speed_that_does_not_fit_the_ceilings_is_held_against_them_measured_again(
+    trained, measuring, shares, limited
+):
     left = measuring(*(ceilings_of(SPEED / share) for share in shares))
     record = trained("features=recompute")
     assert left == []
@@ -526,11 +534,10 @@ def test_a_device_that_queues_nothing_waits_for_no_launches(trained, measuring, 
 
 def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
     script(monkeypatch, [0.5])
-    monkeypatch.setattr(Cpu, "__init__", lambda self, index=0: (Backend.__init__(self), setattr(
-        self, "recording_fault", "cuRAND is in the way"), setattr(self, "_meter", RaplEnergy()))[0])
-    assert trained("epochs=1")["warnings"] == [
-        "launched piece by piece, since it can't be recorded: cuRAND is in the way"
-    ]
+    backend = Cpu()
+    backend.recording_fault = "it asks the host"
+    monkeypatch.setattr(backends, "select", lambda device: backend)
+    assert trained("epochs=1")["warnings"] == ["launched piece by piece, since it can't be recorded: it asks the host"]
 
 
 # --- where the images lie
@@ -559,45 +566,90 @@ def test_images_that_may_not_lie_on_the_device_are_trained_from_host_memory_alik
     assert figures(host) == figures(device)
 
 
-# --- memory that does not last
+# --- too little memory
+
+
+PLAIN = "cpu is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
 
 
 @pytest.fixture
-def little(monkeypatch):
-    """A device whose memory holds steps of so many images, from the training on or, so it is asked, before; gives the
-    sizes that were tried to find what fits."""
+def room(monkeypatch):
+    """Makes the device take so many images at a time, from the warm-up on or once the images are placed; gives the
+    batches of which it was then tried whether they fit."""
 
-    def limit(images, *, early):
-        limited, real, placed, tried = [early], data.prepare, training.place, []
+    def make(images, *, at_once=True):
+        full, tried = [at_once], []
+        prepare, place, takes_step = data.prepare, training.place, training._takes_step
 
-        def prepare(batch, *args, **kwargs):
-            if limited[0] and len(batch) > images:
+        def prepared(batch, *args, **kwargs):
+            if full[0] and len(batch) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
-            return real(batch, *args, **kwargs)
+            return prepare(batch, *args, **kwargs)
 
-        def place(*args):
-            limited[0] = True
-            return placed(*args)
+        def placed(*args):
+            full[0] = True
+            return place(*args)
 
-        takes = training._takes_step
-
-        def takes_step(work, size, shape):
-            tried.append(size)
-            return takes(work, size, shape)
-
-        monkeypatch.setattr(data, "prepare", prepare)
-        monkeypatch.setattr(training, "place", place)
-        monkeypatch.setattr(training, "_takes_step", takes_step)
+        monkeypatch.setattr(data, "prepare", prepared)
+        monkeypatch.setattr(training, "place", placed)
+        monkeypatch.setattr(
+            training, "_takes_step", lambda work, size, shape: tried.append(size) or takes_step(work, size, shape)
+        )
         return tried
 
-    return limit
+    return make
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["in warm-up", "in training"])
 @pytest.mark.parametrize("features", ["cache", "recompute"])
-def test_a_batch_that_is_too_large_fails_the_run_with_the_largest_that_fits(trained, little, out, early, features):
-    tried = little(5, early=early)
-    line = fails(OutOfMemoryError, trained, "batch_size=50", f"features={features}") if False else None
+@pytest.mark.parametrize("at_once", [True, False], ids=["in the warm-up", "in the training"])
+def test_a_batch_that_is_too_large_is_answered_with_the_largest_that_fits(trained, room, out, features, at_once):
+    tried = room(5, at_once=at_once)
+    line = fails(StageError, trained, "batch_size=50", f"features={features}")
+    assert line == "batch_size: 50 is too much for the memory of cpu: the largest that fits is 4"
+    assert tried == [32, 16, 8, 4]
+    (run,) = runs()
+    assert run.info.status == "FAILED" and run.info.end_time is not None
+    assert left_in(out) == set()
+
+
+def test_nothing_of_the_training_is_in_the_way_of_a_smaller_batch(trained, room, monkeypatch):
+    room(5)
+    nets, build, largest = [], training.build, training.largest_batch
+
+    def built(*args):
+        work = build(*args)
+        nets.append(weakref.ref(work.net))
+        return work
+
+    def looked_for(*args, **kwargs):
+        gc.collect()  # as the GPUs' `release_memory` does
+        assert [net() is None for net in nets] == [True, False]
+        return largest(*args, **kwargs)
+
+    monkeypatch.setattr(training, "build", built)
+    monkeypatch.setattr(training, "largest_batch", looked_for)
+    assert "the largest that fits is 4" in fails(StageError, trained, "batch_size=50")
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "tried"),
+    [(0, 1, []), (2, 3, [2]), (1, 50, [])],
+    ids=["one image", "none fits", "no model"],
+)
+def test_without_a_batch_that_fits_the_advice_is_general(trained, room, monkeypatch, images, batch_size, tried):
+    found = room(images, at_once=False)
+    if images == 2:
+        monkeypatch.setattr(Cpu, "capacity_mib", lambda self: 1.0)  # a step is done, but the system swaps
+    expected = StageError if images == 2 or batch_size == 1 else OutOfMemoryError
+    assert fails(expected, trained, f"batch_size={batch_size}", "features=recompute") == PLAIN
+    assert found == tried
+    assert [run.info.status for run in runs()] == ["FAILED"]
+
+
+def test_a_model_that_does_not_fit_ends_it_before_there_is_a_run(trained, room):
+    room(1)
+    assert fails(OutOfMemoryError, trained) == PLAIN
+    assert runs() == []
 
 
 # --- the device
@@ -697,6 +749,80 @@ def test_a_counter_that_stands_still_gives_no_energy(trained, monkeypatch):
     monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
     record = trained("epochs=1")
     assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
+
+
+@pytest.fixture
+def meter(monkeypatch):
+    """Types these readings of a plug meter into a terminal."""
+    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
+
+    def types(*readings):
+        terminal = io.StringIO("".join(f"{reading}\n" for reading in readings))
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", terminal)
+
+    return types
+
+
+@pytest.mark.parametrize(("features", "images"), [("cache", 60), ("recompute", 120)])
+def test_a_plug_meter_is_asked_for_before_and_after_the_training(
+    trained, meter, monkeypatch, clocks, capsys, features, images
+):
+    asked, ask = [], energy.ask_reading
+
+    def asks(when, *args):
+        asked.append((when, clocks[0]._open, "train" in clocks[0].seconds, "upload" in clocks[0].seconds))
+        return ask(when, *args)
+
+    monkeypatch.setattr(energy, "ask_reading", asks)
+    meter("1.5 kWh", "1.4 kWh", "1.5001 kWh")
+    record = trained("energy.source=meter", f"features={features}")
+    assert asked == [("before the training", None, False, False), ("after the training", None, True, True)]
+    assert "1.4 kWh is less than before" in capsys.readouterr().out
+    assert record["metrics"]["energy/joules"] == pytest.approx(360)
+    assert record["metrics"]["energy/images_per_joule"] == pytest.approx(images / 360)
+    (run,) = runs()
+    assert run.data.tags["energy.source"] == "meter" and run.data.metrics["energy/joules"] == pytest.approx(360)
+
+
+def test_a_second_reading_that_does_not_come_costs_no_training(trained, meter, capsys):
+    meter("1.5 kWh")
+    record = trained("energy.source=meter")
+    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
+    assert runs()[0].info.status == "FINISHED"
+    assert "no reading of the meter after the training: the input ended" in capsys.readouterr().out
+
+
+def test_a_first_reading_that_does_not_come_fails_the_run_before_it_trains(trained, meter):
+    meter()
+    assert "no reading of the meter before the training" in fails(StageError, trained, "energy.source=meter")
+    assert runs()[0].info.status == "FAILED" and "train/loss" not in runs()[0].data.metrics
+
+
+def test_a_meter_without_a_terminal_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(UsageError, match=r'^energy\.source: "meter" is not allowed here'):
+        train.run(generated("energy.source=meter"), tmp_path / "outputs")
+    assert runs() == [] and not (tmp_path / "outputs").exists()
+
+
+def test_apples_tool_takes_the_counters_place(trained, monkeypatch):
+    readings, chosen, ended = iter(range(0, 1000, 5)), [], []
+
+    @contextmanager
+    def source(name, counter):
+        chosen.append(name)
+        yield lambda: ("powermetrics", float(next(readings)))
+        ended.append(name)
+
+    monkeypatch.setattr(energy, "check", lambda name: chosen.append(name))
+    monkeypatch.setattr(energy, "source", source)
+    monkeypatch.setattr(Cpu, "energy", lambda self: ("rapl", 0.0))
+    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
+    record = trained("energy.source=powermetrics", "features=recompute")
+    assert chosen == ["powermetrics"] * 2 and ended == ["powermetrics"]
+    assert record["tags"]["energy.source"] == "powermetrics"
+    assert record["metrics"]["energy/joules"] == 3 * 5  # two epochs and the end of the loop
 
 
 # --- execution

@@ -43,6 +43,9 @@ class Backend:
     asynchronous = True
     """Whether work is queued, so that a clock is wrong unless it waits for the device first."""
 
+    sorts_int64 = False
+    """Whether 64-bit integers are known to be multiplied, shifted and sorted right here; else the host does it."""
+
     refuses_memory = True
     """Whether it says no when there isn't enough memory. A CPU swaps, and in the end the system kills the process."""
 

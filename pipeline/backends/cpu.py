@@ -23,6 +23,7 @@ class Cpu(Backend):
     kind = name = "cpu"
     asynchronous = False
     refuses_memory = False
+    sorts_int64 = True
     compile_modes = ("off", "default")
     # Of ResNet-18's 62 tensors: 6 ms a step with AdamW, 26 with foreach (2 cores).
     optimizer_options: Mapping[str, Any] = {"fused": True}

@@ -18,6 +18,7 @@ class Cuda(Backend):
     """Asynchronous; TF32 is off for products and convolutions unless `precision: tf32` asks for it."""
 
     kind = "cuda"
+    sorts_int64 = True
     compile_modes = ("off", "default", "reduce-overhead", "max-autotune")
     records = True
     optimizer_options: Mapping[str, Any] = {"fused": True, "capturable": True}
