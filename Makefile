@@ -32,6 +32,7 @@ ui: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.blog_baseline
 	$(BIN)/python -m benchmarks.features
+	$(BIN)/python -m benchmarks.overheads
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""Reads the store after the main job: one finished run that learnt something, its pictures and its checkpoint there."""
+"""Reads the store after the main job: one finished run that learnt something, all its figures, pictures and files."""
 
 import sqlite3
 import sys
@@ -19,10 +19,17 @@ def main() -> None:
         tags = dict(store.execute("select key, value from tags where run_uuid = ?", (run,)))
     if metrics["test/accuracy"] < 0.6:  # three classes: 0.33 is chance
         sys.exit(f"learnt nothing: test/accuracy is {metrics['test/accuracy']}")
+    if not metrics.get("speed/sustained_images_per_second", 0) > 0:
+        sys.exit("no step was repeated: speed/sustained_images_per_second is missing")
+    if "efficiency/vs_synthetic" not in metrics:
+        sys.exit("the speed was not held against the machine's own: efficiency/vs_synthetic is missing")
     for name in ("plots/samples.png", "plots/confusion_matrix.png", "checkpoints/best.safetensors", "hardware.json"):
         if not (Path(artifacts.removeprefix("file://")) / name).stat().st_size:
             sys.exit(f"{name} is empty")
-    print(f"main job: {tags['mlflow.runName']}, test accuracy {metrics['test/accuracy']:.2%}")
+    print(
+        f"main job: {tags['mlflow.runName']}, test accuracy {metrics['test/accuracy']:.2%}, "
+        f"{metrics['speed/sustained_images_per_second']:,.0f} images/s sustained"
+    )
 
 
 if __name__ == "__main__":

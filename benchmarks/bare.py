@@ -107,7 +107,7 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
 
 
 def _fixed_speed(work: training.Work, splits: training.Splits, passed: int) -> float:
-    """Images a second of one fixed batch, by the mean over as many steps as `passed` images make, not by the fastest."""
+    """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
     backend, recipe = work.job.backend, work.recipe
     size = min(recipe.batch_size, len(splits["train"]))
     images, labels = training.first(splits["train"], size, backend)

@@ -147,7 +147,8 @@ def _bilinear(inputs: int, outputs: int) -> Tensor:
     """(outputs, inputs): each output's weights of the two inputs about its centre; at the edges, of one."""
     centres = (torch.arange(outputs, dtype=torch.float64) + 0.5) * (inputs / outputs) - 0.5
     distances = (torch.arange(inputs, dtype=torch.float64) - centres.clamp(0, inputs - 1)[:, None]).abs()
-    return (1 - distances).clamp(min=0).float()
+    # A millionth more: halves are rounded upwards, as PIL does, where torch takes the even neighbour.
+    return ((1 - distances).clamp(min=0) * (1 + 2**-20)).float()
 
 
 def _cut(split: Split, batch_size: int, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

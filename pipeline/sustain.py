@@ -66,8 +66,8 @@ def _measured(recipe: config.Recipe, settings: config.Settings, backend: backend
     )
     figures = speeds(slices)
     if begun and ended and ended[1] > begun[1]:
-        joules = ended[1] - begun[1]
-        figures["energy/sustained_images_per_joule"] = sum(count for count, _ in slices) / joules
+        images_done = recipe.batch_size + sum(count for count, _ in slices)  # with the step before the slices
+        figures["energy/sustained_images_per_joule"] = images_done / (ended[1] - begun[1])
     return {
         "metrics": figures,
         "tags": {

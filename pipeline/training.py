@@ -204,7 +204,7 @@ def place(work: Work, splits: Splits, working: float, device_gib: float | None) 
     if device_gib is not None:
         room = min(room, device_gib * 2**30)
     if needed > room:
-        return splits, "host"
+        return dict(splits), "host"  # whose images may be replaced by features: the caller's own stay
     return {name: split.to(backend.device) for name, split in splits.items()}, "device"
 
 

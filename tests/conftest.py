@@ -37,14 +37,13 @@ def low_ceilings(request, monkeypatch):
     ceilings = sys.modules.get("pipeline.ceilings")  # its torch takes seconds to import, and some modules do without
     if ceilings is None or request.module.__name__ == "test_ceilings":
         return
-    for value, names in {
-        64: ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE"),
-        0.0: ("WINDOW_SECONDS", "SIDE_SECONDS", "COPY_SECONDS"),
-        math.inf: ("TRUST", "TRUST_PRODUCTS"),
-    }.items():
-        for name in names:
-            monkeypatch.setattr(ceilings, name, value)
-    monkeypatch.setitem(ceilings.fastest.__kwdefaults__, "seconds", 0.0)
+    fastest = ceilings.fastest
+    monkeypatch.setattr(ceilings, "fastest", lambda work, wait, **_: fastest(work, wait, seconds=0.0))
+    monkeypatch.setattr(ceilings, "WINDOW_SECONDS", 0.0)
+    for name in ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE"):
+        monkeypatch.setattr(ceilings, name, 64)
+    for name in ("TRUST", "TRUST_PRODUCTS"):
+        monkeypatch.setattr(ceilings, name, math.inf)
 
 
 def fails(kind, call, *args):

@@ -1,5 +1,5 @@
-"""Devices for tests. One works like Apple's: asynchronous, without pinned memory, its memory's peak scripted; one records
-as CUDA does; one has samples sent to it."""
+"""Devices for tests. One works like Apple's: asynchronous, without pinned memory, its memory's peak scripted; one
+records as CUDA does; one has samples sent to it."""
 
 import time
 import weakref
@@ -126,8 +126,8 @@ class Elsewhere(str):
 
 
 class Away(Cpu):
-    """The CPU as a device that samples must be sent to. `sent` holds the copies, each batch's inputs and labels, weakly;
-    `arrived` how many batches were asked for."""
+    """The CPU as a device that samples must be sent to. `sent` holds the copies, each batch's inputs and labels,
+    weakly; `arrived` says how many batches were asked for."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
 """Which device trains: chosen in order, refused by name, told apart from what torch can't use."""
 
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from pipeline.backends.cpu import Cpu
 from pipeline.backends.cuda import Cuda, runs_on
 from pipeline.backends.mps import Mps
 from pipeline.backends.xpu import Xpu
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import OutOfMemoryError, StageError, UsageError
 
 MAXWELL = {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 970", "for_training": True}
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -200,23 +201,28 @@ def test_autocast_is_for_bf16_alone(precision, enabled):
     ids=["cuda", "mps", "cpu", "windows", "cublas", "torch", "numpy"],
 )
 def test_running_out_of_memory_ends_with_what_to_lower(error):
-    with pytest.raises(StageError) as caught, Standin().memory_errors():
+    with pytest.raises(OutOfMemoryError) as caught, Standin().memory_errors():
         raise error
     assert str(caught.value) == (
         "mps is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
     )
     assert caught.value.__cause__ is error
-    assert caught.type is StageError
+    assert isinstance(caught.value, StageError)
 
 
 def test_torchs_own_allocator_is_understood():
-    with pytest.raises(StageError, match=r"^cpu is out of memory: "), Cpu().memory_errors():
+    with pytest.raises(OutOfMemoryError, match=r"^cpu is out of memory: "), Cpu().memory_errors():
         torch.empty(2**50, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory"), KeyboardInterrupt()],
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("memory"),
+        StageError("out of memory"),  # it has its one line
+        KeyboardInterrupt(),
+    ],
 )
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, Cpu().memory_errors():
@@ -227,6 +233,25 @@ def test_other_errors_pass(error):
 def test_without_an_error_nothing_happens():
     with Cpu().memory_errors():
         pass
+
+
+@pytest.mark.parametrize(("backend", "module"), [(Cuda, torch.cuda), (Mps, torch.mps), (Xpu, torch.xpu)])
+def test_memory_that_is_let_go_goes_back_to_the_device_cycles_included(monkeypatch, card, backend, module):
+    card((8, 0))
+    tensor = torch.ones(3)
+    held, gone = {"tensor": tensor}, []
+    held["itself"] = held
+    alive = weakref.ref(tensor)
+    monkeypatch.setattr(module, "empty_cache", lambda: gone.append(alive() is None))
+    chosen = backend()
+    del tensor, held
+    chosen.release_memory()
+    assert gone == [True]
+
+
+@pytest.mark.parametrize("backend", [Backend, Cpu])
+def test_where_torch_keeps_no_memory_there_is_none_to_release(backend):
+    assert backend().release_memory() is None
 
 
 # --- the CPU
@@ -391,11 +416,12 @@ def test_cudas_memory_and_waiting_are_of_the_device_itself(monkeypatch, card):
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(60 + index) * MIB)
     )
     second = Cuda(1)
+    second._recorder.hidden_bytes = 7 * MIB
     second.reset_peak_memory()
     second.synchronise()
     assert asked == [(what, torch.device("cuda:1")) for what in ("reset", "wait")]
     del asked[:]
-    assert second.memory_mib() == {"peak": 2.0, "peak_reserved": 5.0, "driver": 54.0}
+    assert second.memory_mib() == {"peak": 2.0 + 7.0, "peak_reserved": 5.0, "driver": 54.0}
     assert second.free_bytes() == 13 * MIB  # 10 on the card, 3 in the allocator
     assert set(asked) == {torch.device("cuda:1")}
     assert second.capacity_mib() == 61.0
@@ -491,6 +517,30 @@ def test_cudas_mark_is_an_event_on_the_current_stream(queues, card):
     first, last = Cuda().mark(), Cuda().mark()
     assert queues.calls == ["mark on main, {'enable_timing': True}"] * 2
     assert Cuda().seconds_between(first, last) == 0.25
+
+
+def test_what_cuda_cannot_record_is_called_as_it_is_and_why_is_kept(monkeypatch, card):
+    card((8, 0))
+    chosen = Cuda()
+
+    def record(function, tensors):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(chosen._recorder, "record", record)
+    assert chosen.recording_fault is None
+    doubled = chosen.captured(lambda tensor: 2 * tensor)
+    assert chosen.recording_fault is None
+    assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert chosen.recording_fault == "CUDA error: operation not permitted when stream is capturing"
+    assert Cuda().recording_fault is None
+
+
+def test_all_that_cuda_records_shares_one_recorder_a_device(card):
+    card((8, 0), (8, 0))
+    chosen = Cuda(1)
+    recorders = {chosen.captured(abs)._recorder for _ in range(2)}
+    assert recorders == {chosen._recorder}
+    assert chosen._recorder._device == torch.device("cuda:1")
 
 
 @pytest.mark.cuda
@@ -613,6 +663,51 @@ def test_the_chip_is_named_by_the_machine_not_by_torch(metal, monkeypatch):
     facts = Mps().facts()
     assert (facts["name"], facts["mps_cpu_fallback"]) == ("Apple M3 Pro", False)
     assert "gpu_cores" not in facts
+
+
+# --- recording
+
+BY_ITSELF = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that record."""
+
+
+@pytest.mark.parametrize(
+    ("graph", "mode", "recorded"),
+    [
+        *((graph, mode, graph is not False) for graph in ("auto", True, False) for mode in ("off", "default")),
+        *((graph, mode, False) for graph in ("auto", False) for mode in BY_ITSELF),
+    ],
+)
+def test_launches_are_recorded_unless_told_otherwise_or_compiling_does_so(card, graph, mode, recorded):
+    card((8, 0))
+    assert Cuda().recorded(graph, mode) is recorded
+
+
+@pytest.mark.parametrize("mode", BY_ITSELF)
+def test_launches_are_not_recorded_twice(card, mode):
+    card((8, 0))
+    assert line(Cuda().recorded, True, mode) == (
+        f'graph: true is not allowed with compile: "{mode}", which records by itself'
+    )
+
+
+@pytest.mark.parametrize("backend", [Cpu, Mps, Xpu, Standin])
+def test_a_backend_that_cannot_record_leaves_a_function_as_it_is(backend):
+    chosen = backend()
+    for graph in ("auto", False):
+        assert chosen.recorded(graph, "off") is False
+    for mode in ("off", "default", *BY_ITSELF):
+        assert line(chosen.recorded, True, mode) == (
+            f"graph: true is not allowed on {chosen.kind}: expected auto | false"
+        )
+    assert chosen.captured(abs) is abs
+    assert chosen.recording_fault is None
+
+
+def test_torchs_optimizers_are_fused_where_that_is_faster():
+    assert [dict(backend.optimizer_options) for backend in (Cuda, Cpu, Mps, Xpu)] == [
+        {"fused": True, "capturable": True}, {"fused": True}, {}, {},
+    ]  # fmt: skip
 
 
 # --- a backend that offers nothing

@@ -1,8 +1,12 @@
-"""The clock waits for the device before each reading, and bills each second once."""
+"""The clock waits for the device before each reading, and bills each second once; some steps are timed alone."""
+
+import random
 
 import pytest
+from standin import Marked, Standin
 
-from pipeline.clock import Clock
+from pipeline.backends.cpu import Cpu
+from pipeline.clock import Clock, StepTimes
 
 
 class Device:
@@ -132,3 +136,96 @@ def test_what_no_span_has_is_unaccounted(device, clock):
     with clock.span("train"):
         device.queue(4)
     assert clock.unaccounted() == 2.5
+
+
+# --- steps
+
+
+def stepped(times, backend, durations):
+    """Takes steps that keep `backend` busy for these seconds."""
+    for seconds in durations:
+        with times.step():
+            backend.queue(seconds)
+
+
+def test_every_step_of_a_synchronous_device_is_timed(device):
+    times = StepTimes(Cpu(), device.now)
+    for seconds in (0.5, 0.25, 2.0):
+        with times.step():
+            device.time += seconds
+        device.time += 10  # between two steps: nobody's
+    times.collect()
+    assert times.seconds == [0.5, 0.25, 2.0]
+
+
+def test_every_fourth_step_is_timed_by_marks_without_waiting_for_the_device():
+    backend = Marked()
+    times = StepTimes(backend, backend.now)
+    assert backend.calls.count("mark") == 1  # whether there are any
+    del backend.calls[:]
+    stepped(times, backend, range(1, 14))
+    assert backend.calls == ["mark"] * 6  # neither waited for nor the clock read
+    assert times.seconds == []
+    backend.synchronise()
+    times.collect()
+    assert times.seconds == [4, 8, 12]
+
+
+def test_marks_are_read_once_and_steps_counted_on_over_epochs():
+    backend = Marked()
+    times = StepTimes(backend, backend.now)
+    for epoch in ((1, 2, 3, 4, 5), (), (6, 7, 8)):
+        stepped(times, backend, epoch)
+        backend.synchronise()
+        times.collect()
+    assert times.seconds == [4, 8]
+
+
+def test_every_twentieth_step_is_waited_for_where_there_are_no_marks():
+    backend = Standin()
+    times = StepTimes(backend, backend.now)
+    for number in range(1, 46):
+        backend.calls.append(number)
+        stepped(times, backend, [number])
+    waited = ["synchronise", "now", "synchronise", "now"]
+    before = [number for number in range(1, 46) if number <= 20]
+    assert backend.calls == [*before, *waited, *range(21, 41), *waited, *range(41, 46)]
+    times.collect()
+    assert times.seconds == [20, 40]  # and nothing of the steps queued before
+
+
+def test_a_step_that_fails_is_not_timed():
+    for backend in (Marked(), Standin()):
+        times = StepTimes(backend, backend.now)
+        times._every = 1
+        with pytest.raises(ZeroDivisionError), times.step():
+            backend.queue(1)
+            raise ZeroDivisionError
+        stepped(times, backend, [2])
+        backend.synchronise()
+        times.collect()
+        assert times.seconds == [2]
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {50: 1}),
+        (3, {50: 2}),
+        (9, {50: 5}),
+        (10, {50: 5, 90: 9}),
+        (11, {50: 6, 90: 10}),
+        (99, {50: 50, 90: 90}),
+        (100, {50: 50, 90: 90, 99: 99}),
+        (101, {50: 51, 90: 91, 99: 100}),
+        (1000, {50: 500, 90: 900, 99: 990}),
+    ],
+)
+def test_percentiles_are_nearest_ranks_where_enough_steps_were_timed(count, ranks):
+    times = StepTimes(Cpu(), lambda: 0.0)
+    times.seconds = random.Random(0).sample(range(1, count + 1), count)
+    before = list(times.seconds)
+    assert times.percentiles() == {f"time/step_p{share}_seconds": rank for share, rank in ranks.items()}
+    assert times.seconds == before

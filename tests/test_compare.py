@@ -17,6 +17,7 @@ COLUMNS = [
     "precision",
     "test accuracy",
     "images/s",
+    "sustained",
     "s/epoch",
     "total s",
     "peak MiB",
@@ -57,14 +58,14 @@ def test_no_run_is_said():
 
 def test_a_row_shows_what_the_run_measured():
     metrics = {
-        "speed/train_images_per_second": 20816.6, "time/train_seconds": 2.402, "time/total_seconds": 5.744,
-        "memory/peak_mib": 2462.4,
+        "speed/train_images_per_second": 20816.6, "speed/sustained_images_per_second": 19876.5,
+        "time/train_seconds": 2.402, "time/total_seconds": 5.744, "memory/peak_mib": 2462.4,
     }  # fmt: skip
     text = compare.report([run_of("a", 0.33875, metrics=metrics, label="desk", hardware="NVIDIA H100", taints="load")])
     assert text.startswith("# Runs by work and hardware\n\n## ")
     assert tables(text) == {
         "blog on cifar10 (workload `w1`, pretrained weights)": [
-            ["NVIDIA H100", "desk", "fp32", "33.88%", "20,817", "2.40", "5.74", "2,462", "load", "aaaaaaaa"]
+            ["NVIDIA H100", "desk", "fp32", "33.88%", "20,817", "19,876", "2.40", "5.74", "2,462", "load", "aaaaaaaa"]
         ]
     }
     assert "DEMO" not in text
@@ -72,13 +73,13 @@ def test_a_row_shows_what_the_run_measured():
 
 def test_what_is_not_known_is_empty():
     ((row,),) = tables(compare.report([run_of("a")])).values()
-    assert row == ["AMD EPYC", "", "fp32", "", "", "", "", "", "", "aaaaaaaa"]
+    assert row == ["AMD EPYC", "", "fp32", *[""] * 7, "aaaaaaaa"]
 
 
 def test_a_speed_of_features_is_not_passed_off_as_one_of_training():
     metrics = {"speed/feature_images_per_second": 3094.4, "time/train_seconds": 0.0}
     ((row,),) = tables(compare.report([run_of("a", 0.0, metrics=metrics)])).values()
-    assert row[3:6] == ["0.00%", "3,094 (features)", "0.00"]
+    assert row[3:7] == ["0.00%", "3,094 (features)", "", "0.00"]
 
 
 def test_each_work_has_a_table_with_the_most_accurate_first():
@@ -144,7 +145,7 @@ def report_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def outputs(once, tmp_path, light):  # noqa: F811
-    """What a training and its evaluation left, for the test to change."""
+    """What a training and the stages after it left, for the test to change."""
     return shutil.copytree(once.outputs, tmp_path / "outputs")
 
 
@@ -153,8 +154,9 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, report_fil
     text = compare.run(generated(), outputs)
     (run,) = runs()
     assert run.info.status == "FINISHED" and run.data.tags["record"] == record["id"] and "restored" in run.data.tags
-    assert "test/accuracy" in run.data.metrics
+    assert {"test/accuracy", "sustained/images_per_second"} <= set(run.data.metrics)
     ((row,),) = tables(text).values()
+    assert row[COLUMNS.index("sustained")] == f"{run.data.metrics['speed/sustained_images_per_second']:,.0f}"
     assert row[0] == record["tags"]["hardware"] and row[-1] == run.info.run_id[:8]
     assert report_file.read_text(encoding="utf-8") == text
     said = capsys.readouterr().out
@@ -180,16 +182,19 @@ def test_a_run_that_was_deleted_does_not_come_back(outputs):
     assert len(runs()) == 1
 
 
-def test_an_evaluation_of_another_training_is_not_restored(outputs):
-    result = files.read_json(outputs / "evaluate" / "record.json")
-    files.write_json(outputs / "evaluate" / "record.json", result | {"id": "another"})
+@pytest.mark.parametrize(("stage", "metric"), [("evaluate", "test/accuracy"), ("sustain", "time/sustain_seconds")])
+def test_what_a_stage_found_for_another_training_is_not_restored(outputs, stage, metric):
+    result = files.read_json(outputs / stage / "record.json")
+    files.write_json(outputs / stage / "record.json", result | {"id": "another"})
     compare.run(generated(), outputs)
     (run,) = runs()
-    assert "test/accuracy" not in run.data.metrics and "train/loss" in run.data.metrics
+    assert metric in result["metrics"]
+    assert metric not in run.data.metrics and "train/loss" in run.data.metrics
 
 
-def test_a_training_without_evaluation_is_restored(outputs):
-    shutil.rmtree(outputs / "evaluate")
+def test_a_training_without_the_stages_after_it_is_restored(outputs):
+    for stage in ("evaluate", "sustain"):
+        shutil.rmtree(outputs / stage)
     compare.run(generated(), outputs)
     (run,) = runs()
     assert "test/accuracy" not in run.data.metrics and run.info.status == "FINISHED"

@@ -296,6 +296,16 @@ def test_drawn_numbers_are_all_different_and_lie_everywhere():
     assert len(data._draw(0, 0, 2, torch.device("cpu"))) == 0
 
 
+@pytest.mark.parametrize(("sorts", "where"), [(True, "mps"), (False, "cpu")])
+def test_numbers_are_drawn_on_a_device_that_is_known_to_sort_them(monkeypatch, sorts, where):
+    backend, places, draw = Away(), [], data._draw
+    backend.sorts_int64 = sorts
+    monkeypatch.setattr(data, "_draw", lambda *args: places.append(args[-1].type) or draw(*args))
+    found = drawn(split_of(20), 0, 1, flip=True, backend=backend)[0]
+    assert places == [where] * 2  # order and flips
+    assert torch.equal(found, drawn(split_of(20), 0, 1, flip=True)[0])
+
+
 def test_the_order_is_that_of_the_numbers_drawn():
     numbers = data._draw(30, 5, 2 * 3, torch.device("cpu")).tolist()
     flips = data._draw(30, 5, 2 * 3 + 1, torch.device("cpu")).tolist()
@@ -363,6 +373,33 @@ def photographs():
 )
 def test_photographs_are_resized_as_pil_does_it(photographs, height, width, size):
     is_resized_as_pil_does_it(np.ascontiguousarray(photographs[:, :height, :width]), size)
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 64), (32, 96), (32, 128), (32, 160), (32, 224), (96, 192), (28, 224)])
+def test_images_are_enlarged_as_pil_does_it_to_the_last_bit(side, size):
+    images = noise(8, side, side)
+    expected = [tv.to_tensor(tv.resize(Image.fromarray(image), [size, size])) for image in images]
+    for channels_last in (False, True):
+        found = data.prepare(torch.from_numpy(images), size, channels_last=channels_last)
+        assert torch.equal(found, torch.stack(expected))
+
+
+def test_filters_at_hand_are_those_of_the_images_shape():
+    batch = torch.from_numpy(noise(2, 30, 20))
+    columns, rows = data.filters(30, 20, 40, torch.device("cpu"))
+    assert (columns.shape, rows.shape) == ((20, 40), (40, 30))
+    for weights in (columns.T, rows):
+        assert weights.sum(1) == pytest.approx(1, abs=2e-6)
+        assert ((weights > 0).sum(1) <= 2).all()
+    for channels_last in (False, True):
+        at_hand = data.prepare(batch, 40, (columns, rows), channels_last=channels_last)
+        assert torch.equal(at_hand, data.prepare(batch, 40, channels_last=channels_last))
+    assert not torch.equal(data.prepare(batch, 40, (columns * 0.5, rows)), at_hand)  # they are what is used
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 20), (20, 41), (80, 80)])
+def test_there_are_no_filters_where_nothing_is_enlarged_or_something_shrunk(height, width):
+    assert data.filters(height, width, 40, torch.device("cpu")) is None
 
 
 def test_plain_bilinear_would_not_pass_when_shrinking():

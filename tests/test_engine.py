@@ -247,9 +247,7 @@ def test_all_that_a_backend_tells_of_its_memory_is_shown():
     }
 
 
-@pytest.mark.parametrize(
-    ("peaks", "capacity", "share"), [([12.5], 50.0, 0.25), ([12.5], None, None), ([], 50.0, None)]
-)
+@pytest.mark.parametrize(("peaks", "capacity", "share"), [([12.5], 50.0, 0.25), ([12.5], None, None), ([], 50.0, None)])
 def test_the_peaks_share_needs_a_peak_and_a_capacity(peaks, capacity, share):
     backend = Standin(peaks=peaks)
     backend.capacity_mib = lambda: capacity
@@ -516,7 +514,9 @@ def test_features_are_copied_from_memory_that_is_written_anew_for_each_batch():
 def test_features_lie_where_the_samples_do():
     """As for samples in host memory, whose batches are computed on the device."""
     split = samples(6)
-    found = engine.compute_features(lambda inputs: inputs, split.to(torch.device("meta")), data.batches(split, 4, Cpu()))
+    found = engine.compute_features(
+        lambda inputs: inputs, split.to(torch.device("meta")), data.batches(split, 4, Cpu())
+    )
     assert (found.inputs.device.type, found.labels.device.type) == ("meta", "meta")
     assert (found.inputs.shape, found.labels.dtype) == ((6, 4), torch.int64)
 
@@ -552,9 +552,7 @@ def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_devi
     if cached:
         net.eval()
         splits = [
-            engine.compute_features(
-                lambda images: net.features(ready(images)), split, data.batches(split, 8, backend)
-            )
+            engine.compute_features(lambda images: net.features(ready(images)), split, data.batches(split, 8, backend))
             for split in splits
         ]
     train, val = splits

@@ -19,7 +19,7 @@ LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matri
 def outputs(once, store, tmp_path, light):  # noqa: F811
     """What a training left, its run in the store, not evaluated yet."""
     shutil.copy(once.trained, store)
-    return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate"))
+    return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate", "sustain"))
 
 
 def line(settings, folder):
@@ -83,10 +83,10 @@ def test_the_first_batch_is_passed_once_before_the_clock_starts(outputs, monkeyp
     whole = evaluate.engine.evaluate
     clock = []
 
-    def measured(net, batches, *args):
+    def measured(net, score, totals, batches, *args):
         batches = list(batches)
         passed.append((sum(len(labels) for _, labels in batches), [c._open for c in clock]))
-        return whole(net, batches, *args)
+        return whole(net, score, totals, batches, *args)
 
     real = evaluate.Clock
     monkeypatch.setattr(evaluate, "Clock", lambda *args: clock.append(real(*args)) or clock[-1])
@@ -102,6 +102,20 @@ def test_the_speed_is_images_over_the_time_of_the_clock(outputs, monkeypatch):
     assert evaluate.run(generated(), outputs)["metrics"]["speed/test_images_per_second"] == 60 / 2.5
 
 
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch, place):
+    expected = evaluate.run(generated(), outputs)["metrics"]
+    record = files.read_json(outputs / "train" / "record.json")
+    record["tags"]["data.placement"] = place
+    files.write_json(outputs / "train" / "record.json", record)
+    copied, copy = [], data.Split.to
+    monkeypatch.setattr(data.Split, "to", lambda split, device: copied.append(len(split)) or copy(split, device))
+    metrics = evaluate.run(generated(), outputs)["metrics"]
+    assert copied == ([60] if place == "device" else [])
+    for key in ("test/accuracy", "test/loss"):
+        assert metrics[key] == expected[key]
+
+
 # --- where it is logged
 
 
@@ -109,7 +123,8 @@ def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
     (before,) = runs()
     statuses = []
     log = publish.evaluation
-    monkeypatch.setattr(publish, "evaluation", lambda *a: (statuses.append(runs()[0].info.status), log(*a)))
+    watched = {"evaluate": lambda *args: (statuses.append(runs()[0].info.status), log(*args))}
+    monkeypatch.setattr(publish, "LATER", publish.LATER | watched)
     record = files.read_json(outputs / "train" / "record.json")
     result = evaluate.run(generated("label=under the desk"), outputs)
     (run,) = runs()

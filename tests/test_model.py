@@ -8,8 +8,10 @@ import timm
 import torch
 from standin import job_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import config, data, engine, model
+from pipeline.backends.cpu import Cpu
 from pipeline.errors import StageError, UsageError
 
 RESNET = "test_resnet.r160_in1k"
@@ -73,7 +75,7 @@ def trained(net, chosen, epochs=3, precision="fp32"):
         lr=0.01,
         precision=precision,
     )
-    return list(engine.train(job, lambda epoch: data.batches(split, 8), lambda: data.batches(split, 8)))
+    return list(engine.train(job, lambda epoch: data.batches(split, 8, Cpu()), lambda: data.batches(split, 8, Cpu())))
 
 
 # --- names
@@ -196,16 +198,44 @@ def test_images_are_normalised_as_the_weights_were_trained():
     assert not torch.allclose(net(pixels), net.net(pixels), atol=1e-3)
 
 
+class Operations(TorchDispatchMode):
+    """Names of torch's operations in `done`."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.done.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_images_are_normalised_in_one_pass():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    net, pixels = model.Classifier(nn.Identity(), mean, std), images()
+    with Operations() as operations:
+        found = net(pixels)
+    assert operations.done == ["addcmul"]
+    exact = (pixels.double() - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    assert torch.allclose(found.double(), exact, atol=1e-6)
+    last = net(pixels.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, found)
+
+
 def test_the_blogs_images_are_not_normalised():
     net = built("recipe=blog").eval()
     assert net.normalization == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     assert torch.equal(net(images()), net.net(images()))
+    pixels = images()
+    assert model.Classifier(nn.Identity(), *net.normalization)(pixels) is pixels
 
 
 def test_statistics_of_images_are_no_part_of_the_state():
     net = built()
     assert {name.split(".")[0] for name in net.state_dict()} == {"net"}
-    assert net.to(torch.float64).mean.dtype == torch.float64  # but move with the model
+    net.to(torch.float64)  # but move with the model
+    assert (net.scale.dtype, net.shift.dtype) == (torch.float64, torch.float64)
 
 
 # --- frozen BatchNorm
@@ -518,3 +548,99 @@ def test_a_head_that_is_not_all_there_is_after_the_features_is_found(monkeypatch
 def test_no_features_of_two_heads():
     chosen = ("trainable=[head]", "image_size=224")
     assert caching(*chosen, name="deit_tiny_distilled_patch16_224.fb_in1k", size=224) is False
+
+
+# --- BatchNorm folded away
+
+
+class Small(nn.Module):
+    """As timm's models are: maps, and what is pooled from them for the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward_features(self, pixels):
+        return self.first(self.conv(pixels))
+
+    def forward_head(self, maps, pre_logits):
+        assert pre_logits
+        return maps.mean((2, 3))
+
+
+class Shared(Small):
+    """One convolution before two BatchNorms: torch folds both into it."""
+
+    def forward_features(self, pixels):
+        return self.first(self.conv(pixels)) + self.second(self.conv(pixels * 2))
+
+
+class Deciding(Small):
+    """It looks at its input's values, of which there are none while it's traced."""
+
+    def forward_features(self, pixels):
+        return self.first(self.conv(pixels if pixels.sum() > 0 else -pixels))
+
+
+def with_statistics(net):
+    """`net` with BatchNorms that do something, as after some training."""
+    generator = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, model.BATCH_NORM):
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_(0, 0.3, generator=generator)
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 2.0, generator=generator)
+    return net
+
+
+def batch_norms(module):
+    return [each for each in module.modules() if isinstance(each, model.BATCH_NORM)]
+
+
+def test_each_batch_norm_of_a_resnet_is_folded_into_its_convolution():
+    net = with_statistics(built())
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    fused = model.folded(net, images())
+    assert len(batch_norms(net)) > 5
+    assert batch_norms(fused) == []
+    assert not [node for node in fused.graph.nodes if "norm" in f"{node.op} {node.target}".lower()]
+    with torch.no_grad():
+        expected, found = net.eval().features(images(3)), fused(images(3))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    # The model that is trained and saved is left as it is.
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_folding_changes_no_models_features(name):
+    net = with_statistics(built(name=name))
+    with torch.no_grad():
+        expected = net.eval().features(images(3))
+        found = model.folded(net, images())(images(3))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("network", "folds"), [(Small, True), (Shared, False), (Deciding, False)])
+def test_a_model_that_torch_cannot_trace_or_would_change_is_taken_as_it_is(network, folds):
+    torch.manual_seed(0)
+    net = with_statistics(model.Classifier(network(), *model.IDENTITY)).train()
+    found = model.folded(net, images())
+    assert isinstance(found, model.Features) is not folds
+    assert len(batch_norms(found)) == (0 if folds else 2)
+    with torch.no_grad():
+        assert torch.allclose(found(images()), net.eval().features(images()), atol=1e-6)  # in evaluation mode
+
+
+def test_torch_itself_folds_what_it_must_not():
+    features = model.Features(with_statistics(model.Classifier(Shared(), *model.IDENTITY))).eval()
+    with torch.no_grad():
+        assert not torch.allclose(model.fuse(features)(images()), features(images()), atol=0.1)
+
+
+def test_features_as_a_module_are_the_models():
+    net = built().eval()
+    module = model.Features(net)
+    with torch.no_grad():
+        assert torch.equal(module(images()), net.features(images()))
+    assert next(module.parameters()) is next(net.parameters())

@@ -19,9 +19,9 @@ def parameters():
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (5,))]
 
 
-def optimizer_of(name="sgd", options=None, params=None, lr=0.1, total_steps=20):
+def optimizer_of(name="sgd", options=None, params=None, lr=0.1, total_steps=20, fastest=None):
     params = parameters() if params is None else params
-    return optim.build_optimizer(name, params, lr=lr, options=options or {}, total_steps=total_steps)
+    return optim.build_optimizer(name, params, lr=lr, options=options or {}, total_steps=total_steps, fastest=fastest)
 
 
 def scheduler_of(name, optimizer=None, epochs=10, steps=5, per_batch=False, warmup=0.0, lr=0.1, **options):
@@ -187,6 +187,142 @@ def test_wrong_value_is_refused_by_name_in_the_packages_own_words(name, options,
 def test_two_wrong_values_are_shown_together():
     line = refusal(optimizer_of, "sgd", {"momentum": -1, "weight_decay": -2})
     assert line.startswith('optimizer_options.sgd: {"momentum": -1, "weight_decay": -2} is not allowed: Invalid ')
+
+
+# --- how torch's own are fastest
+
+FASTEST = {"fused": True, "capturable": True}
+"""As on CUDA; torch takes both on the CPU, too, where it's fused."""
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("adamw", {"fused": True, "capturable": True}),
+        ("adam", {"fused": True, "capturable": True}),
+        ("sgd", {"fused": True}),
+        ("adagrad", {"fused": True}),
+        ("adafactor", {}),
+        ("muon", {}),
+        ("timm:adamw", {"fused": True, "capturable": True}),  # torch's by another name
+        ("timm:nadamw", {}),  # timm's own, though it takes `capturable`
+        ("timm:lamb", {}),
+        ("torch_optimizer:ranger", {}),
+    ],
+)
+def test_torchs_own_optimizers_get_the_fastest_options_that_they_take(name, taken):
+    params = [nn.Parameter(torch.ones(3, 3))]
+    group = optimizer_of(name, params=params, fastest=FASTEST).param_groups[0]
+    assert {key: value for key, value in group.items() if key in FASTEST and value} == taken
+    plain = optimizer_of(name, params=params).param_groups[0]
+    assert {key: value for key, value in group.items() if key not in FASTEST} == {
+        key: value for key, value in plain.items() if key not in FASTEST
+    }
+    assert not {key for key, value in plain.items() if key in FASTEST and value}
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"foreach": True}, {}),
+        ({"foreach": False}, {}),
+        ({"fused": False}, {}),
+        ({"fused": True}, {"fused": True}),
+        ({"capturable": False}, {"fused": True}),
+        ({"weight_decay": 0.1}, {"fused": True, "capturable": True}),
+    ],
+)
+def test_who_chooses_how_gets_what_was_chosen(options, taken):
+    group = optimizer_of("adamw", options, fastest=FASTEST).param_groups[0]
+    assert {key: value for key, value in group.items() if key in FASTEST and value} == taken
+    assert {key: group[key] for key in options} == options
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
+def test_the_fastest_way_does_the_same_arithmetic(name):
+    weights = []
+    for fastest in (None, FASTEST):
+        params = parameters()
+        optimizer = optimizer_of(name, {"weight_decay": 0.1}, params, fastest=fastest)
+        torch.manual_seed(0)
+        for _ in range(5):
+            step(optimizer)
+        weights.append(params[0].detach())
+    assert torch.allclose(*weights, rtol=1e-5, atol=1e-6)
+
+
+# --- steps that can be recorded
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "schedule", "can"),
+    [
+        ("adamw", {}, "cosine", True),
+        ("adam", {"amsgrad": True}, "constant", True),
+        ("sgd", {}, "cosine", True),
+        ("sgd", {"momentum": 0.9, "nesterov": True}, "cyclic-rate", True),
+        ("sgd", {"momentum": 0.9, "dampening": 0.1}, "cosine", False),  # its first step is another one
+        ("adamw", {"fused": False}, "cosine", False),
+        ("adamw", {"foreach": True}, "cosine", False),
+        ("adamw", {"capturable": False}, "cosine", False),
+        ("sgd", {"foreach": True}, "cosine", False),
+        ("adamw", {}, "onecycle", False),  # it moves beta1
+        ("adamw", {}, "onecycle-rate", True),
+        ("sgd", {"momentum": 0.9}, "cyclic", False),  # it moves momentum
+        ("adagrad", {}, "cosine", False),
+        ("timm:nadamw", {}, "cosine", False),
+        ("ranger21", BLOG, "cosine", False),
+    ],
+)
+def test_which_optimizers_can_be_recorded(name, options, schedule, can):
+    optimizer = optimizer_of(name, options, fastest=FASTEST)
+    kind, _, rate_only = schedule.partition("-")
+    scheduler = scheduler_of(kind, optimizer, **({"cycle_momentum": False} if rate_only else {}))
+    assert optim.recordable(optimizer, scheduler) is can
+
+
+def test_nothing_can_be_recorded_that_is_not_made_the_fastest_way():
+    for name in ("adamw", "adam", "sgd"):
+        optimizer = optimizer_of(name)
+        assert optim.recordable(optimizer, scheduler_of("constant", optimizer)) is False
+
+
+def test_inside_the_rates_are_those_given_and_afterwards_the_optimizers_own():
+    optimizer = torch.optim.SGD(
+        [{"params": [part], "lr": lr} for part, lr in zip(parameters(), (0.1, 0.2), strict=True)]
+    )
+    rates = [torch.tensor(0.5), torch.tensor(0.25)]
+    with optim.recorded_rates(optimizer, rates):
+        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    with pytest.raises(ZeroDivisionError), optim.recorded_rates(optimizer, rates):
+        raise ZeroDivisionError
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adamw", {}), ("adam", {"amsgrad": True}), ("sgd", {"momentum": 0.9, "nesterov": True}), ("sgd", {})],
+)
+def test_what_is_forgotten_is_so_in_its_own_memory_and_training_starts_anew(name, options):
+    params = parameters()
+    optimizer = optimizer_of(name, options, params, fastest=FASTEST)
+    assert optim.recordable(optimizer, scheduler_of("constant", optimizer))
+    weights = []
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter, fresh in zip(params, parameters(), strict=True):
+                parameter.copy_(fresh)
+        torch.manual_seed(0)
+        for _ in range(3):
+            step(optimizer)
+        weights.append(params[0].detach().clone())
+        state = [value for each in optimizer.state.values() for value in each.values()]
+        assert all(value.any() for value in state)
+        optim.forget(optimizer)
+        assert not any(value.any() for value in state)  # the tensors that were there before
+    assert torch.equal(*weights)
+    assert len(state) == {"adamw": 6, "adam": 8, "sgd": 2 if options else 0}[name]
 
 
 # --- optimizers that don't suit

@@ -32,15 +32,19 @@ FILES = [
 EPOCHS = 2
 PER_EPOCH = {
     "train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/lr", "time/train_seconds", "time/val_seconds",
-    "memory/peak_mib",
+    "memory/peak_mib", "memory/peak_share",
 }  # fmt: skip
 ONCE = {
-    "time/setup_seconds", "time/data_seconds", "time/total_seconds", "best/epoch", "best/val_accuracy",
+    "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
+    "best/epoch", "best/val_accuracy", "efficiency/vs_synthetic", "efficiency/model_flops_utilisation",
+    "ceiling/matmul_tflops", "ceiling/memory_gb_per_second", "ceiling/synthetic_images_per_second",
     "test/accuracy", "test/loss", "speed/test_images_per_second",
+    "speed/sustained_images_per_second", "time/sustain_seconds",
 }  # fmt: skip
 TAGS = {
     "hardware", "hardware.memory_gib", "hardware.cpu", "hardware.cores", "machine", "device", "backend", "software.os",
-    "software.torch", "recipe", "precision", "dataset", "weights", "workload",
+    "software.torch", "recipe", "precision", "dataset", "weights", "workload", "data.placement", "limited_by",
+    "sustained.workload",
 }  # fmt: skip
 ARTIFACTS = {
     "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png",
@@ -83,6 +87,8 @@ class Project:
             ("model: resnet18.a1_in1k", "model: test_resnet.r160_in1k"),
             ("image_size: 96", "image_size: 32"),
             ("epochs: 20", f"epochs: {EPOCHS}"),
+            ("batch_size: 256", "batch_size: 64"),
+            ("sustain_seconds: 60", "sustain_seconds: 0.3"),
         ):
             assert old in text
             text = text.replace(old, new)
@@ -140,7 +146,8 @@ def test_first_repro_leaves_one_finished_run_with_all_that_the_contract_names(pr
     assert TAGS <= set(tags)
     assert "fallback" not in tags
     assert tags["device"] == tags["backend"] == "cpu"
-    assert "**Machine**" in tags["mlflow.note.content"] and "test accuracy" in tags["mlflow.note.content"]
+    for words in ("**Machine**", "test accuracy", "**Machine's part** limited by", "**Sustained**"):
+        assert words in tags["mlflow.note.content"], words
     params = dict(project.column("select key, value from params where run_uuid = ?", run_id))
     assert params["train.lr"] == "0.005" and params["train.epochs"] == str(EPOCHS)
     assert params["settings.data.source"] == "folder" and params["settings.data.path"] == "pictures"
@@ -174,6 +181,8 @@ def test_terminal_says_what_matters(project):
         "blue, green, red",
         "epoch 1/2",
         "test accuracy",
+        "limited by",
+        "images/s of finetune's step",
         "make ui",
         "#/experiments/",
     ):
@@ -183,7 +192,8 @@ def test_terminal_says_what_matters(project):
 def test_second_repro_trains_nothing(project):
     before = project.runs()
     output = project.dvc("repro")
-    assert "Stage 'train' didn't change" in output and "Stage 'evaluate' didn't change" in output
+    for stage in ("train", "evaluate", "sustain"):
+        assert f"Stage '{stage}' didn't change" in output, stage
     assert project.runs() == before
 
 
@@ -193,10 +203,12 @@ def test_deleted_store_gets_the_run_back_untrained(project):
     figures = project.column(key, old_id)
     (project.root / "mlflow.db").unlink()
     output = project.dvc("repro")
-    assert "Stage 'train' didn't change" in output
+    for stage in ("train", "sustain"):
+        assert f"Stage '{stage}' didn't change" in output, stage
     ((new_id, new_name, status),) = project.runs()
     assert (new_name, status) == (name, "FINISHED") and new_id != old_id
     assert project.column(key, new_id) == figures
+    assert {"speed/sustained_images_per_second", "sustained/images_per_second"} <= {name for name, *_ in figures}
     tags = dict(project.column("select key, value from tags where run_uuid = ?", new_id))
     assert "nothing was trained" in tags["restored"]
     assert "restored" in output
@@ -215,6 +227,7 @@ def test_dvc_shows_metrics_plots_and_params(project):
     metrics = shown[""]["data"]
     assert metrics["outputs/evaluate/metrics.json"]["data"]["test/accuracy"] == pytest.approx(1, abs=0.7)
     assert metrics["outputs/train/metrics.json"]["data"]["best/epoch"] in (1, 2)
+    assert metrics["outputs/sustain/metrics.json"]["data"]["speed/sustained_images_per_second"] > 0
     project.dvc("plots", "show", "--out", "plots_page")
     page = (project.root / "plots_page" / "index.html").read_text()
     for words in ("train/loss", "val/accuracy", "Confusion matrix"):
@@ -226,6 +239,7 @@ def test_a_label_is_put_on_the_run_without_training(project):
     params.write_text(params.read_text().replace("label: null", "label: under the desk"))
     output = project.dvc("repro")
     assert "Stage 'train' didn't change" in output and "Running stage 'evaluate'" in output
+    assert "Stage 'sustain' didn't change" in output
     ((run_id, *_),) = project.runs()
     assert ("under the desk",) in project.column("select value from tags where run_uuid = ? and key = 'label'", run_id)
     assert "label" in project.dvc("params", "diff")
@@ -441,7 +455,7 @@ def test_ctrl_c_ends_the_run_as_killed_with_what_it_has(project):
 def test_same_seed_same_metrics_to_the_bit(project):
     figures = []
     for _ in range(2):
-        project.stage("run", "recipe=blog", "epochs=2", "threads=1")
+        project.stage("run", "recipe=blog", "epochs=2", "threads=1", "sustain_seconds=0")
         newest = max((project.root / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
         record = json.loads((newest / "train" / "record.json").read_text())
         figures.append([

@@ -1,6 +1,5 @@
 """A run put back from its record is the run that was live."""
 
-import json
 import shutil
 
 import pytest
@@ -16,10 +15,15 @@ OTHER = {"restored", "mlflow.log-model.history"}
 
 
 @pytest.fixture
-def left(once):  # noqa: F811
-    """The record of the training and of its evaluation, and the folder they left."""
-    train, evaluate = (files.read_json(once.outputs / name / "record.json") for name in ("train", "evaluate"))
-    return train, evaluate, once.outputs
+def left(once, tmp_path):  # noqa: F811
+    """The record of the training, and the folder that it, its evaluation and what was sustained were left in, for the
+    test to change."""
+    folder = shutil.copytree(once.outputs, tmp_path / "outputs")
+    return files.read_json(folder / "train" / "record.json"), folder
+
+
+def result_of(stage, folder):
+    return files.read_json(folder / stage / "record.json")
 
 
 def whole(at, run_id, tmp_path):
@@ -49,12 +53,12 @@ def whole(at, run_id, tmp_path):
 
 @QUIET
 def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
-    record, result, folder = left
-    root = once.evaluated.parent
+    record, folder = left
+    root = once.completed.parent
     shutil.copytree(root / "kept", root / "mlruns", dirs_exist_ok=True)
-    at = MlflowClient(f"sqlite:///{once.evaluated.as_posix()}")
+    at = MlflowClient(f"sqlite:///{once.completed.as_posix()}")
     (live,) = at.search_runs([at.get_experiment_by_name("trainmark").experiment_id])
-    handle = publish.restore(record, result, "trainmark", folder)
+    handle = publish.restore(record, "trainmark", folder)
 
     before, after = whole(at, live.info.run_id, tmp_path), whole(client(), handle.run_id, tmp_path)
     for part in before:
@@ -64,7 +68,11 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
         "time/total_seconds",
         "test/accuracy",
         "speed/test_images_per_second",
+        "speed/sustained_images_per_second",
     }
+    assert len(before["metrics"]["sustained/images_per_second"]) >= 3
+    assert {"sustained.workload", "limited_by", "data.placement"} <= set(before["tags"])
+    assert "**Sustained**" in before["tags"]["mlflow.note.content"]
     assert len(before["metrics"]["val/loss"]) == 2 and len(before["datasets"]) == 3
     assert before["models"] == 1 and "checkpoints/best.safetensors" in before["artifacts"]
     tags = client().get_run(handle.run_id).data.tags
@@ -75,23 +83,70 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
 
 
 @pytest.mark.usefixtures("light")
-def test_a_training_alone_is_restored_without_what_its_evaluation_adds(left):
-    record, _, folder = left
-    handle = publish.restore(record, None, "trainmark", folder)
+@pytest.mark.parametrize("gone", [["evaluate"], ["sustain"], ["evaluate", "sustain"]], ids=" ".join)
+def test_a_training_is_restored_without_what_was_never_found(left, gone):
+    record, folder = left
+    for stage in gone:
+        shutil.rmtree(folder / stage)
+    handle = publish.restore(record, "trainmark", folder)
     run = client().get_run(handle.run_id)
-    assert (run.info.status, run.info.end_time) == ("FINISHED", record["ended"])
-    assert not any(key.startswith("test/") for key in run.data.metrics)
-    assert "test accuracy" not in run.data.tags["mlflow.note.content"]
-    assert sorted(d.dataset.name for d in run.inputs.dataset_inputs) == ["synthetic-train", "synthetic-validation"]
+    ended = [record["ended"], *(result_of(stage, folder)["ended"] for stage in {"evaluate", "sustain"} - set(gone))]
+    assert (run.info.status, run.info.end_time) == ("FINISHED", max(ended))
+    note = run.data.tags["mlflow.note.content"]
+    for stage, metric, word in (
+        ("evaluate", "test/accuracy", "test accuracy"),
+        ("sustain", "sustained/images_per_second", "**Sustained**"),
+    ):
+        assert (metric in run.data.metrics) == (word in note) == (stage not in gone)
+    tested = [] if "evaluate" in gone else ["test"]
+    assert sorted(d.dataset.name for d in run.inputs.dataset_inputs) == [
+        f"synthetic-{split}" for split in (*tested, "train", "validation")
+    ]
+    plots = (
+        ["accuracy", "loss", "samples"] if "evaluate" in gone else ["accuracy", "confusion_matrix", "loss", "samples"]
+    )
     assert [each.path for each in client().list_artifacts(handle.run_id, "plots")] == [
-        "plots/accuracy.png", "plots/loss.png", "plots/samples.png"
-    ]  # fmt: skip
+        f"plots/{name}.png" for name in plots
+    ]
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("stage", ["evaluate", "sustain"])
+def test_what_was_found_for_another_training_is_left_alone(left, stage):
+    record, folder = left
+    both = {name: result_of(name, folder) for name in ("evaluate", "sustain")}
+    assert publish.results(record, folder) == both
+    files.write_json(folder / stage / "record.json", both.pop(stage) | {"id": "another"})
+    assert publish.results(record, folder) == both
+    handle = publish.restore(record, "trainmark", folder)
+    metrics = client().get_run(handle.run_id).data.metrics
+    assert ("test/accuracy" in metrics) == (stage == "sustain")
+    assert ("speed/sustained_images_per_second" in metrics) == (stage == "evaluate")
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("last", ["evaluate", "sustain"])
+def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(left, last):
+    record, folder = left
+    shutil.move(folder / last, folder / "later")
+    handle = publish.restore(record, "trainmark", folder)
+    shutil.move(folder / "later", folder / last)
+    words = {"evaluate": "test accuracy", "sustain": "**Sustained**"}
+    before = client().get_run(handle.run_id).data.tags["mlflow.note.content"]
+    assert [stage for stage, word in words.items() if word not in before] == [last]
+    result = result_of(last, folder)
+    publish.complete(last, record, result, "trainmark", folder)
+    run = client().get_run(handle.run_id)
+    assert all(word in run.data.tags["mlflow.note.content"] for word in words.values())
+    assert result["metrics"].items() <= run.data.metrics.items()
+    assert (run.info.status, run.info.end_time) == ("FINISHED", result["ended"])
+    assert len(runs()) == 1
 
 
 @pytest.mark.usefixtures("light")
 def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
-    record, result, folder = left
-    handle = publish.restore(record, result, "another", folder)
+    record, folder = left
+    handle = publish.restore(record, "another", folder)
     assert client().get_experiment(handle.experiment_id).name == "another"
     assert tracking.find(record["id"], "trainmark") is None
     assert record["experiment"] == "trainmark"  # the record itself is left as it was
@@ -106,10 +161,11 @@ def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
             for name in ("log_epoch", "log_files", "log_model", "mark")
         ),
         ("log_datasets", KeyboardInterrupt(), "KILLED"),
+        ("log_series", StageError("the store is away"), "FAILED"),
     ],
 )
 def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatch, broken, error, status):
-    record, result, folder = left
+    record, folder = left
     real, calls = getattr(tracking, broken), []
 
     def fails(*args):
@@ -121,43 +177,43 @@ def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(tracking, broken, fails)
         with pytest.raises(type(error)):
-            publish.restore(record, result, "trainmark", folder)
+            publish.restore(record, "trainmark", folder)
     assert tracking.find(record["id"], "trainmark") is None
     (failed,) = runs()
     assert failed.info.status == status and tracking.finished_runs() == []
 
-    handle = publish.restore(record, result, "trainmark", folder)
+    handle = publish.restore(record, "trainmark", folder)
     assert tracking.find(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
     assert [run["run_id"] for run in tracking.finished_runs()] == [handle.run_id]
 
 
 @pytest.mark.usefixtures("light")
-def test_a_damaged_checkpoint_is_no_run(left, tmp_path):
-    record, result, folder = left
-    shutil.copytree(folder, tmp_path / "damaged")
-    best = tmp_path / "damaged" / "train" / "best.safetensors"
+def test_a_damaged_checkpoint_is_no_run(left):
+    record, folder = left
+    best = folder / "train" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:1000])
     with pytest.raises(StageError, match=r"best\.safetensors"):
-        publish.restore(record, result, "trainmark", tmp_path / "damaged")
+        publish.restore(record, "trainmark", folder)
     assert tracking.find(record["id"], "trainmark") is None
 
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(("label", "shown"), [("under the desk", "under the desk"), (None, None)])
 def test_an_evaluation_sets_the_label_anew(left, label, shown):
-    record, result, folder = left
-    record = json.loads(json.dumps(record)) | {"tags": record["tags"] | {"label": "attic"}}
-    handle = publish.restore(record, result | {"tags": {"label": label}}, "trainmark", folder)
+    record, folder = left
+    result = result_of("evaluate", folder)
+    files.write_json(folder / "evaluate" / "record.json", result | {"tags": {"label": label}})
+    handle = publish.restore(record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", folder)
     tags = client().get_run(handle.run_id).data.tags
     assert tags.get("label") == shown
     assert f"**test accuracy {result['metrics']['test/accuracy']:.2%}**" in tags["mlflow.note.content"]
 
 
 def test_the_model_asks_for_released_packages(left, monkeypatch):
-    record, _, folder = left
+    record, folder = left
     asked = []
     monkeypatch.setattr(tracking, "log_model", lambda handle, net, *rest: asked.append((net.training, *rest)))
-    publish.restore(record, None, "trainmark", folder)
+    publish.restore(record, "trainmark", folder)
     ((training, image_size, classes, requirements),) = asked
     assert (training, image_size, classes) == (False, 32, 10)
     assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]

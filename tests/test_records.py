@@ -328,7 +328,7 @@ def record(settings_of):
         "tags": own,
         "facts": {
             "model": "resnet18.a1_in1k", "trainable": 5130, "parameters": 11181642, "images": {"train": 45000},
-            "classes": ["blue", "green", "red"],
+            "classes": ["blue", "green", "red"], "verdict": "limited by compute: 99% of the speed of one fixed batch",
         },
         "metrics": {"best/val_accuracy": 0.8765, "best/epoch": 2, "time/total_seconds": 61.5},
         "epochs": [{"figures": {"epoch": 1}}, {"figures": last}],
@@ -337,8 +337,8 @@ def record(settings_of):
 
 
 def test_the_description_says_machine_work_and_result(record):
-    text = records.description(record, None)
-    machine, work, result = text.strip().split("\n\n")
+    text = records.description(record, {})
+    machine, work, result, part = text.strip().split("\n\n")
     assert machine == (
         "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
     )
@@ -347,26 +347,58 @@ def test_the_description_says_machine_work_and_result(record):
     assert result == (
         "**Result** best validation accuracy 87.65% in epoch 2; 61.50 s in all; last epoch 12,346 images/s"
     )
-    assert text.endswith("\n")
+    assert part == "**Machine's part** limited by compute: 99% of the speed of one fixed batch"
+    assert text.endswith("\n") and not text.endswith("\n\n")
 
 
 def test_the_description_after_evaluation_says_the_test_accuracy(record):
-    text = records.description(record, {"metrics": {"test/accuracy": 0.8571}})
+    text = records.description(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
     assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in text
 
 
 def test_the_description_of_features_computed_once_says_their_speed(record):
     record["metrics"]["speed/feature_images_per_second"] = 2345.6
     record["epochs"][-1]["figures"].pop("speed/train_images_per_second")
-    text = records.description(record, None)
+    text = records.description(record, {})
     assert "the frozen network's features computed once at 2,346 images/s" in text
     assert "last epoch" not in text
 
 
-def test_the_description_lists_the_warnings(record):
+@pytest.fixture
+def sustained():
+    """What `sustain` found."""
+    figures = {"speed/sustained_images_per_second": 8765.4, "time/sustain_seconds": 60.4}
+    return {"metrics": figures, "tags": {"sustained.workload": "0123456789"}, "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({}, ""), ({"speed/sustained_last_to_first": 0.9234}, ", the last third of them at 92.3% of the first's speed")],
+)
+def test_the_description_says_what_the_machine_keeps_up(record, sustained, more, said):
+    before = records.description(record, {})
+    sustained["metrics"] |= more
+    text = records.description(record, {"sustain": sustained})
+    assert text == before + (
+        f"\n**Sustained** 8,765 images/s of finetune's step (workload `0123456789`) for 60 s{said}\n"
+    )
+    assert "**test accuracy" not in text
+
+
+def test_the_description_says_nothing_of_what_was_not_sustained(record):
+    nothing = {"metrics": {}, "tags": {}, "warnings": []}
+    assert records.description(record, {"sustain": nothing}) == records.description(record, {})
+
+
+def test_the_description_lists_the_warnings(record, sustained):
     record["warnings"] = ["the machine ran on battery", "validated on the test split"]
-    text = records.description(record, None)
-    assert text.endswith("**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n")
+    said = "**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n"
+    assert records.description(record, {}).endswith(said)
+    sustained["warnings"] = ["while one step was repeated, the machine ran on battery"]
+    assert records.description(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
+    record["warnings"] = []
+    text = records.description(record, {"sustain": sustained})
+    assert text.endswith(f"**Warnings**\n\n- {sustained['warnings'][0]}\n")
 
 
 def test_the_description_of_a_machine_that_tells_little(record):
@@ -374,4 +406,4 @@ def test_the_description_of_a_machine_that_tells_little(record):
     for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
         del own[key]
     record["tags"] = own
-    assert records.description(record, None).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
+    assert records.description(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")

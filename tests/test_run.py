@@ -4,12 +4,12 @@ import threading
 
 import pytest
 from test_tracking import runs, store  # noqa: F401 (store: each test has its own)
-from test_train import SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
+from test_train import REPEATED, SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, download, evaluate, files, hardware, run, train
+from pipeline import compare, download, evaluate, files, hardware, run, sustain, train
 from pipeline.errors import StageError
 
-STAGES = (hardware, download, train, evaluate, compare)
+STAGES = (hardware, download, train, evaluate, sustain, compare)
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +82,11 @@ def test_a_folder_that_cannot_be_made_is_named(settings_of, base, called):
 
 @pytest.mark.usefixtures("light")
 def test_it_leaves_what_the_stages_leave_and_one_run(settings_of, base, tmp_path):
-    run.run(settings_of(*SMALL), tmp_path / "outputs")
+    run.run(settings_of(*SMALL, *REPEATED), tmp_path / "outputs")
     (own,) = base.iterdir()
-    assert {path.name for path in own.iterdir()} == {"hardware.json", "inputs.json", "train", "evaluate"}
+    assert {path.name for path in own.iterdir()} == {"hardware.json", "inputs.json", "train", "evaluate", "sustain"}
     (made,) = runs()
     assert made.info.status == "FINISHED" and "restored" not in made.data.tags
+    assert {"test/accuracy", "speed/sustained_images_per_second"} <= set(made.data.metrics)
     assert made.data.tags["record"] == files.read_json(own / "train" / "record.json")["id"]
     assert made.info.run_id[:8] in (tmp_path / "reports" / "compare.md").read_text(encoding="utf-8")

@@ -215,6 +215,19 @@ def test_an_epoch_is_logged_under_its_number_and_a_sample_under_its_own():
     }
 
 
+def test_a_series_is_logged_by_steps_counted_from_one(batches):
+    handle = tracking.start(record_of())
+    tracking.log_series(handle, "sustained/images_per_second", [7.5, 8, 7.25], AT)
+    course = client().get_metric_history(handle.run_id, "sustained/images_per_second")
+    assert [(m.value, m.step, m.timestamp) for m in course] == [(7.5, 1, AT), (8.0, 2, AT), (7.25, 3, AT)]
+    del batches[:]
+    tracking.log_series(handle, "long", [index / 4 for index in range(1001)], AT)
+    assert batches == [(1000, 0, 0), (1, 0, 0)]
+    assert [m.step for m in client().get_metric_history(handle.run_id, "long")] == list(range(1, 1002))
+    tracking.log_series(handle, "nothing", [], AT)
+    assert len(batches) == 2 and "nothing" not in run_of(handle).data.metrics
+
+
 def test_tags_are_set_and_those_that_are_none_taken_away():
     handle = tracking.start(record_of())
     tracking.set_tags(handle, {"label": "desk", "restored": "yes"})

@@ -11,16 +11,43 @@ VIEW = "mlflow.sharedViewState.trainmark"
 LOGGED = {  # the metrics of a run, besides system/*
     "best/epoch",
     "best/val_accuracy",
+    "ceiling/matmul_tflops",
+    "ceiling/memory_gb_per_second",
+    "ceiling/synthetic_images_per_second",
+    "efficiency/model_flops_utilisation",
+    "efficiency/vs_synthetic",
+    "energy/idle_watts",
+    "energy/images_per_joule",
+    "energy/joules",
+    "energy/sustained_images_per_joule",
+    "memory/current_mib",
+    "memory/driver_mib",
+    "memory/largest_batch_size",
     "memory/peak_mib",
+    "memory/peak_reserved_mib",
+    "memory/peak_share",
     "speed/feature_images_per_second",
+    "speed/sustained_images_per_second",
+    "speed/sustained_last_to_first",
     "speed/test_images_per_second",
     "speed/train_images_per_second",
+    "sustained/images_per_second",
     "test/accuracy",
     "test/loss",
+    "time/ceilings_seconds",
+    "time/checkpoint_seconds",
     "time/data_seconds",
+    "time/inspect_seconds",
+    "time/logging_seconds",
     "time/setup_seconds",
+    "time/startup_seconds",
+    "time/step_p50_seconds",
+    "time/step_p90_seconds",
+    "time/step_p99_seconds",
+    "time/sustain_seconds",
     "time/total_seconds",
     "time/train_seconds",
+    "time/unaccounted_seconds",
     "time/val_seconds",
     "train/accuracy",
     "train/loss",
@@ -78,6 +105,7 @@ def test_the_table_opens_on_what_makes_machines_comparable_best_first(state):
     shown = {column.split(".", 1)[1].strip("`") for column in state["selectedColumns"]}
     assert {"hardware", "recipe", "precision", "workload", "fallback", "label"} <= shown
     assert {"speed/train_images_per_second", "time/total_seconds", "test/accuracy"} <= shown
+    assert {"speed/sustained_images_per_second", "limited_by"} <= shown
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`test/accuracy`", False)
     assert state["columnOrder"][-len(shown) :] == state["selectedColumns"]
     assert set(state["columnWidths"]) == set(state["columnOrder"])
@@ -90,7 +118,7 @@ def test_every_chart_has_its_place_and_other_metrics_are_folded(state):
     folded = {section["name"] for section in sections if not section["display"]}
     assert folded == {metric.split("/")[0] for metric in LOGGED} | {"System metrics"}
     lines = {chart["metricKey"] for chart in charts if chart["type"] == "LINE"}
-    assert lines == {"train/loss", "val/loss", "train/accuracy", "val/accuracy"}
+    assert lines == {"train/loss", "val/loss", "train/accuracy", "val/accuracy", "sustained/images_per_second"}
     assert all(chart["lineSmoothness"] == 0 for chart in charts if chart["type"] == "LINE")
 
 

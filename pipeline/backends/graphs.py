@@ -73,6 +73,6 @@ class Captured:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # cudaErrorStreamCapture...
-                self._note(str(error).strip().splitlines()[0])
+                self._note((str(error).strip() or type(error).__name__).splitlines()[0])
                 self._replays[shapes] = self._function
         return self._replays[shapes](*tensors)

@@ -1,0 +1,122 @@
+"""Whether a faster number format costs accuracy: every precision of the device against fp32, over seeds.
+
+python -m benchmarks.precision [--whole] [--recipes finetune,linear-probe] [--seeds N] [-S key=value ...]; the settings
+are the pipeline's. Without --whole the job is small and made. Each seed gives the head's first weights (and a random
+network's) and the order of the images; all precisions take it in turns, by `bare.train`, and what is held out for
+validation stays the same.
+
+Printed are the last epoch's validation accuracy, mean and range over the seeds, and how far its mean is from fp32's
+with a 95% interval (Welch's t). It ends with status 1 where a precision is farther from fp32 than 0.5 points and the
+interval excludes 0.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import bare, results
+from pipeline import backends
+from pipeline.conditions import two_sided_p
+
+SMALL = (
+    "weights=random", "data.source=synthetic", "data.limit=60", "batch_size=60", "image_size=32", "epochs=3",
+    "warmup_epochs=0",
+)  # fmt: skip
+
+
+def t_quantile(degrees: float, confidence: float = 0.95) -> float:
+    """The t that Student's t with these degrees of freedom stays within, on both sides, so often."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        beyond = two_sided_p(middle, degrees)  # type: ignore[arg-type]  # whole degrees or not, the function is one
+        low, high = (middle, high) if beyond > 1 - confidence else (low, middle)
+    return high
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean of `values` less that of `others`, and half the width of its 95% interval, by Welch's t with Satterthwaite's
+    degrees of freedom. Needs two of each."""
+    found = statistics.fmean(values) - statistics.fmean(others)
+    parts = [(statistics.variance(some) / len(some), len(some) - 1) for some in (values, others)]
+    squared = sum(part for part, _ in parts)
+    if squared == 0:
+        return found, 0.0
+    degrees = squared**2 / sum(part**2 / own for part, own in parts)
+    return found, t_quantile(degrees) * math.sqrt(squared)
+
+
+def compared(name: str, arguments: Any) -> dict[str, Any]:
+    """All precisions of one recipe over the seeds, by precision."""
+    overrides = [*(() if arguments.whole else SMALL), *arguments.overrides, f"recipe={name}"]
+    settings = results.settings_of(overrides)
+    splits = bare.splits_of(settings)
+    precisions = backends.select(settings.device).precisions
+    accuracies: dict[str, list[float]] = {precision: [] for precision in precisions}
+    seconds: dict[str, list[float]] = {precision: [] for precision in precisions}
+    for turn in range(arguments.seeds):
+        for precision in precisions:
+            settings = results.settings_of([*overrides, f"precision={precision}"])
+            settings = dataclasses.replace(settings, seed=settings.seed + turn)
+            trained = bare.train(settings, splits)
+            accuracies[precision].append(trained["epochs"][-1]["val/accuracy"])
+            seconds[precision].append(trained["seconds"])
+            said = f"{accuracies[precision][-1]:.2%} in {seconds[precision][-1]:.2f} s"
+            print(f"{name} seed {settings.seed} {precision}: {said}", flush=True)
+    found: dict[str, Any] = {}
+    for precision in precisions:
+        apart, half = difference(accuracies[precision], accuracies["fp32"])
+        found[precision] = {
+            "accuracy": results.ratios(accuracies[precision]),
+            "mean accuracy": statistics.fmean(accuracies[precision]),
+            "minus fp32": apart,
+            "half of its 95% interval": half,
+            "fp32 seconds / its": results.ratios(
+                [a / b for a, b in zip(seconds["fp32"], seconds[precision], strict=True)]
+            ),
+            "differs": differs(apart, half),
+        }
+    return {
+        "epochs": settings.work.epochs,
+        "images": {split: len(images) for split, images in splits.items()},
+        "precisions": found,
+    }
+
+
+def differs(apart: float, half: float) -> bool:
+    """Whether accuracies are farther apart than is allowed, and beyond noise."""
+    return abs(apart) > results.ACCURACIES_WITHIN and abs(apart) > half
+
+
+def main(words: Sequence[str]) -> None:
+    """Compares the recipes, and prints and writes a table."""
+    parser = results.parser(__doc__, "--seeds")
+    parser.add_argument("--recipes", default="finetune,linear-probe", help="which, comma between them (both)")
+    parser.add_argument("--whole", action="store_true", help="the recipes as params.yaml has them, on its data")
+    arguments = parser.parse_args(words)
+    if arguments.seeds < 2:
+        parser.error("--seeds: one tells nothing of noise: expected at least 2")
+    conditions = results.conditions_of(results.settings_of(arguments.overrides), arguments.overrides)
+    found = {name: compared(name, arguments) for name in arguments.recipes.split(",")}
+    print(
+        f"{'recipe':13} {'precision':10} {'accuracy':>9}  {'range':17} {'minus fp32, points':22} {'times as fast':>13}"
+    )
+    for name, result in found.items():
+        for precision, each in result["precisions"].items():
+            accuracy = each["accuracy"]
+            spread = f"{accuracy['min']:.2%} to {accuracy['max']:.2%}"
+            apart = f"{100 * each['minus fp32']:+.2f} ± {100 * each['half of its 95% interval']:.2f}"
+            apart = "" if precision == "fp32" else apart + (" DIFFERS" if each["differs"] else "")
+            speed = each["fp32 seconds / its"]["median"]
+            print(f"{name:13} {precision:10} {each['mean accuracy']:>9.2%}  {spread:17} {apart:22} {speed:>13.2f}")
+    results.write("precision", conditions, {"seeds": arguments.seeds, "recipes": found})
+    wrong = [f"{name} {key}" for name, r in found.items() for key, each in r["precisions"].items() if each["differs"]]
+    if wrong:
+        sys.exit(f"accuracies differ from fp32's by more than 0.5 points, beyond noise: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,123 @@
+"""What the benchmarks say of their figures: ratios, intervals, JSON without names, no speed without parity."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bare, blog_baseline, precision, results
+from pipeline import config
+
+TINY = (
+    "-S", "model=test_resnet.r160_in1k", "-S", "image_size=32", "-S", "data.limit=10", "-S", "batch_size=50",
+    "-S", "epochs=2", "-S", "device=cpu", "-S", "threads=1", "--workers", "0",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bench(tmp_path, monkeypatch):
+    """Results of the test's own; the number of threads does not last."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "bench")
+    yield tmp_path / "bench"
+    torch.set_num_threads(before)
+
+
+def test_ratios_have_their_spread():
+    found = results.ratios([3.0, 1.0, 2.5])
+    assert found == {"median": 2.5, "min": 1.0, "max": 3.0, "n": 3, "values": [3.0, 1.0, 2.5]}
+
+
+def test_what_is_written_has_its_conditions_and_no_name_or_path(bench, pictures):
+    overrides = [f"data.path={pictures}", f'weights="{pictures}/own.safetensors"', "device=cpu", "recipe=blog"]
+    path = results.write("one", results.conditions_of(config.load(overrides), overrides), {"a": results.ratios([1.0])})
+    written = json.loads(path.read_text())
+    assert path == bench / "one.json"
+    assert written["conditions"]["torch"] == torch.__version__
+    assert written["conditions"]["settings"][:2] == ["data.path=pictures", "weights=own.safetensors"]
+    assert {"date", "hardware", "threads", "device"} <= written["conditions"].keys()
+    assert written["result"]["a"]["n"] == 1
+    for private in (str(pictures.parent), str(config.ROOT), str(Path.home()) + "/", platform.node()):
+        assert private not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "expected"),
+    [
+        (([2.0], [2.03]), None, None),
+        (([2.0], [2.05]), None, "losses disagree"),
+        (([2.0], [float("nan")]), None, "losses disagree"),
+        (([2.0, 2.2], [2.2, 2.0]), None, None),
+        (([2.0], [2.0]), ([0.800], [0.805]), None),
+        (([2.0], [2.0]), ([0.800], [0.794]), "accuracies disagree"),
+        (([2.0], [2.0]), ([0.800, 0.800], [0.810, 0.792]), None),
+    ],
+)
+def test_parity(losses, accuracies, expected):
+    said = results.disagreement(losses, accuracies)
+    assert (said is None) if expected is None else (expected in said)
+
+
+def test_accuracies_are_judged_where_they_tell_something():
+    assert results.judges(config.load(["recipe=blog", "batch_size=100"]), 2000)
+    assert not results.judges(config.load(["recipe=blog"]), 1999)
+    assert not results.judges(config.load(["recipe=blog", "lr=1.0e-5"]), 2000)
+
+
+def test_t_is_that_of_the_tables():
+    # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
+    assert [round(precision.t_quantile(degrees), 3) for degrees in (1, 4, 30)] == [12.706, 2.776, 2.042]
+
+
+def test_a_difference_beyond_noise_is_told_from_one_within_it():
+    apart, half = precision.difference([0.80, 0.81, 0.82], [0.80, 0.81, 0.82])
+    assert apart == 0
+    assert half == pytest.approx(precision.t_quantile(4) * 0.01 * (2 / 3) ** 0.5)
+    assert precision.difference([0.8, 0.8], [0.7, 0.7]) == (pytest.approx(0.1), 0.0)
+    assert precision.differs(0.006, 0.001)
+    assert not precision.differs(0.006, 0.007)
+    assert not precision.differs(0.004, 0.001)
+
+
+def test_the_baseline_does_the_same_work_and_is_written(bench, capsys):
+    blog_baseline.main(["--rounds", "1", "--recipes", "blog,linear-probe", "--accuracy", *TINY])
+    found = json.loads((bench / "blog_baseline.json").read_text())["result"]["recipes"]
+    said = capsys.readouterr().out
+    assert found.keys() == {"blog", "linear-probe"}
+    for name, result in found.items():
+        assert f"{name:13} baseline / ours, 2 epochs" in said
+        assert result["baseline / ours"]["n"] == 1
+        assert result["baseline epochs measured"] == 2
+        assert result["accuracy judged"] is False  # a rate of its own, so small that accuracies are chance
+    assert found["blog"]["images"] == {"train": 100, "test": 100}
+
+
+def test_fewer_images_for_the_baseline_are_scaled(bench):
+    blog_baseline.main(["--rounds", "1", "--recipes", "linear-probe", "--baseline-limit", "50", *TINY])
+    (result,) = json.loads((bench / "blog_baseline.json").read_text())["result"]["recipes"].values()
+    assert result["images"] == {"train": 90, "validation": 10}
+    assert result["baseline images"] == {"train": 50, "validation": 6}
+    ((first,),) = result["baseline seconds by epoch"]
+    assert result["baseline seconds"] == [pytest.approx(2 * first * 90 / 50)]
+
+
+def test_no_speed_without_parity(bench, monkeypatch, capsys):
+    trained = {"epochs": [{"train/loss": 2.2, "val/accuracy": 0.1}], "seconds": 1.0, "setup": 1.0}
+    trained |= {"speed": 1.0, "fixed_speed": 1.0, "how": {"features": "cache"}}
+    monkeypatch.setattr(bare, "train", lambda *_, **__: trained)
+    rows = [{"seconds": 2.0, "loss": 2.3, "accuracy": 0.1}]
+    monkeypatch.setattr(blog_baseline, "baseline", lambda *_, **__: rows)
+    with pytest.raises(SystemExit) as ended:
+        blog_baseline.main(["--rounds", "1", "--recipes", "linear-probe", *TINY])
+    assert "linear-probe: the first epoch's losses disagree" in ended.value.code  # a text: status 1
+    assert "baseline / ours" not in capsys.readouterr().out
+    assert not bench.exists()
+
+
+def test_a_wrong_setting_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        blog_baseline.main(["-S", "epochs=none"])
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
