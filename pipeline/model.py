@@ -23,9 +23,6 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 IDENTITY = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 """Mean and std that leave images as they are."""
 
-IDENTITY = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""Mean and std that leave images as they are."""
-
 Head = nn.Module
 
 

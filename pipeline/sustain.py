@@ -75,7 +75,9 @@ def _measured(recipe: config.Recipe, settings: config.Settings, backend: backend
             "sustained.taints": " ".join(taints) or None,
         },
         "series": [count / seconds for count, seconds in slices],
-        "warnings": [f"while one step was repeated, {sentence}" for sentence in taints.values()],
+        "warnings": [
+            f"while one step was repeated, {sentence.replace('epochs', 'slices')}" for sentence in taints.values()
+        ],
     }
 
 
