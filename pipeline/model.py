@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline import files
 from pipeline.config import Recipe, nearest
@@ -182,13 +182,33 @@ def folded(model: Classifier, images: Tensor) -> nn.Module:
     that where torch can't trace the model, or where it would change the features of `images` (B, 3, H, W)."""
     features = Features(model).eval()
     try:
-        fused = fuse(features)
+        fused = _fused(features)
     except Exception:  # tracing runs the model's own code on stand-ins, which may raise anything
         return features
     before, after = features(images), fused(images)
     # Far above what TF32 rounds away, far below what a layer left out would change.
     close = (after - before).abs().max() <= 1e-2 * before.abs().max()
     return fused if close else features
+
+
+def _fused(network: nn.Module) -> nn.Module:
+    """A traced copy of `network` in which each BatchNorm2d that alone follows a Conv2d is part of that."""
+    traced = torch.fx.symbolic_trace(network)
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(traced.get_submodule(node.target)) is not nn.BatchNorm2d:
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution = traced.get_submodule(before.target)
+        if type(convolution) is nn.Conv2d:
+            norm = cast(nn.BatchNorm2d, traced.get_submodule(node.target))
+            traced.add_submodule(before.target, fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
 
 
 class Features(nn.Module):
