@@ -65,14 +65,16 @@ def _measured(recipe: config.Recipe, settings: config.Settings, backend: backend
         before, conditions.sample(backend.gpu_uuid()), [seconds / count for count, seconds in slices]
     )
     figures = speeds(slices)
+    source = None
     if begun and ended and ended[1] > begun[1]:
-        joules = ended[1] - begun[1]
+        source, joules = begun[0], ended[1] - begun[1]
         figures["energy/sustained_images_per_joule"] = sum(count for count, _ in slices) / joules
     return {
         "metrics": figures,
         "tags": {
             "sustained.workload": config.sustained_workload(recipe, settings.sustain_seconds),
             "sustained.taints": " ".join(taints) or None,
+            "sustained.energy_source": source,
         },
         "series": [count / seconds for count, seconds in slices],
         "warnings": [f"while one step was repeated, {sentence}" for sentence in taints.values()],
