@@ -92,7 +92,7 @@ def _parity(me: Side, it: Side) -> tuple[stats.Contrast | None, str, str]:
         low, high = sorted(abs(100 * bound) for bound in (apart.low, apart.high))
         return apart, f"{differ}, {low:.1f} to {high:.1f} points", ""
     within = max(-apart.low, apart.high)
-    return apart, "", "same accuracy" + (f" to {100 * within:.1f} points" if within > PARITY else "")
+    return apart, "", "same accuracy" + (f" to within {100 * within:.1f} points" if within > PARITY else "")
 
 
 def _as_fast(me: Side, it: Side, *times: float) -> str:
@@ -100,7 +100,7 @@ def _as_fast(me: Side, it: Side, *times: float) -> str:
     ratio, or an interval's ends, both above 1 or both below it."""
     faster = times[0] >= 1
     ends = times if faster else [1 / each if each else math.inf for each in reversed(times)]
-    shown = " to ".join(factors(*ends, ratio=True)) if len(ends) == 2 else factor(ends[0])
+    shown = " to ".join(dict.fromkeys(factors(*ends, ratio=True) if len(ends) == 2 else [factor(ends[0])]))
     return f"{me.name} {'is' if faster else 'takes'} {shown} times as {'fast' if faster else 'long'} as {it.name}"
 
 

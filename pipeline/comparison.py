@@ -256,13 +256,13 @@ def _section(context: Context, kind: Kind, workload: str, runs: Sequence[Run]) -
         title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
         target = _target(context, [group for chosen, _ in choices for group in chosen])
     tables = [_table(context, kind, groups, chosen, settings, target) for chosen, settings in choices]
-    return Section(kind.name, workload, title, target, tables)
+    return Section(kind.name, clean(workload), title, target, tables)
 
 
 def _groups(context: Context, kind: Kind, runs: Sequence[Run]) -> list[Group]:
     found: dict[tuple[Place, tuple[str, ...], bool], list[Run]] = {}
     for run in runs:
-        settings = tuple(run["params"].get(f"train.{key}", "") for key in kind.settings)
+        settings = tuple(clean(run["params"].get(f"train.{key}", "")) for key in kind.settings)
         barred = bool(_taints(kind, run)) and not context.settings.tainted
         found.setdefault((_place(run), settings, barred), []).append(run)
     groups = []

@@ -331,7 +331,7 @@ def _price(tree: Any, where: str) -> Price:
     for key, value in tree.items():
         if key not in fields:
             close = nearest(key, list(fields))
-            raise _unknown(f"{where}.{key}", close and f"{where}.{close}", list(fields))
+            raise _unknown(f"{where}.{key}", close, list(fields))
         check: Check = fields[key].metadata["check"]
         try:
             values[key] = check.read(value)

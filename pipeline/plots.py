@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from pipeline.files import written_aside
 
@@ -233,7 +233,7 @@ class Curve:
 def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
     """Draws a bar from 0 for each machine, under its name, in the order given, with its interval."""
     figure, axes = _chart(rows, title, unit)
-    values = [value for row in rows for value in (row.value, _within(row.high, row.value)) if value is not None]
+    values = [_within(row.high, row.value) for row in rows if row.value is not None]
     axes.set_xlim(0, 1.05 * max(values, default=1))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
@@ -250,17 +250,12 @@ def ratios(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
     for row in rows:
         if row.value is not None:
             values += [row.value, _within(row.low, row.value), _within(row.high, row.value)]
-    low, high = min(values), max(values)
-    margin = max((high / low) ** 0.06, 1.01)
+    margin = max((max(values) / min(values)) ** 0.06, 1.01)
+    low, high = min(values) / margin, max(values) * margin
     axes.set_xscale("log")
-    axes.set_xlim(low / margin, high * margin)
-    ticks = LogLocator(subs=(1, 2, 5)) if high / low > 4 else MaxNLocator(5)
-    apart = math.log(high / low * margin**2) / 12  # else their numbers would touch
-    beside = [
-        tick for tick in ticks.tick_values(low / margin, high * margin) if tick > 0 and abs(math.log(tick)) > apart
-    ]
-    axes.xaxis.set_major_locator(FixedLocator([1, *beside[:: -(-len(beside) // 7)]]))
+    axes.set_xlim(low, high)
     axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(FixedLocator(_ratio_ticks(low, high)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.axvline(1, color="black", linewidth=1)
@@ -370,9 +365,21 @@ def _bars(axes: Axes, rows: Sequence[Bar], start: float) -> None:
             axes.errorbar([row.value], [place + 0.12], xerr=ends, fmt="none", **line)
 
 
-def _within(bound: float | None, value: float | None) -> float:
+def _ratio_ticks(low: float, high: float) -> list[float]:
+    """1, and on a logarithmic axis from `low` to `high` a few others that stay apart from it."""
+    decades = math.log10(high / low)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    if decades < 0.6:
+        ticks = list(MaxNLocator(4).tick_values(low, high))
+    elif decades < 2:
+        ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    else:
+        ticks = [10.0**power for power in powers if power % math.ceil(decades / 5) == 0]
+    return [1.0, *(tick for tick in ticks if low <= tick <= high and abs(math.log10(tick)) > decades / 8)]
+
+
+def _within(bound: float | None, value: float) -> float:
     """An interval's end as far as it decides what the axis shows: one of two runs may be a thousand times as wide."""
-    assert value is not None
     return value if bound is None else min(max(bound, value / 4), value * 4)
 
 
