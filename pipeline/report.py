@@ -97,6 +97,8 @@ def columns(section: Section, table: Table) -> list[Column]:
         "torch": lambda row: Cell(row.torch if _torch(table) is None else ""),
         "run": lambda row: Cell(row.shown["id"][:8]),
     }
+    if len(table.rows) == 1:  # nothing to compare
+        own = {heading: cell for heading, cell in own.items() if heading not in ("speed-up", "finds")}
     found = [(heading, [cell(row) for row in table.rows]) for heading, cell in own.items()]
     return [(heading, cells) for heading, cells in found if any(cell.text for cell in cells)]
 
@@ -173,8 +175,9 @@ def _accuracy(row: Row) -> Cell:
     if images is None:
         return Cell()
     value, low, high, _ = row.figures[images]
-    said = [] if low is None or high is None else [f"{100 * max(low, 0):.2f}–{100 * min(high, 1):.2f}"]
-    return Cell(f"{value:.2%}", ", ".join(said + ["validation"] * (images == "best_accuracy")))
+    ends = [] if low is None or high is None else [f"{100 * end:.2f}" for end in (max(low, 0), min(high, 1))]
+    said = ["–".join(ends)] * (len(set(ends)) == 2) + ["validation"] * (images == "best_accuracy")
+    return Cell(f"{value:.2%}", ", ".join(said))
 
 
 def _costs(row: Row, number: Callable[[float], str], per: str) -> Cell:
