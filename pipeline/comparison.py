@@ -84,7 +84,7 @@ STEP = Kind(
     where="at this step",
 )
 ACCURACIES = ("test_accuracy", "best_accuracy")
-"""Figures that may be 0, and of which means are taken: their noise is not relative."""
+"""Figures from 0 to 1, of which means are taken: their noise is not relative."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +249,10 @@ def _section(context: Context, kind: Kind, workload: str, runs: Sequence[Run]) -
     groups = _groups(context, kind, runs)
     choices = _choices(kind, groups)
     if kind is STEP:
-        # The last step of the slowest machine takes it furthest beyond what was asked for.
-        seconds = min(_metric(run, "time/sustain_seconds") or math.inf for run in runs)
-        title, target = f"{config.SUSTAINED}'s step, repeated for {seconds:.0f} s", None
+        # What was asked for: the fastest machine's last step goes the least beyond it.
+        lasting = [seconds for run in runs if (seconds := _metric(run, "time/sustain_seconds"))]
+        title = f"{config.SUSTAINED}'s step, repeated" + (f" for {min(lasting):.0f} s" if lasting else "")
+        target = None
     else:
         tags = runs[0]["tags"]
         title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
@@ -269,7 +270,7 @@ def _groups(context: Context, kind: Kind, runs: Sequence[Run]) -> list[Group]:
     groups = []
     for (place, settings, barred), alike in found.items():
         values = {
-            figure: [value for run in alike if (value := _metric(run, metric, zero=figure in ACCURACIES)) is not None]
+            figure: [value for run in alike if (value := _metric(run, metric, share=figure in ACCURACIES)) is not None]
             for figure, metric in kind.figures.items()
         }
         named = dict(zip(kind.settings, settings, strict=True))
@@ -415,14 +416,18 @@ def _place(run: Run) -> Place:
     return clean(tags.get("machine") or tags.get("hardware", "?")), clean(tags.get("device", "?"))
 
 
-def _metric(run: Run, key: str, *, zero: bool = False) -> float | None:
-    """A metric that can be a measurement: positive, or 0 where that makes sense; else None."""
+def _metric(run: Run, key: str, *, share: bool = False) -> float | None:
+    """A metric that can be a measurement, positive or a share from 0 to 1; else None."""
     value = run["metrics"].get(key)
-    return value if value is not None and _is_measured(value, zero=zero) else None
+    return value if value is not None and (_is_share(value) if share else _is_measured(value)) else None
 
 
-def _is_measured(value: float, *, zero: bool = False) -> bool:
-    return math.isfinite(value) and value < LARGEST and (value > 0 or (zero and value == 0))
+def _is_measured(value: float) -> bool:
+    return math.isfinite(value) and 0 < value < LARGEST
+
+
+def _is_share(value: float) -> bool:
+    return math.isfinite(value) and 0 <= value <= 1
 
 
 def _taints(kind: Kind, run: Run) -> list[str]:
@@ -452,13 +457,13 @@ def _timeline(context: Context, run: Run) -> list[tuple[float, float]]:
     epoch ends with `time/total_seconds`, which has in it what came before the first."""
     accuracy, training, validation = (context.courses(run["run_id"])[key] for key in COURSES)
     total = _metric(run, WORK.figures[WORK.key])
-    epochs = list(zip(training, validation, strict=False))
     if total is None or not accuracy or not len(accuracy) == len(training) == len(validation):
         return []
-    if not all(_is_measured(value, zero=True) for value in (*accuracy, *training, *validation)):
+    lasting = [sum(epoch) for epoch in zip(training, validation, strict=True)]
+    ends = [total - math.fsum(lasting[done:]) for done in range(1, len(lasting) + 1)]
+    if not (all(map(_is_share, accuracy)) and all(map(_is_measured, ends)) and ends == sorted(ends)):
         return []
-    left = [math.fsum(sum(epoch) for epoch in epochs[done:]) for done in range(1, len(epochs) + 1)]
-    return [(total - rest, value) for rest, value in zip(left, accuracy, strict=True)]
+    return list(zip(ends, accuracy, strict=True))
 
 
 def _target(context: Context, groups: Sequence[Group]) -> float | None:
@@ -493,11 +498,11 @@ def _row(context: Context, kind: Kind, group: Group, target: float | None) -> Ro
             figures_to, reached = _to_target(context, group, target)
             figures |= figures_to
     sources = {
-        run["tags"].get(kind.energy_source, "?")
+        run["tags"].get(kind.energy_source, "")
         for run in group.runs
         if kind.figures["images_per_joule"] in run["metrics"]
     }
-    if len(sources) > 1:  # not of the same thing
+    if len(sources) > 1 or "" in sources:  # not of the same thing, or who knows of what
         figures.pop("images_per_joule", None)
     price = context.prices.get(tags.get("hardware", ""))
     return Row(
@@ -536,7 +541,7 @@ def _by_epoch(context: Context, group: Group) -> dict[str, list[float]]:
         found["epoch_seconds"].append(median(seconds))
         speed = _metric(run, "speed/train_images_per_second")
         if speed is not None:  # of the last epoch; every epoch has the same images
-            found["images_per_second"].append(speed * seconds[-1] / median(seconds))
+            found["images_per_second"].append(speed * (seconds[-1] / median(seconds)))
     return {key: values for key, values in found.items() if values}
 
 

@@ -117,7 +117,7 @@ def _table_parts(section: Section, table: Table, drawn: Mapping[str, str]) -> li
         verdicts if few else "",
         '<p class="hint">The table is wider than the screen: push it sideways.</p>',
         _html_table(report.columns(section, table), table.rows),
-        _paragraph(report.absent(table)) if table.absent else "",
+        *map(_paragraph, report.remarks(table)),
         _figures(table, drawn) if drawn else "",
         f'<p class="key">{_code(KEY)}</p>' if "speed-up" in drawn else "",
         "" if few else verdicts,

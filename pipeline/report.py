@@ -145,8 +145,8 @@ def _speedup(claim: Claim) -> Cell:
 
 
 def _finds(claim: Claim) -> Cell:
-    known = claim.speedup is not None and claim.speedup.detectable is not None
-    return Cell(percent(claim.speedup.detectable - 1)) if known else Cell()  # type: ignore[union-attr, operator]
+    detectable = claim.speedup.detectable if claim.speedup else None
+    return Cell() if detectable is None else Cell(percent(detectable - 1))
 
 
 def _to_target(row: Row) -> Cell:
@@ -203,7 +203,7 @@ def markdown(comparison: Comparison) -> str:
                 parts.append(f"### {table_title(table)}")
                 parts.append("\n".join(f"- {_plain(claim.sentence)}" for claim in verdicts(section, table)))
                 parts.append(_markdown_table(columns(section, table)))
-                parts += [absent(table)] if table.absent else []
+                parts += map(_plain, remarks(table))
     parts += _price_parts(comparison)
     if comparison.parts:
         parts += ["## How to read this", "\n".join(f"- {note}" for note in NOTES)]
@@ -244,9 +244,14 @@ def _torch(table: Table) -> str | None:
     return versions.pop() if len(versions) == 1 else None
 
 
-def absent(table: Table) -> str:
-    """Who isn't in it, and why."""
-    return f"Not in this table, for no run of theirs is at its settings: {', '.join(map(_plain, table.absent))}."
+def remarks(table: Table) -> list[str]:
+    """Who isn't in it, and why; why nothing is compared."""
+    said = []
+    if table.absent:
+        said.append(f"Not in this table, for no run of theirs is at its settings: {', '.join(table.absent)}.")
+    if table.reference is None and len(table.rows) > 1:
+        said.append("Nothing is compared here: no row is of the reference and may be claimed of.")
+    return said
 
 
 def verdicts(section: Section, table: Table) -> list[Claim]:

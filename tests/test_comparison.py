@@ -319,6 +319,21 @@ def test_what_is_no_measurement_is_left_out(wrong):
     json.dumps(report.as_json(store.compare()), allow_nan=False)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1, 1e200])
+def test_what_is_no_accuracy_is_left_out(wrong):
+    store = two().add(1, metrics={"test/accuracy": wrong})
+    assert row(store.compare(), "GPU A").figures["test_accuracy"].n == 3
+
+
+def test_numbers_of_any_size_make_a_report():
+    store = two()
+    for size in (1e-300, 1e299):
+        store.add(2, seconds=size, machine=f"{size}", metrics={"memory/peak_mib": size, "test/accuracy": 0.75})
+        store.sustained(3, speed=size, seconds=1 / size, machine=f"step {size}")
+    json.dumps(report.as_json(store.compare()), allow_nan=False)
+    report.markdown(store.compare())
+
+
 def test_the_run_that_is_shown_is_the_most_typical_one():
     found = Store().add(5, seconds=10.0).compare()
     only = row(found, "GPU A")
@@ -334,6 +349,17 @@ def test_energies_of_two_sources_are_no_figure():
     store.add(1, metrics=metrics, energy__source="meter")
     only = row(store.compare(), "GPU A")
     assert "images_per_joule" not in only.figures and only.energy_source == "meter and nvml"
+
+
+def test_an_energy_of_nobody_knows_what_is_no_figure():
+    store = Store().sustained(2)
+    for run in store.runs:
+        run["metrics"]["energy/sustained_images_per_joule"] = 5.0
+    assert "images_per_joule" not in row(store.compare(), "GPU A", kind="step").figures
+    for run in store.runs:
+        run["tags"]["sustained.energy_source"] = "nvml"
+    only = row(store.compare(), "GPU A", kind="step")
+    assert (only.figures["images_per_joule"].value, only.energy_source) == (5, "nvml")
 
 
 def test_energy_is_told_where_both_have_the_same_source():
@@ -394,6 +420,9 @@ def test_a_group_of_which_most_never_reached_it_has_no_time():
 def test_a_course_that_is_not_whole_is_not_guessed():
     store = Store().add(1)
     store.courses[store.runs[0]["run_id"]]["time/val_seconds"].pop()
+    found = store.compare()
+    assert row(found, "GPU A").course == [] and row(found, "GPU A").reached is None
+    store = Store().add(1, metrics={"time/total_seconds": 1.0})  # shorter than its epochs
     found = store.compare()
     assert row(found, "GPU A").course == [] and row(found, "GPU A").reached is None
     assert sections(found)[0].target is None

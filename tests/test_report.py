@@ -156,6 +156,13 @@ def test_machines_that_are_not_in_a_table_are_named():
     assert "Not in this table, for no run of theirs is at its settings: C." in report.markdown(found)
 
 
+def test_a_table_without_the_reference_says_so():
+    found = two().add(2, workload="w2", machine="c" * 12, hardware="C").compare(reference="C")
+    assert "Nothing is compared here: no row is of the reference" in report.markdown(found)
+    assert html(found).count("Nothing is compared here") == 1
+    assert "Nothing is compared here" not in report.markdown(two().compare())
+
+
 def test_a_price_that_no_run_has_is_named():
     assert "No run's hardware is called GPU B." in report.markdown(Store().add(1).compare(PRICES))
 
