@@ -111,6 +111,7 @@ def _now() -> dict[str, str]:
         "": vars(settings),
         "data.": vars(settings.data),
         "energy.": vars(settings.energy),
+        "compare.": vars(settings.compare),
         "tracking.": vars(settings.tracking),
         "recipes.NAME.": settings.work.resolved(),
     }

@@ -1,105 +1,58 @@
-"""Sets the runs of all machines side by side (reports/compare.md), and puts a cached run into an empty store."""
+"""Sets all machines side by side (reports/compare.md, .json, .html), and puts a cached run into an empty store."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from pipeline import config, files, publish, records, terminal, tracking
+from pipeline import comparison, config, files, page, plots, publish, records, report, terminal, tracking
 
-REPORT = config.ROOT / "reports" / "compare.md"
-COLUMNS = (
-    "hardware",
-    "label",
-    "precision",
-    "test accuracy",
-    "images/s",
-    "sustained",
-    "s/epoch",
-    "total s",
-    "peak MiB",
-    "taints",
-    "run",
-)
+REPORTS = config.ROOT / "reports"
 
 
-def run(settings: config.Settings, folder: Path) -> str:
-    """Writes the table of all finished runs to `reports/compare.md` and the terminal."""
+def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
+    """Writes the reports, logs them and their charts as a run of their own, and says what came out."""
     experiment_id = _in_store(settings, folder)
-    text = report(tracking.finished_runs())
-    files.write_text(REPORT, text)
-    terminal.say("\n" + text)
+    found = comparison.compare(
+        tracking.finished_runs(),
+        lambda run_id: tracking.history(run_id, comparison.COURSES),
+        tracking.run_link,
+        settings.compare,
+        config.prices(config.absolute(settings.compare.prices)),
+    )
+    drawn = [
+        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
+        for _, section, table in report.tables(found)
+    ]
+    files.write_text(REPORTS / "compare.md", report.markdown(found))
+    files.write_json(REPORTS / "compare.json", report.as_json(found))
+    files.write_text(REPORTS / "compare.html", page.html(found, drawn))
+    if any(drawn):
+        _log(settings.tracking.experiment, found, drawn)
+    terminal.say("\n" + report.on_terminal(found) + "\n")
+    terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
     terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + tracking.shown_uri() + ")")
     if experiment_id:
         terminal.say("         " + tracking.link(experiment_id))
-    return text
+    return found
 
 
-def report(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The runs of each workload in a table of its own, most accurate first; runs with a fallback apart.
-
-    Each run has `run_id`, `tags` and `metrics`, as `tracking.finished_runs` gives them.
-    """
-    # One training may stand in several experiments of a store; it is one run all the same.
-    once = {run["tags"].get(tracking.RECORD_TAG, run["run_id"]): run for run in runs}.values()
-    if not once:
-        return "No finished runs yet.\n"
-    parts = []
-    for real, title in ((True, "# Runs by work and hardware"), (False, "# DEMO: not the real thing")):
-        chosen = [run for run in once if ("fallback" not in run["tags"]) == real]
-        ordered = sorted(chosen, key=lambda run: (run["tags"]["workload"], -run["metrics"].get("test/accuracy", -1)))
-        tables = [_table(list(group)) for _, group in groupby(ordered, key=lambda run: run["tags"]["workload"])]
-        if tables:
-            parts += [title, *tables]
-    parts.append(
-        "Only runs of one workload are the same work. Each row is a single run: rows that differ by a few per cent "
-        "may be the same."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(runs: Sequence[Mapping[str, Any]]) -> str:
-    tags = runs[0]["tags"]
-    rows = [COLUMNS, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    fallback = f", fallback: {tags['fallback']}" if "fallback" in tags else ""
-    heading = (
-        f"## {tags['recipe']} on {tags['dataset']} (workload `{tags['workload']}`, {tags['weights']} weights{fallback})"
-    )
-    return heading + "\n\n" + "\n".join(lines)
-
-
-def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
-    """A cell a column; a figure that the run does not have is left empty."""
-    tags, metrics = run["tags"], run["metrics"]
-
-    def figure(key: str, form: str) -> str:
-        return format(metrics[key], form) if key in metrics else ""
-
-    speed = figure("speed/train_images_per_second", ",.0f")
-    features = figure("speed/feature_images_per_second", ",.0f")
-    return (
-        _cell(tags.get("hardware", "")),
-        _cell(tags.get("label", "")),
-        tags.get("precision", ""),
-        figure("test/accuracy", ".2%"),
-        speed or (f"{features} (features)" if features else ""),
-        figure("speed/sustained_images_per_second", ",.0f"),
-        figure("time/train_seconds", ".2f"),
-        figure("time/total_seconds", ".2f"),
-        figure("memory/peak_mib", ",.0f"),
-        _cell(tags.get("taints", "")),
-        run["run_id"][:8],
-    )
-
-
-def _cell(text: str) -> str:
-    """A text that can't end a table's cell."""
-    return " ".join(text.split()).replace("|", "/")
+def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[str, str]]) -> None:
+    """Puts the reports and the charts into the store's run for them, over those of the last time."""
+    handle = tracking.comparison(experiment)
+    if handle is None:
+        return
+    with tracking.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
+        artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
+        for (part, section, table), charts in zip(report.tables(found), drawn, strict=True):
+            kind = "best" if table.settings is None else "same-settings"
+            place = f"{'demo-' * part.demo}{section.kind}-{section.workload}/{kind}"
+            for name, svg in charts.items():
+                file = Path(folder) / place / f"{name}.svg"
+                files.write_text(file, svg)
+                artifacts[f"charts/{place}/{name}.svg"] = file
+        tracking.log_files(handle, artifacts)
+        tracking.set_tags(handle, {"mlflow.note.content": report.description(found)})
+        tracking.end(handle, "FINISHED")
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """params.yaml -> frozen, typed settings. The only reader of YAML."""
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import json
@@ -136,6 +137,12 @@ def _read_options(value: Any) -> dict[str, dict[str, Any]]:
     return value
 
 
+def _read_date(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return datetime.date.fromisoformat(value).isoformat()
+
+
 SWITCH = Check(_read_switch, "true | false")
 NULL = Check(_read_null, "null")
 OPTIONS = Check(_read_options, "names, each with its options: {sgd: {momentum: 0.9}}")
@@ -178,6 +185,29 @@ class Tracking:
     """Where the results go."""
 
     experiment: str = setting(TEXT, "name of the MLflow experiment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """How the report sets machines side by side."""
+
+    reference: str | None = setting(
+        either(NULL, Check(TEXT.read, "a text, in quotes where it looks like a number")),
+        "the machine that others are compared with: fingerprint, label or hardware; null: that with the most runs",
+    )
+    prices: str = setting(TEXT, "file of prices by hardware, where there is one")
+    tainted: bool = setting(SWITCH, "let tainted runs into claims")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What a machine costs, as a file of prices says it by hardware name: to buy, an hour, or both."""
+
+    buy: float | None = setting(real(0, open_low=True), "to buy")
+    per_hour: float | None = setting(real(0, open_low=True), "to rent for an hour")
+    currency: str = setting(matching("[A-Z]{3}", "a currency's three letters, such as EUR"), "of the price")
+    date: str = setting(Check(_read_date, "a date, such as 2026-11-01"), "when it was asked")
+    source: str = setting(TEXT, "who asked it: an address")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +272,7 @@ class Settings:
     largest_batch: bool = setting(SWITCH, "find the largest batch that fits finetune's step, on GPUs")
     data: Data
     energy: Energy
+    compare: Compare
     tracking: Tracking
     recipes: dict[str, Recipe]
 
@@ -279,6 +310,37 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
     if settings.sustain_seconds and SUSTAINED not in settings.recipes:
         raise _refusal("sustain_seconds", settings.sustain_seconds, Check(float, f"0 without recipes.{SUSTAINED}"))
     return settings
+
+
+def prices(path: Path) -> dict[str, Price] | None:
+    """The prices that a file holds, by hardware name as runs have it; None where there is no such file.
+
+    Raises UsageError, in one line, for anything that does not fit: a price with no currency, date or source, or of 0.
+    """
+    if not path.exists():
+        return None
+    tree = _tree(path, "prices by the names of hardware")
+    return {str(name): _price(price, f"{path.name}: {name}") for name, price in tree.items()}
+
+
+def _price(tree: Any, where: str) -> Price:
+    fields = _fields(Price)
+    if not isinstance(tree, dict) or not ("buy" in tree or "per_hour" in tree):
+        raise UsageError(f"{where}: expected buy or per_hour, with currency, date and source")
+    values: dict[str, Any] = {"buy": None, "per_hour": None}
+    for key, value in tree.items():
+        if key not in fields:
+            close = nearest(key, list(fields))
+            raise _unknown(f"{where}.{key}", close, list(fields))
+        check: Check = fields[key].metadata["check"]
+        try:
+            values[key] = check.read(value)
+        except ValueError:
+            raise _refusal(f"{where}.{key}", value, check) from None
+    for key in fields:
+        if key not in values:
+            raise UsageError(f"{where}.{key}: missing: expected {fields[key].metadata['check'].allowed}")
+    return Price(**values)
 
 
 def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
@@ -324,6 +386,7 @@ def describe() -> list[tuple[str, str, str]]:
         ("", Settings),
         ("data.", Data),
         ("energy.", Energy),
+        ("compare.", Compare),
         ("tracking.", Tracking),
         ("recipes.NAME.", Recipe),
     ):
@@ -411,7 +474,7 @@ def _parse(text: str, where: str) -> Any:
         raise UsageError(f"{where}{line}: not YAML: {problem}") from None
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def _tree(path: Path, expected: str = "a mapping of settings; restore it from git") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -421,7 +484,7 @@ def _tree(path: Path) -> dict[str, Any]:
     tree = _parse(text, path.name)
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"holds {type(tree).__name__}"
-        raise UsageError(f"{path.name} {what}: expected a mapping of settings; restore it from git")
+        raise UsageError(f"{path.name} {what}: expected {expected}")
     return tree
 
 

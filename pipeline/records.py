@@ -52,6 +52,7 @@ def effective(settings: config.Settings) -> dict[str, Any]:
         "largest_batch": settings.largest_batch,
         "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
         "energy": vars(settings.energy),
+        "compare": vars(settings.compare) | {"prices": config.shareable(settings.compare.prices)},
         "tracking": vars(settings.tracking),
         "recipes": {settings.recipe: work | {"weights": config.shareable(work["weights"])} | options},
     }

@@ -65,14 +65,17 @@ def _measured(recipe: config.Recipe, settings: config.Settings, backend: backend
         before, conditions.sample(backend.gpu_uuid()), [seconds / count for count, seconds in slices]
     )
     figures = speeds(slices)
+    source = None
     if begun and ended and ended[1] > begun[1]:
         images_done = recipe.batch_size + sum(count for count, _ in slices)  # with the step before the slices
+        source = begun[0]
         figures["energy/sustained_images_per_joule"] = images_done / (ended[1] - begun[1])
     return {
         "metrics": figures,
         "tags": {
             "sustained.workload": config.sustained_workload(recipe, settings.sustain_seconds),
             "sustained.taints": " ".join(taints) or None,
+            "sustained.energy_source": source,
         },
         "series": [count / seconds for count, seconds in slices],
         "warnings": [

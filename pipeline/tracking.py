@@ -6,6 +6,7 @@ and one put back from a cached record are written by the same functions.
 
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -36,6 +37,9 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else an
 
 RECORD_TAG = "record"
 """Tag with the id of the training's record: how a cached training finds its run again, in any store."""
+
+COMPARISON_TAG = "comparison"
+"""Tag of the one run of an experiment that holds charts of all others; no training, so it has no workload."""
 
 Figures = Mapping[str, float]
 
@@ -226,7 +230,8 @@ def ended_by_failure(handle: Handle) -> Iterator[None]:
 
 
 def finished_runs() -> list[dict[str, Any]]:
-    """All finished trainings of all experiments, newest first: `run_id`, `name`, `tags`, `metrics`, `params`."""
+    """All finished trainings of all experiments, newest first: `run_id`, `experiment_id`, `name`, `started`
+    (milliseconds since 1970), `tags`, `metrics`, `params`."""
     with _store_errors():
         client = _client()
         experiments = [e.experiment_id for e in client.search_experiments()]
@@ -246,13 +251,36 @@ def finished_runs() -> list[dict[str, Any]]:
     return [
         {
             "run_id": run.info.run_id,
+            "experiment_id": str(run.info.experiment_id),
             "name": run.info.run_name,
+            "started": run.info.start_time,
             "tags": dict(run.data.tags),
             "metrics": dict(run.data.metrics),
             "params": dict(run.data.params),
         }
         for run in runs
     ]
+
+
+def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:
+    """The course of metrics of one run by step; empty for a metric that it doesn't have."""
+    with _store_errors():
+        client = _client()
+        courses = {key: client.get_metric_history(run_id, key) for key in keys}
+    return {key: [metric.value for metric in sorted(course, key=_step)] for key, course in courses.items()}
+
+
+def comparison(experiment: str) -> Handle | None:
+    """The run that holds the comparison of all others, in `experiment`, under `mlflow run` in the one given; made where
+    it is missing. None where it was deleted: who deleted it does not want it back."""
+    with _store_errors():
+        client = _client()
+        given = os.environ.get("MLFLOW_RUN_ID")
+        where = str(client.get_run(given).info.experiment_id) if given else _experiment(client, experiment)
+        found = client.search_runs([where], f"tags.`{COMPARISON_TAG}` = 'true'", ViewType.ALL, 1)
+        run = found[0] if found else client.create_run(where, tags={COMPARISON_TAG: "true"}, run_name="comparison")
+    handle = Handle(client, run.info.run_id, where)
+    return None if is_deleted(handle) else handle
 
 
 class SystemMetrics:
@@ -333,6 +361,10 @@ def _dataset(name: str, digest: str, source: str, context: str, profile: str) ->
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
+def _step(metric: Metric) -> int:
+    return int(metric.step)
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
@@ -373,8 +405,17 @@ def _store_errors() -> Iterator[None]:
 
 def link(experiment_id: str, base: str | None = None) -> str:
     """Where the UI shows the experiment's runs side by side; `base` is the server's address."""
+    return views.link(base or _base(), experiment_id)
+
+
+def run_link(experiment_id: str, run_id: str) -> str:
+    """Where the UI shows one run; no name or password of the server's is in it, for reports are shared."""
+    return views.run_link(re.sub(r"//[^/@]*@", "//", _base()), experiment_id, run_id)
+
+
+def _base() -> str:
     uri = store_uri()
-    return views.link(base or (uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"), experiment_id)
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 def experiment_to_show(name: str) -> str | None:

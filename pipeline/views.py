@@ -112,6 +112,11 @@ def link(base: str, experiment_id: str) -> str:
     return f"{base.rstrip('/')}/#{_page(experiment_id)}"
 
 
+def run_link(base: str, experiment_id: str, run_id: str) -> str:
+    """Where the UI at `base` shows one run."""
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def charts_link(base: str, experiment_id: str) -> str:
     """Where the UI at `base` shows the charts of the same runs."""
     return f"{link(base, experiment_id)}{_CHARTS}"

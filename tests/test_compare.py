@@ -1,146 +1,69 @@
-"""The table of all machines: what is compared with what, and what is not known."""
+"""The stage: what it puts into the store, writes, logs and says, and what it refuses. The rules of comparing are tested
+in test_comparison, test_claims and test_report."""
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
+from conftest import fails
+from made import EPOCHS, Store, two
+from mlflow.entities import Metric, Param, RunTag
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, config, files, tracking
-
-WORK = {"recipe": "blog", "dataset": "cifar10", "weights": "pretrained", "precision": "fp32"}
-COLUMNS = [
-    "hardware",
-    "label",
-    "precision",
-    "test accuracy",
-    "images/s",
-    "sustained",
-    "s/epoch",
-    "total s",
-    "peak MiB",
-    "taints",
-    "run",
-]
-
-
-def run_of(run_id, accuracy=None, *, workload="w1", metrics=(), **tags):
-    figures = dict(metrics) | ({} if accuracy is None else {"test/accuracy": accuracy})
-    own = WORK | {"workload": workload, "hardware": "AMD EPYC"} | {key.replace("__", "."): v for key, v in tags.items()}
-    return {"run_id": run_id * 8, "name": "a name", "tags": own, "metrics": figures, "params": {}}
-
-
-def tables(text):
-    """For each heading of the report, the rows of its table as lists of cells, without the head."""
-    found = {}
-    for line in text.splitlines():
-        if line.startswith("## "):
-            heading = line[3:]
-            found[heading] = []
-        elif line.startswith("| "):
-            found[heading].append([cell.strip() for cell in line[1:-1].split("|")])
-    assert all(rows[0] == COLUMNS for rows in found.values())
-    return {heading: rows[1:] for heading, rows in found.items()}
-
-
-def ids(rows):
-    return [row[-1][0] for row in rows]
-
-
-# --- the report
-
-
-def test_no_run_is_said():
-    assert compare.report([]) == "No finished runs yet.\n"
-
-
-def test_a_row_shows_what_the_run_measured():
-    metrics = {
-        "speed/train_images_per_second": 20816.6, "speed/sustained_images_per_second": 19876.5,
-        "time/train_seconds": 2.402, "time/total_seconds": 5.744, "memory/peak_mib": 2462.4,
-    }  # fmt: skip
-    text = compare.report([run_of("a", 0.33875, metrics=metrics, label="desk", hardware="NVIDIA H100", taints="load")])
-    assert text.startswith("# Runs by work and hardware\n\n## ")
-    assert tables(text) == {
-        "blog on cifar10 (workload `w1`, pretrained weights)": [
-            ["NVIDIA H100", "desk", "fp32", "33.88%", "20,817", "19,876", "2.40", "5.74", "2,462", "load", "aaaaaaaa"]
-        ]
-    }
-    assert "DEMO" not in text
-
-
-def test_what_is_not_known_is_empty():
-    ((row,),) = tables(compare.report([run_of("a")])).values()
-    assert row == ["AMD EPYC", "", "fp32", *[""] * 7, "aaaaaaaa"]
-
-
-def test_a_speed_of_features_is_not_passed_off_as_one_of_training():
-    metrics = {"speed/feature_images_per_second": 3094.4, "time/train_seconds": 0.0}
-    ((row,),) = tables(compare.report([run_of("a", 0.0, metrics=metrics)])).values()
-    assert row[3:7] == ["0.00%", "3,094 (features)", "", "0.00"]
-
-
-def test_each_work_has_a_table_with_the_most_accurate_first():
-    several = [
-        run_of("a", 0.5), run_of("b", 0.9, workload="w2", recipe="finetune"), run_of("c"), run_of("d", 0.75),
-        run_of("e", 0.0), run_of("f", 0.95, workload="w2", recipe="finetune"),
-    ]  # fmt: skip
-    found = tables(compare.report(several))
-    assert [(heading.split(" on ")[0], ids(rows)) for heading, rows in found.items()] == [
-        ("blog", ["d", "a", "e", "c"]),
-        ("finetune", ["f", "b"]),
-    ]
-
-
-def test_runs_alike_keep_their_order_and_the_report_its_text():
-    several = [run_of(name, 0.5) for name in "cab"]
-    text = compare.report(several)
-    ((_, rows),) = tables(text).items()
-    assert ids(rows) == ["c", "a", "b"]  # as they came: newest first
-    assert compare.report(several) == text
-
-
-def test_a_demo_stands_apart():
-    several = [
-        run_of("a", 0.99, workload="w0", fallback="data weights"), run_of("b", 0.5), run_of("c", 0.1, fallback="device")
-    ]  # fmt: skip
-    text = compare.report(several)
-    real, demo = text.split("# DEMO: not the real thing\n")
-    assert [ids(rows) for rows in tables(real).values()] == [["b"]]
-    assert {heading: ids(rows) for heading, rows in tables(demo).items()} == {
-        "blog on cifar10 (workload `w0`, pretrained weights, fallback: data weights)": ["a"],
-        "blog on cifar10 (workload `w1`, pretrained weights, fallback: device)": ["c"],
-    }
-    alone = compare.report(several[:1])
-    assert alone.startswith("# DEMO") and "# Runs by work" not in alone
-
-
-def test_no_text_of_a_user_breaks_the_table():
-    ((row,),) = tables(compare.report([run_of("a", label="left | right\n| below", hardware="CPU  |x|")])).values()
-    assert row[:2] == ["CPU /x/", "left / right / below"] and len(row) == len(COLUMNS)
-
-
-def test_the_table_is_aligned():
-    text = compare.report([run_of("a", 1.0, label="a long label"), run_of("b", 0.5)])
-    lengths = {len(line) for line in text.splitlines() if line.startswith("|")}
-    assert len(lengths) == 1
-
-
-def test_a_training_in_two_experiments_is_one_run():
-    text = compare.report([run_of("a", 0.5, record="r1"), run_of("b", 0.5, record="r1"), run_of("c", 0.5, record="r2")])
-    ((_, rows),) = tables(text).items()
-    assert len(rows) == 2 and rows[-1][-1] == "cccccccc"
-
-
-# --- the stage
+from pipeline import compare, comparison, config, files, tracking
+from pipeline.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
-def report_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "REPORT", tmp_path / "reports" / "compare.md")
-    return tmp_path / "reports" / "compare.md"
+def reports(tmp_path, monkeypatch):
+    """The folder of the reports, not there yet."""
+    monkeypatch.setattr(compare, "REPORTS", tmp_path / "reports")
+    return tmp_path / "reports"
+
+
+def put(made, experiment="trainmark"):
+    """Made runs into the store, with their courses."""
+    known = client().get_experiment_by_name(experiment)
+    where = known.experiment_id if known else client().create_experiment(experiment)
+    for run in made.runs:
+        run_id = client().create_run(where, start_time=run["started"]).info.run_id
+        course = [
+            Metric(k, v, 1, step) for k, vs in made.courses[run["run_id"]].items() for step, v in enumerate(vs, 1)
+        ]
+        last = [Metric(key, value, 2, EPOCHS) for key, value in run["metrics"].items() if key not in comparison.COURSES]
+        client().log_batch(
+            run_id,
+            metrics=course + last,
+            params=[Param(key, value) for key, value in run["params"].items()],
+            tags=[RunTag(key, value) for key, value in run["tags"].items()],
+        )
+        client().set_terminated(run_id)
+
+
+def trainings():
+    return [run for run in runs() if "workload" in run.data.tags]
+
+
+def compared(tmp_path, *settings):
+    return compare.run(generated(*settings), tmp_path / "outputs")
+
+
+def verdicts(found):
+    return [
+        row.claim.sentence
+        for part in found.parts
+        for section in part.sections
+        for table in section.tables
+        for row in table.rows
+        if row.claim.sentence
+    ]
+
+
+# --- a cached run
 
 
 @pytest.fixture
@@ -149,36 +72,34 @@ def outputs(once, tmp_path, light):  # noqa: F811
     return shutil.copytree(once.outputs, tmp_path / "outputs")
 
 
-def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, report_file, capsys):
+def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, capsys):
     record = files.read_json(outputs / "train" / "record.json")
-    text = compare.run(generated(), outputs)
+    found = compare.run(generated(), outputs)
     (run,) = runs()
     assert run.info.status == "FINISHED" and run.data.tags["record"] == record["id"] and "restored" in run.data.tags
-    assert {"test/accuracy", "sustained/images_per_second"} <= set(run.data.metrics)
-    ((row,),) = tables(text).values()
-    assert row[COLUMNS.index("sustained")] == f"{run.data.metrics['speed/sustained_images_per_second']:,.0f}"
-    assert row[0] == record["tags"]["hardware"] and row[-1] == run.info.run_id[:8]
-    assert report_file.read_text(encoding="utf-8") == text
+    assert "test/accuracy" in run.data.metrics
+    assert found.runs == 1 and "One machine so far" in found.advice
+    text = (reports / "compare.md").read_text(encoding="utf-8")
+    assert record["tags"]["hardware"] in text and run.info.run_id[:8] in text
     said = capsys.readouterr().out
-    assert text in said and "make ui" in said and "nothing was trained" in said
+    assert found.advice in said and "make ui" in said and "nothing was trained" in said
     assert tracking.link(run.info.experiment_id) in said
 
-    assert compare.run(generated(), outputs) == text
+    assert compare.run(generated(), outputs) == found
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
 
 
 def test_the_same_run_goes_into_each_experiment_and_counts_once(outputs):
     compare.run(generated(), outputs)
-    text = compare.run(generated("tracking.experiment=another"), outputs)
+    found = compare.run(generated("tracking.experiment=another"), outputs)
     assert len(runs()) == 2 and len({run.info.experiment_id for run in runs()}) == 2
-    ((row,),) = tables(text).values()
-    assert row[-1] in {run.info.run_id[:8] for run in runs()}
+    assert found.runs == 1
 
 
 def test_a_run_that_was_deleted_does_not_come_back(outputs):
     compare.run(generated(), outputs)
     client().delete_run(runs()[0].info.run_id)
-    assert compare.run(generated(), outputs) == "No finished runs yet.\n"
+    assert "No finished runs yet" in compare.run(generated(), outputs).advice
     assert len(runs()) == 1
 
 
@@ -204,17 +125,152 @@ def test_a_demo_is_restored_among_demos(outputs):
     record = files.read_json(outputs / "train" / "record.json")
     demo = record | {"tags": record["tags"] | {"fallback": "data"}, "name": f"DEMO · {record['name']}"}
     files.write_json(outputs / "train" / "record.json", demo)
-    assert compare.run(generated(), outputs).startswith("# DEMO")
+    assert "every run is a DEMO" in compare.run(generated(), outputs).advice
     assert client().get_experiment(runs()[0].info.experiment_id).name == "trainmark-demo"
 
 
-def test_nothing_trained_is_nothing_restored(tmp_path, report_file, capsys):
-    assert compare.run(generated(), tmp_path / "outputs") == "No finished runs yet.\n"
-    assert report_file.read_text() == "No finished runs yet.\n"
-    assert runs() == [] and "/#/experiments/" not in capsys.readouterr().out
+# --- the reports
+
+
+def test_nothing_trained_is_nothing_restored(tmp_path, reports, capsys):
+    assert compared(tmp_path).runs == 0
+    assert "No finished runs yet" in (reports / "compare.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert runs() == [] and "/#/experiments/" not in said and "No finished runs yet: `dvc repro`" in said
+
+
+def test_two_machines_of_a_store_are_compared(tmp_path, reports, capsys):
+    put(two())
+    found = compared(tmp_path)
+    (sentence,) = verdicts(found)
+    assert sentence.startswith("GPU B is 1.9") and "as fast as GPU A on this work (n = 3 and 3, same" in sentence
+    said = capsys.readouterr().out
+    assert sentence in said and "reports/compare.html" in said
+    assert sentence in (reports / "compare.md").read_text(encoding="utf-8")
+    assert "<title>Machines compared" in (reports / "compare.html").read_text(encoding="utf-8")
+    told = json.loads((reports / "compare.json").read_text(encoding="utf-8"))
+    rows = told["parts"][0]["sections"][0]["tables"][0]["rows"]
+    (b,) = [row for row in rows if row["name"] == "GPU B"]
+    assert b["claim"]["sentence"] == sentence
+    assert b["figures"]["epoch_seconds"]["value"] == pytest.approx(5 / 8)
+    assert b["figures"]["seconds_to_target"]["value"] == pytest.approx(5.0)
+    ids = {run.info.run_id: run.info.experiment_id for run in trainings() if run.data.tags["hardware"] == "GPU B"}
+    assert {run["id"] for run in b["runs"]} == set(ids)
+    assert b["shown"]["link"] == tracking.run_link(ids[b["shown"]["id"]], b["shown"]["id"])
+
+
+def test_the_blogs_two_machines_stand_in_for_at_two_to_three(tmp_path):
+    put(Store().add(5, hardware="M1", seconds=12.0).add(5, hardware="GTX", machine="b" * 12, seconds=8.0))
+    (sentence,) = verdicts(compared(tmp_path, "compare.reference=M1"))
+    assert sentence.startswith("GTX is 1.4") and " to 1.5" in sentence
+    (sentence,) = verdicts(compared(tmp_path, "compare.reference=GTX"))
+    assert sentence.startswith("M1 takes 1.4") and " to 1.5" in sentence
+
+
+def test_a_reference_that_does_not_exist_is_refused_and_nothing_changes(tmp_path, reports):
+    put(two())
+    before = len(runs())
+    line = fails(UsageError, compared, tmp_path, "compare.reference=GPU C")
+    assert line.startswith(
+        'compare.reference: no run in this store is of "GPU C": expected null | a fingerprint | GPU A'
+    )
+    assert not reports.exists() and len(runs()) == before
+
+
+def test_tainted_runs_are_claimed_of_only_where_asked_for(tmp_path):
+    put(two(taints="load"))
+    assert "nothing is claimed" in verdicts(compared(tmp_path))[0]
+    assert "times as fast" in verdicts(compared(tmp_path, "compare.tainted=true"))[0]
+
+
+def test_prices_are_read_from_their_file(tmp_path, reports):
+    put(two())
+    path = tmp_path / "prices.yaml"
+    path.write_text("GPU A: {per_hour: 3.6, currency: EUR, date: 2000-01-01, source: https://example.org}\n")
+    compared(tmp_path, f"compare.prices={path}")
+    text = (reports / "compare.md").read_text(encoding="utf-8")
+    assert "0.010 EUR [rented]" in text or "0.01 EUR [rented]" in text
+    assert str(tmp_path) not in text
+    path.write_text("GPU A: {per_hour: 0, currency: EUR, date: 2000-01-01, source: https://example.org}\n")
+    line = fails(UsageError, compared, tmp_path, f"compare.prices={path}")
+    assert line == "prices.yaml: GPU A.per_hour: 0 is not allowed: expected a number above 0"
+
+
+def test_without_a_file_of_prices_there_are_none(tmp_path, reports):
+    put(two())
+    compared(tmp_path, f"compare.prices={tmp_path}/missing.yaml")
+    assert "Prices" not in (reports / "compare.md").read_text(encoding="utf-8")
+
+
+# --- the comparison's own run
+
+
+def comparisons():
+    return [run for run in runs() if tracking.COMPARISON_TAG in run.data.tags]
+
+
+def artifacts(run, path=None):
+    found = client().list_artifacts(run.info.run_id, path)
+    return {name for each in found for name in (artifacts(run, each.path) if each.is_dir else [each.path])}
+
+
+def test_the_charts_are_logged_as_one_run_that_is_no_training(tmp_path):
+    put(two())
+    compared(tmp_path)
+    (run,) = comparisons()
+    assert run.info.run_name == "comparison" and run.info.status == "FINISHED"
+    assert client().get_experiment(run.info.experiment_id).name == "trainmark"
+    assert artifacts(run) == {
+        "compare.html", "compare.md", "compare.json", *(
+            f"charts/work-w1/same-settings/{name}.svg" for name in ("speed-up", "accuracy", "memory")
+        )
+    }  # fmt: skip
+    assert "GPU B is 1.9" in run.data.tags["mlflow.note.content"]
+    assert len(tracking.finished_runs()) == 6
+
+    put(Store().add(2, machine="c" * 12, hardware="C"))
+    assert compared(tmp_path).runs == 8
+    (again,) = comparisons()
+    assert again.info.run_id == run.info.run_id and "C" in again.data.tags["mlflow.note.content"]
+
+
+def test_a_machine_alone_makes_no_comparison(tmp_path):
+    put(Store().sustained(3))
+    compared(tmp_path)
+    assert comparisons() == []
+
+
+def test_a_comparison_that_was_deleted_does_not_come_back(tmp_path, reports):
+    put(two())
+    compared(tmp_path)
+    client().delete_run(comparisons()[0].info.run_id)
+    compared(tmp_path)
+    assert len(comparisons()) == 1 and comparisons()[0].info.lifecycle_stage == "deleted"
+    assert (reports / "compare.html").exists()
+
+
+def test_under_mlflow_run_it_stands_in_the_experiment_given(tmp_path, monkeypatch):
+    put(two(), "another")
+    where = client().get_experiment_by_name("another").experiment_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", client().create_run(where).info.run_id)
+    compared(tmp_path)
+    assert comparisons()[0].info.experiment_id == where
+    assert client().get_experiment_by_name("trainmark") is None
+
+
+# --- without torch, and fast
 
 
 def test_it_does_without_torch():
     code = "import sys; from pipeline import compare; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_thousand_runs_take_seconds():
+    made = Store()
+    for number in range(100):
+        made.sustained(10, machine=f"{number:012}", hardware=f"GPU {number}", seconds=5.0 + number)
+    begun = time.monotonic()
+    assert made.compare().runs == 1000
+    assert time.monotonic() - begun < 20

@@ -45,6 +45,9 @@ REFUSED = {
     },
     "data.mirrors": {"[]": None, "https://a": '"https://a"', "[1]": None, "['']": '[""]'},
     "energy.source": {"1": None, "nvml": '"nvml"', "[meter]": '["meter"]', "null": None},
+    "compare.reference": {"123456": None, "[a]": '["a"]', "''": '""'},
+    "compare.prices": {"1": None, "null": None, "''": '""'},
+    "compare.tainted": {"yes": '"yes"', "1": None, "null": None},
     "tracking.experiment": {"1": None, "null": None, "''": '""'},
     "model": {"1": None, "[resnet18]": '["resnet18"]', "null": None},
     "weights": {"1": None, "weights.pt": '"weights.pt"', ".safetensors": '".safetensors"', "null": None},
@@ -586,3 +589,64 @@ def test_a_key_given_twice_is_refused(tmp_path):
 def test_an_unknown_home_is_refused():
     with pytest.raises(UsageError, match="nosuchuser"):
         _ = config.load(["data.path=~nosuchuser/x"]).data.folder
+
+
+# --- prices
+
+PRICED = "{buy: 1234, per_hour: 2.5, currency: EUR, date: 2000-01-01, source: https://example.org/a}"
+
+
+def prices(tmp_path, text):
+    path = tmp_path / "prices.yaml"
+    path.write_text(text, encoding="utf-8")
+    return config.prices(path)
+
+
+def test_prices_by_hardware(tmp_path):
+    found = prices(tmp_path, f"GPU A: {PRICED}\nGPU B: {PRICED.replace('buy: 1234, ', '')}\n")
+    assert found["GPU A"] == config.Price(
+        buy=1234.0, per_hour=2.5, currency="EUR", date="2000-01-01", source="https://example.org/a"
+    )
+    assert found["GPU B"].buy is None and found["GPU B"].per_hour == 2.5
+
+
+def test_there_need_be_no_prices(tmp_path):
+    assert config.prices(tmp_path / "prices.yaml") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (PRICED.replace("currency: EUR, ", ""), ".currency: missing: expected a currency's three letters, such as EUR"),
+        (PRICED.replace("EUR", "€"), '.currency: "€" is not allowed: expected a currency\'s three letters, such as'),
+        (PRICED.replace("1234", "0"), ".buy: 0 is not allowed: expected a number above 0"),
+        (PRICED.replace("2.5", "-2.5"), ".per_hour: -2.5 is not allowed: expected a number above 0"),
+        (PRICED.replace("2.5", ".nan"), ".per_hour: NaN is not allowed: expected a number above 0"),
+        (PRICED.replace("2.5", "1e999"), ".per_hour: Infinity is not allowed: expected a number above 0"),
+        (PRICED.replace("2.5", "cheap"), '.per_hour: "cheap" is not allowed: expected a number above 0'),
+        (PRICED.replace("2000-01-01", "today"), '.date: "today" is not allowed: expected a date, such as 2026-11-01'),
+        (PRICED.replace("2000-01-01", "2000-02-30"), '.date: "2000-02-30" is not allowed: expected a date, such as'),
+        (PRICED.replace("source:", "sauce:"), ".sauce: unknown setting; did you mean source?"),
+        (PRICED.replace("per_hour", "hourly"), ".hourly: unknown setting; allowed here: buy, per_hour, currency, "),
+        ("{currency: EUR}", ": expected buy or per_hour, with currency, date and source"),
+        ("12", ": expected buy or per_hour, with currency, date and source"),
+    ],
+)  # fmt: skip
+def test_a_price_that_can_not_be_one_is_refused(tmp_path, text, line):
+    with pytest.raises(UsageError) as caught:
+        prices(tmp_path, f"GPU A: {text}\n")
+    assert str(caught.value).startswith(f"prices.yaml: GPU A{line}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "prices.yaml is empty: expected prices by the names of hardware"),
+        ("[1]", "prices.yaml holds list: expected prices by the names of hardware"),
+        ("a: {b", "prices.yaml, line 1: not YAML: "),
+    ],
+)
+def test_a_file_that_holds_no_prices_is_refused(tmp_path, text, line):
+    with pytest.raises(UsageError) as caught:
+        prices(tmp_path, text)
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)

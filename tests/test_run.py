@@ -17,7 +17,7 @@ def base(tmp_path, monkeypatch):
     """The folder of all runs, not there yet; every run starts in the same second."""
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(run.time, "strftime", lambda form: "20260102-030405")
-    monkeypatch.setattr(compare, "REPORT", tmp_path / "reports" / "compare.md")
+    monkeypatch.setattr(compare, "REPORTS", tmp_path / "reports")
     return tmp_path / "runs"
 
 

@@ -142,6 +142,13 @@ def test_link_is_to_the_store_that_is_a_server(monkeypatch):
     assert tracking.link("7", "http://127.0.0.1:5003") == views.link("http://127.0.0.1:5003", "7")
 
 
+def test_a_link_to_a_run_holds_no_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://jane:secret@server:5000/mlflow/")
+    assert tracking.run_link("7", "abc") == "https://server:5000/mlflow/#/experiments/7/runs/abc"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
+    assert tracking.run_link("7", "abc") == "http://127.0.0.1:5000/#/experiments/7/runs/abc"
+
+
 # --- a run
 
 
@@ -348,6 +355,9 @@ def test_finished_runs_are_whole_and_newest_first():
     found = tracking.finished_runs()
     assert [run["run_id"] for run in found] == [newer.run_id, older.run_id]
     assert found[1]["name"] == "older"
+    assert [(run["started"], run["experiment_id"]) for run in found] == [
+        (AT + 1000, newer.experiment_id), (AT, older.experiment_id)
+    ]  # fmt: skip
     assert found[1]["metrics"] == {"test/accuracy": 0.5}
     assert found[1]["params"] == record_of()["params"]
     assert record_of()["tags"].items() <= found[1]["tags"].items()
@@ -373,6 +383,30 @@ def test_finished_runs_are_more_than_one_page(monkeypatch):
     whole = MlflowClient.search_runs
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: whole(*a, **k | {"max_results": 2}))
     assert [run["name"] for run in tracking.finished_runs()] == ["4", "3", "2", "1", "0"]
+
+
+def test_a_history_is_in_the_order_of_its_steps():
+    handle = tracking.start(record_of())
+    for step, value in ((2, 0.2), (1, 0.1), (3, 0.3)):
+        tracking.log_figures(handle, {"val/accuracy": value}, AT - step, step)
+    found = tracking.history(handle.run_id, ["val/accuracy", "val/loss"])
+    assert found == {"val/accuracy": [0.1, 0.2, 0.3], "val/loss": []}
+
+
+def test_the_comparison_is_one_run_that_is_no_training():
+    first = tracking.comparison("trainmark")
+    assert tracking.comparison("trainmark").run_id == first.run_id
+    run = run_of(first)
+    assert run.info.run_name == "comparison" and run.data.tags[tracking.COMPARISON_TAG] == "true"
+    tracking.end(first, "FINISHED")
+    assert tracking.finished_runs() == []
+    assert tracking.comparison("another").run_id != first.run_id
+
+
+def test_a_comparison_that_was_deleted_stays_so():
+    client().delete_run(tracking.comparison("trainmark").run_id)
+    assert tracking.comparison("trainmark") is None
+    assert len(runs()) == 1
 
 
 def test_the_experiment_to_show_is_the_one_with_runs():
@@ -480,6 +514,7 @@ def everything(handle):
         lambda: tracking.resume(handle),
         lambda: tracking.end(handle, "FINISHED"),
         tracking.finished_runs,
+        lambda: tracking.comparison("trainmark"),
         lambda: tracking.experiment_to_show("trainmark"),
     ]
 
