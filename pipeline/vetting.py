@@ -68,7 +68,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 def refusal(where: str, problem: str) -> UsageError:
     """What is wrong, and where, on one line of moderate length."""
-    return UsageError(f"{where}: {problem}")
+    return UsageError(f"{where}: {problem if len(problem) <= 250 else problem[:247] + '...'}")
 
 
 def shown(value: Any) -> str:
