@@ -174,7 +174,7 @@ def artifacts(run_id: str, folder: str) -> list[str]:
 
 
 def download(run_id: str, name: str, folder: Path) -> Path:
-    """Fetches a run's artifact into `folder`, where it keeps its path; where it is then."""
+    """Fetches a run's artifact to somewhere in `folder`, which depends on the store; where it is then."""
     with _store_errors():
         return Path(_client().download_artifacts(run_id, name, str(folder)))
 

@@ -518,32 +518,27 @@ def someone(monkeypatch, tmp_path):
     return tmp_path / "home"
 
 
-@pytest.mark.parametrize(
-    ("said", "what"),
-    [
-        ("it ran on MARVIN", "the host name"),
-        ("marvin.example.org answered", "the host name"),
-        ("by trillian_2", "the user name"),
-        ("in {home}/pictures", "the home folder"),
-    ],
-)
-@pytest.mark.parametrize(
-    "file", ["train/record.json", "train/hardware.json", "train/params.yaml", "sustain/record.json"]
-)
-def test_what_names_machine_or_user_is_not_written(tmp_path, someone, said, what, file):
+NAMING = [
+    ("train/record.json", "it ran on MARVIN", "the host name"),
+    ("train/hardware.json", "marvin.example.org answered", "the host name"),
+    ("train/params.yaml", "by trillian_2", "the user name"),
+    ("evaluate/record.json", "trillian", "the user name"),
+    ("sustain/record.json", "in {home}/pictures", "the home folder"),
+]
+
+
+@pytest.mark.parametrize(("file", "said", "what"), NAMING)
+def test_what_names_machine_or_user_is_not_written(tmp_path, someone, file, said, what):
     said = said.format(home=someone)
     parts = whole_parts()
     if file == "train/params.yaml":
         parts[file] += f"label: {said}\n".encode()
+    elif file == "train/hardware.json":
+        tree = record_of(hardware={said: 1})
+        parts |= {file: json.dumps({said: 1}).encode(), "train/record.json": json.dumps(tree).encode()}
     else:
-        tree = json.loads(parts[file])
-        if file == "train/hardware.json":
-            tree[said] = 1
-            parts["train/record.json"] = json.dumps(record_of(hardware=tree)).encode()
-            file = "train/hardware.json"
-        else:
-            tree["warnings"] = [said]
-        parts[file] = json.dumps(tree).encode()
+        place = {"train": "warnings|0", "evaluate": "tags|label", "sustain": "warnings|0"}[file.split("/")[0]]
+        parts[file] = json.dumps(put_in(json.loads(parts[file]), place, said)).encode()
     publish.restore(json.loads(parts["train/record.json"]), "trainmark", write(tmp_path / "a", parts))
     with pytest.raises(StageError) as caught:
         bundle.export(tmp_path / "x.zip")
@@ -552,17 +547,15 @@ def test_what_names_machine_or_user_is_not_written(tmp_path, someone, said, what
     assert not (tmp_path / "x.zip").exists() and len(line.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("host", "user"), [("epyc7", "cifar"), ("Ubuntu", "root"), ("pc", "al"), ("cpu", "max"), ("", "")]
-)
-def test_words_that_tell_nothing_are_no_names(tmp_path, someone, monkeypatch, host, user):
-    monkeypatch.setattr(bundle.socket, "gethostname", lambda: host)
-    monkeypatch.setattr(bundle.platform, "node", lambda: host)
-    monkeypatch.setattr(bundle.getpass, "getuser", lambda: user)
-    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+def test_words_that_tell_nothing_are_no_names(tmp_path, someone, monkeypatch):
     live(tmp_path / "a", warnings=["max-autotune, at cpu 7, of al by pc (root/usr) on Ubuntu"])
-    bundle.export(tmp_path / "x.zip")
-    assert (tmp_path / "x.zip").exists()
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    for host, user in (("epyc7", "cifar"), ("Ubuntu", "root"), ("pc", "al"), ("cpu", "max"), ("", "")):
+        monkeypatch.setattr(bundle.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(bundle.platform, "node", lambda host=host: host)
+        monkeypatch.setattr(bundle.getpass, "getuser", lambda user=user: user)
+        bundle.export(tmp_path / f"{user}.zip")
+        assert (tmp_path / f"{user}.zip").exists()
 
 
 def test_a_nameless_account_exports(tmp_path, someone, monkeypatch):
