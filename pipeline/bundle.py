@@ -216,8 +216,12 @@ def _texts(value: Any) -> Iterator[str]:
     """Every text in a JSON value, keys too."""
     if isinstance(value, str):
         yield value
-    for inner in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(inner)
+    elif isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _private() -> dict[str, re.Pattern[str]]:
@@ -247,9 +251,9 @@ def read(path: Path, folder: Path) -> list[Run]:
     where it can't be unpacked here.
     """
     where = path.name
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file")
     try:
+        if not path.is_file():
+            raise UsageError(f"{path}: there is no such file")
         with path.open("rb") as file:
             _check_end(file, where)
             with zipfile.ZipFile(file) as archive:
@@ -271,12 +275,8 @@ def _check_end(file: BinaryIO, where: str) -> None:
 
 
 def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
+    manifest = _read_manifest(archive, where)
     entries = _entries(archive, where)
-    if MANIFEST not in entries:
-        raise vetting.refusal(where, f"it is no bundle of Trainmark: {MANIFEST} is missing")
-    data = b"".join(_chunks(archive, entries.pop(MANIFEST), MANIFEST_BYTES, f"{where}: {MANIFEST}"))
-    manifest = vetting.parse(data, f"{where}: {MANIFEST}")
-    _vet_manifest(manifest, f"{where}: {MANIFEST}")
     listed = {
         f"runs/{run['record']}/{name}": (run["record"], name, facts)
         for run in manifest["runs"]
@@ -309,22 +309,41 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
     return runs
 
 
+def _read_manifest(archive: zipfile.ZipFile, where: str) -> dict[str, Any]:
+    """Before any other file is looked at: a newer schema may have others."""
+    info = next((info for info in archive.infolist() if info.orig_filename == MANIFEST), None)
+    if info is None:
+        raise vetting.refusal(where, f"it is no bundle of Trainmark: {MANIFEST} is missing")
+    place = f"{where}: {MANIFEST}"
+    _vet_entry(info, place)
+    manifest: dict[str, Any] = vetting.parse(b"".join(_chunks(archive, info, MANIFEST_BYTES, place)), place)
+    _vet_manifest(manifest, place)
+    return manifest
+
+
 def _entries(archive: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
-    """The files of the zip by name: ours alone, each once, plain ones, stored or deflated."""
+    """The files of runs in the zip, by name: no others, and each once."""
     found: dict[str, zipfile.ZipInfo] = {}
-    ours = rf"{MANIFEST}|runs/{vetting.RECORD_ID}/({'|'.join(LIMITS)})"
+    ours = rf"{re.escape(MANIFEST)}|runs/{vetting.RECORD_ID}/({'|'.join(LIMITS)})"
     for info in archive.infolist():
         name = info.orig_filename
         if not re.fullmatch(ours, name) or name != info.filename:
             raise vetting.refusal(where, f"{vetting.shown(name)} is no name of a file in a bundle")
         if name in found:
             raise vetting.refusal(where, f"{name}: it is there twice")
-        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-            raise vetting.refusal(where, f"{name}: it is no plain file")
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise vetting.refusal(where, f"{name}: it is encrypted, or packed in a way that bundles are not")
+        _vet_entry(info, f"{where}: {name}")
         found[name] = info
+    del found[MANIFEST]
     return found
+
+
+def _vet_entry(info: zipfile.ZipInfo, where: str) -> None:
+    """Refuses what is no plain file, or packed in another way than stored and deflated: of those alone does `zipfile`
+    unpack no more than it is asked for."""
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise vetting.refusal(where, "it is no plain file")
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise vetting.refusal(where, "it is encrypted, or packed in a way that bundles are not")
 
 
 def _chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int, where: str) -> Iterator[bytes]:
@@ -356,8 +375,8 @@ def _vet_manifest(value: Any, where: str) -> None:
         raise vetting.refusal(
             where, f"it was made by a newer Trainmark (schema {schema}; this one reads up to {SCHEMA}): update this one"
         )
-    # Schema 1 is the first. When there is another, `_read` turns what an older one holds into the newest here, a
-    # function for each step from one schema to the next, before anything else looks at it.
+    # Schema 1 is the first. When there is another, `_read` unpacks the older one's files and turns them into the newer
+    # one's, by a function for each step from one schema to the next, before they are looked at.
     vetting.members(value, where, ("format", "schema", "created", "runs"))
     vetting.moment(value["created"], f"{where}: created")
     seen: set[str] = set()
@@ -496,7 +515,10 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
         if run.checkpoint:
             from pipeline import model  # torch takes seconds to import, and most bundles hold no model
 
-            model.load_checkpoint(run.checkpoint)
+            try:
+                model.load_checkpoint(run.checkpoint)
+            except StageError as error:
+                raise vetting.refusal(f"{where}: {run.shown}", str(error)) from None
 
 
 def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[str]:

@@ -305,25 +305,21 @@ def test_the_own_bundle_adds_nothing(tmp_path, store):  # noqa: F811
     assert dump(store) == before
 
 
-@pytest.mark.parametrize("order", ["ab", "ba"])
-def test_overlapping_bundles_come_to_the_same_in_any_order(tmp_path, elsewhere, order):
+@pytest.mark.parametrize(("order", "together"), [("ab", False), ("ba", False), ("ba", True)])
+def test_overlapping_bundles_come_to_the_same_in_any_order(tmp_path, elsewhere, order, together):
     one, two, three = (whole_parts(number) for number in (1, 2, 3))
-    pack(tmp_path / "a.zip", one, two)
-    pack(tmp_path / "b.zip", three, two)
-    found = []
-    for together in (True, False):
-        elsewhere(f"{order}{together}")
-        paths = [tmp_path / f"{name}.zip" for name in order]
-        for part in [paths] if together else [[path] for path in paths]:
-            bundle.import_runs(part)
-        assert len(runs()) == 3
-        found.append(there(tmp_path))
+    paths = {"a": pack(tmp_path / "a.zip", one, two), "b": pack(tmp_path / "b.zip", three, two)}
+    elsewhere("other")
+    for part in [order] if together else order:
+        bundle.import_runs([paths[name] for name in part])
+    assert len(runs()) == 3
+    found = there(tmp_path)
     elsewhere("all")
     bundle.import_runs([pack(tmp_path / "all.zip", one, two, three)])
-    assert found[0] == found[1] == there(tmp_path)
+    assert found == there(tmp_path)
 
 
-@pytest.mark.parametrize("order", ["ab", "ba", "abb", "baa"])
+@pytest.mark.parametrize("order", ["ab", "ba", "abab"])
 def test_a_stage_that_came_later_is_added(tmp_path, elsewhere, order, capsys):
     record = record_of()
     pack(tmp_path / "a.zip", parts_of(record))
@@ -445,6 +441,15 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, changes, said):
 def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     parts = whole_parts() | {"train/best.safetensors": b"\x80\x04."}
     assert "no .safetensors file" in refused(pack(tmp_path / "a.zip", parts), tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path, store):  # noqa: F811
+    parts = whole_parts()
+    parts["train/best.safetensors"] = checkpoint(record_of(), tmp_path / "best.safetensors")
+    before = dump(store)
+    with pytest.raises(UsageError, match=r"^a\.zip: AMD EPYC .*best\.safetensors: it says it is .* the file lacks"):
+        bundle.import_runs([pack(tmp_path / "a.zip", parts)])
+    assert dump(store) == before
 
 
 # --- export
@@ -642,7 +647,7 @@ def other_format(path):
 
 
 def newer_schema(path):
-    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=2, more="new"))
+    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=2, more=1), extra=[("new.html", b"x")])
 
 
 def no_runs(path):
@@ -773,6 +778,11 @@ def packed_as(method):
     return make
 
 
+def packed_list(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("bundle.json", bytes(50_000_000))
+
+
 def encrypted(path):
     pack(path, whole_parts())
     data = path.read_bytes()
@@ -831,7 +841,7 @@ BAD = {
     "flipped": (flipped, "x.zip: "),
     "a text": (text_file, "it is truncated, or no bundle"),
     "empty": (empty, "it is truncated, or no bundle"),
-    "another zip": (another_zip, "'word/document.xml' is no name of a file in a bundle"),
+    "another zip": (another_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "an empty zip": (empty_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "another format": (other_format, "it is no bundle of Trainmark: its format is not"),
     "a newer schema": (newer_schema, "made by a newer Trainmark (schema 2; this one reads up to 1): update this one"),
@@ -943,6 +953,7 @@ BAD = {
     "two files in one place": (overlapping, "x.zip: "),
     "1,001 runs": (many_runs, "runs: there are 1,001"),
     "60,000 files": (many_entries, "it holds more files than a bundle may"),
+    "a list packed with bzip2": (packed_list, "bundle.json: it is encrypted, or packed in a way that bundles are not"),
     "a zip of the long kind": (zip64, "it holds more files than a bundle may"),
 }  # fmt: skip
 
@@ -1297,21 +1308,19 @@ def test_no_bundle_ends_in_a_traceback(tmp_path, store, monkeypatch, kind, count
 # --- the command
 
 
-def command(*arguments, **environment):
+def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "pipeline.bundle", *map(str, arguments)],
-        cwd=config.ROOT, env=os.environ | environment, capture_output=True, text=True, encoding="utf-8",
+        cwd=config.ROOT, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
 
 
-def test_the_command_exports_imports_and_refuses(tmp_path, elsewhere):
+def test_the_command_exports_and_refuses(tmp_path, capsys):
     live(tmp_path / "a")
     done = command("export", "--out", tmp_path / "deep" / "x.zip")
     assert (done.returncode, done.stderr) == (0, "") and "exported AMD EPYC" in done.stdout
-    elsewhere("other")
-    done = command("import", tmp_path / "deep" / "x.zip", tmp_path / "deep" / "x.zip")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["imported", "there"]
+    bundle.main(["import", str(tmp_path / "deep" / "x.zip")])
+    assert capsys.readouterr().out.startswith("there    AMD EPYC")
     (tmp_path / "bad.zip").write_text("no zip")
     done = command("import", tmp_path / "bad.zip")
     assert (done.returncode, done.stdout) == (2, "")
@@ -1331,12 +1340,6 @@ def test_a_wrong_command_is_one_line(arguments, said):
     with pytest.raises(UsageError) as caught:
         bundle.main(arguments)
     assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
-
-
-def test_an_empty_store_ends_with_status_1(tmp_path):
-    done = command("export", "--out", tmp_path / "x.zip")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("bundle: no finished run to export in sqlite") and done.stderr.count("\n") == 1
 
 
 def test_it_does_without_torch():
