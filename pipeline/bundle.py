@@ -259,7 +259,8 @@ def read(path: Path, folder: Path) -> list[Run]:
             with zipfile.ZipFile(file) as archive:
                 return _read(archive, folder, where)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        reason = ((said or "").strip() or type(error).__name__).splitlines()[0]
         raise vetting.refusal(where, f"it is damaged, or no bundle: {reason}") from None
 
 
