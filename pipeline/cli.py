@@ -55,13 +55,13 @@ def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Se
 
 def answer_early(doc: str | None) -> None:
     """Answers --help, and refuses a wrong setting, before a stage imports torch, which takes seconds."""
-    with _ending(_program()):
+    with ending(_program()):
         settings_from(sys.argv[1:], doc or "", _program())
 
 
 def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None:
     """Runs one stage from the command line and ends the process with its exit status."""
-    with _ending(_program()):
+    with ending(_program()):
         stage(settings_from(sys.argv[1:], doc or "", _program()), OUTPUTS)
 
 
@@ -70,8 +70,8 @@ def _program() -> str:
 
 
 @contextmanager
-def _ending(program: str) -> Iterator[None]:
-    """Ends the process in one line where the block can't go on."""
+def ending(program: str) -> Iterator[None]:
+    """Ends the process in one line, and with the exit status of the error, where the block can't go on."""
     try:
         yield
     except StageError as error:

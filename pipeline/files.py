@@ -49,9 +49,14 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8", newline="\n")
 
 
+def json_text(value: Any) -> str:
+    """JSON that a person can read; NaN and infinities are refused (ValueError)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read; NaN and infinities are refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes JSON that a person can read, whole or not at all; NaN and infinities are refused (ValueError)."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

@@ -1,17 +1,28 @@
-"""Puts what a training left into MLflow: right after it, or again from DVC's cache, by the same code."""
+"""Puts what a training left into MLflow: right after it, or again from DVC's cache or a bundle, by the same code.
 
-from collections.abc import Mapping
+Every run also holds the records it was made from, as `records/<stage>.json`, and their digests as tags: with them a
+run can be put into another store (`bundle.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline import files, records, terminal, tracking
 
+CHECKPOINT = "checkpoints/best.safetensors"
+"""The artifact that holds a training's best checkpoint."""
+
+RESTORED = {"restored": "from the cache of `dvc repro`; nothing was trained"}
+"""What marks a run that was put back."""
+
 
 def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -> None:
-    """Logs all but the epochs of a training that left `folder`: figures, pictures, checkpoint, model."""
-    from pipeline import model  # torch takes seconds to import, and only what is missing needs it
-
+    """Logs all but the epochs of a training that left `folder`: figures, pictures, record, and checkpoint and model
+    where they are there (a bundle may hold none)."""
     tracking.log_figures(handle, record["metrics"], record["ended"])
     tracking.set_tags(handle, record["tags"])  # some are known at the end alone
     tracking.log_files(
@@ -19,14 +30,23 @@ def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -
         {
             "hardware.json": folder / "hardware.json",
             "params.yaml": folder / "params.yaml",
-            "checkpoints/best.safetensors": folder / "best.safetensors",
         }
         | {f"plots/{path.name}": path for path in sorted((folder / "plots").iterdir())},
     )
-    classifier, facts = model.load_checkpoint(folder / "best.safetensors")
+    if (folder / "best.safetensors").exists():
+        checkpoint(handle, folder / "best.safetensors")
+    _describe(handle, record, {})
+    _keep(handle, "train", record)
+
+
+def checkpoint(handle: tracking.Handle, path: Path) -> None:
+    """Logs a training's best checkpoint, and the model that it holds."""
+    from pipeline import model  # torch takes seconds to import, and only what is missing needs it
+
+    classifier, facts = model.load_checkpoint(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
     tracking.log_model(handle, classifier, facts.image_size, len(facts.classes), requirements)
-    _describe(handle, record, {})
+    tracking.log_files(handle, {CHECKPOINT: path})
 
 
 def evaluation(handle: tracking.Handle, result: Mapping[str, Any], folder: Path) -> None:
@@ -48,6 +68,22 @@ LATER = {"evaluate": evaluation, "sustain": sustained}
 """What later stages add to a training's run: by the stage's folder, how its record is logged."""
 
 
+def record_file(stage: str) -> str:
+    """The artifact that holds the record of a stage."""
+    return f"records/{stage}.json"
+
+
+def digest_tag(stage: str) -> str:
+    """The tag that holds the digest of a stage's record. One that is there says that all of the stage is."""
+    return "record.sha256" if stage == "train" else f"record.{stage}.sha256"
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """The SHA-256 of a record, however its JSON is laid out."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def results(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The records that later stages left for this training, by stage."""
     found = {
@@ -56,6 +92,11 @@ def results(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if (folder / stage / "record.json").exists()
     }
     return {stage: result for stage, result in found.items() if result["id"] == record["id"]}
+
+
+def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+    """When the last stage of a run ended, in milliseconds since 1970."""
+    return max(int(each["ended"]) for each in (record, *found.values()))
 
 
 def complete(stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folder: Path) -> None:
@@ -67,28 +108,56 @@ def complete(stage: str, record: Mapping[str, Any], result: Mapping[str, Any], e
     elif tracking.is_deleted(handle):
         terminal.say(f"note     the run was deleted in this store: what `{stage}` found is not put there")
     else:
-        tracking.resume(handle)
-        with tracking.ended_by_failure(handle):
-            LATER[stage](handle, result, folder / stage)
-            _describe(handle, record, results(record, folder))
-            tracking.end(handle, "FINISHED", result["ended"])
+        add(handle, record, [stage], results(record, folder) | {stage: result}, folder)
 
 
-def restore(record: Mapping[str, Any], experiment: str, folder: Path) -> tracking.Handle:
-    """Makes the run of a cached training, and of what later stages found, anew, whole and marked."""
-    handle = tracking.start(dict(record) | {"experiment": experiment})
+def add(
+    handle: tracking.Handle,
+    record: Mapping[str, Any],
+    stages: Sequence[str],
+    found: Mapping[str, Any],
+    folder: Path,
+    best: Path | None = None,
+) -> None:
+    """Adds to a training's run what `stages` left in `folder`, and a checkpoint that it lacks. `found`: the records of
+    these stages and of those that the run holds already."""
+    tracking.resume(handle)
     with tracking.ended_by_failure(handle):
-        tracking.set_tags(handle, {"restored": "from the cache of `dvc repro`; nothing was trained"})
+        if best is not None:
+            checkpoint(handle, best)
+        for stage in stages:
+            LATER[stage](handle, found[stage], folder / stage)
+        _describe(handle, record, found)
+        tracking.end(handle, "FINISHED", ended(record, found))
+        for stage in stages:  # last: what was added by half is added again
+            _keep(handle, stage, found[stage])
+
+
+def restore(
+    record: Mapping[str, Any], experiment: str, folder: Path, marks: Mapping[str, str] = RESTORED
+) -> tracking.Handle:
+    """Makes the run of a cached or imported training, and of what later stages found, anew, whole and with the tags
+    `marks`."""
+    handle = tracking.start(dict(record) | {"experiment": experiment})
+    with tracking.discarded_by_failure([handle]), tracking.ended_by_failure(handle):
+        tracking.set_tags(handle, marks)
         for epoch in record["epochs"]:
             tracking.log_epoch(handle, epoch)
         training(handle, record, folder / "train")
         found = results(record, folder)
         for stage, result in found.items():
             LATER[stage](handle, result, folder / stage)
+            _keep(handle, stage, result)
         _describe(handle, record, found)
         tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
-        tracking.end(handle, "FINISHED", max([record["ended"], *(result["ended"] for result in found.values())]))
+        tracking.end(handle, "FINISHED", ended(record, found))
     return handle
+
+
+def _keep(handle: tracking.Handle, stage: str, record: Mapping[str, Any]) -> None:
+    """Logs the record of a stage itself, then its digest."""
+    tracking.log_text(handle, record_file(stage), files.json_text(record))
+    tracking.set_tags(handle, {digest_tag(stage): digest(record)})
 
 
 def _describe(handle: tracking.Handle, record: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -121,6 +121,12 @@ def find(record_id: str, experiment: str) -> Handle | None:
         return Handle(client, runs[0].info.run_id, runs[0].info.experiment_id) if runs else None
 
 
+def tags(handle: Handle) -> dict[str, str]:
+    """The run's tags."""
+    with _store_errors():
+        return dict(handle.client.get_run(handle.run_id).data.tags)
+
+
 def log_figures(handle: Handle, figures: Figures, at: int, step: int = 0) -> None:
     """Logs metrics at `at` (milliseconds since 1970) under `step`."""
     metrics = [Metric(key, float(value), at, step) for key, value in figures.items()]
@@ -157,6 +163,24 @@ def log_files(handle: Handle, artifacts: Mapping[str, Path]) -> None:
         for name, file in artifacts.items():
             folder = str(Path(name).parent.as_posix())
             handle.client.log_artifact(handle.run_id, str(file), None if folder == "." else folder)
+
+
+def log_text(handle: Handle, name: str, text: str) -> None:
+    """Logs `text` as the artifact `name`, in place of one that is there."""
+    with _store_errors():
+        handle.client.log_text(handle.run_id, text, name)
+
+
+def artifacts(run_id: str, folder: str) -> list[str]:
+    """The paths of a run's artifacts right below `folder`."""
+    with _store_errors():
+        return [each.path for each in _client().list_artifacts(run_id, folder)]
+
+
+def download(run_id: str, name: str, folder: Path) -> Path:
+    """Fetches a run's artifact to somewhere in `folder`, which depends on the store; where it is then."""
+    with _store_errors():
+        return Path(_client().download_artifacts(run_id, name, str(folder)))
 
 
 def set_tags(handle: Handle, tags: Mapping[str, Any]) -> None:
@@ -226,6 +250,26 @@ def ended_by_failure(handle: Handle) -> Iterator[None]:
     except BaseException as error:
         with suppress(StageError):
             end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def discard(handle: Handle) -> None:
+    """Deletes the run, which is then no record's any more."""
+    set_tags(handle, {RECORD_TAG: None})  # first: nobody can change a deleted run, and `find` counts it
+    with _store_errors():
+        handle.client.delete_run(handle.run_id)
+
+
+@contextmanager
+def discarded_by_failure(handles: Sequence[Handle]) -> Iterator[None]:
+    """Discards the runs that `handles` holds by then where the block fails: nothing was trained, so none has failed. A
+    store that does not answer then does not hide why."""
+    try:
+        yield
+    except BaseException:
+        for handle in handles:
+            with suppress(StageError):
+                discard(handle)
         raise
 
 

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from test_tracking import QUIET, client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import files, publish, tracking
+from pipeline import bundle, files, publish, tracking
 from pipeline.errors import StageError
 
 OTHER = {"restored", "mlflow.log-model.history"}
@@ -218,3 +218,8 @@ def test_the_model_asks_for_released_packages(left, monkeypatch):
     assert (training, image_size, classes) == (False, 32, 10)
     assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]
     assert not any("+" in each for each in requirements)  # a build such as 2.14.1+cu130 is not on the index
+
+
+def test_what_the_stages_leave_may_go_into_a_bundle(once):  # noqa: F811
+    record, found = bundle.vetted(once.outputs, "outputs")
+    assert set(found) == {"evaluate", "sustain"} and {each["id"] for each in found.values()} == {record["id"]}

@@ -6,6 +6,7 @@ import shutil
 import socket
 import sqlite3
 import threading
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -262,6 +263,36 @@ def test_files_keep_their_names_and_folders(tmp_path):
     assert listed == ["a.txt", "plots", "plots/b.txt"]
 
 
+def test_a_text_takes_the_place_of_one_that_was_there(tmp_path):
+    handle = tracking.start(record_of())
+    for text in ("first", "größer"):
+        tracking.log_text(handle, "records/a.json", text)
+    assert tracking.artifacts(handle.run_id, "records") == ["records/a.json"]
+    assert tracking.artifacts(handle.run_id, "nothing") == []
+    found = tracking.download(handle.run_id, "records/a.json", tmp_path)
+    assert tmp_path in found.parents and found.read_text(encoding="utf-8") == "größer"
+
+
+def test_a_run_that_is_discarded_is_deleted_and_no_record_s():
+    handle = tracking.start(record_of())
+    tracking.mark(handle, record_of())
+    tracking.discard(handle)
+    assert tracking.is_deleted(handle) and tracking.find("a1b2", "trainmark") is None
+    assert tracking.RECORD_TAG not in tracking.tags(handle)
+
+
+@pytest.mark.parametrize("error", [StageError("full"), KeyboardInterrupt()])
+def test_what_fails_discards_the_runs_there_are_by_then(monkeypatch, error):
+    made = []
+    with pytest.raises(type(error)), tracking.discarded_by_failure(made):
+        made += [tracking.start(record_of()), tracking.start(record_of())]
+        raise error
+    assert all(map(tracking.is_deleted, made))
+    with tracking.discarded_by_failure(made):
+        made = [tracking.start(record_of())]
+    assert not tracking.is_deleted(made[0])
+
+
 # --- under `mlflow run`
 
 
@@ -513,6 +544,11 @@ def everything(handle):
         lambda: tracking.is_deleted(handle),
         lambda: tracking.resume(handle),
         lambda: tracking.end(handle, "FINISHED"),
+        lambda: tracking.tags(handle),
+        lambda: tracking.log_text(handle, "a.txt", "a"),
+        lambda: tracking.artifacts(handle.run_id, ""),
+        lambda: tracking.download(handle.run_id, "a.txt", Path()),
+        lambda: tracking.discard(handle),
         tracking.finished_runs,
         lambda: tracking.comparison("trainmark"),
         lambda: tracking.experiment_to_show("trainmark"),
