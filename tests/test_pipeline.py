@@ -48,7 +48,8 @@ TAGS = {
 }  # fmt: skip
 ARTIFACTS = {
     "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png",
-    "checkpoints/best.safetensors", "hardware.json", "params.yaml",
+    "checkpoints/best.safetensors", "hardware.json", "params.yaml", "records/train.json", "records/evaluate.json",
+    "records/sustain.json",
 }  # fmt: skip
 
 
