@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline import backends, config, data, engine, sources, training, weights
+from pipeline import config, data, engine, sources, training, weights
 from pipeline.clock import Clock
 
 FIXED_SECONDS = 10.0
@@ -49,11 +49,8 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     computing its features) and, where `fixed`, `fixed_speed`: of the same step or pass on one batch that lies prepared
     on the device."""
     recipe = settings.work
-    backend = backends.select(settings.device)
+    backend = training.device_for(settings.device, recipe)
     backend.release_memory()  # what an earlier turn held
-    backend.set_precision(recipe.precision)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     clock = Clock(backend.synchronise)
     path = weights_of(recipe)
     with clock.span("setup"):
@@ -108,18 +105,14 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
 
 def _fixed_speed(work: training.Work, splits: training.Splits, passed: int) -> float:
     """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
-    backend, recipe = work.job.backend, work.recipe
-    size = min(recipe.batch_size, len(splits["train"]))
-    images, labels = training.first(splits["train"], size, backend)
-    prepared = data.prepare(images, recipe.image_size, channels_last=work.channels_last)
-    step = work.stepper(raw=False, recorded=work.recorded)
-    work.net.eval() if work.job.on_features else work.job.set_mode()
+    backend = work.job.backend
+    step, size = training.fixed_step(work, splits)
 
     def seconds(steps: int) -> float:
         backend.synchronise()
         start = time.perf_counter()
         for _ in range(steps):
-            step(prepared, labels)
+            step()
         backend.synchronise()
         return time.perf_counter() - start
 

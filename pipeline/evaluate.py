@@ -39,10 +39,7 @@ from pipeline.errors import UsageError
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Evaluates `folder/train/best.safetensors`, as part of the run that trained it; leaves `folder/evaluate`."""
     recipe = settings.work
-    backend = backends.select(settings.device)
-    backend.set_precision(recipe.precision)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    backend = training.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
     record = files.read_json(folder / "train" / "record.json")
     net = _checkpoint(settings, inputs, record, folder / "train" / "best.safetensors")

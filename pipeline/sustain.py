@@ -32,11 +32,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     record = files.read_json(folder / "train" / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": [], "warnings": []}
     if settings.sustain_seconds:
-        backend = backends.select(settings.device)
         recipe = config.sustained(settings)
-        backend.set_precision(recipe.precision)
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+        backend = training.device_for(settings.device, recipe)
         with backend.memory_errors():
             result |= _measured(recipe, settings, backend)
             backend.release_memory()

@@ -129,18 +129,12 @@ def tags(handle: Handle) -> dict[str, str]:
 
 def log_figures(handle: Handle, figures: Figures, at: int, step: int = 0) -> None:
     """Logs metrics at `at` (milliseconds since 1970) under `step`."""
-    metrics = [Metric(key, float(value), at, step) for key, value in figures.items()]
-    with _store_errors():
-        for part in range(0, len(metrics), 1000):  # the most that one call takes
-            handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
+    _log_metrics(handle, [Metric(key, float(value), at, step) for key, value in figures.items()])
 
 
 def log_series(handle: Handle, key: str, values: Sequence[float], at: int) -> None:
     """Logs the course of one metric, its steps counted from 1."""
-    metrics = [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)]
-    with _store_errors():
-        for part in range(0, len(metrics), 1000):
-            handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
+    _log_metrics(handle, [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)])
 
 
 def log_epoch(handle: Handle, epoch: Mapping[str, Any]) -> None:
@@ -403,6 +397,12 @@ def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
 def _dataset(name: str, digest: str, source: str, context: str, profile: str) -> DatasetInput:
     dataset = Dataset(name=name, digest=digest, source_type="trainmark", source=source, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _log_metrics(handle: Handle, metrics: Sequence[Metric]) -> None:
+    with _store_errors():
+        for part in range(0, len(metrics), 1000):  # the most that one call takes
+            handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
 
 
 def _step(metric: Metric) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
 
 from pipeline import (
@@ -55,11 +54,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     energy.check(settings.energy.source)
-    backend = backends.select(settings.device)
+    backend = training.device_for(settings.device, recipe)
     clock = Clock(backend.synchronise)
-    backend.set_precision(recipe.precision)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     hardware = files.read_json(folder / "hardware.json")
     inputs = records.inputs_for(settings, folder)
     unused = backends.unused_gpu() if settings.device == "auto" else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import ceilings, config, data, engine, model, optim
+from pipeline import backends, ceilings, config, data, engine, model, optim
 from pipeline.backends import Backend
 from pipeline.clock import Clock
 from pipeline.errors import OutOfMemoryError, StageError
@@ -50,6 +50,16 @@ class Work:
     """Makes another step of the same work, or pass that computes features, with an optimizer of its own."""
     beginning: dict[str, Tensor]
     """The model's state before any step."""
+
+
+def device_for(device: str, recipe: config.Recipe) -> Backend:
+    """The backend for a value of `device`, set to the recipe's precision and CPU threads. Raises UsageError where it is
+    not there or can't do them."""
+    backend = backends.select(device)
+    backend.set_precision(recipe.precision)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    return backend
 
 
 def build(
@@ -163,22 +173,26 @@ def restart(work: Work, seed: int) -> None:
     torch.manual_seed(seed)  # what dropout draws does not depend on how the model was built
 
 
-def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
-    """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
+def fixed_step(work: Work, splits: Splits) -> tuple[Callable[[], object], int]:
+    """The step, or the pass that computes features, on one prepared batch that lies on the device, as often as it is
+    called; and the batch's size. The model learns from it."""
     backend, recipe = work.job.backend, work.recipe
     size = min(recipe.batch_size, len(splits["train"]))
     images, labels = first(splits["train"], size, backend)
     fixed = data.prepare(images, recipe.image_size, channels_last=work.channels_last)
     step = work.stepper(raw=False, recorded=work.recorded)
     work.net.eval() if work.job.on_features else work.job.set_mode()
+    return lambda: step(fixed, labels), size
 
-    def once() -> object:
-        return step(fixed, labels)
 
+def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
+    """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
+    backend = work.job.backend
+    once, size = fixed_step(work, splits)
     measured = ceilings.Measured(
         images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=0.5),
         queueing_share=ceilings.queueing_share(once, backend.synchronise),
-        matmul_flops=ceilings.matmul_flops(backend, recipe.precision),
+        matmul_flops=ceilings.matmul_flops(backend, work.recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
     )
     backend.release_memory()
