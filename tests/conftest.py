@@ -26,9 +26,10 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def calm(request, monkeypatch):
-    """A machine of which nothing is told, where its sensors are not what is tested."""
+    """A machine of which nothing is told and that keeps its pace, where that is not what is tested."""
     if request.module.__name__ != "test_conditions":
         monkeypatch.setattr(conditions, "sample", lambda *_: {})
+        monkeypatch.setattr(conditions, "DRIFT_SLOPE", math.inf)
 
 
 @pytest.fixture(autouse=True)

@@ -29,13 +29,6 @@ def outputs(once, store, tmp_path, light, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture
-def calm(monkeypatch):
-    """Nothing else runs here, and nothing slows down, whatever this machine does at the moment."""
-    monkeypatch.setattr(conditions, "sample", lambda *_: {})
-    monkeypatch.setattr(conditions, "DRIFT_SLOPE", math.inf)
-
-
-@pytest.fixture
 def slices(monkeypatch):
     """Makes these be the slices that are measured."""
 
@@ -186,7 +179,7 @@ def test_without_a_step_to_repeat_none_may_be_asked_for(params):  # noqa: F811
 # --- what it leaves
 
 
-def test_it_becomes_part_of_the_trainings_run(outputs, calm, capsys):
+def test_it_becomes_part_of_the_trainings_run(outputs, capsys):
     (before,) = runs()
     settings = generated(*REPEATED)
     result = sustain.run(settings, outputs)
@@ -280,7 +273,7 @@ def test_warm_up_is_not_measured(outputs, monkeypatch):
     assert order == ["warm-up", "energy", "slices", "energy"]
 
 
-def test_what_disturbed_it_is_said_and_a_calm_one_takes_it_back(outputs, slices, calm, monkeypatch):
+def test_what_disturbed_it_is_said_and_a_calm_one_takes_it_back(outputs, slices, monkeypatch):
     slices((8, 1.0))
     samples = [{"cpu_load": 0.4}, {"power_source": "battery"}]
     with monkeypatch.context() as patch:
