@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bare, blog_baseline, precision, results
+from benchmarks import bare, blog_baseline, noise, precision, results
 from pipeline import config
 
 TINY = (
@@ -121,3 +121,49 @@ def test_a_wrong_setting_ends_in_one_line(capsys):
         blog_baseline.main(["-S", "epochs=none"])
     assert ended.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- noise
+
+
+def test_noise_is_measured_in_a_process_and_joins_what_was(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "noise.json"
+    tiny = [word for word in TINY if word not in ("--workers", "0")]
+    words = ["--repeats", "2", "--into", str(file), *tiny, "-S", "weights=random", "-S", "data.source=synthetic"]
+    noise.main(["--processes", "1", *words])
+    (found,) = json.loads(file.read_text())["processes"]
+    assert found["backend"] == "cpu" and found["conditions"]["torch"] == torch.__version__
+    assert found.pop("session") == found["conditions"]["date"]
+    assert [len(own) for own in (*found["seconds"].values(), *found["accuracies"].values())] == [2, 2, 2]
+    assert all(seconds > 0 for each in found["seconds"].values() for seconds in each)
+    assert "repeats in" not in capsys.readouterr().out  # one process tells nothing of what differs between several
+
+    dates = iter(("2100-01-01T00:00:00+00:00", "2100-01-01T00:01:00+00:00"))
+
+    def later(words):
+        return found | {"conditions": found["conditions"] | {"date": next(dates)}}
+
+    monkeypatch.setattr(noise, "in_process", later)
+    noise.main(["--processes", "2", *words])
+    sessions = [process["session"] for process in json.loads(file.read_text())["processes"]]
+    assert sessions == [found["conditions"]["date"], *["2100-01-01T00:00:00+00:00"] * 2]
+    said = capsys.readouterr().out
+    assert "linear-probe: within a process" in said and "6 repeats in 3 processes" in said
+
+
+def test_a_repeat_is_the_training_alone(monkeypatch, settings_of):
+    settings = settings_of("model=test_resnet.r160_in1k", "image_size=32", "batch_size=20", "epochs=2", "threads=1")
+    monkeypatch.setattr(noise, "STEP_SECONDS", 0.0)
+    seeds, restart = [], noise.training.restart
+    monkeypatch.setattr(noise.training, "restart", lambda work, seed: (seeds.append(seed), restart(work, seed)))
+    seconds, accuracies = noise._trainings(settings, 3)
+    assert seeds == [0, 0, 1, 2]  # the first of them after the warm-up
+    assert len(seconds) == len(accuracies) == 3
+    assert len(noise._steps(settings, 2)) == 2
+
+
+def test_a_failing_process_ends_the_measuring(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        noise.main(["--into", str(tmp_path / "noise.json"), "-S", "device=xpu"])
+    assert ended.value.code == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1 and not (tmp_path / "noise.json").exists()
