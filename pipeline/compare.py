@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import comparison, config, files, page, plots, publish, records, report, terminal, tracking
+from pipeline import comparison, config, files, noise, page, plots, publish, records, report, terminal, tracking
 
 REPORTS = config.ROOT / "reports"
 
@@ -18,6 +18,7 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         tracking.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
+        noise.between(noise.measured(files.read_json(noise.FILE)["processes"])),
     )
     drawn = [
         {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}

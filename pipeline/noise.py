@@ -35,6 +35,13 @@ class Noise(NamedTuple):
     accuracies: Sequence[Sequence[float]]
 
 
+class Between(NamedTuple):
+    """A standard deviation between processes, and the degrees of freedom of its estimate."""
+
+    deviation: float
+    degrees: int
+
+
 def components(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """The variances within groups and between them, by the method of moments: the mean squares of a one-way analysis
     of variance with random effects, set equal to their expectations; groups may be unequal, and a negative estimate is
@@ -88,9 +95,10 @@ def measured(processes: Iterable[Mapping[str, Any]]) -> list[Noise]:
     return found
 
 
-def between(found: Iterable[Noise]) -> dict[str, float]:
-    """The largest standard deviation between processes that was measured on each backend."""
-    largest: dict[str, float] = {}
+def between(found: Iterable[Noise]) -> dict[str, Between]:
+    """The largest that was measured on each backend."""
+    largest: dict[str, Between] = {}
     for noise in found:
-        largest[noise.backend] = max(noise.between, largest.get(noise.backend, 0.0))
+        own = Between(noise.between, len(noise.logs) - 1)
+        largest[noise.backend] = max(own, largest.get(noise.backend, own))
     return largest
