@@ -117,8 +117,11 @@ def test_what_tells_of_nobody_is_no_fault(tmp_path, capsys, text):
 
 
 def test_repeats_that_are_all_there_are_no_fault(tmp_path, capsys):
-    runs = [result_of(n, repeats__id="5" * 32, repeats="3", repeat=str(n)) for n in (1, 2, 3)]
-    assert said(capsys, pack(tmp_path / "a.zip", *map(whole, runs)), status=None)
+    first, *others = [result_of(n, repeats__id="5" * 32, repeats="3", repeat=str(n)) for n in (1, 2, 3)]
+    later = [parts_of(record, evaluation_of(record)) for record in others]
+    assert said(capsys, pack(tmp_path / "a.zip", whole(first), *later), status=None)
+    (line,) = said(capsys, pack(tmp_path / "a.zip", parts_of(first, evaluation_of(first)), *later))
+    assert line.endswith("its sustained speed is missing")
 
 
 # --- what may not
