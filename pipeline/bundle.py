@@ -4,7 +4,6 @@ A bundle is a zip of `bundle.json` and, for each run, of the files that `train`,
 DVC, so that an imported run is put into the store as a cached one is: see docs/bundle.md.
 """
 
-import argparse
 import getpass
 import hashlib
 import os
@@ -21,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from pipeline import cli, config, files, publish, records, terminal, tracking, vetting
 from pipeline.errors import StageError, UsageError
@@ -95,15 +94,17 @@ class Run:
 # --- export
 
 
-def export(out: Path, with_models: bool = False) -> None:
-    """Writes all finished runs of the current store to the bundle `out`, whole or not at all.
+def export(out: Path, with_models: bool = False, experiment: str | None = None) -> None:
+    """Writes all finished runs of the current store, or of one experiment in it, to the bundle `out`, whole or not at
+    all.
 
     Raises StageError where there is none, or where one names this machine, its user or their home folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found = _fetched(Path(scratch), with_models)
+        found = _fetched(Path(scratch), with_models, experiment)
         if not found:
-            raise StageError(f"no finished run to export in {tracking.shown_uri()}: make run")
+            place = tracking.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
+            raise StageError(f"no finished run to export in {place}: make run")
         private = _private()
         for run in found:
             _refuse_private(run, private)
@@ -122,10 +123,11 @@ def export(out: Path, with_models: bool = False) -> None:
     terminal.say(f"bundle   {out}: {len(found)} run{'s' * (len(found) != 1)}, {out.stat().st_size / MIB:.2f} MiB")
 
 
-def _fetched(scratch: Path, with_models: bool) -> list[Run]:
-    """Every finished run of the store with what it was made from, the newest first; says which are left out."""
+def _fetched(scratch: Path, with_models: bool, experiment: str | None) -> list[Run]:
+    """Every finished run of the store, or of one experiment in it, with what it was made from, the newest first; says
+    which are left out."""
     trainings: dict[str, dict[str, Any]] = {}
-    for row in tracking.finished_runs():
+    for row in tracking.finished_runs(experiment):
         tags = row["tags"]
         if publish.digest_tag("train") not in tags or tracking.RECORD_TAG not in tags:
             terminal.say(f"left out {row['name']} ({row['run_id'][:8]}): it does not hold what it was made from")
@@ -200,16 +202,21 @@ def _sha256(path: Path) -> str:
 
 
 def _refuse_private(run: Run, private: Mapping[str, re.Pattern[str]]) -> None:
+    for file, what, around in matches(run, private):
+        raise StageError(
+            f"{run.shown}: {file} holds {what} of this machine ({around}): nothing was exported; delete that run first"
+        )
+
+
+def matches(run: Run, patterns: Mapping[str, re.Pattern[str]]) -> Iterator[tuple[str, str, str]]:
+    """Where texts of a run match one of `patterns`: the file, the pattern's key, and the match with what is around."""
     for path in sorted([*run.folder.rglob("*.json"), *run.folder.rglob("*.yaml")]):
-        where = f"{run.shown}: {path.relative_to(run.folder).as_posix()}"
+        file = path.relative_to(run.folder).as_posix()
         data = path.read_bytes()
-        for text in _texts(vetting.parse(data, where)) if path.suffix == ".json" else data.decode().splitlines():
-            for what, pattern in private.items():
+        for text in _texts(vetting.parse(data, file)) if path.suffix == ".json" else data.decode().splitlines():
+            for what, pattern in patterns.items():
                 if found := pattern.search(text):
-                    around = vetting.shown(text[max(0, found.start() - 20) : found.end() + 20])
-                    raise StageError(
-                        f"{where} holds {what} of this machine ({around}): nothing was exported; delete that run first"
-                    )
+                    yield file, what, vetting.shown(text[max(0, found.start() - 20) : found.end() + 20])
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -578,25 +585,19 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
 # --- the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as the stages do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `export` or `import`."""
-    parser = _Parser(prog="python -m pipeline.bundle", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="python -m pipeline.bundle", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     exported = commands.add_parser("export", help="write all finished runs of the store to one file")
     exported.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="(default: reports/bundle.zip)")
+    exported.add_argument("--experiment", metavar="NAME", help="of this experiment alone")
     exported.add_argument("--with-models", action="store_true", help="checkpoints, too: some 45 MB a run")
     imported = commands.add_parser("import", help="put the runs of bundles into the store")
     imported.add_argument("files", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args(arguments)
     if options.command == "export":
-        export(options.out, options.with_models)
+        export(options.out, options.with_models, options.experiment)
     else:
         import_runs(options.files)
 

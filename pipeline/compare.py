@@ -20,13 +20,7 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         config.prices(config.absolute(settings.compare.prices)),
         noise.between(noise.measured(files.read_json(noise.FILE)["processes"])),
     )
-    drawn = [
-        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
-        for _, section, table in report.tables(found)
-    ]
-    files.write_text(REPORTS / "compare.md", report.markdown(found))
-    files.write_json(REPORTS / "compare.json", report.as_json(found))
-    files.write_text(REPORTS / "compare.html", page.html(found, drawn))
+    drawn = write(found, REPORTS)
     if any(drawn):
         _log(settings.tracking.experiment, found, drawn)
     terminal.say("\n" + report.on_terminal(found) + "\n")
@@ -35,6 +29,18 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
     if experiment_id:
         terminal.say("         " + tracking.link(experiment_id))
     return found
+
+
+def write(found: comparison.Comparison, folder: Path) -> list[dict[str, str]]:
+    """Writes compare.md, .json and .html; the charts of each table, by name, as SVG."""
+    drawn = [
+        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
+        for _, section, table in report.tables(found)
+    ]
+    files.write_text(folder / "compare.md", report.markdown(found))
+    files.write_json(folder / "compare.json", report.as_json(found))
+    files.write_text(folder / "compare.html", page.html(found, drawn))
+    return drawn
 
 
 def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[str, str]]) -> None:

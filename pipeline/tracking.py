@@ -267,12 +267,12 @@ def discarded_by_failure(handles: Sequence[Handle]) -> Iterator[None]:
         raise
 
 
-def finished_runs() -> list[dict[str, Any]]:
-    """All finished trainings of all experiments, newest first: `run_id`, `experiment_id`, `name`, `started`
-    (milliseconds since 1970), `tags`, `metrics`, `params`."""
+def finished_runs(experiment: str | None = None) -> list[dict[str, Any]]:
+    """All finished trainings of all experiments, or of the one named, newest first: `run_id`, `experiment_id`, `name`,
+    `started` (milliseconds since 1970), `tags`, `metrics`, `params`."""
     with _store_errors():
         client = _client()
-        experiments = [e.experiment_id for e in client.search_experiments()]
+        experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
         runs: list[Run] = []
         token = None
         while experiments:

@@ -314,6 +314,7 @@ def _record(
             "images": {name: len(split) for name, split in splits.items()},
             "trainable": trainable,
             "parameters": parameters,
+            "weights_digest": inputs["weights"]["digest"],
             "features_cached": work.job.on_features,
             "channels_last": work.channels_last,
             "compile": work.compile_mode,

@@ -461,6 +461,18 @@ def test_a_store_without_runs_is_said(tmp_path):
     assert not (tmp_path / "x.zip").exists()
 
 
+def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
+    for number, experiment in ((1, "trainmark"), (2, "results")):
+        live(tmp_path / experiment, number, later=False, experiment=experiment)
+    publish.restore(record_of(1), "results", tmp_path / "trainmark")
+    for chosen, numbers in (("trainmark", {1}), ("results", {1, 2})):
+        bundle.main(["export", "--experiment", chosen, "--out", str(tmp_path / f"{chosen}.zip")])
+        found = bundle.read(tmp_path / f"{chosen}.zip", tmp_path / f"of {chosen}")
+        assert {run.record["id"] for run in found} == {f"{number:032x}" for number in numbers}
+    with pytest.raises(StageError, match=r'^no finished run to export in sqlite.*, experiment "other": '):
+        bundle.export(tmp_path / "x.zip", experiment="other")
+
+
 def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
     record, handle = live(tmp_path / "a", 1, later=False)
     publish.restore(record, "another", tmp_path / "a")

@@ -159,14 +159,6 @@ def test_two_machines_of_a_store_are_compared(tmp_path, reports, capsys):
     assert b["shown"]["link"] == tracking.run_link(ids[b["shown"]["id"]], b["shown"]["id"])
 
 
-def test_the_blogs_two_machines_stand_in_for_at_two_to_three(tmp_path):
-    put(Store().add(5, hardware="M1", seconds=12.0).add(5, hardware="GTX", machine="b" * 12, seconds=8.0))
-    (sentence,) = verdicts(compared(tmp_path, "compare.reference=M1"))
-    assert sentence.startswith("GTX is 1.4") and " to 1.5" in sentence
-    (sentence,) = verdicts(compared(tmp_path, "compare.reference=GTX"))
-    assert sentence.startswith("M1 takes 1.4") and " to 1.5" in sentence
-
-
 def test_a_reference_that_does_not_exist_is_refused_and_nothing_changes(tmp_path, reports):
     put(two())
     before = len(runs())
