@@ -37,45 +37,73 @@ from pipeline.errors import UsageError
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Evaluates `folder/train/best.safetensors`, as part of the run that trained it; leaves `folder/evaluate`."""
+    """Evaluates the best checkpoint of each repeat in `folder/train`, as part of the run that trained it; leaves
+    `folder/evaluate`. Gives the first result."""
     recipe = settings.work
     backend = training.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
-    record = files.read_json(folder / "train" / "record.json")
-    net = _checkpoint(settings, inputs, record, folder / "train" / "best.safetensors")
+    trained = records.trained(folder)
+    for record in trained:
+        _check_work(settings, inputs, record)
     images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
-    with backend.memory_errors():
-        predictions, metrics = _measured(net, data.as_split(images, labels), settings, record, backend)
+    test = data.as_split(images, labels)
+    shutil.rmtree(folder / "evaluate", ignore_errors=True)
+    files.make_folder(folder / "evaluate" / "repeats")  # an output of DVC's, even if there are none
+    results = [_evaluated(settings, inputs, record, test, backend, folder) for record in trained]
+    publish.gather(trained[0], records.experiment(settings, trained[0]["tags"]))
+    if len(trained) == 1:
+        terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
+        return results[0]
+    metrics = [result["metrics"] for result in results]
+    files.write_json(folder / "evaluate" / "metrics.json", records.summary(metrics))
+    terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], metrics)}")
+    return results[0]
 
-    out = folder / "evaluate"
-    shutil.rmtree(out, ignore_errors=True)
+
+def _evaluated(
+    settings: config.Settings,
+    inputs: Mapping[str, Any],
+    record: Mapping[str, Any],
+    test: data.Split,
+    backend: backends.Backend,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates the checkpoint that the training of `record` left in `folder`, and completes its run."""
+    folders = records.folders(folder, records.repeat_of(record))
+    net = _checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
+    with backend.memory_errors():
+        predictions, metrics = _measured(net, test, settings, record, backend)
     result = {
         "id": record["id"],
         "metrics": metrics,
         "tags": {"label": settings.label},
         "datasets": [
             dataset
-            for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+            for dataset in records.datasets(inputs, {"test": len(test)}, settings.seed)
             if dataset not in record["datasets"]
         ],
         "ended": tracking.now(),
     }
-    _leave(result, labels, predictions, inputs["data"]["classes"], record["name"], out)
-    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folder)
+    _leave(result, test.labels.numpy(), predictions, inputs["data"]["classes"], record["name"], folders["evaluate"])
+    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
     _announce(record, metrics)
     return result
+
+
+def _check_work(settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raises UsageError where the training was not of this work."""
+    wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
+    if wanted != trained:
+        raise UsageError(
+            f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but best.safetensors was trained for '
+            f"{trained}: run `python -m pipeline.train` with the same settings first"
+        )
 
 
 def _checkpoint(
     settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
 ) -> model.Classifier:
-    """The model of the checkpoint. Raises UsageError where it is not of this work."""
-    wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
-    if wanted != trained:
-        raise UsageError(
-            f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
-            f"{trained}: run `python -m pipeline.train` with the same settings first"
-        )
+    """The model of the checkpoint. Raises UsageError where it is not of this training."""
     net, facts = model.load_checkpoint(path)
     for what, have, expected in (
         ("training", facts.record, record["id"]),
@@ -155,7 +183,8 @@ def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     )
     terminal.say(
         f"time     {once['time/total_seconds']:.2f} s of training and validation in all"
-        f" (+ {once['time/setup_seconds']:.2f} s setup, {once['time/data_seconds']:.2f} s decoding); "
+        f" (+ {once['time/setup_seconds']:.2f} s setup"
+        + (f", {once['time/data_seconds']:.2f} s decoding); " if "time/data_seconds" in once else "); ")
         + (f"features computed at {speed:,.0f} images/s" if speed else "")
         + ("" if speed else f"trained at {last['speed/train_images_per_second']:,.0f} images/s in the last epoch")
         + (f"; peak memory {last['memory/peak_mib']:,.0f} MiB" if "memory/peak_mib" in last else "")

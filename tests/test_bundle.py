@@ -133,7 +133,7 @@ def sha256(data):
 
 
 def manifest_of(*entries, **changes):
-    return {"format": "trainmark-bundle", "schema": 1, "created": AT + 9000, "runs": list(entries)} | changes
+    return {"format": "trainmark-bundle", "schema": bundle.SCHEMA, "created": AT + 9000, "runs": list(entries)} | changes
 
 
 def pack(path, *runs, manifest=None, extra=()):
@@ -171,9 +171,9 @@ def live(folder, number=1, later=True, **changes):
     tracking.end(handle, "FINISHED", record["ended"])
     if later:
         write(folder, parts_of(record, evaluation))
-        publish.complete("evaluate", record, evaluation, record["experiment"], folder)
+        publish.complete("evaluate", record, evaluation, record["experiment"], records.folders(folder))
         write(folder, parts_of(record, evaluation, sustained))
-        publish.complete("sustain", record, sustained, record["experiment"], folder)
+        publish.complete("sustain", record, sustained, record["experiment"], records.folders(folder))
     return record, handle
 
 
@@ -270,7 +270,7 @@ def test_runs_come_whole_into_another_store(tmp_path, elsewhere, capsys):
     assert len(after[record["id"]][1]["metrics"]["sustained/images_per_second"]) == 2
     assert "plots/confusion_matrix.png" in after[record["id"]][1]["artifacts"]
     tags = client().get_run(tracking.find(record["id"], "trainmark").run_id).data.tags
-    assert tags["imported"] == f"from a bundle of schema 1, run {handle.run_id}" and "restored" not in tags
+    assert tags["imported"] == "from a bundle of schema 2" and "restored" not in tags
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
 
@@ -463,7 +463,7 @@ def test_a_store_without_runs_is_said(tmp_path):
 
 def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
     record, handle = live(tmp_path / "a", 1, later=False)
-    publish.restore(record, "another", tmp_path / "a")
+    publish.restore(record, "another", records.folders(tmp_path / "a"))
     failed, unfinished = live(tmp_path / "b", 2)[1], live(tmp_path / "c", 3)[1]
     tracking.end(failed, "FAILED")
     tracking.resume(unfinished)
@@ -483,7 +483,7 @@ def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
 def test_the_run_that_holds_most_is_exported(tmp_path):
     record, _ = live(tmp_path / "a", 1, later=False)
     folder = write(tmp_path / "b", whole_parts())
-    restored = publish.restore(record, "another", folder)
+    (restored,) = publish.restore(record, "another", records.folders(folder))
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
     assert run.run_id == restored.run_id and set(run.stages) == {"train", "evaluate", "sustain"}
@@ -544,7 +544,7 @@ def test_what_names_machine_or_user_is_not_written(tmp_path, someone, file, said
     else:
         place = {"train": "warnings|0", "evaluate": "tags|label", "sustain": "warnings|0"}[file.split("/")[0]]
         parts[file] = json.dumps(put_in(json.loads(parts[file]), place, said)).encode()
-    publish.restore(json.loads(parts["train/record.json"]), "trainmark", write(tmp_path / "a", parts))
+    publish.restore(json.loads(parts["train/record.json"]), "trainmark", records.folders(write(tmp_path / "a", parts)))
     with pytest.raises(StageError) as caught:
         bundle.export(tmp_path / "x.zip")
     line = str(caught.value)
@@ -647,7 +647,7 @@ def other_format(path):
 
 
 def newer_schema(path):
-    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=2, more=1), extra=[("new.html", b"x")])
+    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=3, more=1), extra=[("new.html", b"x")])
 
 
 def no_runs(path):
@@ -844,7 +844,7 @@ BAD = {
     "another zip": (another_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "an empty zip": (empty_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "another format": (other_format, "it is no bundle of Trainmark: its format is not"),
-    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 2; this one reads up to 1): update this one"),
+    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 3; this one reads up to 2): update this one"),
     "schema 0": (listing("schema", 0), f"schema: 0 {NOT_ALLOWED}"),
     "a schema of words": (listing("schema", "1"), f"schema: '1' {NOT_ALLOWED}"),
     "no runs": (no_runs, "runs: there are 0"),
@@ -1264,7 +1264,7 @@ def survives(path, folder, monkeypatch):
     for run in found:
         at = Checked()
         monkeypatch.setattr(tracking, "_client", lambda at=at: at)
-        publish.restore(run.record, run.record["experiment"], run.folder, {"imported.run_id": run.run_id})
+        publish.restore(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
         assert at.ended == [("FINISHED", publish.ended(run.record, run.results))]
     return True
 

@@ -319,7 +319,9 @@ def test_the_given_run_is_filled_in_its_own_experiment(given):
     assert views.experiment_tags(given.experiment_id).items() <= tags.items()
 
 
-def test_the_given_run_is_found_whatever_it_is_marked_with(given):
+def test_under_mlflow_run_a_run_is_found_in_the_experiment_of_the_one_given(given):
+    assert tracking.find("a1b2", "trainmark") is None
+    tracking.mark(tracking.start(record_of()), record_of())
     handle = tracking.find("a1b2", "trainmark")
     assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
 
