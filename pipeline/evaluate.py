@@ -43,67 +43,57 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     backend = training.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
     trained = records.trained(folder)
-    for record in trained:
-        _check_work(settings, inputs, record)
+    classes = inputs["data"]["classes"]
     images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
     test = data.as_split(images, labels)
+    measured = []
+    for record in trained:  # all of them, before anything is written
+        best = records.folders(folder, records.repeat_of(record))["train"] / "best.safetensors"
+        net = _checkpoint(settings, inputs, record, best)
+        with backend.memory_errors():
+            measured.append(_measured(net, test, settings, record, backend))
+
     shutil.rmtree(folder / "evaluate", ignore_errors=True)
     files.make_folder(folder / "evaluate" / "repeats")  # an output of DVC's, even if there are none
-    results = [_evaluated(settings, inputs, record, test, backend, folder) for record in trained]
-    publish.gather(trained[0], records.experiment(settings, trained[0]["tags"]))
-    if len(trained) == 1:
+    experiment = records.experiment(settings, trained[0]["tags"])
+    results = []
+    for record, (predictions, metrics) in zip(trained, measured, strict=True):
+        folders = records.folders(folder, records.repeat_of(record))
+        result = {
+            "id": record["id"],
+            "metrics": metrics,
+            "tags": {"label": settings.label},
+            "datasets": [
+                dataset
+                for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+                if dataset not in record["datasets"]
+            ],
+            "ended": tracking.now(),
+        }
+        _leave(result, labels, predictions, classes, record["name"], folders["evaluate"])
+        publish.complete("evaluate", record, result, experiment, folders)
+        _announce(record, metrics)
+        results.append(result)
+    publish.gather(trained[0], experiment)
+    figures = [result["metrics"] for result in results]
+    if len(trained) > 1:
+        files.write_json(folder / "evaluate" / "metrics.json", records.summary(figures))
+        terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], figures)}")
+    else:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
-        return results[0]
-    metrics = [result["metrics"] for result in results]
-    files.write_json(folder / "evaluate" / "metrics.json", records.summary(metrics))
-    terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], metrics)}")
     return results[0]
-
-
-def _evaluated(
-    settings: config.Settings,
-    inputs: Mapping[str, Any],
-    record: Mapping[str, Any],
-    test: data.Split,
-    backend: backends.Backend,
-    folder: Path,
-) -> dict[str, Any]:
-    """Evaluates the checkpoint that the training of `record` left in `folder`, and completes its run."""
-    folders = records.folders(folder, records.repeat_of(record))
-    net = _checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
-    with backend.memory_errors():
-        predictions, metrics = _measured(net, test, settings, record, backend)
-    result = {
-        "id": record["id"],
-        "metrics": metrics,
-        "tags": {"label": settings.label},
-        "datasets": [
-            dataset
-            for dataset in records.datasets(inputs, {"test": len(test)}, settings.seed)
-            if dataset not in record["datasets"]
-        ],
-        "ended": tracking.now(),
-    }
-    _leave(result, test.labels.numpy(), predictions, inputs["data"]["classes"], record["name"], folders["evaluate"])
-    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
-    _announce(record, metrics)
-    return result
-
-
-def _check_work(settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Raises UsageError where the training was not of this work."""
-    wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
-    if wanted != trained:
-        raise UsageError(
-            f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but best.safetensors was trained for '
-            f"{trained}: run `python -m pipeline.train` with the same settings first"
-        )
 
 
 def _checkpoint(
     settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
 ) -> model.Classifier:
-    """The model of the checkpoint. Raises UsageError where it is not of this training."""
+    """The model of the checkpoint. Raises UsageError where it is not of this work."""
+    wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
+    if wanted != trained:
+        raise UsageError(
+            f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
+            f"{trained}: run `python -m pipeline.train` with the same settings first"
+        )
     net, facts = model.load_checkpoint(path)
     for what, have, expected in (
         ("training", facts.record, record["id"]),

@@ -316,7 +316,7 @@ def course(repeats: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
-    """The tags that stand above repeats, of all tags of each: what all share, and the taints of any; others are None."""
+    """The tags that stand above repeats, of all tags of each: what all share, and the taints of any; the rest None."""
     every = {key: value for each in repeats for key, value in each.items() if key != "repeat"}
     shared = {key: value if all(each.get(key) == value for each in repeats) else None for key, value in every.items()}
     taints = dict.fromkeys(word for each in repeats for word in (each.get("taints") or "").split())

@@ -85,7 +85,6 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         work = training.build(recipe, settings.seed, classes, path, splits, backend, clock)
 
     shutil.rmtree(folder / "train", ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    files.make_folder(folder / "train" / "repeats")  # an output of DVC's, even if there are none
     repeats_id = uuid.uuid4().hex
     trained: list[dict[str, Any]] = []
     parent: tracking.Handle | None = None
@@ -115,6 +114,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     if full:  # not in the except clause: what the error holds is in the way of every smaller batch
         del work
         raise StageError(_advice(full, settings, splits, classes, backend))
+    files.make_folder(folder / "train" / "repeats")  # an output of DVC's, even if there are none
     if len(trained) > 1:
         figures = records.summary([records.figures(each) for each in trained])
         files.write_json(folder / "train" / "metrics.json", figures)

@@ -139,7 +139,9 @@ def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(lef
     run = client().get_run(handle.run_id)
     assert all(word in run.data.tags["mlflow.note.content"] for word in words.values())
     assert result["metrics"].items() <= run.data.metrics.items()
-    ended = publish.ended(record, publish.results(record, records.folders(folder)))  # by whichever stage was last in time
+    ended = publish.ended(
+        record, publish.results(record, records.folders(folder))
+    )  # by whichever stage was last in time
     assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
     assert len(runs()) == 1
 
@@ -204,7 +206,9 @@ def test_an_evaluation_sets_the_label_anew(left, label, shown):
     record, folder = left
     result = result_of("evaluate", folder)
     files.write_json(folder / "evaluate" / "record.json", result | {"tags": {"label": label}})
-    (handle,) = publish.restore(record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", records.folders(folder))
+    (handle,) = publish.restore(
+        record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", records.folders(folder)
+    )
     tags = client().get_run(handle.run_id).data.tags
     assert tags.get("label") == shown
     assert f"**test accuracy {result['metrics']['test/accuracy']:.2%}**" in tags["mlflow.note.content"]
