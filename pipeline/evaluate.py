@@ -54,7 +54,6 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
             measured.append(_measured(net, test, settings, record, backend))
 
     shutil.rmtree(folder / "evaluate", ignore_errors=True)
-    files.make_folder(folder / "evaluate" / "repeats")  # an output of DVC's, even if there are none
     experiment = records.experiment(settings, trained[0]["tags"])
     results = []
     for record, (predictions, metrics) in zip(trained, measured, strict=True):
@@ -76,8 +75,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         results.append(result)
     publish.gather(trained[0], experiment)
     figures = [result["metrics"] for result in results]
+    records.write_summary(folder, "evaluate", trained, figures)
     if len(trained) > 1:
-        files.write_json(folder / "evaluate" / "metrics.json", records.summary(figures))
         terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], figures)}")
     else:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")

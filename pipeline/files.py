@@ -36,14 +36,6 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder, and those it is in. Raises StageError where it can't be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
 def cannot_write(path: Path, error: OSError) -> StageError:
     """The error that tells a person why `path` can't be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -9,7 +9,9 @@ A training that is repeated leaves a record each time. Three tags say so: `repea
 `repeat`, counted from 1, and `repeats`, how many are planned. What was done once for all of them stands in the first.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -302,6 +304,21 @@ def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
         **{key: math.fsum(seconds) for key, seconds in done.items() if seconds},
         **{f"std/{key}": stdev(each[key] for each in repeats) for key in shared if not key.startswith(MEASURED_ONCE)},
     }
+
+
+def write_summary(outputs: Path, stage: str, trained: Sequence[Record], repeats: Sequence[Mapping[str, float]]) -> None:
+    """Writes what `stage` found of all repeats: their figures to `repeats/figures.csv`, a row each, and where there are
+    several, their summary in place of the first one's metrics.json."""
+    folder = folders(outputs)[stage]
+    text = io.StringIO()
+    names = ["repeat", "seed", *dict.fromkeys(key for each in repeats for key in each)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for record, found in zip(trained, repeats, strict=True):
+        writer.writerow({"repeat": repeat_of(record), "seed": record["params"]["settings.seed"], **found})
+    files.write_text(folder / "repeats" / "figures.csv", text.getvalue())
+    if len(repeats) > 1:
+        files.write_json(folder / "metrics.json", summary(repeats))
 
 
 def course(repeats: Sequence[Record]) -> list[dict[str, Any]]:

@@ -114,10 +114,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     if full:  # not in the except clause: what the error holds is in the way of every smaller batch
         del work
         raise StageError(_advice(full, settings, splits, classes, backend))
-    files.make_folder(folder / "train" / "repeats")  # an output of DVC's, even if there are none
-    if len(trained) > 1:
-        figures = records.summary([records.figures(each) for each in trained])
-        files.write_json(folder / "train" / "metrics.json", figures)
+    records.write_summary(folder, "train", trained, [records.figures(each) for each in trained])
     return trained[0]
 
 

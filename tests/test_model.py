@@ -612,6 +612,22 @@ def test_each_batch_norm_of_a_resnet_is_folded_into_its_convolution():
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
+def test_what_is_folded_follows_the_models_weights_in_its_own_memory():
+    net, other = with_statistics(built()), with_statistics(built())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    fused, again = model.folded(net, images())
+    where = [tensor.data_ptr() for tensor in fused.state_dict().values()]
+    net.load_state_dict(other.state_dict())
+    net.train()
+    again()
+    expected, _ = model.folded(other, images())
+    assert [tensor.data_ptr() for tensor in fused.state_dict().values()] == where
+    with torch.no_grad():
+        assert torch.equal(fused(images(3)), expected(images(3)))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_folding_changes_no_models_features(name):
     net = with_statistics(built(name=name))
