@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from pipeline import cli, config, files, publish, records, terminal, tracking, vetting
 from pipeline.errors import StageError, UsageError
 
-FORMAT, SCHEMA = "trainmark-bundle", 1
+FORMAT, SCHEMA = "trainmark-bundle", 2
 """What `bundle.json` says it is. SCHEMA is raised when a bundle, or a record in it, changes its structure."""
 
 OUT = config.ROOT / "reports" / "bundle.zip"
@@ -66,7 +66,7 @@ COMMON = frozenset({
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was found right, its files in `folder` as `publish.restore` reads them."""
+    """A run that was found right, its files in `folder` as a single training leaves them, whichever repeat it is."""
 
     record: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]]
@@ -74,11 +74,18 @@ class Run:
     run_id: str
     """Of the run in the store where it was trained."""
     folder: Path
+    schema: int
+    """Of the bundle that it is from."""
 
     @property
     def stages(self) -> dict[str, Mapping[str, Any]]:
         """All its records, by stage."""
         return {"train": self.record, **self.results}
+
+    @property
+    def folders(self) -> publish.Folders:
+        """Where its files are, by stage."""
+        return records.folders(self.folder)
 
     @property
     def shown(self) -> str:
@@ -145,7 +152,7 @@ def _fetched(scratch: Path, with_models: bool, experiment: str | None) -> list[R
         except UsageError as error:
             terminal.say(f"left out {error}")
             continue
-        found.append(Run(record, results, row["tags"].get("imported.run_id", row["run_id"]), folder))
+        found.append(Run(record, results, row["tags"].get(publish.IMPORTED_RUN, row["run_id"]), folder, SCHEMA))
     return found
 
 
@@ -313,7 +320,7 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
         for key, value in said.items():
             if listing[key] != value:
                 raise vetting.refusal(within, f"{key}: {MANIFEST} says {listing[key]}, the record {value}")
-        runs.append(Run(record, results, listing["run_id"], own))
+        runs.append(Run(record, results, listing["run_id"], own, manifest["schema"]))
     return runs
 
 
@@ -383,8 +390,8 @@ def _vet_manifest(value: Any, where: str) -> None:
         raise vetting.refusal(
             where, f"it was made by a newer Trainmark (schema {schema}; this one reads up to {SCHEMA}): update this one"
         )
-    # Schema 1 is the first. When there is another, `_read` unpacks the older one's files and turns them into the newer
-    # one's, by a function for each step from one schema to the next, before they are looked at.
+    # A run of schema 1 is one of schema 2 that is not repeated. Where a schema changes what there was before, `_read`
+    # unpacks the older one's files and turns them into the newer one's before they are looked at.
     vetting.members(value, where, ("format", "schema", "created", "runs"))
     vetting.moment(value["created"], f"{where}: created")
     seen: set[str] = set()
@@ -442,8 +449,8 @@ def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str
                     raise vetting.refusal(f"{where}/{stage}/plots/{picture.name}", "it is no PNG picture")
     if (folder / CHECKPOINT).exists():
         _vet_checkpoint(folder / CHECKPOINT, record, f"{where}/{CHECKPOINT}")
-    if len(records.description(record, results)) > vetting.DESCRIPTION_LENGTH:
-        raise vetting.refusal(where, f"its description has more than {vetting.DESCRIPTION_LENGTH:,} characters")
+    if len(records.description(record, results)) > records.DESCRIPTION_LENGTH:
+        raise vetting.refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
     return record, results
 
 
@@ -503,8 +510,11 @@ def import_runs(paths: Sequence[Path]) -> None:
         made: list[tracking.Handle] = []
         try:
             with tracking.discarded_by_failure(made):
+                found.sort(key=lambda each: records.repeat_of(each[1].record))  # the run above begins with the first
                 for _, run in found:
                     _put(run, fetched, made)
+                for run in {run.record["tags"].get(tracking.REPEATS_TAG): run for _, run in found}.values():
+                    publish.gather(run.record, run.record["experiment"])
         except BaseException:
             if made:
                 terminal.say("note     what was imported above is deleted again")
@@ -513,6 +523,7 @@ def import_runs(paths: Sequence[Path]) -> None:
 
 def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
     seen: dict[str, dict[str, Mapping[str, Any]]] = {}
+    siblings: dict[str, dict[str, Mapping[str, str]]] = {}
     for where, run in found:
         earlier = seen.setdefault(run.record["id"], {})
         for stage in _newer(run, earlier, f"{where}: {run.shown}"):
@@ -520,6 +531,7 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
         handle = tracking.find(run.record["id"], run.record["experiment"])
         if handle is not None and not tracking.is_deleted(handle):
             _newer(run, _held(handle, run, scratch), f"{where}: {run.shown}")
+        _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
             from pipeline import model  # torch takes seconds to import, and most bundles hold no model
 
@@ -527,6 +539,24 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
                 model.load_checkpoint(run.checkpoint)
             except StageError as error:
                 raise vetting.refusal(f"{where}: {run.shown}", str(error)) from None
+
+
+def _refuse_another(run: Run, siblings: dict[str, dict[str, Mapping[str, str]]], where: str) -> None:
+    """Refuses a repeat that can't stand beside those of the same training in the store and in `siblings`, to which it
+    is added: their tags by the ids of their records, by what they share."""
+    own = run.record["tags"]
+    shared = own.get(tracking.REPEATS_TAG)
+    if shared is None:
+        return
+    if shared not in siblings:
+        _, there = tracking.repeats(shared, run.record["experiment"])
+        siblings[shared] = {row["tags"][tracking.RECORD_TAG]: row["tags"] for row in there.values()}
+    for record_id, tags in siblings[shared].items():
+        if record_id != run.record["id"] and tags["repeat"] == own["repeat"]:
+            raise vetting.refusal(where, f"repeat: {own['repeat']} is another run that is there ({record_id[:8]})")
+        if tags["repeats"] != own["repeats"]:
+            raise vetting.refusal(where, f"repeats: {own['repeats']}, where one that is there says {tags['repeats']}")
+    siblings[shared][run.record["id"]] = own
 
 
 def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[str]:
@@ -561,9 +591,8 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     record, experiment = run.record, run.record["experiment"]
     handle = tracking.find(record["id"], experiment)
     if handle is None:
-        origin = f"from a bundle of schema {SCHEMA}, run {run.run_id}"
-        marks = {"imported": origin, "imported.run_id": run.run_id}
-        made.append(publish.restore(record, experiment, run.folder, marks))
+        marks = {"imported": f"from a bundle of schema {run.schema}", publish.IMPORTED_RUN: run.run_id}
+        made += publish.restore(record, experiment, run.folders, marks)
         terminal.say(f"imported {run.shown} into {experiment}")
         return
     if tracking.is_deleted(handle):
@@ -576,7 +605,7 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     if stages or best:
         later = {stage: held[stage] for stage in held if stage != "train"}
         later |= {stage: run.results[stage] for stage in stages}
-        publish.add(handle, record, stages, later, run.folder, best)
+        publish.add(handle, record, stages, later, run.folders, best)
         terminal.say(f"added    {', '.join(stages) or 'model'} to {run.shown}")
     else:
         terminal.say(f"there    {run.shown} is in this store already")

@@ -63,16 +63,19 @@ def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:
-    """Makes sure that the training in `folder` stands in the store; the id of its experiment."""
-    if not (folder / "train" / "record.json").exists():
+    """Makes sure that the training in `folder`, with all its repeats, stands in the store; the id of its experiment."""
+    if not (records.folders(folder)["train"] / "record.json").exists():
         return None
-    record = files.read_json(folder / "train" / "record.json")
-    experiment = records.experiment(settings, record["tags"])
-    handle = tracking.find(record["id"], experiment)
-    if handle is None:
-        handle = publish.restore(record, experiment, folder)
+    trained = records.trained(folder)
+    experiment = records.experiment(settings, trained[0]["tags"])
+    missing = [record for record in trained if tracking.find(record["id"], experiment) is None]
+    for record in missing:
+        publish.restore(record, experiment, records.folders(folder, records.repeat_of(record)))
         terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
-    return handle.experiment_id
+    if missing:
+        publish.gather(trained[0], experiment)
+    handle = tracking.find(trained[0]["id"], experiment)
+    return handle.experiment_id if handle else None
 
 
 if __name__ == "__main__":

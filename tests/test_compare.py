@@ -12,9 +12,9 @@ from conftest import fails
 from made import EPOCHS, Store, two
 from mlflow.entities import Metric, Param, RunTag
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
-from test_train import generated, light, once, threads  # noqa: F401 (threads: one is enough)
+from test_train import generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, comparison, config, files, tracking
+from pipeline import compare, comparison, config, files, tracking, train
 from pipeline.errors import UsageError
 
 
@@ -87,6 +87,22 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, c
 
     assert compare.run(generated(), outputs) == found
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
+
+
+def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, capsys):  # noqa: F811
+    settings = generated("repeats=3", "epochs=1")
+    prepare(settings, tmp_path / "outputs")
+    train.run(settings, tmp_path / "outputs")
+    live = {run.info.run_name: run.data.metrics for run in runs() if "repeats" in run.data.tags}
+    found = compare.run(generated("tracking.experiment=another"), tmp_path / "outputs")
+    put = [run for run in runs() if "restored" in run.data.tags]
+    assert {run.info.run_name: run.data.metrics for run in put} == live and len(put) == 4
+    assert {run.info.status for run in put} == {"FINISHED"}
+    (parent,) = [run for run in put if "repeat" not in run.data.tags]
+    assert [run.data.tags.get("mlflow.parentRunId") for run in put].count(parent.info.run_id) == 3
+    assert capsys.readouterr().out.count("nothing was trained") == 3 and found.runs == 3
+    compare.run(generated("tracking.experiment=another"), tmp_path / "outputs")
+    assert len([run for run in runs() if "restored" in run.data.tags]) == 4
 
 
 def test_the_same_run_goes_into_each_experiment_and_counts_once(outputs):
