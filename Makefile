@@ -1,4 +1,4 @@
-# make run | test | ui | bench | clean. Without make (Windows): README, "Without make".
+# make run | test | ui | bench | results | clean. Without make (Windows): README, "Without make".
 # TORCH: default (what the package index has) | cpu | cu126 (NVIDIA cards before Turing, such as a GTX 1060) | cu130 |
 # rocm7.2 | xpu: a build that PyTorch offers at download.pytorch.org. The choice is kept in .venv until another is made.
 VENV := .venv
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # For what dvc starts. Called by their paths above and below: make 3.81, which macOS has, looks up commands without it.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test ui bench clean
+.PHONY: run test ui bench results clean
 .DELETE_ON_ERROR:
 
 run: $(STAMP)
@@ -33,6 +33,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.blog_baseline
 	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.overheads
+
+results: $(STAMP)
+	$(BIN)/python -m results.check
+	$(BIN)/python -m results.compare
 
 clean:
 	rm -rf $(VENV)

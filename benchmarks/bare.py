@@ -3,16 +3,21 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import config, data, engine, sources, training, weights
+from pipeline.backends import Backend
 from pipeline.clock import Clock
 
 FIXED_SECONDS = 10.0
 """How long one fixed batch is repeated at most; for no more steps than the training had."""
+
+TOTAL = ("upload", "features", "train", "validate")
+"""The spans that make `time/total_seconds`."""
 
 
 def splits_of(settings: config.Settings) -> training.Splits:
@@ -49,38 +54,15 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     computing its features) and, where `fixed`, `fixed_speed`: of the same step or pass on one batch that lies prepared
     on the device."""
     recipe = settings.work
-    backend = training.device_for(settings.device, recipe)
-    backend.release_memory()  # what an earlier turn held
-    clock = Clock(backend.synchronise)
-    path = weights_of(recipe)
-    with clock.span("setup"):
-        work = training.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
-        working = training.warm_up(work, splits)
-        training.restart(work, settings.seed)
-    with clock.span("upload"):
-        samples, placement = training.place(work, splits, working, settings.data.device_gib)
+    work, working = set_up(settings, splits)
+    backend, clock = work.job.backend, work.job.clock
+    rows, at, placement = trained_once(work, settings, splits, working)
     images = sum(map(len, splits.values()))
-    if work.job.on_features:
-        work.net.eval()
-        with clock.span("features"):
-            for name, split in samples.items():
-                batches = data.batches(split, recipe.batch_size, backend)
-                samples[name] = engine.compute_features(work.features, split, batches)
-    rows, at = [], [time.perf_counter()]
-    for row in engine.train(
-        work.job,
-        lambda epoch: data.shuffled(
-            samples["train"], recipe.batch_size, backend, settings.seed, epoch, flip=recipe.flip
-        ),
-        lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
-    ):
-        rows.append(row)
-        at.append(time.perf_counter())
     trained = len(splits["train"]) * recipe.epochs / clock.total("train")
     result = {
         "epochs": rows,
         "at": at,
-        "seconds": clock.total("upload", "features", "train", "validate"),
+        "seconds": clock.total(*TOTAL),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
         "speed": images / clock.total("features") if work.job.on_features else trained,
@@ -103,19 +85,63 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     return result
 
 
+def set_up(settings: config.Settings, splits: training.Splits) -> tuple[training.Work, float]:
+    """What a training needs, built, warmed up and put back to its beginning, with the bytes that a step takes on the
+    device; its clock has `setup`."""
+    recipe = settings.work
+    backend = training.device_for(settings.device, recipe)
+    backend.release_memory()  # what an earlier turn held
+    clock = Clock(backend.synchronise)
+    path = weights_of(recipe)
+    with clock.span("setup"):
+        work = training.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
+        working = training.warm_up(work, splits)
+        training.restart(work, settings.seed)
+    return work, working
+
+
+def trained_once(
+    work: training.Work, settings: config.Settings, splits: training.Splits, working: float
+) -> tuple[list[dict[str, Any]], list[float], str]:
+    """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
+    where the images lay; the work's clock has TOTAL."""
+    recipe, backend, clock = work.recipe, work.job.backend, work.job.clock
+    with clock.span("upload"):
+        samples, placement = training.place(work, splits, working, settings.data.device_gib)
+    if work.job.on_features:
+        work.net.eval()
+        with clock.span("features"):
+            for name, split in samples.items():
+                batches = data.batches(split, recipe.batch_size, backend)
+                samples[name] = engine.compute_features(work.features, split, batches)
+    rows, at = [], [time.perf_counter()]
+    for row in engine.train(
+        work.job,
+        lambda epoch: data.shuffled(
+            samples["train"], recipe.batch_size, backend, settings.seed, epoch, flip=recipe.flip
+        ),
+        lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
+    ):
+        rows.append(row)
+        at.append(time.perf_counter())
+    return rows, at, placement
+
+
+def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> float:
+    """Seconds that so many steps take."""
+    backend.synchronise()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    backend.synchronise()
+    return time.perf_counter() - start
+
+
 def _fixed_speed(work: training.Work, splits: training.Splits, passed: int) -> float:
     """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
     backend = work.job.backend
     step, size = training.fixed_step(work, splits)
 
-    def seconds(steps: int) -> float:
-        backend.synchronise()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        backend.synchronise()
-        return time.perf_counter() - start
-
-    seconds(2)  # kernels are chosen, launches recorded
-    steps = min(math.ceil(passed / size), math.ceil(FIXED_SECONDS / seconds(1)))
-    return steps * size / seconds(steps)
+    seconds_of(step, 2, backend)  # kernels are chosen, launches recorded
+    steps = min(math.ceil(passed / size), math.ceil(FIXED_SECONDS / seconds_of(step, 1, backend)))
+    return steps * size / seconds_of(step, steps, backend)

@@ -6,7 +6,8 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ TELLING = ("power_source", "low_power_mode", "cpu_load", "swapping", "gpu_load",
 """What of the machine's state is kept beside the figures."""
 
 
-def parser(doc: str | None, rounds: str = "--rounds") -> argparse.ArgumentParser:
+def parser(doc: str | None, rounds: str = "--rounds", times: int = 3) -> argparse.ArgumentParser:
     """A command line with -S, and how often all take their turns."""
     words = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("-S", dest="overrides", metavar="key=value", action="append", default=[], help="as the pipeline")
-    words.add_argument(rounds, type=whole, default=3, metavar="N", help="how often all take their turns (3)")
+    words.add_argument(rounds, type=whole, default=times, metavar="N", help=f"how often all is done ({times})")
     return words
 
 
@@ -47,13 +48,20 @@ def whole(text: str) -> int:
     return value
 
 
-def settings_of(overrides: Sequence[str]) -> config.Settings:
-    """The settings with `key=value` laid over, later ones over earlier; a wrong one ends the process with status 2."""
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Ends the process with a line and status 2 where a setting is wrong, or can't be had here."""
     try:
-        return config.load(overrides)
+        yield
     except StageError as error:
         print(error, file=sys.stderr)
         sys.exit(error.status)
+
+
+def settings_of(overrides: Sequence[str]) -> config.Settings:
+    """The settings with `key=value` laid over, later ones over earlier; a wrong one ends the process with status 2."""
+    with in_one_line():
+        return config.load(overrides)
 
 
 def conditions_of(settings: config.Settings, overrides: Sequence[str]) -> dict[str, Any]:

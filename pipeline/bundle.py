@@ -4,7 +4,6 @@ A bundle is a zip of `bundle.json` and, for each run, of the files that `train`,
 DVC, so that an imported run is put into the store as a cached one is: see docs/bundle.md.
 """
 
-import argparse
 import getpass
 import hashlib
 import os
@@ -21,12 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from pipeline import cli, config, files, publish, records, terminal, tracking, vetting
 from pipeline.errors import StageError, UsageError
 
-FORMAT, SCHEMA = "trainmark-bundle", 1
+FORMAT, SCHEMA = "trainmark-bundle", 2
 """What `bundle.json` says it is. SCHEMA is raised when a bundle, or a record in it, changes its structure."""
 
 OUT = config.ROOT / "reports" / "bundle.zip"
@@ -67,7 +66,7 @@ COMMON = frozenset({
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was found right, its files in `folder` as `publish.restore` reads them."""
+    """A run that was found right, its files in `folder` as a single training leaves them, whichever repeat it is."""
 
     record: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]]
@@ -75,11 +74,18 @@ class Run:
     run_id: str
     """Of the run in the store where it was trained."""
     folder: Path
+    schema: int
+    """Of the bundle that it is from."""
 
     @property
     def stages(self) -> dict[str, Mapping[str, Any]]:
         """All its records, by stage."""
         return {"train": self.record, **self.results}
+
+    @property
+    def folders(self) -> publish.Folders:
+        """Where its files are, by stage."""
+        return records.folders(self.folder)
 
     @property
     def shown(self) -> str:
@@ -95,15 +101,17 @@ class Run:
 # --- export
 
 
-def export(out: Path, with_models: bool = False) -> None:
-    """Writes all finished runs of the current store to the bundle `out`, whole or not at all.
+def export(out: Path, with_models: bool = False, experiment: str | None = None) -> None:
+    """Writes all finished runs of the current store, or of one experiment in it, to the bundle `out`, whole or not at
+    all.
 
     Raises StageError where there is none, or where one names this machine, its user or their home folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found = _fetched(Path(scratch), with_models)
+        found = _fetched(Path(scratch), with_models, experiment)
         if not found:
-            raise StageError(f"no finished run to export in {tracking.shown_uri()}: make run")
+            place = tracking.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
+            raise StageError(f"no finished run to export in {place}: make run")
         private = _private()
         for run in found:
             _refuse_private(run, private)
@@ -122,10 +130,11 @@ def export(out: Path, with_models: bool = False) -> None:
     terminal.say(f"bundle   {out}: {len(found)} run{'s' * (len(found) != 1)}, {out.stat().st_size / MIB:.2f} MiB")
 
 
-def _fetched(scratch: Path, with_models: bool) -> list[Run]:
-    """Every finished run of the store with what it was made from, the newest first; says which are left out."""
+def _fetched(scratch: Path, with_models: bool, experiment: str | None) -> list[Run]:
+    """Every finished run of the store, or of one experiment in it, with what it was made from, the newest first; says
+    which are left out."""
     trainings: dict[str, dict[str, Any]] = {}
-    for row in tracking.finished_runs():
+    for row in tracking.finished_runs(experiment):
         tags = row["tags"]
         if publish.digest_tag("train") not in tags or tracking.RECORD_TAG not in tags:
             terminal.say(f"left out {row['name']} ({row['run_id'][:8]}): it does not hold what it was made from")
@@ -143,7 +152,7 @@ def _fetched(scratch: Path, with_models: bool) -> list[Run]:
         except UsageError as error:
             terminal.say(f"left out {error}")
             continue
-        found.append(Run(record, results, row["tags"].get("imported.run_id", row["run_id"]), folder))
+        found.append(Run(record, results, row["tags"].get(publish.IMPORTED_RUN, row["run_id"]), folder, SCHEMA))
     return found
 
 
@@ -200,16 +209,21 @@ def _sha256(path: Path) -> str:
 
 
 def _refuse_private(run: Run, private: Mapping[str, re.Pattern[str]]) -> None:
+    for file, what, around in matches(run, private):
+        raise StageError(
+            f"{run.shown}: {file} holds {what} of this machine ({around}): nothing was exported; delete that run first"
+        )
+
+
+def matches(run: Run, patterns: Mapping[str, re.Pattern[str]]) -> Iterator[tuple[str, str, str]]:
+    """Where texts of a run match one of `patterns`: the file, the pattern's key, and the match with what is around."""
     for path in sorted([*run.folder.rglob("*.json"), *run.folder.rglob("*.yaml")]):
-        where = f"{run.shown}: {path.relative_to(run.folder).as_posix()}"
+        file = path.relative_to(run.folder).as_posix()
         data = path.read_bytes()
-        for text in _texts(vetting.parse(data, where)) if path.suffix == ".json" else data.decode().splitlines():
-            for what, pattern in private.items():
+        for text in _texts(vetting.parse(data, file)) if path.suffix == ".json" else data.decode().splitlines():
+            for what, pattern in patterns.items():
                 if found := pattern.search(text):
-                    around = vetting.shown(text[max(0, found.start() - 20) : found.end() + 20])
-                    raise StageError(
-                        f"{where} holds {what} of this machine ({around}): nothing was exported; delete that run first"
-                    )
+                    yield file, what, vetting.shown(text[max(0, found.start() - 20) : found.end() + 20])
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -306,7 +320,7 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
         for key, value in said.items():
             if listing[key] != value:
                 raise vetting.refusal(within, f"{key}: {MANIFEST} says {listing[key]}, the record {value}")
-        runs.append(Run(record, results, listing["run_id"], own))
+        runs.append(Run(record, results, listing["run_id"], own, manifest["schema"]))
     return runs
 
 
@@ -376,8 +390,8 @@ def _vet_manifest(value: Any, where: str) -> None:
         raise vetting.refusal(
             where, f"it was made by a newer Trainmark (schema {schema}; this one reads up to {SCHEMA}): update this one"
         )
-    # Schema 1 is the first. When there is another, `_read` unpacks the older one's files and turns them into the newer
-    # one's, by a function for each step from one schema to the next, before they are looked at.
+    # A run of schema 1 is one of schema 2 that is not repeated. Where a schema changes what there was before, `_read`
+    # unpacks the older one's files and turns them into the newer one's before they are looked at.
     vetting.members(value, where, ("format", "schema", "created", "runs"))
     vetting.moment(value["created"], f"{where}: created")
     seen: set[str] = set()
@@ -435,8 +449,8 @@ def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str
                     raise vetting.refusal(f"{where}/{stage}/plots/{picture.name}", "it is no PNG picture")
     if (folder / CHECKPOINT).exists():
         _vet_checkpoint(folder / CHECKPOINT, record, f"{where}/{CHECKPOINT}")
-    if len(records.description(record, results)) > vetting.DESCRIPTION_LENGTH:
-        raise vetting.refusal(where, f"its description has more than {vetting.DESCRIPTION_LENGTH:,} characters")
+    if len(records.description(record, results)) > records.DESCRIPTION_LENGTH:
+        raise vetting.refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
     return record, results
 
 
@@ -496,8 +510,11 @@ def import_runs(paths: Sequence[Path]) -> None:
         made: list[tracking.Handle] = []
         try:
             with tracking.discarded_by_failure(made):
+                found.sort(key=lambda each: records.repeat_of(each[1].record))  # the run above begins with the first
                 for _, run in found:
                     _put(run, fetched, made)
+                for run in {run.record["tags"].get(tracking.REPEATS_TAG): run for _, run in found}.values():
+                    publish.gather(run.record, run.record["experiment"])
         except BaseException:
             if made:
                 terminal.say("note     what was imported above is deleted again")
@@ -506,6 +523,7 @@ def import_runs(paths: Sequence[Path]) -> None:
 
 def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
     seen: dict[str, dict[str, Mapping[str, Any]]] = {}
+    siblings: dict[str, dict[str, Mapping[str, str]]] = {}
     for where, run in found:
         earlier = seen.setdefault(run.record["id"], {})
         for stage in _newer(run, earlier, f"{where}: {run.shown}"):
@@ -513,6 +531,7 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
         handle = tracking.find(run.record["id"], run.record["experiment"])
         if handle is not None and not tracking.is_deleted(handle):
             _newer(run, _held(handle, run, scratch), f"{where}: {run.shown}")
+        _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
             from pipeline import model  # torch takes seconds to import, and most bundles hold no model
 
@@ -520,6 +539,24 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
                 model.load_checkpoint(run.checkpoint)
             except StageError as error:
                 raise vetting.refusal(f"{where}: {run.shown}", str(error)) from None
+
+
+def _refuse_another(run: Run, siblings: dict[str, dict[str, Mapping[str, str]]], where: str) -> None:
+    """Refuses a repeat that can't stand beside those of the same training in the store and in `siblings`, to which it
+    is added: their tags by the ids of their records, by what they share."""
+    own = run.record["tags"]
+    shared = own.get(tracking.REPEATS_TAG)
+    if shared is None:
+        return
+    if shared not in siblings:
+        _, there = tracking.repeats(shared, run.record["experiment"])
+        siblings[shared] = {row["tags"][tracking.RECORD_TAG]: row["tags"] for row in there.values()}
+    for record_id, tags in siblings[shared].items():
+        if record_id != run.record["id"] and tags["repeat"] == own["repeat"]:
+            raise vetting.refusal(where, f"repeat: {own['repeat']} is another run that is there ({record_id[:8]})")
+        if tags["repeats"] != own["repeats"]:
+            raise vetting.refusal(where, f"repeats: {own['repeats']}, where one that is there says {tags['repeats']}")
+    siblings[shared][run.record["id"]] = own
 
 
 def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[str]:
@@ -554,9 +591,8 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     record, experiment = run.record, run.record["experiment"]
     handle = tracking.find(record["id"], experiment)
     if handle is None:
-        origin = f"from a bundle of schema {SCHEMA}, run {run.run_id}"
-        marks = {"imported": origin, "imported.run_id": run.run_id}
-        made.append(publish.restore(record, experiment, run.folder, marks))
+        marks = {"imported": f"from a bundle of schema {run.schema}", publish.IMPORTED_RUN: run.run_id}
+        made += publish.restore(record, experiment, run.folders, marks)
         terminal.say(f"imported {run.shown} into {experiment}")
         return
     if tracking.is_deleted(handle):
@@ -569,7 +605,7 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     if stages or best:
         later = {stage: held[stage] for stage in held if stage != "train"}
         later |= {stage: run.results[stage] for stage in stages}
-        publish.add(handle, record, stages, later, run.folder, best)
+        publish.add(handle, record, stages, later, run.folders, best)
         terminal.say(f"added    {', '.join(stages) or 'model'} to {run.shown}")
     else:
         terminal.say(f"there    {run.shown} is in this store already")
@@ -578,25 +614,19 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
 # --- the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as the stages do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `export` or `import`."""
-    parser = _Parser(prog="python -m pipeline.bundle", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="python -m pipeline.bundle", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     exported = commands.add_parser("export", help="write all finished runs of the store to one file")
     exported.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="(default: reports/bundle.zip)")
+    exported.add_argument("--experiment", metavar="NAME", help="of this experiment alone")
     exported.add_argument("--with-models", action="store_true", help="checkpoints, too: some 45 MB a run")
     imported = commands.add_parser("import", help="put the runs of bundles into the store")
     imported.add_argument("files", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args(arguments)
     if options.command == "export":
-        export(options.out, options.with_models)
+        export(options.out, options.with_models, options.experiment)
     else:
         import_runs(options.files)
 

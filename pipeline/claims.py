@@ -24,15 +24,18 @@ PARITY_SINGLE = 0.01
 
 @dataclass(frozen=True)
 class Side:
-    """One of two that are compared: what each of its runs took in `seconds` (or their like: less is better), their
-    `accuracies` by the name of the images (None where the work has none), and what else a sentence may tell, by its
-    words: the typical figure and what it was measured of, without which nothing is compared."""
+    """One of two that are compared: what each of its runs took in `seconds` (or their like: less is better), in how
+    many `processes`, and what those can't show; their `accuracies` by the name of the images (None where the work has
+    none), and what else a sentence may tell, by its words: the typical figure and what it was measured of, without
+    which nothing is compared."""
 
     name: str
     seconds: Sequence[float]
+    processes: int
     accuracies: Mapping[str, Sequence[float]] | None = None
     besides: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     taints: str = ""
+    unseen: stats.Part = stats.NONE
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def compared(me: Side, it: Side, where: str, level: float) -> Claim:
     accuracy, differs, alike = _parity(me, it)
     if differs:
         return Claim("parity", f"{me.name}: no speed-up over {it.name} is claimed, for {differs}.", None, accuracy)
-    speedup = stats.ratio(it.seconds, me.seconds, level)
-    counts = f"n = {len(me.seconds)} and {len(it.seconds)}"
+    speedup = stats.ratio(it.seconds, me.seconds, level, [it.unseen, me.unseen])
+    counts = _counts(me, it)
     qualified = f"({counts}{', ' + alike if alike else ''})"
     if speedup.low is None or speedup.high is None or speedup.detectable is None:
         single = f"{_as_fast(me, it, speedup.value)} {where}, in a single run ({counts}): no claim."
@@ -93,6 +96,17 @@ def _parity(me: Side, it: Side) -> tuple[stats.Contrast | None, str, str]:
         return apart, f"{differ}, {low:.1f} to {high:.1f} points", ""
     within = max(-apart.low, apart.high)
     return apart, "", "same accuracy" + (f" to within {100 * within:.1f} points" if within > PARITY else "")
+
+
+def _counts(me: Side, it: Side) -> str:
+    """`n = 5 and 3`, and in how many processes where some runs share one."""
+    sides = [(len(side.seconds), side.processes) for side in (me, it)]
+    if all(runs == processes for runs, processes in sides):
+        return f"n = {sides[0][0]} and {sides[1][0]}"
+    if all(processes == 1 for _, processes in sides):
+        return f"n = {sides[0][0]} and {sides[1][0]}, each in one process"
+    words = [f"{runs} in {'one process' if own == 1 else f'{own} processes'}" for runs, own in sides]
+    return f"n = {' and '.join(words)}"
 
 
 def _as_fast(me: Side, it: Side, *times: float) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import config
 from pipeline.errors import StageError, UsageError
@@ -27,6 +27,14 @@ examples:
 A key of a recipe alone (epochs, lr, ...) means that of the chosen recipe.
 Values are YAML: true, null, 1e-3, [layer4, fc].
 Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the commands that take no settings: refuses in one line, as the stages do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message} (see --help)")
 
 
 def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Settings:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import comparison, config, files, page, plots, publish, records, report, terminal, tracking
+from pipeline import comparison, config, files, noise, page, plots, publish, records, report, terminal, tracking
 
 REPORTS = config.ROOT / "reports"
 
@@ -18,14 +18,9 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         tracking.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
+        noise.between(noise.measured(files.read_json(noise.FILE)["processes"])),
     )
-    drawn = [
-        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
-        for _, section, table in report.tables(found)
-    ]
-    files.write_text(REPORTS / "compare.md", report.markdown(found))
-    files.write_json(REPORTS / "compare.json", report.as_json(found))
-    files.write_text(REPORTS / "compare.html", page.html(found, drawn))
+    drawn = write(found, REPORTS)
     if any(drawn):
         _log(settings.tracking.experiment, found, drawn)
     terminal.say("\n" + report.on_terminal(found) + "\n")
@@ -34,6 +29,18 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
     if experiment_id:
         terminal.say("         " + tracking.link(experiment_id))
     return found
+
+
+def write(found: comparison.Comparison, folder: Path) -> list[dict[str, str]]:
+    """Writes compare.md, .json and .html; the charts of each table, by name, as SVG."""
+    drawn = [
+        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
+        for _, section, table in report.tables(found)
+    ]
+    files.write_text(folder / "compare.md", report.markdown(found))
+    files.write_json(folder / "compare.json", report.as_json(found))
+    files.write_text(folder / "compare.html", page.html(found, drawn))
+    return drawn
 
 
 def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[str, str]]) -> None:
@@ -56,16 +63,19 @@ def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:
-    """Makes sure that the training in `folder` stands in the store; the id of its experiment."""
-    if not (folder / "train" / "record.json").exists():
+    """Makes sure that the training in `folder`, with all its repeats, stands in the store; the id of its experiment."""
+    if not (records.folders(folder)["train"] / "record.json").exists():
         return None
-    record = files.read_json(folder / "train" / "record.json")
-    experiment = records.experiment(settings, record["tags"])
-    handle = tracking.find(record["id"], experiment)
-    if handle is None:
-        handle = publish.restore(record, experiment, folder)
+    trained = records.trained(folder)
+    experiment = records.experiment(settings, trained[0]["tags"])
+    missing = [record for record in trained if tracking.find(record["id"], experiment) is None]
+    for record in missing:
+        publish.restore(record, experiment, records.folders(folder, records.repeat_of(record)))
         terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
-    return handle.experiment_id
+    if missing:
+        publish.gather(trained[0], experiment)
+    handle = tracking.find(trained[0]["id"], experiment)
+    return handle.experiment_id if handle else None
 
 
 if __name__ == "__main__":

@@ -1,27 +1,33 @@
 """One machine against another: runs become groups, groups tables, and tables what may be claimed of them.
 
 A run is a repeat. The runs of one device of one machine, of one workload and with the same execution settings, are a
-group: a row. Rows stand in two kinds of tables that are never mixed: every machine at the same settings, and each at
-its best. In each table all rows are compared with one reference, by intervals that hold together (`stats.shared`);
-`claims` says what follows. Tainted runs have rows of their own, unless the settings let them into claims.
+group: a row. Repeats of one process can't show what differs between processes: their intervals of times and speeds are
+widened by what was measured of that (`noise`), and rows say which kind of spread they hold. Rows stand in two kinds of
+tables that are never mixed: every machine at the same settings, and each at its best. In each table all rows are
+compared with one reference, by intervals that hold together (`stats.shared`); `claims` says what follows. Tainted runs
+have rows of their own, unless the settings let them into claims.
 
 Everything here is plain values, of which `dataclasses.asdict` makes compare.json; nothing knows of MLflow or files.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
-from pipeline import claims, config, stats
+from pipeline import claims, config, noise, stats
 from pipeline.claims import Claim, Side
 from pipeline.errors import UsageError
+from pipeline.noise import Between
 
 Run = Mapping[str, Any]
 """As `tracking.finished_runs` gives it."""
+
+Sample = Mapping[str, Sequence[float]]
+"""A figure's values by process: the tag `repeats.id` of repeats, else the run itself."""
 
 Place = tuple[str, str]
 """A machine's fingerprint and its device: what is compared is a device of a machine."""
@@ -86,17 +92,23 @@ STEP = Kind(
 ACCURACIES = ("test_accuracy", "best_accuracy")
 """Figures from 0 to 1, of which means are taken: their noise is not relative."""
 
+TIMED = (
+    "total_seconds", "epoch_seconds", "seconds_to_target", "images_per_second", "feature_images_per_second",
+    "sustained_images_per_second",
+)  # fmt: skip
+"""Times and speeds: figures whose spread between processes is known."""
+
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one place with the same settings, newest first; `barred` where nothing may be claimed of them. `values`
-    are by the keys of a kind's figures, one for each run that has it."""
+    """Runs of one place with the same settings, newest first; `barred` where nothing may be claimed of them. `samples`
+    are by the keys of a kind's figures, of the runs that have it."""
 
     place: Place
     settings: Mapping[str, str]
     barred: bool
     runs: Sequence[Run]
-    values: Mapping[str, Sequence[float]]
+    samples: Mapping[str, Sample]
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class Row:
     """One group as it is shown. `figures` and `values` are by the keys of the kind's figures and those that COURSES
     give: epoch_seconds, images_per_second, seconds_to_target. `reached`: how many runs reached the target, and of how
     many that is known. `course`: seconds and validation accuracy by epoch of the run `shown`, the most typical one.
+    `processes`: how many runs each has; `spread`: the differences that the intervals hold, '' for a single run.
     `costs`: of one such job, or images for one unit of `currency`; by `rented` and `bought`."""
 
     name: str
@@ -115,6 +128,8 @@ class Row:
     torch: str
     taints: str
     runs: Sequence[Mapping[str, str]]
+    processes: Sequence[int]
+    spread: str
     shown: Mapping[str, str]
     figures: Mapping[str, stats.Estimate]
     values: Mapping[str, Sequence[float]]
@@ -163,14 +178,15 @@ class Part:
 @dataclass(frozen=True)
 class Comparison:
     """All that the report says. `first`, `last`: when the oldest and the newest run began, in milliseconds since 1970;
-    `unused_prices`: names in the file of prices that no run has as its hardware; `advice`: what to do next, where there
-    is nothing to compare."""
+    `between`: as `compare` was given it; `unused_prices`: names in the file of prices that no run has as its hardware;
+    `advice`: what to do next, where there is nothing to compare."""
 
     runs: int
     machines: int
     first: int | None
     last: int | None
     tainted: bool
+    between: Mapping[str, Between]
     parts: Sequence[Part]
     prices: Mapping[str, config.Price] | None
     unused_prices: Sequence[str]
@@ -185,7 +201,9 @@ class Context:
     link: Callable[[str, str], str]
     settings: config.Compare
     prices: Mapping[str, config.Price]
+    between: Mapping[str, Between]
     names: Mapping[Place, str]
+    incomplete: Collection[str]
 
 
 def compare(
@@ -194,17 +212,19 @@ def compare(
     link: Callable[[str, str], str],
     settings: config.Compare,
     prices: Mapping[str, config.Price] | None,
+    between: Mapping[str, Between],
 ) -> Comparison:
     """`runs` come newest first. `courses` gives the COURSES of a run by its id, and is asked for those of shown rows
-    alone; `link`, from the ids of experiment and run, where its page is. Raises UsageError where no run is of the
-    machine `settings.reference`."""
+    alone; `link`, from the ids of experiment and run, where its page is. `between`: how logarithms of times differ
+    between processes, by backend; the largest stands for a backend that has none, and there is one at least. Raises
+    UsageError where no run is of the machine `settings.reference`."""
     # One training may stand in several experiments of a store; it is one run all the same.
     found: dict[str, Run] = {}
     for run in runs:
         found.setdefault(run["tags"].get("record", run["run_id"]), run)
     once = list(found.values())
     _check_reference(once, settings.reference)
-    context = Context(cache(courses), link, settings, prices or {}, _names(once))
+    context = Context(cache(courses), link, settings, prices or {}, between, _names(once), _incomplete(once))
     parts = []
     for demo in (False, True):
         chosen = [run for run in once if ("fallback" in run["tags"]) == demo]
@@ -221,6 +241,7 @@ def compare(
         first=min(began, default=None),
         last=max(began, default=None),
         tainted=settings.tainted,
+        between=between,
         parts=parts,
         prices=prices,
         unused_prices=[name for name in prices or () if name not in hardware],
@@ -265,16 +286,16 @@ def _groups(context: Context, kind: Kind, runs: Sequence[Run]) -> list[Group]:
     found: dict[tuple[Place, tuple[str, ...], bool], list[Run]] = {}
     for run in runs:
         settings = tuple(clean(run["params"].get(f"train.{key}", "")) for key in kind.settings)
-        barred = bool(_taints(kind, run)) and not context.settings.tainted
+        barred = bool(_taints(context, kind, run)) and not context.settings.tainted
         found.setdefault((_place(run), settings, barred), []).append(run)
     groups = []
     for (place, settings, barred), alike in found.items():
-        values = {
-            figure: [value for run in alike if (value := _metric(run, metric, share=figure in ACCURACIES)) is not None]
+        samples = {
+            figure: _sample(alike, partial(_metric, key=metric, share=figure in ACCURACIES))
             for figure, metric in kind.figures.items()
         }
         named = dict(zip(kind.settings, settings, strict=True))
-        groups.append(Group(place, named, barred, alike, {key: found for key, found in values.items() if found}))
+        groups.append(Group(place, named, barred, alike, {key: found for key, found in samples.items() if found}))
     return groups
 
 
@@ -305,9 +326,9 @@ def _commonness(groups: Sequence[Group]) -> tuple[int, int, int, tuple[str, ...]
 
 def _order(kind: Kind, group: Group) -> tuple[Any, ...]:
     """Sorts groups from the fastest to the slowest, those without the figure last."""
-    values = group.values.get(kind.key)
-    if values is None:
+    if kind.key not in group.samples:
         return (True, 0.0, -len(group.runs), *group.settings.values())
+    values = _values(group.samples[kind.key])
     speed = median(values) if kind.lower_is_better else -median(values)
     return (False, speed, -len(values), *group.settings.values())
 
@@ -322,7 +343,7 @@ def _table(
 ) -> Table:
     ordered = sorted(chosen, key=lambda group: (*_order(kind, group), context.names[group.place]))
     rows = [_row(context, kind, group, target) for group in ordered]
-    sides = [_side(kind, group, row, named=settings is None) for group, row in zip(ordered, rows, strict=True)]
+    sides = [_side(context, kind, group, row, named=settings is None) for group, row in zip(ordered, rows, strict=True)]
     reference = _reference(context, kind, ordered)
     # A best was picked among several groups: every pair that it might have been counts as a comparison.
     tried = Counter(group.place for group in (chosen if settings else groups) if _may_be_compared(kind, group))
@@ -342,7 +363,7 @@ def _table(
             claim = claims.tainted(side)
         elif group is reference:
             claim = Claim("reference")
-        elif against is not None and kind.key in group.values:
+        elif against is not None and kind.key in group.samples:
             claim = claims.compared(side, against, kind.where, level)
         told.append(replace(row, claim=claim))
     there = {group.place for group in chosen}
@@ -350,9 +371,10 @@ def _table(
     return Table(settings, against.name if against else None, comparisons, level, told, absent)
 
 
-def _side(kind: Kind, group: Group, row: Row, *, named: bool) -> Side:
+def _side(context: Context, kind: Kind, group: Group, row: Row, *, named: bool) -> Side:
     """`named`: by its precision too, which the rows of its table don't share."""
-    values = group.values.get(kind.key, ())
+    sample = group.samples.get(kind.key, {})
+    values = _values(sample)
     besides = {}
     if "peak_mib" in row.figures:  # of the whole process on a CPU, else of tensors on the device
         of = "process" if row.device == "cpu" else "device"
@@ -364,21 +386,23 @@ def _side(kind: Kind, group: Group, row: Row, *, named: bool) -> Side:
     return Side(
         name=f"{row.name} at {row.settings['precision']}" if named else row.name,
         seconds=values if kind.lower_is_better else [1 / value for value in values],
-        accuracies={images: group.values[key] for images, key in accuracies.items() if key in group.values}
+        processes=len(sample),
+        accuracies={images: _values(group.samples[key]) for images, key in accuracies.items() if key in group.samples}
         if kind is WORK
         else None,
+        unseen=_unseen(context, group, sample),
         besides=besides,
         taints=row.taints,
     )
 
 
 def _may_be_compared(kind: Kind, group: Group) -> bool:
-    return not group.barred and kind.key in group.values
+    return not group.barred and kind.key in group.samples
 
 
 def _fewer(key: str, one: Group, other: Group) -> int:
     """Runs with this figure, of the side that has fewer."""
-    return min(len(group.values[key]) for group in (one, other))
+    return min(len(_values(group.samples[key])) for group in (one, other))
 
 
 def _reference(context: Context, kind: Kind, groups: Sequence[Group]) -> Group | None:
@@ -387,7 +411,9 @@ def _reference(context: Context, kind: Kind, groups: Sequence[Group]) -> Group |
     if context.settings.reference is not None:
         fit = [group for group in fit if any(_is(run, context.settings.reference) for run in group.runs)]
     return min(
-        fit, key=lambda group: (-len(group.values[kind.key]), context.names[group.place], group.place), default=None
+        fit,
+        key=lambda group: (-len(_values(group.samples[kind.key])), context.names[group.place], group.place),
+        default=None,
     )
 
 
@@ -430,10 +456,52 @@ def _is_share(value: float) -> bool:
     return math.isfinite(value) and 0 <= value <= 1
 
 
-def _taints(kind: Kind, run: Run) -> list[str]:
-    """What disturbed the run, a word each; a stand-in does so too."""
+def _taints(context: Context, kind: Kind, run: Run) -> list[str]:
+    """What disturbed the run, a word each; a stand-in does so too, and that others of its process are missing."""
     stand_ins = [f"no real {each}" for each in clean(run["tags"].get("fallback", "")).split()]
-    return clean(run["tags"].get(kind.taints, "")).split() + stand_ins
+    lacking = ["incomplete"] * (_process(run) in context.incomplete)
+    return clean(run["tags"].get(kind.taints, "")).split() + lacking + stand_ins
+
+
+def _process(run: Run) -> str:
+    """In which process it ran: by the id that its repeats share, else by its own."""
+    return str(run["tags"].get("repeats.id", run["run_id"]))
+
+
+def _incomplete(runs: Sequence[Run]) -> set[str]:
+    """The processes of which fewer repeats are in the store than were planned: who knows why the others are not."""
+    there = Counter(map(_process, runs))
+    return {_process(run) for run in runs if there[_process(run)] < _planned(run)}
+
+
+def _planned(run: Run) -> int:
+    told = run["tags"].get("repeats", "")
+    return int(told) if told.isdecimal() else 1
+
+
+def _sample(runs: Iterable[Run], read: Callable[[Run], float | None]) -> dict[str, list[float]]:
+    """What `read` gives of the runs that have it, by process."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        value = read(run)
+        if value is not None:
+            found.setdefault(_process(run), []).append(value)
+    return found
+
+
+def _values(sample: Sample) -> list[float]:
+    return [value for own in sample.values() for value in own]
+
+
+def _unseen(context: Context, group: Group, sample: Sample) -> stats.Part:
+    """What these times or speeds can't show of what differs between processes. Where the group's own processes differ
+    by more than was measured on its backend, that stands for it."""
+    sizes = [len(own) for own in sample.values()]
+    if max(sizes, default=1) == 1:
+        return stats.NONE
+    known = context.between.get(group.runs[0]["tags"].get("backend", ""), max(context.between.values()))
+    own = noise.components([[math.log(value) for value in values] for values in sample.values()])
+    return stats.between_processes(sizes, max(known.deviation**2, own[1] if own else 0.0), known.degrees)
 
 
 def _names(runs: Iterable[Run]) -> dict[Place, str]:
@@ -483,16 +551,15 @@ def _target(context: Context, groups: Sequence[Group]) -> float | None:
 
 def _row(context: Context, kind: Kind, group: Group, target: float | None) -> Row:
     tags = group.runs[0]["tags"]
-    values = dict(group.values)
-    figures = {key: stats.mean(own) if key in ACCURACIES else stats.typical(own) for key, own in values.items()}
+    samples = dict(group.samples)
+    if kind is WORK:
+        samples |= _by_epoch(context, group)
+    figures = {key: _estimate(context, group, key, sample) for key, sample in samples.items()}
     shown, course, reached = group.runs[0], [], None
     if kind.key in figures:
         middle = figures[kind.key].value
         shown = min(group.runs, key=lambda run: abs((_metric(run, kind.figures[kind.key]) or math.inf) - middle))
     if kind is WORK:
-        own = _by_epoch(context, group)
-        values |= own
-        figures |= {key: stats.typical(numbers) for key, numbers in own.items()}
         course = _timeline(context, shown)
         if target:
             figures_to, reached = _to_target(context, group, target)
@@ -504,6 +571,7 @@ def _row(context: Context, kind: Kind, group: Group, target: float | None) -> Ro
     }
     if len(sources) > 1 or "" in sources:  # not of the same thing, or who knows of what
         figures.pop("images_per_joule", None)
+    processes = list(Counter(map(_process, group.runs)).values())
     price = context.prices.get(tags.get("hardware", ""))
     return Row(
         name=context.names[group.place],
@@ -513,11 +581,13 @@ def _row(context: Context, kind: Kind, group: Group, target: float | None) -> Ro
         label=clean(tags.get("label", "")),
         settings=group.settings,
         torch=clean(", ".join(sorted({run["tags"].get("software.torch", "?") for run in group.runs}))),
-        taints=", ".join(sorted({word for run in group.runs for word in _taints(kind, run)})),
+        taints=", ".join(sorted({word for run in group.runs for word in _taints(context, kind, run)})),
         runs=[_reference_to(context, run) for run in group.runs],
+        processes=processes,
+        spread=_spread(group.runs, processes),
         shown=_reference_to(context, shown),
         figures=figures,
-        values=values,
+        values={key: _values(sample) for key, sample in samples.items()},
         energy_source=clean(" and ".join(sorted(sources))),
         reached=reached,
         course=course,
@@ -530,19 +600,40 @@ def _reference_to(context: Context, run: Run) -> dict[str, str]:
     return {"id": run["run_id"], "link": context.link(run["experiment_id"], run["run_id"])}
 
 
-def _by_epoch(context: Context, group: Group) -> dict[str, list[float]]:
+def _estimate(context: Context, group: Group, key: str, sample: Sample) -> stats.Estimate:
+    if key in ACCURACIES:
+        return stats.mean(_values(sample))
+    return stats.typical(_values(sample), unseen=_unseen(context, group, sample) if key in TIMED else stats.NONE)
+
+
+def _spread(runs: Sequence[Run], processes: Sequence[int]) -> str:
+    """Which differences the runs hold: within a process, or between how many, and over how many hours."""
+    if len(processes) == 1:
+        return "within one process" if len(runs) > 1 else ""
+    fewest, most = min(processes), max(processes)
+    sizes = "" if most == 1 else f" of {most}" if fewest == most else f" of {fewest} to {most}"
+    began = [run["started"] for run in runs if run["started"]]
+    hours = (max(began) - min(began)) / 3_600_000 if began else 0.0
+    return f"between {len(processes)} processes{sizes}, over {hours:,.{0 if hours >= 10 else 1}f} hours"
+
+
+def _by_epoch(context: Context, group: Group) -> dict[str, Sample]:
     """Figures of each run that are medians over its epochs: `epoch_seconds` (training alone) and
     `images_per_second`."""
-    found: dict[str, list[float]] = {"epoch_seconds": [], "images_per_second": []}
-    for run in group.runs:
-        seconds = [value for value in context.courses(run["run_id"])["time/train_seconds"] if _is_measured(value)]
-        if not seconds:
-            continue
-        found["epoch_seconds"].append(median(seconds))
-        speed = _metric(run, "speed/train_images_per_second")
-        if speed is not None:  # of the last epoch; every epoch has the same images
-            found["images_per_second"].append(speed * (seconds[-1] / median(seconds)))
-    return {key: values for key, values in found.items() if values}
+
+    def lasting(run: Run) -> list[float]:
+        return [value for value in context.courses(run["run_id"])["time/train_seconds"] if _is_measured(value)]
+
+    def middle(run: Run) -> float | None:
+        return median(lasting(run)) if lasting(run) else None
+
+    def speed(run: Run) -> float | None:
+        seconds, last = lasting(run), _metric(run, "speed/train_images_per_second")
+        # That is of the last epoch; every epoch has the same images.
+        return last * (seconds[-1] / median(seconds)) if seconds and last is not None else None
+
+    found = {"epoch_seconds": _sample(group.runs, middle), "images_per_second": _sample(group.runs, speed)}
+    return {key: sample for key, sample in found.items() if sample}
 
 
 def _to_target(
@@ -550,16 +641,19 @@ def _to_target(
 ) -> tuple[dict[str, stats.Estimate], tuple[int, int] | None]:
     """`seconds_to_target`, where at least half of the runs reached it: the others' time is longer than any, which has a
     median all the same, but no interval. And how many did, of how many."""
-    times = []
-    for run in group.runs:
+
+    def reached(run: Run) -> float | None:
         course = _timeline(context, run)
-        if course:
-            times.append(next((seconds for seconds, accuracy in course if accuracy >= target), math.inf))
+        return next((seconds for seconds, accuracy in course if accuracy >= target), math.inf) if course else None
+
+    sample = _sample(group.runs, reached)
+    times = _values(sample)
     if not times:
         return {}, None
     count = sum(map(math.isfinite, times))
     if count == len(times):
-        return {"seconds_to_target": stats.typical(times)}, (count, len(times))
+        key = "seconds_to_target"
+        return {key: _estimate(context, group, key, sample)}, (count, len(times))
     middle = median(times)
     known = {"seconds_to_target": stats.Estimate(middle, None, None, len(times))} if math.isfinite(middle) else {}
     return known, (count, len(times))

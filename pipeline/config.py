@@ -62,8 +62,6 @@ def whole(low: int, high: int = 2**31 - 1) -> Check:
             raise ValueError
         return value
 
-    if low == high:
-        return Check(read, str(low))
     return Check(read, f"a whole number from {low}" + ("" if high == 2**31 - 1 else f" to {high}"))
 
 
@@ -267,7 +265,7 @@ class Settings:
     )
     seed: int = setting(whole(0), "of every random choice")
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
-    repeats: int = setting(whole(1, 1), "trainings per run (more than 1: not yet)")
+    repeats: int = setting(whole(1, 1000), "how many times it is trained, with seed, seed + 1, ...")
     sustain_seconds: float = setting(real(0), "how long finetune's step is repeated after the recipe; 0: not at all")
     largest_batch: bool = setting(SWITCH, "find the largest batch that fits finetune's step, on GPUs")
     data: Data

@@ -109,11 +109,17 @@ class Job:
             self.scaler.update()
 
     def restart(self) -> None:
-        """Puts the optimizer and its schedule back to their beginning; the caller does so with the network."""
+        """Puts the optimizer, its schedule and the times of steps back to their beginning; the caller does so with the
+        network."""
+        optimizer, scheduler = self._build()
         if self._whole:
             optim.forget(self.optimizer)
+            for group, fresh in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
+                group["lr"] = fresh["lr"]
+            self.scheduler.load_state_dict(scheduler.state_dict())
         else:
-            self.optimizer, self.scheduler = self._build()
+            self.optimizer, self.scheduler = optimizer, scheduler
+        self.times = StepTimes(self.backend, self.clock.now)
         if self.scaler:
             self.scaler.load_state_dict(self._unscaled)  # in its memory, where a recorded step reads it
         for parameter in self._parameters:

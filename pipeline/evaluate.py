@@ -37,33 +37,50 @@ from pipeline.errors import UsageError
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Evaluates `folder/train/best.safetensors`, as part of the run that trained it; leaves `folder/evaluate`."""
+    """Evaluates the best checkpoint of each repeat in `folder/train`, as part of the run that trained it; leaves
+    `folder/evaluate`. Gives the first result."""
     recipe = settings.work
     backend = training.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
-    record = files.read_json(folder / "train" / "record.json")
-    net = _checkpoint(settings, inputs, record, folder / "train" / "best.safetensors")
+    trained = records.trained(folder)
+    classes = inputs["data"]["classes"]
     images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
-    with backend.memory_errors():
-        predictions, metrics = _measured(net, data.as_split(images, labels), settings, record, backend)
+    test = data.as_split(images, labels)
+    measured = []
+    for record in trained:  # all of them, before anything is written
+        best = records.folders(folder, records.repeat_of(record))["train"] / "best.safetensors"
+        net = _checkpoint(settings, inputs, record, best)
+        with backend.memory_errors():
+            measured.append(_measured(net, test, settings, record, backend))
 
-    out = folder / "evaluate"
-    shutil.rmtree(out, ignore_errors=True)
-    result = {
-        "id": record["id"],
-        "metrics": metrics,
-        "tags": {"label": settings.label},
-        "datasets": [
-            dataset
-            for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
-            if dataset not in record["datasets"]
-        ],
-        "ended": tracking.now(),
-    }
-    _leave(result, labels, predictions, inputs["data"]["classes"], record["name"], out)
-    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folder)
-    _announce(record, metrics)
-    return result
+    shutil.rmtree(folder / "evaluate", ignore_errors=True)
+    experiment = records.experiment(settings, trained[0]["tags"])
+    results = []
+    for record, (predictions, metrics) in zip(trained, measured, strict=True):
+        folders = records.folders(folder, records.repeat_of(record))
+        result = {
+            "id": record["id"],
+            "metrics": metrics,
+            "tags": {"label": settings.label},
+            "datasets": [
+                dataset
+                for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+                if dataset not in record["datasets"]
+            ],
+            "ended": tracking.now(),
+        }
+        _leave(result, labels, predictions, classes, record["name"], folders["evaluate"])
+        publish.complete("evaluate", record, result, experiment, folders)
+        _announce(record, metrics)
+        results.append(result)
+    publish.gather(trained[0], experiment)
+    figures = [result["metrics"] for result in results]
+    records.write_summary(folder, "evaluate", trained, figures)
+    if len(trained) > 1:
+        terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], figures)}")
+    else:
+        terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
+    return results[0]
 
 
 def _checkpoint(
@@ -155,7 +172,8 @@ def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     )
     terminal.say(
         f"time     {once['time/total_seconds']:.2f} s of training and validation in all"
-        f" (+ {once['time/setup_seconds']:.2f} s setup, {once['time/data_seconds']:.2f} s decoding); "
+        f" (+ {once['time/setup_seconds']:.2f} s setup"
+        + (f", {once['time/data_seconds']:.2f} s decoding); " if "time/data_seconds" in once else "); ")
         + (f"features computed at {speed:,.0f} images/s" if speed else "")
         + ("" if speed else f"trained at {last['speed/train_images_per_second']:,.0f} images/s in the last epoch")
         + (f"; peak memory {last['memory/peak_mib']:,.0f} MiB" if "memory/peak_mib" in last else "")

@@ -1,7 +1,7 @@
 """The timm model: what it starts from, what is frozen, checkpoints in and out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -177,23 +177,31 @@ def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> s
 
 
 @torch.no_grad()
-def folded(model: Classifier, images: Tensor) -> nn.Module:
+def folded(model: Classifier, images: Tensor) -> tuple[nn.Module, Callable[[], None]]:
     """Gives `model.features`, each BatchNorm folded into the convolution before it, for evaluation alone; without
-    that where torch can't trace the model, or where it would change the features of `images` (B, 3, H, W)."""
+    that where torch can't trace the model, or where it would change the features of `images` (B, 3, H, W). And a
+    function that folds again, in the same memory, when the model's weights are others."""
     features = Features(model).eval()
     try:
-        fused = _fused(features)
+        fused, pairs = _fused(features)
     except Exception:  # tracing runs the model's own code on stand-ins, which may raise anything
-        return features
+        return features, lambda: None
+
+    def again() -> None:
+        for both, convolution, norm in pairs:
+            both.load_state_dict(fuse_conv_bn_eval(convolution.eval(), norm.eval()).state_dict())
+
     before, after = features(images), fused(images)
     # Far above what TF32 rounds away, far below what a layer left out would change.
     close = (after - before).abs().max() <= 1e-2 * before.abs().max()
-    return fused if close else features
+    return (fused, again) if close else (features, lambda: None)
 
 
-def _fused(network: nn.Module) -> nn.Module:
-    """A traced copy of `network` in which each BatchNorm2d that alone follows a Conv2d is part of that."""
+def _fused(network: nn.Module) -> tuple[nn.Module, list[tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]]]:
+    """A traced copy of `network` in which each BatchNorm2d that alone follows a Conv2d is part of that; and each such
+    convolution, with the two of `network` that it is made of."""
     traced = torch.fx.symbolic_trace(network)
+    pairs = []
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(traced.get_submodule(node.target)) is not nn.BatchNorm2d:
             continue
@@ -203,12 +211,13 @@ def _fused(network: nn.Module) -> nn.Module:
         convolution = traced.get_submodule(before.target)
         if type(convolution) is nn.Conv2d:
             norm = cast(nn.BatchNorm2d, traced.get_submodule(node.target))
-            traced.add_submodule(before.target, fuse_conv_bn_eval(convolution, norm))
+            pairs.append((fuse_conv_bn_eval(convolution, norm), convolution, norm))
+            traced.add_submodule(before.target, pairs[-1][0])
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced
+    return traced, pairs
 
 
 class Features(nn.Module):

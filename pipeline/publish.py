@@ -6,6 +6,7 @@ run can be put into another store (`bundle.py`).
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,12 @@ CHECKPOINT = "checkpoints/best.safetensors"
 
 RESTORED = {"restored": "from the cache of `dvc repro`; nothing was trained"}
 """What marks a run that was put back."""
+
+IMPORTED_RUN = "imported.run_id"
+"""What marks the run of a training alone, and not the one above it and its repeats."""
+
+Folders = Mapping[str, Path]
+"""Where the files of a training and of its later stages are, by stage (`records.folders`)."""
 
 
 def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -> None:
@@ -84,13 +91,10 @@ def digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def results(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def results(record: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
     """The records that later stages left for this training, by stage."""
-    found = {
-        stage: files.read_json(folder / stage / "record.json")
-        for stage in LATER
-        if (folder / stage / "record.json").exists()
-    }
+    there = {stage: folders[stage] / "record.json" for stage in LATER}
+    found = {stage: files.read_json(path) for stage, path in there.items() if path.exists()}
     return {stage: result for stage, result in found.items() if result["id"] == record["id"]}
 
 
@@ -99,16 +103,18 @@ def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:
     return max(int(each["ended"]) for each in (record, *found.values()))
 
 
-def complete(stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folder: Path) -> None:
-    """Adds `result`, which `stage` just left in `folder`, to the training's run; one that is missing from this store
+def complete(
+    stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folders: Folders
+) -> None:
+    """Adds `result`, which `stage` just left in its folder, to the training's run; one that is missing from this store
     is made anew, whole."""
     handle = tracking.find(record["id"], experiment)
     if handle is None:
-        restore(record, experiment, folder)
+        restore(record, experiment, folders)
     elif tracking.is_deleted(handle):
         terminal.say(f"note     the run was deleted in this store: what `{stage}` found is not put there")
     else:
-        add(handle, record, [stage], results(record, folder) | {stage: result}, folder)
+        add(handle, record, [stage], results(record, folders) | {stage: result}, folders)
 
 
 def add(
@@ -116,17 +122,17 @@ def add(
     record: Mapping[str, Any],
     stages: Sequence[str],
     found: Mapping[str, Any],
-    folder: Path,
+    folders: Folders,
     best: Path | None = None,
 ) -> None:
-    """Adds to a training's run what `stages` left in `folder`, and a checkpoint that it lacks. `found`: the records of
-    these stages and of those that the run holds already."""
+    """Adds to a training's run what `stages` left in their folders, and a checkpoint that it lacks. `found`: the
+    records of these stages and of those that the run holds already."""
     tracking.resume(handle)
     with tracking.ended_by_failure(handle):
         if best is not None:
             checkpoint(handle, best)
         for stage in stages:
-            LATER[stage](handle, found[stage], folder / stage)
+            LATER[stage](handle, found[stage], folders[stage])
         _describe(handle, record, found)
         tracking.end(handle, "FINISHED", ended(record, found))
         for stage in stages:  # last: what was added by half is added again
@@ -134,24 +140,85 @@ def add(
 
 
 def restore(
-    record: Mapping[str, Any], experiment: str, folder: Path, marks: Mapping[str, str] = RESTORED
-) -> tracking.Handle:
+    record: Mapping[str, Any], experiment: str, folders: Folders, marks: Mapping[str, str] = RESTORED
+) -> list[tracking.Handle]:
     """Makes the run of a cached or imported training, and of what later stages found, anew, whole and with the tags
-    `marks`."""
-    handle = tracking.start(dict(record) | {"experiment": experiment})
-    with tracking.discarded_by_failure([handle]), tracking.ended_by_failure(handle):
-        tracking.set_tags(handle, marks)
-        for epoch in record["epochs"]:
-            tracking.log_epoch(handle, epoch)
-        training(handle, record, folder / "train")
-        found = results(record, folder)
-        for stage, result in found.items():
-            LATER[stage](handle, result, folder / stage)
-            _keep(handle, stage, result)
-        _describe(handle, record, found)
-        tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
-        tracking.end(handle, "FINISHED", ended(record, found))
-    return handle
+    `marks`; the one above it, too, where it is a repeat and that is missing. The runs that were made, its own last."""
+    made: list[tracking.Handle] = []
+    with tracking.discarded_by_failure(made):
+        parent = None
+        if tracking.REPEATS_TAG in record["tags"]:
+            parent, _ = tracking.repeats(record["tags"][tracking.REPEATS_TAG], experiment)
+            if parent is None:
+                parent = tracking.start(records.parent(record) | {"experiment": experiment})
+                made.append(parent)
+                tracking.set_tags(parent, {key: text for key, text in marks.items() if key != IMPORTED_RUN})
+                tracking.put_off(parent)
+        handle = tracking.start(dict(record) | {"experiment": experiment}, parent)
+        made.append(handle)
+        with tracking.ended_by_failure(handle):
+            tracking.set_tags(handle, marks)
+            for epoch in record["epochs"]:
+                tracking.log_epoch(handle, epoch)
+            training(handle, record, folders["train"])
+            found = results(record, folders)
+            for stage, result in found.items():
+                LATER[stage](handle, result, folders[stage])
+                _keep(handle, stage, result)
+            _describe(handle, record, found)
+            tracking.mark(handle, record)  # last: a run made by half is not taken for the training's
+            tracking.end(handle, "FINISHED", ended(record, found))
+    return made
+
+
+def gather(record: Mapping[str, Any], experiment: str) -> None:
+    """Brings the run above a repeat up to date with all the repeats that this store holds. Doing it again adds nothing.
+
+    It gets figures, and is finished, when all planned ones are there, and then stays so; one that was deleted is left
+    alone. A single training has none.
+    """
+    own = record["tags"]
+    if tracking.REPEATS_TAG not in own:
+        return
+    parent, there = tracking.repeats(own[tracking.REPEATS_TAG], experiment)
+    if parent is None or tracking.is_deleted(parent):
+        return
+    planned = int(own["repeats"])
+    if len(there) < planned:
+        if not tracking.is_finished(parent):
+            note = f"{len(there)} of {planned} repeats are here"
+            tracking.set_tags(parent, {"mlflow.note.content": note})
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        repeats = [_held(there[number], Path(scratch)) for number in sorted(there)]
+    trainings = [each["train"] for each in repeats]
+    by_epoch = records.course(trainings)
+    for epoch in by_epoch:
+        tracking.log_epoch(parent, epoch)
+    figures = records.summary([records.figures(each) for each in trainings])
+    once = {key: value for key, value in figures.items() if key not in by_epoch[-1]["figures"]}
+    tracking.log_figures(parent, once, max(each["ended"] for each in trainings))
+    evaluations = [each["evaluate"] for each in repeats if "evaluate" in each]
+    if len(evaluations) == planned:
+        figures = records.summary([each["metrics"] for each in evaluations])
+        tracking.log_figures(parent, figures, max(each["ended"] for each in evaluations))
+    for each in repeats:
+        if "sustain" in each:
+            sustained(parent, each["sustain"], Path())
+    labels = [each.get("evaluate", {"tags": {}})["tags"] for each in repeats]
+    shared = [training["tags"] | label for training, label in zip(trainings, labels, strict=True)]
+    tracking.set_tags(parent, records.shared_tags(shared))
+    tracking.set_tags(parent, {"mlflow.note.content": records.parent_description(repeats)})
+    tracking.end(parent, "FINISHED", max(ended(each["train"], each) for each in repeats))
+
+
+def _held(row: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+    """The records that a run of this store holds, by stage."""
+    return {
+        stage: files.read_json(tracking.download(row["run_id"], record_file(stage), scratch))
+        for stage in records.STAGES
+        if digest_tag(stage) in row["tags"]
+    }
 
 
 def _keep(handle: tracking.Handle, stage: str, record: Mapping[str, Any]) -> None:

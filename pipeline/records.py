@@ -4,13 +4,20 @@
 `tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`, `hardware`. `evaluate`
 writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`; `sustain` likewise: `id`,
 `metrics`, `tags`, `series` (images a second by the second), `warnings`, `ended`.
+
+A training that is repeated leaves a record each time. Three tags say so: `repeats.id`, which all of them share,
+`repeat`, counted from 1, and `repeats`, how many are planned. What was done once for all of them stands in the first.
 """
 
+import csv
 import hashlib
+import io
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
 from pipeline import config, files
@@ -18,6 +25,48 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `compare` does without it
     from pipeline.backends import Backend
+
+Record = Mapping[str, Any]
+
+STAGES = ("train", "evaluate", "sustain")
+"""Those that leave a record."""
+
+SUMMED = (
+    "time/startup_seconds",
+    "time/data_seconds",
+    "time/setup_seconds",
+    "time/ceilings_seconds",
+    "time/inspect_seconds",
+)
+"""Figures of what is done once for all repeats, or for the most part: their sum is what it took."""
+
+MEASURED_ONCE = ("ceiling/", "energy/idle_watts")
+"""Figures that begin so are measured before the first repeat, and have no spread."""
+
+KNOWN_LATE = frozenset({"data.placement", "energy.source", "limited_by", "taints"})
+"""Tags that a training gets by its end."""
+
+DESCRIPTION_LENGTH = 8000
+"""In characters: MLflow's limit of a tag, which a description is."""
+
+
+def folders(outputs: Path, repeat: int = 1) -> dict[str, Path]:
+    """Where each stage leaves the files of a repeat in `outputs`, by stage: of the first one, where those of a single
+    training are."""
+    own = Path() if repeat == 1 else Path("repeats", str(repeat))
+    return {stage: outputs / stage / own for stage in STAGES}
+
+
+def repeat_of(record: Record) -> int:
+    """Which repeat it is, counted from 1; a single training is the first."""
+    return int(record["tags"].get("repeat", 1))
+
+
+def trained(outputs: Path) -> list[dict[str, Any]]:
+    """The records that `train` left in `outputs`, one for each repeat."""
+    first = files.read_json(folders(outputs)["train"] / "record.json")
+    others = range(2, int(first["tags"].get("repeats", 1)) + 1)
+    return [first, *(files.read_json(folders(outputs, repeat)["train"] / "record.json") for repeat in others)]
 
 
 def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
@@ -135,8 +184,13 @@ def experiment(settings: config.Settings, own: Mapping[str, str]) -> str:
 
 
 def run_name(run_tags: Mapping[str, str]) -> str:
-    """`<hardware> · <recipe> · <precision>`, announced as a demo where something in it is a fallback."""
+    """`<hardware> · <recipe> · <precision>`, announced as a demo where something in it is a fallback; with ` · 2/5`
+    after it for a repeat, ` × 5` for the run above the repeats."""
     name = " · ".join((run_tags["hardware"], run_tags["recipe"], run_tags["precision"]))
+    if "repeat" in run_tags:
+        name += f" · {run_tags['repeat']}/{run_tags['repeats']}"
+    elif "repeats" in run_tags:
+        name += f" × {run_tags['repeats']}"
     return f"DEMO · {name}" if "fallback" in run_tags else name
 
 
@@ -163,24 +217,8 @@ def description(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The run for a person to read in the UI, in Markdown: machine, work, result, speed, warnings. `found`: the records
     of later stages, by stage."""
     evaluation, sustained = found.get("evaluate"), found.get("sustain")
-    own, facts, figures = record["tags"], record["facts"], record["metrics"]
+    figures = record["metrics"]
     last = record["epochs"][-1]["figures"]
-    hardware = [own["hardware"] + (f" with {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else "")]
-    hardware += [
-        own[key]
-        for key in ("hardware.model", "hardware.cpu", "software.os")
-        if own.get(key, own["hardware"]) != own["hardware"]
-    ]
-    epochs = len(record["epochs"])
-    lines = [
-        f"**Machine** {', '.join(hardware)}, torch {own['software.torch']}, on `{own['device']}`",
-        "",
-        f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
-        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
-        f"of {len(facts['classes'])} classes ({own['dataset']}) "
-        f"for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
-        "",
-    ]
     result = (
         f"**Result** best validation accuracy {figures['best/val_accuracy']:.2%} in epoch {figures['best/epoch']:.0f}"
     )
@@ -192,17 +230,164 @@ def description(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         result += f"; the frozen network's features computed once at {features:,.0f} images/s"
     else:
         result += f"; last epoch {last['speed/train_images_per_second']:,.0f} images/s"
-    lines += [result, "", f"**Machine's part** {facts['verdict']}", ""]
-    speed = sustained["metrics"].get("speed/sustained_images_per_second") if sustained else None
-    if sustained and speed:
-        kept = sustained["metrics"].get("speed/sustained_last_to_first")
-        lines += [
-            f"**Sustained** {speed:,.0f} images/s of finetune's step (workload "
-            f"`{sustained['tags']['sustained.workload']}`) for {sustained['metrics']['time/sustain_seconds']:.0f} s"
-            + (f", the last third of them at {kept:.1%} of the first's speed" if kept else ""),
-            "",
-        ]
+    lines = [*_work(record), result, "", f"**Machine's part** {record['facts']['verdict']}", "", *_sustained(sustained)]
     said = [*record["warnings"], *(sustained["warnings"] if sustained else [])]
     if said:
         lines += ["**Warnings**", "", *(f"- {warning}" for warning in said)]
     return "\n".join(lines).strip() + "\n"
+
+
+def _work(record: Record) -> list[str]:
+    """The machine and what it did, as lines of Markdown."""
+    own, facts = record["tags"], record["facts"]
+    hardware = [own["hardware"] + (f" with {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else "")]
+    hardware += [
+        own[key]
+        for key in ("hardware.model", "hardware.cpu", "software.os")
+        if own.get(key, own["hardware"]) != own["hardware"]
+    ]
+    epochs = len(record["epochs"])
+    return [
+        f"**Machine** {', '.join(hardware)}, torch {own['software.torch']}, on `{own['device']}`",
+        "",
+        f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
+        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
+        f"of {len(facts['classes'])} classes ({own['dataset']}) "
+        f"for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
+        "",
+    ]
+
+
+def _sustained(result: Record | None) -> list[str]:
+    """The speed that the machine keeps up, as lines of Markdown; none where it was not measured."""
+    speed = result["metrics"].get("speed/sustained_images_per_second") if result else None
+    if not result or not speed:
+        return []
+    kept = result["metrics"].get("speed/sustained_last_to_first")
+    return [
+        f"**Sustained** {speed:,.0f} images/s of finetune's step (workload "
+        f"`{result['tags']['sustained.workload']}`) for {result['metrics']['time/sustain_seconds']:.0f} s"
+        + (f", the last third of them at {kept:.1%} of the first's speed" if kept else ""),
+        "",
+    ]
+
+
+# --- repeats
+
+
+def parent(record: Record) -> dict[str, Any]:
+    """What the run above the repeats begins with, of the record of any of them, as `tracking.start` takes it."""
+    own = {key: value for key, value in record["tags"].items() if key != "repeat" and key not in KNOWN_LATE}
+    return {
+        "name": run_name(own),
+        "experiment": record["experiment"],
+        "started": record["started"],
+        "params": {key: value for key, value in record["params"].items() if key != "settings.seed"},
+        "tags": own,
+        "datasets": [],
+    }
+
+
+def figures(record: Record) -> dict[str, float]:
+    """All figures of a training by their names, those by epoch as they were in the last one."""
+    found: dict[str, float] = record["epochs"][-1]["figures"] | record["metrics"]
+    return {key: value for key, value in found.items() if key != "epoch"}
+
+
+def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of at least two repeats as one: of those that all have, the median under the same name, and the
+    sample standard deviation under `std/<name>`; of what was done once, the sum."""
+    shared = [key for key in repeats[0] if key not in SUMMED and all(key in each for each in repeats)]
+    done = {key: [each[key] for each in repeats if key in each] for key in SUMMED}
+    return {
+        **{key: median(each[key] for each in repeats) for key in shared},
+        **{key: math.fsum(seconds) for key, seconds in done.items() if seconds},
+        **{f"std/{key}": stdev(each[key] for each in repeats) for key in shared if not key.startswith(MEASURED_ONCE)},
+    }
+
+
+def write_summary(outputs: Path, stage: str, trained: Sequence[Record], repeats: Sequence[Mapping[str, float]]) -> None:
+    """Writes what `stage` found of all repeats: their figures to `repeats/figures.csv`, a row each, and where there are
+    several, their summary in place of the first one's metrics.json."""
+    folder = folders(outputs)[stage]
+    text = io.StringIO()
+    names = ["repeat", "seed", *dict.fromkeys(key for each in repeats for key in each)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for record, found in zip(trained, repeats, strict=True):
+        writer.writerow({"repeat": repeat_of(record), "seed": record["params"]["settings.seed"], **found})
+    files.write_text(folder / "repeats" / "figures.csv", text.getvalue())
+    if len(repeats) > 1:
+        files.write_json(folder / "metrics.json", summary(repeats))
+
+
+def course(repeats: Sequence[Record]) -> list[dict[str, Any]]:
+    """The epochs of the records of repeats as one course, each with the median of every figure that all have."""
+    merged = []
+    for epochs in zip(*(record["epochs"] for record in repeats), strict=False):
+        every = [epoch["figures"] for epoch in epochs]
+        shared = [key for key in every[0] if all(key in each for each in every)]
+        medians = {key: median(each[key] for each in every) for key in shared} | {"epoch": every[0]["epoch"]}
+        merged.append({"at": max(epoch["at"] for epoch in epochs), "figures": medians, "system": []})
+    return merged
+
+
+def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
+    """The tags that stand above repeats, of all tags of each: what all share, and the taints of any; the rest None."""
+    every = {key: value for each in repeats for key, value in each.items() if key != "repeat"}
+    shared = {key: value if all(each.get(key) == value for each in repeats) else None for key, value in every.items()}
+    taints = dict.fromkeys(word for each in repeats for word in (each.get("taints") or "").split())
+    return shared | ({"taints": " ".join(taints)} if taints else {})
+
+
+def spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]) -> str:
+    """Time and accuracy of repeats in words, each as median and range; `evaluations`: their figures on test images,
+    where there are any."""
+
+    def said(values: Sequence[float], form: str, unit: str = "") -> str:
+        return f"{median(values):{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
+
+    words = [f"{said([each['time/total_seconds'] for each in repeats], '.2f', ' s')} in all"]
+    if evaluations:
+        words.append(f"test accuracy {said([each['test/accuracy'] for each in evaluations], '.2%')}")
+    words.append(f"best validation accuracy {said([each['best/val_accuracy'] for each in repeats], '.2%')}")
+    return f"median and range of {len(repeats)}: {', '.join(words)}"
+
+
+def parent_description(repeats: Sequence[Mapping[str, Record]]) -> str:
+    """The run above the repeats for a person to read, in Markdown. `repeats`: of each its records by stage, in order.
+    What MLflow has no room for is left out at the end, which says so."""
+    trainings = [each["train"] for each in repeats]
+    evaluations = [each["evaluate"]["metrics"] for each in repeats if "evaluate" in each]
+    warned: dict[str, list[str]] = {}
+    for number, each in enumerate(repeats, 1):
+        for warning in [sentence for stage in each.values() for sentence in stage.get("warnings", [])]:
+            warned.setdefault(warning, []).append(str(number))
+    lines = [
+        *_work(trainings[0]),
+        f"**Repeats** {spread([each['metrics'] for each in trainings], evaluations)}",
+        "",
+        *_sustained(repeats[0].get("sustain")),
+        "| Repeat | Seed | Test accuracy | Best validation accuracy | Seconds in all |",
+        "|---|---|---|---|---|",
+    ]
+    for number, each in enumerate(repeats, 1):
+        own = each["train"]["metrics"]
+        tested = f"{each['evaluate']['metrics']['test/accuracy']:.2%}" if "evaluate" in each else ""
+        lines.append(
+            f"| {number} | {each['train']['params'].get('settings.seed', '')} | {tested} "
+            f"| {own['best/val_accuracy']:.2%} | {own['time/total_seconds']:.2f} |"
+        )
+    if warned:
+        lines += ["", "**Warnings**", ""]
+        lines += [f"- {warning} (repeat {', '.join(numbers)})" for warning, numbers in warned.items()]
+    return _fitting(lines)
+
+
+def _fitting(lines: Sequence[str]) -> str:
+    """As many of the lines as MLflow takes."""
+    rest = "\n\nMore in the repeats' own runs.\n"
+    text = "\n".join(lines) + "\n"
+    if len(text) <= DESCRIPTION_LENGTH:
+        return text
+    return text[: DESCRIPTION_LENGTH - len(rest)].rpartition("\n")[0] + rest

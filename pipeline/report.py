@@ -27,7 +27,9 @@ NOTES = (
     "Where final accuracies differ beyond noise no speed-up is claimed: where the interval of their difference "
     f"excludes 0 and they are more than {100 * PARITY:g} points apart, or with a single run more than "
     f"{100 * PARITY_SINGLE:g}.",
-    "Intervals hold what varies among the runs at hand: runs of one hour may differ less than those of two days.",
+    "Below n stands which differences the intervals of a row hold: repeats within one process show fewer than runs in "
+    "several, and runs of one hour fewer than those of two days. Where several runs share a process, intervals of "
+    "times and speeds are widened by what was measured between processes on that kind of device, else the most on any.",
     "End/start is the speed in the last third of the time over that in the first: below 1 where a machine got hot.",
     "The total time is copying to the device, features, training and validation; s/epoch is training alone. The time "
     "to an accuracy ends with the epoch that reached it; with some runs that never did, it is the median of all, and "
@@ -69,7 +71,7 @@ def columns(section: Section, table: Table) -> list[Column]:
     own: dict[str, Callable[[Row], Cell]] = {"machine": _name(table)}
     if table.settings is None:
         own["settings"] = lambda row: Cell(settings_in_words(row.settings))
-    own["n"] = lambda row: Cell(str(len(row.runs)))
+    own["n"] = lambda row: Cell(str(len(row.runs)), row.spread)
     if step:
         own |= {
             "images/s": lambda row: _figure(row, STEP.key),

@@ -28,8 +28,10 @@ SLICE_SECONDS = 1.0
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Measures for `sustain_seconds`, as part of the run that `train` made; leaves `folder/sustain`."""
-    record = files.read_json(folder / "train" / "record.json")
+    """Measures for `sustain_seconds`, as part of the run that `train` made, the first of repeats; leaves
+    `folder/sustain`."""
+    folders = records.folders(folder)
+    record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": [], "warnings": []}
     if settings.sustain_seconds:
         recipe = config.sustained(settings)
@@ -41,11 +43,13 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
                 result["metrics"]["memory/largest_batch_size"] = _largest_batch(recipe, settings, backend)
         _announce(result["metrics"], recipe.precision)
     result["ended"] = tracking.now()
-    out = folder / "sustain"
+    out = folders["sustain"]
     shutil.rmtree(out, ignore_errors=True)
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
-    publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folder)
+    experiment = records.experiment(settings, record["tags"])
+    publish.complete("sustain", record, result, experiment, folders)
+    publish.gather(record, experiment)
     return result
 
 

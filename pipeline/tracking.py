@@ -38,6 +38,12 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # else an
 RECORD_TAG = "record"
 """Tag with the id of the training's record: how a cached training finds its run again, in any store."""
 
+REPEATS_TAG, REPEAT_TAG = "repeats.id", "repeat"
+"""Tags of a training that is repeated (see `records.py`). The run above the repeats has the first alone."""
+
+PARENT_TAG = "mlflow.parentRunId"
+"""How MLflow knows which run another stands below."""
+
 COMPARISON_TAG = "comparison"
 """Tag of the one run of an experiment that holds charts of all others; no training, so it has no workload."""
 
@@ -77,12 +83,17 @@ def shown_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def start(record: Mapping[str, Any]) -> Handle:
-    """Opens the record's run, with its params, tags and datasets: the one that `mlflow run` made, else a new one."""
+def start(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
+    """Opens the record's run, with its params, tags and datasets: a new one below `parent`, else the one that
+    `mlflow run` made, else a new one."""
     with _store_errors():
         client = _client()
         given = os.environ.get("MLFLOW_RUN_ID")
-        if given:
+        if parent is not None:
+            run = client.create_run(
+                parent.experiment_id, record["started"], {PARENT_TAG: parent.run_id}, record["name"]
+            )
+        elif given:
             run = client.get_run(given)
             client.update_run(given, status="RUNNING", name=record["name"])
             _describe_experiment(client, run.info.experiment_id)
@@ -106,21 +117,26 @@ def mark(handle: Handle, record: Mapping[str, Any]) -> None:
 
 
 def find(record_id: str, experiment: str) -> Handle | None:
-    """The run of a record in `experiment` of the current store, under `mlflow run` the one given.
+    """The run of a record in `experiment` of the current store, under `mlflow run` in that of the run given.
 
     A deleted one counts: who deleted it does not want it back.
     """
-    with _store_errors():
-        client = _client()
-        given = os.environ.get("MLFLOW_RUN_ID")
-        if given:
-            return Handle(client, given, str(client.get_run(given).info.experiment_id))
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return None
-        query = f"tags.`{RECORD_TAG}` = '{record_id}'"
-        runs = client.search_runs([found.experiment_id], query, ViewType.ALL, 1)
-        return Handle(client, runs[0].info.run_id, runs[0].info.experiment_id) if runs else None
+    runs = _tagged(RECORD_TAG, record_id, experiment)
+    return _handle(runs[0]) if runs else None
+
+
+def repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, dict[str, Any]]]:
+    """The run above these repeats, found as `find` does, and by their numbers those that are finished, as
+    `finished_runs` gives them."""
+    runs = _tagged(REPEATS_TAG, repeats_id, experiment)
+    parent = next((run for run in runs if REPEAT_TAG not in run.data.tags), None)
+    finished = {
+        int(run.data.tags[REPEAT_TAG]): _row(run)
+        for run in runs
+        if REPEAT_TAG in run.data.tags
+        and (run.info.status, run.info.lifecycle_stage) == ("FINISHED", LifecycleStage.ACTIVE)
+    }
+    return None if parent is None else _handle(parent), finished
 
 
 def tags(handle: Handle) -> dict[str, str]:
@@ -225,6 +241,18 @@ def resume(handle: Handle) -> None:
         handle.client.update_run(handle.run_id, status="RUNNING")
 
 
+def put_off(handle: Handle) -> None:
+    """Says that the run waits for others, and that nothing works on it."""
+    with _store_errors():
+        handle.client.update_run(handle.run_id, status="SCHEDULED")
+
+
+def is_finished(handle: Handle) -> bool:
+    """Whether the run came to its end."""
+    with _store_errors():
+        return bool(handle.client.get_run(handle.run_id).info.status == "FINISHED")
+
+
 def is_deleted(handle: Handle) -> bool:
     """Whether somebody deleted the run, which then takes nothing more."""
     with _store_errors():
@@ -250,8 +278,10 @@ def ended_by_failure(handle: Handle) -> Iterator[None]:
 
 
 def discard(handle: Handle) -> None:
-    """Deletes the run, which is then no record's any more."""
-    set_tags(handle, {RECORD_TAG: None})  # first: nobody can change a deleted run, and `find` counts it
+    """Deletes the run, which is then no record's any more, nor among repeats."""
+    set_tags(
+        handle, {RECORD_TAG: None, REPEATS_TAG: None}
+    )  # first: nobody can change a deleted run, and `find` counts it
     with _store_errors():
         handle.client.delete_run(handle.run_id)
 
@@ -269,36 +299,23 @@ def discarded_by_failure(handles: Sequence[Handle]) -> Iterator[None]:
         raise
 
 
-def finished_runs() -> list[dict[str, Any]]:
-    """All finished trainings of all experiments, newest first: `run_id`, `experiment_id`, `name`, `started`
-    (milliseconds since 1970), `tags`, `metrics`, `params`."""
+def finished_runs(experiment: str | None = None) -> list[dict[str, Any]]:
+    """All finished trainings of all experiments, or of the one named, newest first: `run_id`, `experiment_id`, `name`,
+    `started` (milliseconds since 1970), `tags`, `metrics`, `params`.
+
+    A repeat counts where the run above it is finished, too: of a training that failed when it was repeated, what came
+    out before is no result. That run itself is no training.
+    """
     with _store_errors():
         client = _client()
-        experiments = [e.experiment_id for e in client.search_experiments()]
-        runs: list[Run] = []
-        token = None
-        while experiments:
-            page = client.search_runs(
-                experiments,
-                "attributes.status = 'FINISHED' and tags.workload != ''",
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
+        experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
+        runs = _search(client, experiments, "attributes.status = 'FINISHED' and tags.workload != ''")
+    parents = {run.info.run_id for run in runs if REPEATS_TAG in run.data.tags and REPEAT_TAG not in run.data.tags}
     return [
-        {
-            "run_id": run.info.run_id,
-            "experiment_id": str(run.info.experiment_id),
-            "name": run.info.run_name,
-            "started": run.info.start_time,
-            "tags": dict(run.data.tags),
-            "metrics": dict(run.data.metrics),
-            "params": dict(run.data.params),
-        }
+        _row(run)
         for run in runs
+        if run.info.run_id not in parents
+        and (REPEAT_TAG not in run.data.tags or run.data.tags.get(PARENT_TAG) in parents)
     ]
 
 
@@ -315,8 +332,7 @@ def comparison(experiment: str) -> Handle | None:
     it is missing. None where it was deleted: who deleted it does not want it back."""
     with _store_errors():
         client = _client()
-        given = os.environ.get("MLFLOW_RUN_ID")
-        where = str(client.get_run(given).info.experiment_id) if given else _experiment(client, experiment)
+        where = _given_experiment(client) or _experiment(client, experiment)
         found = client.search_runs([where], _COMPARISON, ViewType.ALL, 1)
         run = found[0] if found else client.create_run(where, tags={COMPARISON_TAG: "true"}, run_name="comparison")
         _describe_experiment(client, where)  # which now links to it
@@ -374,6 +390,51 @@ def now() -> int:
 
 def _client() -> MlflowClient:
     return MlflowClient(store_uri())
+
+
+def _given_experiment(client: MlflowClient) -> str | None:
+    """The id of the experiment of the run that `mlflow run` made; None without one."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    return str(client.get_run(given).info.experiment_id) if given else None
+
+
+def _tagged(key: str, value: str, experiment: str) -> list[Run]:
+    """The runs with this tag in `experiment`, under `mlflow run` in that of the run given; deleted ones, too."""
+    with _store_errors():
+        client = _client()
+        where = _given_experiment(client)
+        if where is None and (found := client.get_experiment_by_name(experiment)):
+            where = found.experiment_id
+        return _search(client, [where] if where else [], f"tags.`{key}` = '{value}'", ViewType.ALL)
+
+
+def _search(client: MlflowClient, experiments: list[str], query: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    """All runs that `query` finds, newest first."""
+    runs: list[Run] = []
+    token = None
+    while experiments:
+        page = client.search_runs(experiments, query, view, order_by=["attributes.start_time DESC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _handle(run: Run) -> Handle:
+    return Handle(_client(), run.info.run_id, str(run.info.experiment_id))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    return {
+        "run_id": run.info.run_id,
+        "experiment_id": str(run.info.experiment_id),
+        "name": run.info.run_name,
+        "started": run.info.start_time,
+        "tags": dict(run.data.tags),
+        "metrics": dict(run.data.metrics),
+        "params": dict(run.data.params),
+    }
 
 
 def _experiment(client: MlflowClient, name: str) -> str:

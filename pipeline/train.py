@@ -12,9 +12,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -46,9 +46,22 @@ from pipeline.errors import OutOfMemoryError, StageError
 METERED_SECONDS = 1.0
 """Less than this is not metered: NVML's energy counter moves ten to fifty times a second."""
 
+Shown = tuple[NDArray[np.uint8], list[str]]
+"""Images (6, H, W, 3) as they were decoded, and the names of their classes."""
+
+
+class Measured(NamedTuple):
+    """What is measured once, before the first repeat: bytes of memory that a step was seen to take, the machine's
+    ceilings, and the operations that an image takes."""
+
+    working: float
+    ceilings: ceilings.Measured
+    flops: float | None
+
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Trains as one run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`."""
+    """Trains `repeats` times, each time as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves
+    `folder/train`. Gives the first record."""
     recipe = settings.work
     startup = time.time() - psutil.Process().create_time()
     tracking.store_uri()  # refuses a store that would be lost, before any work
@@ -64,48 +77,88 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     with clock.span("inspect"):
         before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     with clock.span("decode"):
-        splits, shown = _splits(settings, inputs)
+        decoded = _decoded(settings, inputs)
+        splits, shown = _splits(decoded, settings, inputs)
     with clock.span("setup"), backend.memory_errors():
         path = weights.located(inputs["weights"], recipe)
         classes = len(inputs["data"]["classes"])
         work = training.build(recipe, settings.seed, classes, path, splits, backend, clock)
 
-    out = folder / "train"
-    shutil.rmtree(out, ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    with clock.span("inspect"):
-        record = _record(settings, hardware, inputs, work, splits, unused, before)
-    _announce(record)
+    shutil.rmtree(folder / "train", ignore_errors=True)  # nothing of an earlier training may pass for this one's
+    repeats_id = uuid.uuid4().hex
+    trained: list[dict[str, Any]] = []
+    parent: tracking.Handle | None = None
+    measured: Measured | None = None
+    full: str | None = None
+    try:
+        with ExitStack() as above:
+            for repeat in range(1, settings.repeats + 1):
+                own = dataclasses.replace(settings, seed=settings.seed + repeat - 1)
+                if repeat > 1:
+                    backend.release_memory()  # of the one before
+                    clock = work.job.clock = Clock(backend.synchronise)
+                    splits, shown = _splits(decoded, own, inputs)
+                with clock.span("inspect"):
+                    record = _record(own, hardware, inputs, work, splits, unused, before, repeat, repeats_id)
+                _announce(record)
+                if settings.repeats > 1 and parent is None:
+                    with clock.span("log"):
+                        parent = tracking.start(records.parent(record))
+                    above.enter_context(tracking.ended_by_failure(parent))
+                out = records.folders(folder, repeat)["train"]
+                measured = _train(work, splits, shown, own, record, parent, measured, startup, out)
+                publish.gather(record, record["experiment"])
+                trained.append(record)
+    except OutOfMemoryError as error:
+        full = str(error)
+    if full:  # not in the except clause: what the error holds is in the way of every smaller batch
+        del work
+        raise StageError(_advice(full, settings, splits, classes, backend))
+    records.write_summary(folder, "train", trained, [records.figures(each) for each in trained])
+    return trained[0]
+
+
+def _train(
+    work: training.Work,
+    splits: training.Splits,
+    shown: Shown,
+    settings: config.Settings,
+    record: dict[str, Any],
+    parent: tracking.Handle | None,
+    measured: Measured | None,
+    startup: float,
+    out: Path,
+) -> Measured:
+    """Trains once, as the run of `record`, which it completes; leaves `out`. Measures what was not `measured` before,
+    and gives it. `startup`: seconds from the process's start to the first training's."""
+    clock, backend = work.job.clock, work.job.backend
+    once = {} if measured else {"time/startup_seconds": startup}
     with clock.span("log"):
-        handle = tracking.start(record)
+        handle = tracking.start(record, parent)
     with tracking.ended_by_failure(handle):
         with clock.span("log"):
             tracking.mark(handle, record)
-        full: str | None = None
-        try:
-            with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
-                best = 0.0
-                for figures in _epochs(work, splits, settings, record):
-                    if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
-                        best = figures["val/accuracy"]
-                        with clock.span("checkpoint"):
-                            _keep(work.net, record, figures, settings, out)
-                    with clock.span("log"):
-                        record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
-                        tracking.log_epoch(handle, record["epochs"][-1])
-        except OutOfMemoryError as error:
-            full = str(error)
-        if full:  # not in the except clause: what the error holds is in the way of every smaller batch
-            del work
-            raise StageError(_advice(full, settings, splits, classes, backend))
+        with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
+            measured = measured or _measured(work, splits)
+            best = 0.0
+            for figures in _epochs(work, splits, settings, record, measured):
+                if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
+                    best = figures["val/accuracy"]
+                    with clock.span("checkpoint"):
+                        _keep(work.net, record, figures, settings, out)
+                with clock.span("log"):
+                    record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
+                    tracking.log_epoch(handle, record["epochs"][-1])
         record["ended"] = tracking.now()
-        record["metrics"] |= _once(clock, startup) | work.job.times.percentiles()
+        record["metrics"] |= once | _times(clock) | work.job.times.percentiles()
+        before = record["hardware"]["conditions"]["before"]
         _taint(record, before, conditions.sample(backend.gpu_uuid()))
         _leave(record, settings, shown, out)
         publish.training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.
         files.write_json(out / "record.json", record)
         tracking.end(handle, "FINISHED", record["ended"])
-    return record
+    return measured
 
 
 def _check(recipe: config.Recipe) -> None:
@@ -124,35 +177,51 @@ def _check(recipe: config.Recipe) -> None:
     )
 
 
+def _decoded(settings: config.Settings, inputs: Mapping[str, Any]) -> training.Splits:
+    """All images that are trained and validated on, in host memory, by their split in the source."""
+    recipe = settings.work
+    splits = ("train", "test") if recipe.validation == "test" else ("train",)
+    return {
+        split: data.as_split(*sources.decode(settings.data, inputs["data"], split, recipe.image_size))
+        for split in splits
+    }
+
+
 def _splits(
-    settings: config.Settings, inputs: Mapping[str, Any]
-) -> tuple[training.Splits, tuple[NDArray[np.uint8], list[str]]]:
-    """Decoded images in host memory to train and to validate on, and six of them with their class names."""
-    recipe, found = settings.work, inputs["data"]
-    images, labels = sources.decode(settings.data, found, "train", recipe.image_size)
-    every = data.as_split(images, labels)
-    if recipe.validation == "test":
-        test = data.as_split(*sources.decode(settings.data, found, "test", recipe.image_size))
-        splits = {"train": every, "test": test}
-    else:
+    decoded: training.Splits, settings: config.Settings, inputs: Mapping[str, Any]
+) -> tuple[training.Splits, Shown]:
+    """The images to train and to validate on, and six of them with their class names, as the seed draws them."""
+    every = decoded["train"]
+    images, labels = every.inputs.numpy(), every.labels.numpy()
+    splits = decoded
+    if settings.work.validation == "split":
         kept, held_out = data.stratified(labels, settings.seed)
         splits = {"train": every.take(kept), "validation": every.take(held_out)}
     shown = np.random.default_rng(settings.seed).permutation(len(labels))[:6]
-    return splits, (images[shown], [found["classes"][labels[index]] for index in shown])
+    return splits, (images[shown], [inputs["data"]["classes"][labels[index]] for index in shown])
 
 
-def _epochs(
-    work: training.Work, splits: training.Splits, settings: config.Settings, record: dict[str, Any]
-) -> Iterator[dict[str, float]]:
-    """Warms up, takes the machine's measure, moves the images to the device, computes a frozen backbone's features
-    where that is done once, and trains."""
-    recipe, job, clock, seed = work.recipe, work.job, work.job.clock, settings.seed
-    backend, batch_size = job.backend, recipe.batch_size
+def _measured(work: training.Work, splits: training.Splits) -> Measured:
+    """Warms up, and takes the machine's measure."""
+    clock = work.job.clock
     with clock.span("setup"):
         working = training.warm_up(work, splits)
     with clock.span("ceilings"):
         flops = training.flops_per_image(work)
-        measured = training.measure_ceilings(work, splits)
+        return Measured(working, training.measure_ceilings(work, splits), flops)
+
+
+def _epochs(
+    work: training.Work,
+    splits: training.Splits,
+    settings: config.Settings,
+    record: dict[str, Any],
+    measured: Measured,
+) -> Iterator[dict[str, float]]:
+    """Begins anew, moves the images to the device, computes a frozen backbone's features where that is done once, and
+    trains."""
+    recipe, job, clock, seed = work.recipe, work.job, work.job.clock, settings.seed
+    backend, batch_size = job.backend, recipe.batch_size
     with clock.span("setup"):
         training.restart(work, seed)
     if backend.recording_fault:
@@ -162,7 +231,7 @@ def _epochs(
     with energy.source(chosen, backend.energy) as reading:
         begun = energy.ask_reading("before the training") if chosen == "meter" else 0.0
         with clock.span("upload"):
-            samples, placement = training.place(work, splits, working, settings.data.device_gib)
+            samples, placement = training.place(work, splits, measured.working, settings.data.device_gib)
         record["tags"]["data.placement"] = placement
         terminal.say(f"images   trained from {'the device' if placement == 'device' else 'host memory'}")
         images = sum(map(len, samples.values()))
@@ -200,7 +269,7 @@ def _epochs(
             except StageError as error:  # the training is worth more than its energy
                 terminal.say(f"note     {error}")
     _account(record, joules, chosen, images * (1 if job.on_features else recipe.epochs), clock)
-    _judge(record, work, splits, measured, flops)
+    _judge(record, work, splits, measured)
 
 
 def _account(
@@ -224,21 +293,21 @@ def _judge(
     record: dict[str, Any],
     work: training.Work,
     splits: training.Splits,
-    measured: ceilings.Measured,
-    flops: float | None,
+    measured: Measured,
 ) -> None:
     """Holds the speed against the machine's own ceilings. Raises StageError where it is above them."""
     clock, backend = work.job.clock, work.job.backend
+    limits, flops = measured.ceilings, measured.flops
     speed = record["metrics"].get("speed/feature_images_per_second")
     if speed is None:
         speed = len(splits["train"]) * work.recipe.epochs / clock.total("train")
-    figures = ceilings.efficiency(speed, measured, flops)
+    figures = ceilings.efficiency(speed, limits, flops)
     if ceilings.impossible(figures) or figures["efficiency/vs_synthetic"] < ceilings.DATA_BELOW:
         # Other load may have held the machine down while it was measured, or heat since: what it can do now counts,
         # and where it is slower now, that is no fault of the data's.
         with suppress(OutOfMemoryError), clock.span("ceilings"), backend.memory_errors():
-            measured = training.measure_ceilings(work, splits)
-        figures = ceilings.efficiency(speed, measured, flops)
+            limits = training.measure_ceilings(work, splits)
+        figures = ceilings.efficiency(speed, limits, flops)
     if reason := ceilings.impossible(figures):
         load = conditions.sample(backend.gpu_uuid()).get("cpu_load", 0.0)
         if float(load) <= conditions.LOAD:
@@ -248,8 +317,8 @@ def _judge(
         record["tags"]["taints"] = "ceilings"
     record["metrics"] |= figures
     queues = backend.asynchronous and work.job.scaler is None  # which waits for the device in each step
-    record["tags"]["limited_by"] = ceilings.limit(figures, measured, queues)
-    record["facts"]["verdict"] = ceilings.verdict(figures, measured, queues)
+    record["tags"]["limited_by"] = ceilings.limit(figures, limits, queues)
+    record["facts"]["verdict"] = ceilings.verdict(figures, limits, queues)
     terminal.say(f"machine  {record['facts']['verdict']}")
 
 
@@ -288,12 +357,16 @@ def _record(
     splits: training.Splits,
     unused_gpu: str | None,
     before: conditions.Sample,
+    repeat: int,
+    repeats_id: str,
 ) -> dict[str, Any]:
     """What is known of the training before it starts (see records.py)."""
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
     own = records.tags(settings, inputs, hardware, backend, accelerator, before, fallback)
+    if settings.repeats > 1:
+        own |= {"repeats.id": repeats_id, "repeat": str(repeat), "repeats": str(settings.repeats)}
     trainable, parameters = model.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
@@ -314,6 +387,7 @@ def _record(
             "images": {name: len(split) for name, split in splits.items()},
             "trainable": trainable,
             "parameters": parameters,
+            "weights_digest": inputs["weights"]["digest"],
             "features_cached": work.job.on_features,
             "channels_last": work.channels_last,
             "compile": work.compile_mode,
@@ -362,19 +436,19 @@ def _keep(
     model.save_checkpoint(out / "best.safetensors", net, facts)
 
 
-def _once(clock: Clock, startup: float) -> dict[str, float]:
-    """The figures that a run has once. `startup`: seconds from the process's start to the training's."""
-    return {
-        "time/startup_seconds": startup,
-        "time/setup_seconds": clock.total("setup"),
-        "time/data_seconds": clock.total("decode"),
-        "time/total_seconds": clock.total("upload", "features", "train", "validate"),
-        "time/ceilings_seconds": clock.total("ceilings"),
-        "time/inspect_seconds": clock.total("inspect"),
-        "time/checkpoint_seconds": clock.total("checkpoint"),
-        "time/logging_seconds": clock.total("log"),
-        "time/unaccounted_seconds": clock.unaccounted(),
+def _times(clock: Clock) -> dict[str, float]:
+    """What a training took; what it did not do itself is left out."""
+    spans = {
+        "time/setup_seconds": ["setup"],
+        "time/data_seconds": ["decode"],
+        "time/total_seconds": ["upload", "features", "train", "validate"],
+        "time/ceilings_seconds": ["ceilings"],
+        "time/inspect_seconds": ["inspect"],
+        "time/checkpoint_seconds": ["checkpoint"],
+        "time/logging_seconds": ["log"],
     }
+    taken = {key: clock.total(*names) for key, names in spans.items() if not clock.seconds.keys().isdisjoint(names)}
+    return taken | {"time/unaccounted_seconds": clock.unaccounted()}
 
 
 def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.Sample) -> None:
@@ -393,9 +467,7 @@ def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.
         terminal.say(f"note     {sentence}")
 
 
-def _leave(
-    record: dict[str, Any], settings: config.Settings, shown: tuple[NDArray[np.uint8], list[str]], out: Path
-) -> None:
+def _leave(record: dict[str, Any], settings: config.Settings, shown: Shown, out: Path) -> None:
     """Writes all that the run's page in MLflow is made from, so that it can be made again."""
     epochs = [epoch["figures"] for epoch in record["epochs"]]
     best = max(epochs, key=lambda figures: figures["val/accuracy"])  # the first of equals
@@ -411,7 +483,7 @@ def _leave(
     files.write_json(out / "hardware.json", record["hardware"])
     files.write_text(out / "params.yaml", config.dump(records.effective(settings)))
     files.write_text(out / "curves.csv", _csv(epochs))
-    files.write_json(out / "metrics.json", {k: v for k, v in epochs[-1].items() if k != "epoch"} | record["metrics"])
+    files.write_json(out / "metrics.json", records.figures(record))
 
 
 def _csv(epochs: list[dict[str, float]]) -> str:

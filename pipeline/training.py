@@ -48,8 +48,8 @@ class Work:
     """Whether launches are recorded and replayed (`Backend.captured`)."""
     stepper: Stepper
     """Makes another step of the same work, or pass that computes features, with an optimizer of its own."""
-    beginning: dict[str, Tensor]
-    """The model's state before any step."""
+    renew: Callable[[int], None]
+    """Puts the model, in its own memory, into the state that it has before any step with random numbers from a seed."""
 
 
 def device_for(device: str, recipe: config.Recipe) -> Backend:
@@ -68,12 +68,15 @@ def build(
     """The recipe's model with fresh random numbers from `seed`, and its job. Raises UsageError where a setting does not
     fit the model or the device."""
     train, validated = splits["train"], validated_in(splits)
-    torch.manual_seed(seed)
-    net = model.build(recipe, classes, weights)
+
+    def fresh(seed: int) -> model.Classifier:
+        torch.manual_seed(seed)
+        return model.build(recipe, classes, weights)
+
+    net = fresh(seed)
     auto = recipe.channels_last == "auto"
     channels_last = backend.channels_last(recipe.precision) if auto else bool(recipe.channels_last)
     net = net.to(backend.device).to(memory_format=layout(channels_last))
-    beginning = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     few = data.prepare(first(train, min(2, len(train)), backend)[0], recipe.image_size, channels_last=channels_last)
     cached = model.caches_features(net, recipe, few)
     mode = backend.compile_mode(recipe.compile, (len(train) + len(validated)) * (1 if cached else recipe.epochs))
@@ -89,7 +92,8 @@ def build(
     def ready(images: Tensor) -> Tensor:
         return data.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
-    frozen = compiled(model.folded(net, few)) if cached else net.features
+    folded, fold_again = model.folded(net, few) if cached else (net.features, lambda: None)
+    frozen = compiled(folded) if cached else folded
     network = net.head if cached else compiled(net)
 
     def unchanged(inputs: Tensor) -> Tensor:
@@ -126,6 +130,10 @@ def build(
         extract = extractor(taken, recorded=recorded)
         return lambda images, _: extract(images)
 
+    def renew(seed: int) -> None:
+        net.load_state_dict(fresh(seed).state_dict())
+        fold_again()
+
     return Work(
         recipe=recipe,
         net=net,
@@ -135,7 +143,7 @@ def build(
         compile_mode=mode,
         recorded=recorded,
         stepper=stepper,
-        beginning=beginning,
+        renew=renew,
     )
 
 
@@ -167,8 +175,9 @@ def warm_up(work: Work, splits: Splits) -> float:
 
 
 def restart(work: Work, seed: int) -> None:
-    """Puts model, optimizer and random numbers back to their beginning."""
-    work.net.load_state_dict(work.beginning)
+    """Puts model, optimizer, schedule and random numbers to the beginning of a training with `seed`; what was compiled
+    and recorded stays."""
+    work.renew(seed)
     work.job.restart()
     torch.manual_seed(seed)  # what dropout draws does not depend on how the model was built
 

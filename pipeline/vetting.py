@@ -21,9 +21,9 @@ RUN_ID = r"[0-9a-f]{32}"
 KEY = r"\w[\w.-]*(/\w[\w.-]*)*"
 """Of a metric, param or tag. MLflow also takes blanks and, but on Windows, colons."""
 
-KEY_LENGTH, NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, DESCRIPTION_LENGTH = 250, 250, 6000, 5000, 8000
-"""In characters. MLflow takes keys of 250, params of 6,000 and tags of 8,000, of which the description is one; its
-databases take names of runs of 250."""
+KEY_LENGTH, NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH = 246, 250, 6000, 5000
+"""In characters. MLflow takes keys of 250, of which `std/` above repeats has four, params of 6,000 and tags of 8,000,
+of which the description is one (`records.DESCRIPTION_LENGTH`); its databases take names of runs of 250."""
 
 SENTENCE_LENGTH, TEXT_LENGTH = 1000, 100_000
 """In characters: of a warning, and of any text in JSON."""
@@ -33,6 +33,9 @@ TOGETHER = 500_000
 
 PARAMS, TAGS, NAMES, EPOCHS, DATASETS, WARNINGS, CLASSES = 500, 80, 1000, 10_000, 10, 100, 100_000
 """The most of each; NAMES is of the metrics in one place. MLflow takes 100 tags a call."""
+
+REPEATS = 1000
+"""As far as the setting goes."""
 
 VALUES = 100_000
 """A run has fewer values than this in all its metrics: a training of seven hours has some 60,000."""
@@ -58,6 +61,9 @@ OF_TRAINING = frozenset({
     "workload",
 })  # fmt: skip
 """Figures of each epoch, and tags, that every record has."""
+
+OF_REPEAT = frozenset({"repeats.id", "repeat", "repeats"})
+"""Tags that a repeat has, all of them, and no other record."""
 
 RESERVED = ("mlflow.", "record", "restored", "imported")
 """Tags that begin so are MLflow's, or say what we did with a run."""
@@ -233,7 +239,10 @@ def record(value: Any, where: str) -> int:
     on_features = bool(value["metrics"].get("speed/feature_images_per_second"))
     values += _epochs(value["epochs"], f"{where}: epochs", on_features)
     whole(value["metrics"]["best/epoch"], f"{where}: metrics: best/epoch", 1, len(value["epochs"]))
-    demo = "fallback" in value["tags"]
+    own = value["tags"]
+    if "repeat" in own and not value["name"].endswith(f" · {own['repeat']}/{own['repeats']}"):
+        raise refusal(where, "a repeat's name ends with its number and theirs")
+    demo = "fallback" in own
     if demo != value["name"].startswith("DEMO") or (demo and not value["experiment"].endswith("-demo")):
         raise refusal(where, "a run with a fallback and its experiment are named as demos, and no other run is")
     return values
@@ -304,6 +313,13 @@ def _tags(value: Any, where: str) -> None:
             raise refusal(where, f'"{key}" is no tag of a training')
     for key in ("machine", "workload"):
         matching(value[key], f"{where}: {key}", HEX)
+    if not value.keys().isdisjoint(OF_REPEAT):
+        members(value, where, OF_REPEAT, None)
+        matching(value["repeats.id"], f"{where}: repeats.id", RECORD_ID)
+        for key in ("repeat", "repeats"):
+            matching(value[key], f"{where}: {key}", r"[1-9]\d{0,3}")
+        whole(int(value["repeats"]), f"{where}: repeats", 2, REPEATS)
+        whole(int(value["repeat"]), f"{where}: repeat", 1, int(value["repeats"]))
 
 
 def _later_tags(value: Any, where: str, known: Callable[[str], bool]) -> None:

@@ -1,6 +1,7 @@
 """Made-up runs for the comparison, as `tracking.finished_runs` gives them. No machine ever took these times."""
 
 from pipeline import comparison, config
+from pipeline.noise import Between
 
 EXECUTION = {"precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto"} | {
     "threads": "null"
@@ -8,6 +9,9 @@ EXECUTION = {"precision": "fp32", "channels_last": "auto", "compile": "auto", "g
 EPOCHS = 4
 NOISE = (0.0, 0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.002, -0.002, 0.004)
 """By how much the seconds of the first, second, ... run differ from what is typical, as a share."""
+
+BETWEEN = {"cuda": Between(0.02, 4), "cpu": Between(0.05, 9)}
+"""Between processes, on logarithms: what no machine ever showed."""
 
 
 class Store:
@@ -26,8 +30,8 @@ class Store:
             total = seconds * (1 + noise)
             each = total / (2 * EPOCHS)  # training; validation takes as long
             own = {
-                "machine": machine, "hardware": "GPU A", "device": "cuda", "workload": "w1", "recipe": "finetune",
-                "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
+                "machine": machine, "hardware": "GPU A", "device": "cuda", "backend": "cuda", "workload": "w1",
+                "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
             }  # fmt: skip
             own |= {key.replace("__", "."): value for key, value in tags.items()}
             figures = {
@@ -52,6 +56,14 @@ class Store:
             }
         return self
 
+    def repeats(self, count, number, *, planned=None, **others):
+        """As `add`, of `count` repeats of one process, which has this number."""
+        tags = {"repeats__id": f"{number:032x}", "repeats": str(planned or count)}
+        self.add(count, **tags, **others)
+        for repeat, run in enumerate(self.runs[-count:], 1):
+            run["tags"]["repeat"] = str(repeat)
+        return self
+
     def sustained(self, count=1, *, speed=1000.0, seconds=10.0, taints=None, **others):
         """As `add`, of runs whose step was repeated at about `speed` images a second."""
         for noise in NOISE[:count]:
@@ -66,7 +78,7 @@ class Store:
 
     def compare(self, prices=None, **settings):
         chosen = {"reference": None, "prices": "prices.yaml", "tainted": False} | settings
-        return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
+        return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices, BETWEEN)
 
 
 def link(experiment_id, run_id):

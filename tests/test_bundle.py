@@ -133,7 +133,12 @@ def sha256(data):
 
 
 def manifest_of(*entries, **changes):
-    return {"format": "trainmark-bundle", "schema": 1, "created": AT + 9000, "runs": list(entries)} | changes
+    return {
+        "format": "trainmark-bundle",
+        "schema": bundle.SCHEMA,
+        "created": AT + 9000,
+        "runs": list(entries),
+    } | changes
 
 
 def pack(path, *runs, manifest=None, extra=()):
@@ -158,12 +163,12 @@ def write(folder, parts):
     return folder
 
 
-def live(folder, number=1, later=True, **changes):
+def live(folder, number=1, later=True, parent=None, **changes):
     """A training and its later stages as the stages log them; its record and its run."""
     record = record_of(number, **changes)
     evaluation, sustained = evaluation_of(record), sustained_of(record)
     write(folder, parts_of(record))
-    handle = tracking.start(record)
+    handle = tracking.start(record, parent)
     tracking.mark(handle, record)
     for epoch in record["epochs"]:
         tracking.log_epoch(handle, epoch)
@@ -171,9 +176,9 @@ def live(folder, number=1, later=True, **changes):
     tracking.end(handle, "FINISHED", record["ended"])
     if later:
         write(folder, parts_of(record, evaluation))
-        publish.complete("evaluate", record, evaluation, record["experiment"], folder)
+        publish.complete("evaluate", record, evaluation, record["experiment"], records.folders(folder))
         write(folder, parts_of(record, evaluation, sustained))
-        publish.complete("sustain", record, sustained, record["experiment"], folder)
+        publish.complete("sustain", record, sustained, record["experiment"], records.folders(folder))
     return record, handle
 
 
@@ -239,6 +244,212 @@ def refused(path, tmp_path):
     return str(caught.value)
 
 
+# --- repeats
+
+REPEATS_ID = "a" * 32
+
+
+def repeat_of(number, count=3, **tags):
+    """A repeat with figures of its own, but for what differs between any two records."""
+    own = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeat": str(number), "repeats": str(count)} | tags
+    record = record_of(number, tags=own, name=records.run_name(own), started=AT + 10 * number)
+    record["params"]["settings.seed"] = str(number - 1)
+    record["metrics"] |= {"time/total_seconds": float(number * number)}
+    for epoch in record["epochs"]:
+        epoch["figures"]["train/loss"] /= number
+    return record
+
+
+def repeat_parts(number, count=3, **tags):
+    """A repeat and its later stages; sustained is the first one alone."""
+    record = repeat_of(number, count, **tags)
+    found = {"test/accuracy": number / 8, "test/loss": 1.5}
+    sustained = sustained_of(record, 7000 + number) if number == 1 else None
+    return parts_of(record, evaluation_of(record, 5000 + number, metrics=found), sustained)
+
+
+def live_repeats(folder, count=3):
+    """Trainings and later stages as the stages log them; the run above."""
+    first = repeat_of(1, count)
+    parent = tracking.start(records.parent(first))
+    for number in range(1, count + 1):
+        record = repeat_of(number, count)
+        changes = {key: record[key] for key in ("tags", "name", "started", "params", "metrics", "epochs")}
+        live(folder / str(number), number, later=False, parent=parent, **changes)
+        publish.gather(record, "trainmark")
+    for stage in ("evaluate", "sustain"):
+        for number in range(1, count + 1):
+            parts = repeat_parts(number, count)
+            if f"{stage}/record.json" in parts:
+                result = json.loads(parts[f"{stage}/record.json"])
+                there = records.folders(write(folder / str(number), parts))
+                publish.complete(stage, repeat_of(number, count), result, "trainmark", there)
+        publish.gather(first, "trainmark")
+    return parent
+
+
+def above(tmp_path):
+    """All of the run above the repeats, but for its start: that of the repeat which came first."""
+    (parent,) = [run for run in runs() if "repeats.id" in run.data.tags and "repeat" not in run.data.tags]
+    place = tmp_path / str(time.time_ns())
+    place.mkdir()
+    found = whole(parent.info.run_id, place)
+    return found | {"info": [*found["info"][:2], found["info"][3]]}
+
+
+def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
+    run = client().get_run(live_repeats(tmp_path).run_id)
+    assert (run.info.run_name, run.info.status) == ("AMD EPYC · blog · fp32 × 3", "FINISHED")
+    assert (run.info.start_time, run.info.end_time) == (AT + 10, AT + 10 + 7001)
+    metrics = run.data.metrics
+    assert (metrics["time/total_seconds"], metrics["std/time/total_seconds"]) == (4.0, pytest.approx(4.0414518843))
+    assert (metrics["test/accuracy"], metrics["std/test/accuracy"]) == (0.25, 0.125)
+    assert metrics["speed/sustained_images_per_second"] == 750 and "std/time/sustain_seconds" not in metrics
+    course = client().get_metric_history(run.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in course] == [(1, 1.25), (2, 0.625)]
+    assert len(client().get_metric_history(run.info.run_id, "sustained/images_per_second")) == 2
+    tags = run.data.tags
+    assert {"repeats.id", "repeats", "workload", "sustained.workload"} <= set(tags)
+    assert not {"repeat", "record", "mlflow.parentRunId"} & set(tags)
+    assert "| 2 | 1 | 25.00% | 25.00% | 4.00 |" in tags["mlflow.note.content"]
+    assert "settings.seed" not in run.data.params and run.data.params["train.lr"] == "0.1"
+    assert sorted(each["tags"]["repeat"] for each in tracking.finished_runs()) == ["1", "2", "3"]
+
+
+def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, store):  # noqa: F811
+    live_repeats(tmp_path)
+    before = dump(store)
+    publish.gather(repeat_of(2), "trainmark")
+    assert dump(store) == before
+
+
+def test_repeats_come_whole_into_another_store_and_from_there_into_a_third(tmp_path, elsewhere, capsys):
+    live_repeats(tmp_path)
+    found = [above(tmp_path)]
+    for name in ("second", "third"):
+        bundle.export(tmp_path / f"{name}.zip")
+        elsewhere(name)
+        bundle.import_runs([tmp_path / f"{name}.zip"])
+        found.append(above(tmp_path))
+        assert len(runs()) == 4 and len(tracking.finished_runs()) == 3
+        parents = {run["tags"]["mlflow.parentRunId"] for run in tracking.finished_runs()}
+        assert [client().get_run(run_id).info.run_name for run_id in parents] == ["AMD EPYC · blog · fp32 × 3"]
+        (run,) = [run for run in runs() if run.info.run_id in parents]
+        assert run.data.tags["imported"] == "from a bundle of schema 2" and "imported.run_id" not in run.data.tags
+        assert run.info.start_time == AT + 10
+    assert found[0] == found[1] == found[2]
+    second, third = (bundle.read(tmp_path / f"{name}.zip", tmp_path / name) for name in ("second", "third"))
+    assert [(run.run_id, run.stages) for run in second] == [(run.run_id, run.stages) for run in third]
+
+
+@pytest.mark.parametrize("order", ["abc", "cba", "bac", "bca"])
+def test_whatever_the_order_the_run_above_waits_for_all_and_comes_to_the_same(tmp_path, elsewhere, order):
+    paths = {
+        name: pack(tmp_path / f"{name}.zip", *(repeat_parts(number) for number in numbers))
+        for name, numbers in {"a": (1,), "b": (3,), "c": (2, 1)}.items()
+    }
+    elsewhere("other")
+    seen = set()
+    for name in order:
+        bundle.import_runs([paths[name]])
+        seen |= {"a": {1}, "b": {3}, "c": {1, 2}}[name]
+        found = above(tmp_path)
+        if len(seen) < 3:
+            assert found["tags"]["mlflow.note.content"] == f"{len(seen)} of 3 repeats are here"
+            assert found["metrics"] == {} and found["info"][1] == "SCHEDULED" and tracking.finished_runs() == []
+    assert len(tracking.finished_runs()) == 3
+    elsewhere("all")
+    bundle.import_runs([pack(tmp_path / "all.zip", *(repeat_parts(number) for number in (3, 2, 1)))])
+    assert above(tmp_path) == found
+    before = dump(elsewhere("all"))
+    bundle.import_runs(list(paths.values()))
+    assert dump(elsewhere("all")) == before
+
+
+def test_what_differs_between_repeats_does_not_stand_above_them_but_taints_do(tmp_path, elsewhere):
+    elsewhere("other")
+    paths = [
+        pack(tmp_path / f"{number}.zip", repeat_parts(number, 2, limited_by=limit, taints=taints))
+        for number, limit, taints in ((2, "data", "swap"), (1, "compute", "load"))
+    ]
+    for path in paths:
+        bundle.import_runs([path])
+    tags = above(tmp_path)["tags"]
+    assert "limited_by" not in tags and tags["taints"] == "load swap"
+
+
+@pytest.mark.parametrize("gone", ["above", "below"])
+def test_of_repeats_what_was_deleted_stays_deleted(tmp_path, elsewhere, gone):
+    path = pack(tmp_path / "x.zip", *(repeat_parts(number) for number in (1, 2, 3)))
+    elsewhere("other")
+    bundle.import_runs([path])
+    (parent,) = [run for run in runs() if "repeat" not in run.data.tags]
+    deleted = parent if gone == "above" else next(run for run in runs() if run.data.tags.get("repeat") == "2")
+    client().delete_run(deleted.info.run_id)
+    before = {run.info.run_id: run.data.metrics for run in runs()}
+    bundle.import_runs([path])
+    assert {run.info.run_id: run.data.metrics for run in runs()} == before
+    assert client().get_run(deleted.info.run_id).info.lifecycle_stage == "deleted"
+    note = client().get_run(parent.info.run_id).data.tags["mlflow.note.content"]
+    assert "median and range of 3" in note  # its figures are still of all three
+    assert len(tracking.finished_runs()) == (0 if gone == "above" else 2)
+
+
+@pytest.mark.parametrize("in_store", [True, False])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"repeat": "2"}, "repeat: 2 is another run that is there (00000000)"),
+        ({"repeat": "3", "repeats": "4"}, "repeats: 4, where one that is there says 3"),
+    ],
+)
+def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, store, other, said, in_store):  # noqa: F811
+    first = pack(tmp_path / "first.zip", repeat_parts(2))
+    pack(tmp_path / "x.zip", repeat_parts(7, 9, **{"repeats": "3"} | other))
+    if in_store:
+        bundle.import_runs([first])
+    before = dump(store)
+    with pytest.raises(UsageError, match=r"^x\.zip: AMD EPYC") as caught:
+        bundle.import_runs([tmp_path / "x.zip"] if in_store else [first, tmp_path / "x.zip"])
+    assert str(caught.value).endswith(said)
+    assert dump(store) == before
+
+
+@pytest.mark.parametrize("broken", ["start", "mark", "log_series"])
+def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, store, monkeypatch, broken):  # noqa: F811
+    """The second of the calls fails: a repeat's start, another one's mark, the series of the run above."""
+    path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
+    calls, real = [], getattr(tracking, broken)
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise StageError("the store is away")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, broken, fails)
+        with pytest.raises(StageError, match=r"^the store is away$"):
+            bundle.import_runs([path])
+    assert all(run.info.lifecycle_stage == "deleted" for run in runs())
+    assert tracking.repeats(REPEATS_ID, "trainmark") == (None, {})
+    bundle.import_runs([path])
+    assert len(tracking.finished_runs()) == 2
+
+
+def test_a_bundle_of_schema_1_is_still_read(tmp_path, elsewhere):
+    elsewhere("other")
+    bundle.import_runs([Path(__file__).parent / "bundle_schema1.zip"])
+    (run,) = tracking.finished_runs()
+    assert run["name"] == "A made-up CPU · linear-probe · fp32" and run["metrics"]["test/accuracy"] == 0.13
+    assert run["tags"]["imported"] == "from a bundle of schema 1" and "repeats.id" not in run["tags"]
+    bundle.export(tmp_path / "x.zip")
+    elsewhere("another")
+    bundle.import_runs([tmp_path / "x.zip"])
+    (again,) = tracking.finished_runs()
+    assert again["metrics"] == run["metrics"] and again["tags"]["imported.run_id"] == run["tags"]["imported.run_id"]
+
+
 # --- from store to store
 
 
@@ -270,7 +481,7 @@ def test_runs_come_whole_into_another_store(tmp_path, elsewhere, capsys):
     assert len(after[record["id"]][1]["metrics"]["sustained/images_per_second"]) == 2
     assert "plots/confusion_matrix.png" in after[record["id"]][1]["artifacts"]
     tags = client().get_run(tracking.find(record["id"], "trainmark").run_id).data.tags
-    assert tags["imported"] == f"from a bundle of schema 1, run {handle.run_id}" and "restored" not in tags
+    assert tags["imported"] == "from a bundle of schema 2" and "restored" not in tags
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
 
@@ -461,9 +672,21 @@ def test_a_store_without_runs_is_said(tmp_path):
     assert not (tmp_path / "x.zip").exists()
 
 
+def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
+    for number, experiment in ((1, "trainmark"), (2, "results")):
+        live(tmp_path / experiment, number, later=False, experiment=experiment)
+    publish.restore(record_of(1), "results", tmp_path / "trainmark")
+    for chosen, numbers in (("trainmark", {1}), ("results", {1, 2})):
+        bundle.main(["export", "--experiment", chosen, "--out", str(tmp_path / f"{chosen}.zip")])
+        found = bundle.read(tmp_path / f"{chosen}.zip", tmp_path / f"of {chosen}")
+        assert {run.record["id"] for run in found} == {f"{number:032x}" for number in numbers}
+    with pytest.raises(StageError, match=r'^no finished run to export in sqlite.*, experiment "other": '):
+        bundle.export(tmp_path / "x.zip", experiment="other")
+
+
 def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
     record, handle = live(tmp_path / "a", 1, later=False)
-    publish.restore(record, "another", tmp_path / "a")
+    publish.restore(record, "another", records.folders(tmp_path / "a"))
     failed, unfinished = live(tmp_path / "b", 2)[1], live(tmp_path / "c", 3)[1]
     tracking.end(failed, "FAILED")
     tracking.resume(unfinished)
@@ -483,7 +706,7 @@ def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
 def test_the_run_that_holds_most_is_exported(tmp_path):
     record, _ = live(tmp_path / "a", 1, later=False)
     folder = write(tmp_path / "b", whole_parts())
-    restored = publish.restore(record, "another", folder)
+    (restored,) = publish.restore(record, "another", records.folders(folder))
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
     assert run.run_id == restored.run_id and set(run.stages) == {"train", "evaluate", "sustain"}
@@ -544,7 +767,7 @@ def test_what_names_machine_or_user_is_not_written(tmp_path, someone, file, said
     else:
         place = {"train": "warnings|0", "evaluate": "tags|label", "sustain": "warnings|0"}[file.split("/")[0]]
         parts[file] = json.dumps(put_in(json.loads(parts[file]), place, said)).encode()
-    publish.restore(json.loads(parts["train/record.json"]), "trainmark", write(tmp_path / "a", parts))
+    publish.restore(json.loads(parts["train/record.json"]), "trainmark", records.folders(write(tmp_path / "a", parts)))
     with pytest.raises(StageError) as caught:
         bundle.export(tmp_path / "x.zip")
     line = str(caught.value)
@@ -578,6 +801,17 @@ def test_a_nameless_account_exports(tmp_path, someone, monkeypatch):
 
 
 # --- bad input: a clear line, the store unchanged
+
+
+def repeat_with(**tags):
+    """Writes a bundle of a repeat whose tags are others; without those that are None."""
+
+    def make(path):
+        record = repeat_of(2)
+        found = {key: value for key, value in (record["tags"] | tags).items() if value is not None}
+        pack(path, parts_of(record | {"tags": found, "name": record["name"]}))
+
+    return make
 
 
 def put_in(tree, path, value):
@@ -647,7 +881,7 @@ def other_format(path):
 
 
 def newer_schema(path):
-    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=2, more=1), extra=[("new.html", b"x")])
+    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=3, more=1), extra=[("new.html", b"x")])
 
 
 def no_runs(path):
@@ -844,7 +1078,7 @@ BAD = {
     "another zip": (another_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "an empty zip": (empty_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "another format": (other_format, "it is no bundle of Trainmark: its format is not"),
-    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 2; this one reads up to 1): update this one"),
+    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 3; this one reads up to 2): update this one"),
     "schema 0": (listing("schema", 0), f"schema: 0 {NOT_ALLOWED}"),
     "a schema of words": (listing("schema", "1"), f"schema: '1' {NOT_ALLOWED}"),
     "no runs": (no_runs, "runs: there are 0"),
@@ -879,7 +1113,7 @@ BAD = {
     "a long id": (value("id", "0" * 33), "id: "),
     "a metric that climbs": (value("metrics|a/../../b", 1.0), "'a/../../b' is not allowed"),
     "a metric without a name": (value("metrics|", 1.0), "key: '' is not allowed"),
-    "a metric with a long name": (value("metrics|" + "x" * 251, 1.0), "has more than 250 characters"),
+    "a metric with a long name": (value("metrics|" + "x" * 251, 1.0), "has more than 246 characters"),
     "metrics told by case": (value("metrics|Best/Epoch", 1.0), "two keys differ in case alone"),
     "a long param": (value("params|x", "y" * 6001), "params: x: 'yyy"),
     "a param that is a number": (value("params|x", 1), f"params: x: 1 {NOT_ALLOWED}"),
@@ -894,6 +1128,14 @@ BAD = {
     "a fallback taken away": (value("tags|fallback", None, E), '"fallback" is no tag of this stage'),
     "a demo among real runs": (value("tags|fallback", "data"), "named as demos"),
     "a real run as a demo": (value("name", "DEMO · x"), "named as demos"),
+    "a repeat without a number": (repeat_with(repeat=None), '"repeat" is missing'),
+    "a repeat of what": (repeat_with(**{"repeats.id": None}), '"repeats.id" is missing'),
+    "a repeat of a word": (repeat_with(**{"repeats.id": "mine"}), "tags: repeats.id: 'mine' is not allowed"),
+    "a repeat of its own": (repeat_with(repeat="1", repeats="1"), f"tags: repeats: 1 {NOT_ALLOWED}"),
+    "a fourth of three": (repeat_with(repeat="4"), f"tags: repeat: 4 {NOT_ALLOWED} a whole number from 1 to 3"),
+    "a repeat 0": (repeat_with(repeat="0"), "tags: repeat: '0' is not allowed"),
+    "repeats without end": (repeat_with(repeats="1001"), f"tags: repeats: 1001 {NOT_ALLOWED}"),
+    "a repeat under another's name": (value("tags", repeat_of(2)["tags"]), "a repeat's name ends with its number"),
     "a tag over two lines": (value("tags|label", "a\nb"), "holds the control character '\\n'"),
     "a name that turns around": (value("name", "a\u202eb"), "holds the control character '\\u202e'"),
     "half a character": (value("name", "a\ud800b"), "holds the control character '\\ud800'"),
@@ -1264,7 +1506,7 @@ def survives(path, folder, monkeypatch):
     for run in found:
         at = Checked()
         monkeypatch.setattr(tracking, "_client", lambda at=at: at)
-        publish.restore(run.record, run.record["experiment"], run.folder, {"imported.run_id": run.run_id})
+        publish.restore(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
         assert at.ended == [("FINISHED", publish.ended(run.record, run.results))]
     return True
 

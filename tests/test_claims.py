@@ -14,7 +14,7 @@ def side(name, seconds, count=5, accuracies="same", **others):
     """A side whose runs took about `seconds`."""
     alike = {"test": [0.75, 0.751, 0.749, 0.752, 0.748][:count]}
     chosen = alike if accuracies == "same" else accuracies
-    return Side(name, [seconds * each for each in SPREAD[:count]], chosen, **others)
+    return Side(name, [seconds * each for each in SPREAD[:count]], others.pop("processes", count), chosen, **others)
 
 
 def said(me, it, level=stats.LEVEL):
@@ -32,6 +32,22 @@ def test_faster_is_said_with_its_interval_its_runs_and_what_it_takes():
     )
     assert found.speedup == stats.ratio(side("B", 3.0).seconds, side("A", 2.0).seconds)
     assert found.accuracy.value == 0
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "words"),
+    [(5, 3, "(n = 5 and 3, same"), (1, 1, "(n = 5 and 3, each in one process, same"),
+     (1, 3, "(n = 5 in one process and 3 in 3 processes, same"), (2, 1, "(n = 5 in 2 processes and 3 in one process,")],
+)  # fmt: skip
+def test_runs_that_share_a_process_are_said_to(mine, its, words):
+    assert words in said(side("A", 2.0, processes=mine), side("B", 3.0, 3, processes=its)).sentence
+
+
+def test_what_runs_can_not_show_is_in_the_interval():
+    me, it = (side(name, 2.0, processes=1, unseen=stats.Part(0.001, 4)) for name in "AB")
+    found = said(me, it)
+    assert found.speedup == stats.ratio(it.seconds, me.seconds, unseen=[it.unseen, me.unseen])
+    assert found.speedup.detectable > 1.1
 
 
 def test_slower_is_said_as_taking_longer():
@@ -79,7 +95,7 @@ def test_three_runs_carry_a_claim():
 
 
 def test_without_any_spread_there_is_one_number():
-    me, it = Side("A", [2.0] * 3, {"test": [0.75] * 3}), Side("B", [3.0] * 3, {"test": [0.75] * 3})
+    me, it = (Side(name, [seconds] * 3, 3, {"test": [0.75] * 3}) for name, seconds in (("A", 2.0), ("B", 3.0)))
     assert said(me, it).sentence == "A is 1.50 times as fast as B on this work (n = 3 and 3, same accuracy)."
 
 

@@ -12,9 +12,9 @@ from conftest import fails
 from made import EPOCHS, Store, two
 from mlflow.entities import Metric, Param, RunTag
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
-from test_train import generated, light, once, threads  # noqa: F401 (threads: one is enough)
+from test_train import generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, comparison, config, files, tracking
+from pipeline import compare, comparison, config, files, tracking, train
 from pipeline.errors import UsageError
 
 
@@ -89,6 +89,22 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, c
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
 
 
+def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, capsys):  # noqa: F811
+    settings = generated("repeats=3", "epochs=1")
+    prepare(settings, tmp_path / "outputs")
+    train.run(settings, tmp_path / "outputs")
+    live = {run.info.run_name: run.data.metrics for run in runs() if "repeats" in run.data.tags}
+    found = compare.run(generated("tracking.experiment=another"), tmp_path / "outputs")
+    put = [run for run in runs() if "restored" in run.data.tags]
+    assert {run.info.run_name: run.data.metrics for run in put} == live and len(put) == 4
+    assert {run.info.status for run in put} == {"FINISHED"}
+    (parent,) = [run for run in put if "repeat" not in run.data.tags]
+    assert [run.data.tags.get("mlflow.parentRunId") for run in put].count(parent.info.run_id) == 3
+    assert capsys.readouterr().out.count("nothing was trained") == 3 and found.runs == 3
+    compare.run(generated("tracking.experiment=another"), tmp_path / "outputs")
+    assert len([run for run in runs() if "restored" in run.data.tags]) == 4
+
+
 def test_the_same_run_goes_into_each_experiment_and_counts_once(outputs):
     compare.run(generated(), outputs)
     found = compare.run(generated("tracking.experiment=another"), outputs)
@@ -157,14 +173,6 @@ def test_two_machines_of_a_store_are_compared(tmp_path, reports, capsys):
     ids = {run.info.run_id: run.info.experiment_id for run in trainings() if run.data.tags["hardware"] == "GPU B"}
     assert {run["id"] for run in b["runs"]} == set(ids)
     assert b["shown"]["link"] == tracking.run_link(ids[b["shown"]["id"]], b["shown"]["id"])
-
-
-def test_the_blogs_two_machines_stand_in_for_at_two_to_three(tmp_path):
-    put(Store().add(5, hardware="M1", seconds=12.0).add(5, hardware="GTX", machine="b" * 12, seconds=8.0))
-    (sentence,) = verdicts(compared(tmp_path, "compare.reference=M1"))
-    assert sentence.startswith("GTX is 1.4") and " to 1.5" in sentence
-    (sentence,) = verdicts(compared(tmp_path, "compare.reference=GTX"))
-    assert sentence.startswith("M1 takes 1.4") and " to 1.5" in sentence
 
 
 def test_a_reference_that_does_not_exist_is_refused_and_nothing_changes(tmp_path, reports):

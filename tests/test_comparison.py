@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import fails
-from made import EPOCHS, Store, link, row, sections, table, two
+from made import BETWEEN, EPOCHS, Store, link, row, sections, table, two
 
-from pipeline import config, report, stats
+from pipeline import config, noise, report, stats
 from pipeline.errors import UsageError
 
 PRICE = config.Price(buy=None, per_hour=None, currency="EUR", date="2000-01-01", source="https://example.org")
@@ -209,6 +209,100 @@ def test_the_final_accuracy_is_that_on_test_images_else_on_validation_images():
 def test_an_accuracy_of_0_is_one():
     found = two(metrics={"test/accuracy": 0.0}).compare()
     assert row(found, "GPU B").figures["test_accuracy"].value == 0 and kinds(found)["GPU B"] == "parity"
+
+
+# --- runs that share a process
+
+
+def unseen(sizes, deviation=BETWEEN["cuda"].deviation, degrees=BETWEEN["cuda"].degrees):
+    return stats.between_processes(sizes, deviation**2, degrees)
+
+
+def test_repeats_of_one_process_are_runs_whose_intervals_hold_what_they_can_not_show():
+    only = row(Store().repeats(5, 1).compare(), "GPU A")
+    assert only.processes == [5] and only.spread == "within one process"
+    for key in ("total_seconds", "epoch_seconds", "images_per_second"):
+        expected = stats.typical(only.values[key], unseen=unseen([5]))
+        assert only.figures[key] == pytest.approx(expected)
+        assert only.figures[key].high > stats.typical(only.values[key]).high
+    assert only.figures["seconds_to_target"][:3] == pytest.approx(only.figures["total_seconds"][:3])  # the last epoch's
+    for key in ("peak_mib", "test_accuracy"):  # of which nothing was measured
+        calculate = stats.mean if key == "test_accuracy" else stats.typical
+        assert only.figures[key] == calculate(only.values[key])
+
+
+def test_a_speed_up_holds_what_processes_of_both_sides_can_not_show():
+    store = Store().repeats(5, 1).add(3, machine="b" * 12, hardware="GPU B", seconds=5.0)
+    b, a = table(store.compare()).rows
+    times = a.values["total_seconds"], b.values["total_seconds"]
+    expected = stats.ratio(*times, unseen=[unseen([5]), stats.NONE])
+    assert b.claim.speedup == pytest.approx(expected) and expected.high > stats.ratio(*times).high
+    assert "(n = 3 in 3 processes and 5 in one process, same accuracy" in b.claim.sentence
+
+
+def test_what_is_within_the_spread_of_processes_is_no_difference():
+    """Between processes of this kind 2% were measured; within one these differ by less."""
+    store = Store().repeats(5, 1).repeats(5, 2, machine="b" * 12, hardware="GPU B", seconds=9.6)
+    assert kinds(store.compare()) == {"GPU B": "none", "GPU A": "reference"}
+    store = Store().add(5).add(5, machine="b" * 12, hardware="GPU B", seconds=9.6)
+    assert kinds(store.compare()) == {"GPU B": "faster", "GPU A": "reference"}
+
+
+def test_several_processes_of_several_repeats():
+    store = Store().repeats(5, 1).repeats(5, 2).repeats(3, 3, machine="b" * 12).add(2, machine="b" * 12)
+    a, b = (each for each in sorted(table(store.compare()).rows, key=lambda each: each.machine))
+    assert (a.processes, a.spread) == ([5, 5], "between 2 processes of 5, over 9.0 hours")
+    assert (sorted(b.processes), b.spread) == ([1, 1, 3], "between 3 processes of 1 to 3, over 4.0 hours")
+    assert a.figures["total_seconds"] == pytest.approx(stats.typical(a.values["total_seconds"], unseen=unseen([5, 5])))
+
+
+def test_processes_that_differ_by_more_than_was_measured_stand_for_themselves():
+    store = Store().repeats(5, 1).repeats(5, 2, seconds=20.0)
+    only = row(store.compare(), "GPU A")
+    own = noise.components([[math.log(run["metrics"]["time/total_seconds"]) for run in part] for part in
+                            (store.runs[:5], store.runs[5:])])  # fmt: skip
+    expected = stats.typical(only.values["total_seconds"], unseen=unseen([5, 5], own[1] ** 0.5))
+    assert own[1] > BETWEEN["cuda"].deviation ** 2
+    assert only.figures["total_seconds"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("backend", "like"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_what_was_measured_on_a_backend_stands_for_it_else_the_largest(backend, like):
+    only = row(Store().repeats(3, 1, backend=backend).compare(), "GPU A")
+    expected = stats.typical(only.values["total_seconds"], unseen=unseen([3], *BETWEEN[like]))
+    assert only.figures["total_seconds"] == pytest.approx(expected)
+
+
+def test_runs_of_their_own_say_over_how_many_hours():
+    assert row(Store().add(1).compare(), "GPU A").spread == ""
+    assert row(Store().add(3).compare(), "GPU A").spread == "between 3 processes, over 2.0 hours"
+    store = Store().add(2)
+    store.runs[1]["started"] += 25 * 3_600_000
+    assert row(store.compare(), "GPU A").spread == "between 2 processes, over 26 hours"
+
+
+def test_the_repeated_step_is_of_one_run_of_a_process():
+    store = Store().repeats(3, 1).repeats(3, 2)
+    for run in store.runs[::3]:
+        run["metrics"]["speed/sustained_images_per_second"] = 1000.0
+        run["tags"]["sustained.workload"] = "s1"
+    assert row(store.compare(), "GPU A", kind="step").processes == [1, 1]
+
+
+def test_what_is_left_of_repeats_is_tainted():
+    store = Store().repeats(3, 1, planned=5).repeats(3, 2, machine="b" * 12, hardware="GPU B").add(1)
+    found = store.compare()
+    assert {(each.name, len(each.runs), each.taints, each.claim.kind) for each in table(found).rows} == {
+        ("GPU A", 3, "incomplete", "tainted"), ("GPU A", 1, "", "single"), ("GPU B", 3, "", "reference"),
+    }  # fmt: skip
+    assert "(incomplete)" in next(each.claim.sentence for each in table(found).rows if each.taints)
+    store = Store().repeats(5, 1)
+    store.runs.pop(2)
+    assert row(store.compare(), "GPU A").taints == "incomplete"
+
+
+def test_a_number_of_repeats_that_is_none_is_no_plan():
+    assert row(Store().add(1, repeats="many").compare(), "GPU A").taints == ""
 
 
 # --- taints

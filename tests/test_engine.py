@@ -391,6 +391,20 @@ def test_after_a_restart_nothing_is_left_of_the_warm_up(chosen, what, recorded):
 
 
 @pytest.mark.parametrize(("chosen", "what"), WAYS)
+def test_after_a_restart_a_whole_training_is_the_same_again(chosen, what):
+    network = nn.Sequential(linear(classes=5), nn.Tanh(), linear(5, seed=1))
+    job = job_of(network, backend=Recording(), epochs=2, steps=3, lr=0.05, recorded=True, **chosen)
+    beginning = copy.deepcopy(network.state_dict())
+    found = []
+    for _ in range(3):
+        network.load_state_dict(beginning)
+        job.restart()
+        rows = trained(job, samples(10), samples(6, seed=1))
+        found.append([{key: row[key] for key in row if key.startswith(("train/", "val/"))} for row in rows])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(("chosen", "what"), WAYS)
 def test_a_recorded_step_does_what_an_unrecorded_one_does(chosen, what):
     backend = Recording()
     figures, weights = outcome(backend, chosen, recorded=True, warm=True)

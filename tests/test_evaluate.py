@@ -9,10 +9,10 @@ from mlflow.entities import ViewType
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import data, evaluate, files, model, plots, publish, sources, tracking, train
+from pipeline import data, evaluate, files, model, plots, publish, records, sources, tracking, train
 from pipeline.errors import StageError, UsageError
 
-LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png"}
+LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png", "repeats/figures.csv"}
 
 
 @pytest.fixture
@@ -154,6 +154,45 @@ def test_the_test_split_is_an_input_of_the_run(outputs):
         ("synthetic-test", "testing"), ("synthetic-train", "training"), ("synthetic-validation", "validation")
     ]  # fmt: skip
     assert [each["name"] for each in result["datasets"]] == ["synthetic-test"]
+
+
+def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path, light, monkeypatch, capsys):  # noqa: F811
+    settings, outputs = generated("repeats=3", "epochs=1"), tmp_path / "outputs"
+    prepare(settings, outputs)
+    train.run(settings, outputs)
+    decoded, decode = [], sources.decode
+    monkeypatch.setattr(sources, "decode", lambda *args: decoded.append(args[2]) or decode(*args))
+    result = evaluate.run(settings, outputs)
+    assert decoded == ["test"]
+    results = [
+        files.read_json(outputs / "evaluate" / place / "record.json") for place in (".", "repeats/2", "repeats/3")
+    ]
+    assert result == results[0]
+    for each, record in zip(results, records.trained(outputs), strict=True):
+        run = client().get_run(tracking.find(record["id"], "trainmark").run_id)
+        assert each["id"] == record["id"] and each["metrics"].items() <= run.data.metrics.items()
+        assert run.info.status == "FINISHED"
+    # Heads of three seeds answer differently.
+    assert len({each["metrics"]["test/loss"] for each in results}) == 3
+    summary = records.summary([each["metrics"] for each in results])
+    assert files.read_json(outputs / "evaluate" / "metrics.json") == summary
+    (parent,) = [run for run in runs() if run.info.run_name.endswith(" × 3")]
+    assert summary.items() <= parent.data.metrics.items()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("repeats  median and range of 3: ") and "test accuracy" in said[-1]
+
+
+def test_of_repeats_with_a_damaged_checkpoint_nothing_is_written(tmp_path, light):  # noqa: F811
+    settings, outputs = generated("repeats=2", "epochs=1"), tmp_path / "outputs"
+    prepare(settings, outputs)
+    train.run(settings, outputs)
+    shutil.copy(outputs / "train" / "best.safetensors", outputs / "train" / "repeats" / "2" / "best.safetensors")
+    assert "it is a checkpoint of another training" in line(settings, outputs)
+
+
+def test_a_single_run_is_told_how_to_get_an_interval(outputs, capsys):
+    evaluate.run(generated(), outputs)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("-S repeats=3 trains three times")
 
 
 def test_the_test_split_that_was_validated_on_is_logged_once(tmp_path, light):  # noqa: F811

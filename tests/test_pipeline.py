@@ -262,6 +262,24 @@ def test_an_experiment_with_another_setting_trains_and_shows_beside_the_first(pr
     assert "Stage 'train' didn't change" in again
 
 
+def test_repeats_are_cached_and_put_back_below_the_run_above_them(project):
+    before = (project.root / "params.yaml").read_text()
+    output = project.dvc("exp", "run", "-S", "repeats=2")
+    assert output.count("\nresult   ") == 2 and "repeats  median and range of 2: " in output
+    assert "is empty" not in output
+    names = {name.split(" · ")[-1] for _, name, status in project.runs() if status == "FINISHED"}
+    assert {"1/2", "2/2", "fp32 × 2"} <= names
+    key = "select runs.name, key, value, step, timestamp from metrics join runs using (run_uuid) order by 1, 2, 4, 5"
+    figures = [row for row in project.column(key) if row[0].endswith(("/2", "× 2"))]
+    assert "std/test/accuracy" in {key for _, key, *_ in figures}
+    (project.root / "mlflow.db").unlink()
+    again = project.dvc("repro")
+    assert "Stage 'train' didn't change" in again and again.count("nothing was trained") == 2
+    assert {name.split(" · ")[-1] for _, name, _ in project.runs()} == {"1/2", "2/2", "fp32 × 2"}
+    assert project.column(key) == figures
+    (project.root / "params.yaml").write_text(before)
+
+
 def test_another_machine_trains_again(project):
     """Another fingerprint in hardware.json, as a clone that shares the cache would write it."""
     changed = (project.root / "pipeline" / "hardware.py").read_text()

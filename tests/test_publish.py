@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from test_tracking import QUIET, client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import bundle, files, publish, tracking
+from pipeline import bundle, files, publish, records, tracking
 from pipeline.errors import StageError
 
 OTHER = {"restored", "mlflow.log-model.history"}
@@ -58,7 +58,7 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
     shutil.copytree(root / "kept", root / "mlruns", dirs_exist_ok=True)
     at = MlflowClient(f"sqlite:///{once.completed.as_posix()}")
     (live,) = at.search_runs([at.get_experiment_by_name("trainmark").experiment_id])
-    handle = publish.restore(record, "trainmark", folder)
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
 
     before, after = whole(at, live.info.run_id, tmp_path), whole(client(), handle.run_id, tmp_path)
     for part in before:
@@ -88,7 +88,7 @@ def test_a_training_is_restored_without_what_was_never_found(left, gone):
     record, folder = left
     for stage in gone:
         shutil.rmtree(folder / stage)
-    handle = publish.restore(record, "trainmark", folder)
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
     run = client().get_run(handle.run_id)
     ended = [record["ended"], *(result_of(stage, folder)["ended"] for stage in {"evaluate", "sustain"} - set(gone))]
     assert (run.info.status, run.info.end_time) == ("FINISHED", max(ended))
@@ -115,10 +115,10 @@ def test_a_training_is_restored_without_what_was_never_found(left, gone):
 def test_what_was_found_for_another_training_is_left_alone(left, stage):
     record, folder = left
     both = {name: result_of(name, folder) for name in ("evaluate", "sustain")}
-    assert publish.results(record, folder) == both
+    assert publish.results(record, records.folders(folder)) == both
     files.write_json(folder / stage / "record.json", both.pop(stage) | {"id": "another"})
-    assert publish.results(record, folder) == both
-    handle = publish.restore(record, "trainmark", folder)
+    assert publish.results(record, records.folders(folder)) == both
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
     metrics = client().get_run(handle.run_id).data.metrics
     assert ("test/accuracy" in metrics) == (stage == "sustain")
     assert ("speed/sustained_images_per_second" in metrics) == (stage == "evaluate")
@@ -129,17 +129,19 @@ def test_what_was_found_for_another_training_is_left_alone(left, stage):
 def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(left, last):
     record, folder = left
     shutil.move(folder / last, folder / "later")
-    handle = publish.restore(record, "trainmark", folder)
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
     shutil.move(folder / "later", folder / last)
     words = {"evaluate": "test accuracy", "sustain": "**Sustained**"}
     before = client().get_run(handle.run_id).data.tags["mlflow.note.content"]
     assert [stage for stage, word in words.items() if word not in before] == [last]
     result = result_of(last, folder)
-    publish.complete(last, record, result, "trainmark", folder)
+    publish.complete(last, record, result, "trainmark", records.folders(folder))
     run = client().get_run(handle.run_id)
     assert all(word in run.data.tags["mlflow.note.content"] for word in words.values())
     assert result["metrics"].items() <= run.data.metrics.items()
-    ended = publish.ended(record, publish.results(record, folder))  # by whichever stage was last in time
+    ended = publish.ended(
+        record, publish.results(record, records.folders(folder))
+    )  # by whichever stage was last in time
     assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
     assert len(runs()) == 1
 
@@ -147,7 +149,7 @@ def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(lef
 @pytest.mark.usefixtures("light")
 def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
     record, folder = left
-    handle = publish.restore(record, "another", folder)
+    (handle,) = publish.restore(record, "another", records.folders(folder))
     assert client().get_experiment(handle.experiment_id).name == "another"
     assert tracking.find(record["id"], "trainmark") is None
     assert record["experiment"] == "trainmark"  # the record itself is left as it was
@@ -178,12 +180,12 @@ def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(tracking, broken, fails)
         with pytest.raises(type(error)):
-            publish.restore(record, "trainmark", folder)
+            publish.restore(record, "trainmark", records.folders(folder))
     assert tracking.find(record["id"], "trainmark") is None
     (failed,) = runs()
     assert failed.info.status == status and tracking.finished_runs() == []
 
-    handle = publish.restore(record, "trainmark", folder)
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
     assert tracking.find(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
     assert [run["run_id"] for run in tracking.finished_runs()] == [handle.run_id]
 
@@ -194,7 +196,7 @@ def test_a_damaged_checkpoint_is_no_run(left):
     best = folder / "train" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:1000])
     with pytest.raises(StageError, match=r"best\.safetensors"):
-        publish.restore(record, "trainmark", folder)
+        publish.restore(record, "trainmark", records.folders(folder))
     assert tracking.find(record["id"], "trainmark") is None
 
 
@@ -204,7 +206,9 @@ def test_an_evaluation_sets_the_label_anew(left, label, shown):
     record, folder = left
     result = result_of("evaluate", folder)
     files.write_json(folder / "evaluate" / "record.json", result | {"tags": {"label": label}})
-    handle = publish.restore(record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", folder)
+    (handle,) = publish.restore(
+        record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", records.folders(folder)
+    )
     tags = client().get_run(handle.run_id).data.tags
     assert tags.get("label") == shown
     assert f"**test accuracy {result['metrics']['test/accuracy']:.2%}**" in tags["mlflow.note.content"]
@@ -214,7 +218,7 @@ def test_the_model_asks_for_released_packages(left, monkeypatch):
     record, folder = left
     asked = []
     monkeypatch.setattr(tracking, "log_model", lambda handle, net, *rest: asked.append((net.training, *rest)))
-    publish.restore(record, "trainmark", folder)
+    publish.restore(record, "trainmark", records.folders(folder))
     ((training, image_size, classes, requirements),) = asked
     assert (training, image_size, classes) == (False, 32, 10)
     assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]

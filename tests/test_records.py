@@ -407,3 +407,112 @@ def test_the_description_of_a_machine_that_tells_little(record):
         del own[key]
     record["tags"] = own
     assert records.description(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
+
+
+# --- repeats
+
+
+@pytest.mark.parametrize(("repeat", "below"), [(1, ""), (2, "/repeats/2"), (10, "/repeats/10")])
+def test_the_first_repeat_lies_where_a_single_training_does(tmp_path, repeat, below):
+    found = records.folders(tmp_path, repeat)
+    assert {stage: path.relative_to(tmp_path).as_posix() for stage, path in found.items()} == {
+        stage: stage + below for stage in ("train", "evaluate", "sustain")
+    }
+
+
+def test_all_repeats_that_were_trained_are_read_in_their_order(tmp_path):
+    for repeat in range(1, 12):
+        folder = records.folders(tmp_path, repeat)["train"]
+        files.write_json(folder / "record.json", {"tags": {"repeat": str(repeat), "repeats": "11"}})
+    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == list(range(1, 12))
+    files.write_json(tmp_path / "train" / "record.json", {"tags": {}})
+    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(("fallback", "demo"), [({}, ""), ({"fallback": "data"}, "DEMO · ")])
+def test_repeats_are_numbered_and_the_run_above_says_how_many(fallback, demo):
+    own = {"hardware": "M1", "recipe": "blog", "precision": "fp32", "repeats.id": "a", "repeats": "5"} | fallback
+    assert records.run_name(own | {"repeat": "2"}) == f"{demo}M1 · blog · fp32 · 2/5"
+    assert records.run_name(own) == f"{demo}M1 · blog · fp32 × 5"
+
+
+def test_the_summary_is_median_and_sample_deviation_of_what_all_have():
+    found = records.summary(
+        [
+            {"test/accuracy": 0.5, "time/total_seconds": 9.0, "time/setup_seconds": 7.0, "time/startup_seconds": 2.0}
+            | {"ceiling/matmul_tflops": 3.0, "energy/joules": 5.0},
+            {"test/accuracy": 0.75, "time/total_seconds": 1.0, "time/setup_seconds": 0.5, "ceiling/matmul_tflops": 3.0},
+            {"test/accuracy": 1.0, "time/total_seconds": 2.0, "time/setup_seconds": 0.5, "ceiling/matmul_tflops": 3.0},
+        ]
+    )
+    assert found == {
+        "test/accuracy": 0.75, "std/test/accuracy": 0.25,
+        "time/total_seconds": 2.0, "std/time/total_seconds": pytest.approx(19**0.5),
+        "time/setup_seconds": 8.0, "time/startup_seconds": 2.0,  # done once: what it took in all
+        "ceiling/matmul_tflops": 3.0,  # measured once: it has no spread
+    }  # fmt: skip
+
+
+def test_the_course_is_the_median_of_each_epoch(record):
+    three = [copy.deepcopy(record) for _ in range(3)]
+    for each, losses in zip(three, ([4.0, 3.0], [1.0, 2.0], [2.0, 9.0]), strict=True):
+        each["epochs"] = [
+            {"at": 100 * number + int(loss), "system": [{}], "figures": {"epoch": number, "train/loss": loss}}
+            for number, loss in enumerate(losses, 1)
+        ]
+    three[1]["epochs"][1]["figures"]["energy"] = 1.0
+    assert records.course(three) == [
+        {"at": 104, "figures": {"epoch": 1, "train/loss": 2.0}, "system": []},
+        {"at": 209, "figures": {"epoch": 2, "train/loss": 3.0}, "system": []},
+    ]
+    assert [type(epoch["figures"]["epoch"]) for epoch in records.course(three[:2])] == [int, int]
+
+
+def test_tags_above_repeats_are_those_that_all_share_and_every_taint():
+    first = {"hardware": "M1", "repeats": "2", "repeat": "1", "limited_by": "data", "taints": "load", "label": None}
+    other = {"hardware": "M1", "repeats": "2", "repeat": "2", "limited_by": "compute", "taints": "swap load"}
+    assert records.shared_tags([first, other]) == {
+        "hardware": "M1", "repeats": "2", "limited_by": None, "taints": "load swap", "label": None
+    }  # fmt: skip
+    assert records.shared_tags([first | {"taints": None}, {"hardware": "M2"}])["taints"] is None
+
+
+def repeats_of(record, count=3):
+    found = []
+    for number in range(1, count + 1):
+        own = copy.deepcopy(record)
+        own["tags"] |= {"repeats.id": "a" * 32, "repeat": str(number), "repeats": str(count)}
+        own |= {"experiment": "trainmark", "started": 1, "params": {"settings.seed": str(number + 6)}}
+        own["metrics"] |= {"time/total_seconds": 10.0 + number, "best/val_accuracy": number / 8}
+        found.append({"train": own, "evaluate": {"metrics": {"test/accuracy": number / 4}}})
+    return found
+
+
+def test_what_stands_above_repeats_begins_with_what_they_share(record):
+    (_, second, _) = repeats_of(record)
+    second["train"]["tags"] |= {"taints": "load", "limited_by": "data"}
+    second["train"]["params"] |= {"train.lr": "0.1"}
+    found = records.parent(second["train"])
+    assert found["name"].endswith(" × 3") and found["params"] == {"train.lr": "0.1"} and found["datasets"] == []
+    assert found["tags"] == record["tags"] | {"repeats.id": "a" * 32, "repeats": "3"}
+
+
+def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(record, sustained):
+    three = repeats_of(record)
+    three[0]["sustain"] = sustained
+    three[1]["train"]["warnings"] = three[2]["train"]["warnings"] = ["it was hot"]
+    text = records.parent_description(three)
+    for words in (
+        "**Machine**", "**Work**", "**Sustained**", "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
+        "test accuracy 50.00% (25.00% to 75.00%), best validation accuracy 25.00% (12.50% to 37.50%)",
+        "| 1 | 7 | 25.00% | 12.50% | 11.00 |", "| 3 | 9 | 75.00% | 37.50% | 13.00 |", "- it was hot (repeat 2, 3)",
+    ):  # fmt: skip
+        assert words in text, words
+    del three[1]["evaluate"]
+    assert "| 2 | 8 |  | 25.00% | 12.00 |" in records.parent_description(three)
+
+
+def test_a_description_ends_where_mlflow_has_no_more_room(record):
+    text = records.parent_description(repeats_of(record, 400))
+    assert 7900 < len(text) <= records.DESCRIPTION_LENGTH
+    assert text.endswith(" |\n\nMore in the repeats' own runs.\n")

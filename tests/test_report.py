@@ -60,7 +60,7 @@ def html(found):
 def test_a_cell_has_the_figure_and_its_interval():
     found = columns(two().compare())
     assert found["machine"] == [Cell("GPU B"), Cell("GPU A", "reference")]
-    assert found["n"] == [Cell("3"), Cell("3")]
+    assert found["n"] == [Cell("3", "between 3 processes, over 2.0 hours")] * 2
     assert found["total s"][1] == Cell("10.0", "9.8–10.3")
     assert found["speed-up"][0].text == "2.00" and re.fullmatch(r"1\.9\d–2\.0\d", found["speed-up"][0].small)
     assert found["speed-up"][1] == Cell("1")

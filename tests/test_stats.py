@@ -136,6 +136,74 @@ def test_satterthwaites_degrees_of_freedom_would_not_keep_that():
     assert (called < 0.05 / 39).mean() > 6 * 0.05 / 39
 
 
+# --- runs that share a process
+
+
+def in_processes(generator, sizes, within, between):
+    """Logarithms of runs in processes of these sizes."""
+    return np.concatenate([generator.normal(generator.normal(0, between), within, size) for size in sizes]).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5,), (2, 3), (5, 5), (4, 1, 1)])
+def test_what_runs_of_one_process_can_not_show_is_added(sizes):
+    generator, within, between = np.random.default_rng(sizes), 1.0, 2.0
+    samples = [in_processes(generator, sizes, within, between) for _ in range(20_000)]
+    seen = np.mean([np.var(values, ddof=1) for values in samples]) / sum(sizes)
+    hidden = stats.between_processes(sizes, between**2, 4)
+    assert seen + hidden.square == pytest.approx(np.var([np.mean(values) for values in samples]), rel=0.05)
+
+
+def test_runs_in_processes_of_their_own_hide_nothing_and_those_of_one_process_all():
+    assert stats.between_processes([1, 1, 1], 4.0, 9) == (0, 9)
+    assert stats.between_processes([7], 4.0, 9) == (4, 9)
+    assert stats.between_processes([1], 4.0, 9) == stats.NONE  # a single run has no interval to widen
+
+
+def test_a_part_of_the_error_widens_an_interval_by_its_own_quantile():
+    hidden = stats.Part(0.01, 3)
+    squares, quantiles = [scipy_stats.sem(logs(A)) ** 2, 0.01], [scipy_stats.t.ppf(0.975, df) for df in (4, 3)]
+    half = np.average(quantiles, weights=squares) * math.sqrt(sum(squares))
+    assert math.log(stats.typical(A, unseen=hidden).high) == pytest.approx(np.mean(logs(A)) + half)
+    squares, quantiles = [scipy_stats.sem(logs(B)) ** 2, *squares], [scipy_stats.t.ppf(0.975, 2), *quantiles]
+    half = np.average(quantiles, weights=squares) * math.sqrt(sum(squares))
+    found = stats.ratio(A, B, unseen=[hidden, stats.NONE])
+    assert math.log(found.high / found.value) == pytest.approx(half)
+    assert found.detectable > stats.ratio(A, B).detectable
+
+
+def test_equal_runs_of_one_process_still_leave_what_they_can_not_show():
+    found = stats.ratio([3.0, 3.0], [2.0, 2.0], unseen=[stats.Part(0.01, 4)] * 2)
+    assert math.log(found.high / 1.5) == pytest.approx(scipy_stats.t.ppf(0.975, 4) * math.sqrt(0.02))
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+@pytest.mark.parametrize("within", [0.5, 1, 5])
+@pytest.mark.parametrize("layout", ["one process", "two processes", "pairs", "one against own"])
+def test_machines_that_are_alike_are_called_so_however_their_runs_share_processes(layout, within, count):
+    sizes = {"one process": [(count,)] * 2, "two processes": [(count, count)] * 2, "pairs": [(2,) * count] * 2}
+    one, other = sizes.get(layout, [(count,), (1,) * count])
+    generator, trials, called = np.random.default_rng([count, len(layout)]), 1000, 0
+    for _ in range(trials):
+        samples = [in_processes(generator, each, within, 1) for each in (one, other)]
+        hidden = [stats.between_processes(each, 1, 4) for each in (one, other)]
+        found = stats.difference(*samples, unseen=hidden)
+        called += not found.low <= 0 <= found.high
+    assert called <= at_most(0.05, trials)
+
+
+@pytest.mark.parametrize(("degrees", "kept"), [(4, True), (10**6, False)])
+def test_a_spread_that_was_itself_estimated_is_not_known(degrees, kept):
+    """From five processes; its mean square has four degrees of freedom."""
+    generator, trials, called = np.random.default_rng(5), 2000, 0
+    for _ in range(trials):
+        samples = [in_processes(generator, [5], 0.3, 1) for _ in range(2)]
+        hidden = stats.between_processes([5], np.var(generator.normal(0, 1, 5), ddof=1), degrees)
+        found = stats.difference(*samples, unseen=[hidden] * 2)
+        called += not found.low <= 0 <= found.high
+    assert (called <= at_most(0.05, trials)) == kept
+    assert kept or called > 0.1 * trials
+
+
 def test_of_forty_machines_that_are_alike_none_is_called_faster_in_95_of_100():
     generator, trials, others = np.random.default_rng(40), 400, 39
     level, called = stats.shared(stats.LEVEL, others), 0

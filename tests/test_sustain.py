@@ -12,7 +12,7 @@ from test_config import changed, params  # noqa: F401 (params: writes a params.y
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import REPEATED, generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import backends, conditions, config, data, files, publish, sustain, tracking, training
+from pipeline import backends, conditions, config, data, files, publish, records, sustain, tracking, training
 from pipeline.backends.cpu import Cpu
 from pipeline.clock import Clock
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
@@ -437,5 +437,5 @@ def test_what_was_found_for_another_training_is_not_this_ones(outputs, slices):
     slices((8, 1.0))
     sustain.run(generated(*REPEATED), outputs)
     record = files.read_json(outputs / "train" / "record.json")
-    assert set(publish.results(record, outputs)) == {"sustain"}
-    assert publish.results(record | {"id": "another"}, outputs) == {}
+    assert set(publish.results(record, records.folders(outputs))) == {"sustain"}
+    assert publish.results(record | {"id": "another"}, records.folders(outputs)) == {}

@@ -319,7 +319,9 @@ def test_the_given_run_is_filled_in_its_own_experiment(given):
     assert views.experiment_tags(given.experiment_id).items() <= tags.items()
 
 
-def test_the_given_run_is_found_whatever_it_is_marked_with(given):
+def test_under_mlflow_run_a_run_is_found_in_the_experiment_of_the_one_given(given):
+    assert tracking.find("a1b2", "trainmark") is None
+    tracking.mark(tracking.start(record_of()), record_of())
     handle = tracking.find("a1b2", "trainmark")
     assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
 
@@ -332,6 +334,94 @@ def test_a_model_is_logged_to_the_given_run(given):
     assert dict(os.environ) == before
     (run,) = runs()
     assert run.info.status == "RUNNING" and len(run.outputs.model_outputs) == 1
+
+
+# --- repeats
+
+REPEATS_ID = "a" * 32
+
+
+def parent_of(**changes):
+    own = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2"}
+    return tracking.start(record_of(name="both", tags=own, datasets=[], **changes))
+
+
+def repeat_of(parent, number, status="FINISHED"):
+    own = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2", "repeat": str(number)}
+    handle = tracking.start(record_of(name=f"repeat {number}", tags=own), parent)
+    if status:
+        tracking.end(handle, status)
+    return handle
+
+
+def test_a_repeat_stands_below_another_run_in_its_experiment():
+    parent = parent_of(experiment="elsewhere")
+    run = run_of(repeat_of(parent, 1))
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id and run.info.start_time == AT
+    assert run.info.experiment_id == parent.experiment_id
+    assert client().get_experiment_by_name("trainmark") is None
+
+
+def test_under_mlflow_run_the_run_given_is_the_one_above_the_repeats(given):
+    parent = parent_of()
+    child = repeat_of(parent, 1)
+    assert parent.run_id == given.run_id != child.run_id
+    assert run_of(child).info.experiment_id == given.experiment_id
+    found, there = tracking.repeats(REPEATS_ID, "trainmark")
+    assert found.run_id == given.run_id and [row["run_id"] for row in there.values()] == [child.run_id]
+
+
+def test_repeats_are_found_with_the_run_above_them_wherever_it_is(monkeypatch):
+    assert tracking.repeats(REPEATS_ID, "trainmark") == (None, {})
+    parent = parent_of()
+    children = [repeat_of(parent, number) for number in (2, 1)]
+    repeat_of(parent, 3, status="FAILED")
+    client().delete_run(repeat_of(parent, 4).run_id)
+    tracking.start(record_of(tags={"repeats.id": "b" * 32}))
+    whole = MlflowClient.search_runs
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: whole(*a, **k | {"max_results": 2}))
+    found, there = tracking.repeats(REPEATS_ID, "trainmark")
+    assert found.run_id == parent.run_id
+    assert {number: row["run_id"] for number, row in there.items()} == {2: children[0].run_id, 1: children[1].run_id}
+    assert tracking.repeats(REPEATS_ID, "another") == (None, {})
+
+
+def test_a_deleted_run_above_repeats_is_found_unless_it_was_discarded():
+    parent = parent_of()
+    client().delete_run(parent.run_id)
+    assert tracking.repeats(REPEATS_ID, "trainmark")[0].run_id == parent.run_id
+    client().restore_run(parent.run_id)
+    tracking.discard(parent)
+    assert tracking.repeats(REPEATS_ID, "trainmark") == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("status", "counts"), [("FINISHED", True), ("FAILED", False), ("KILLED", False), (None, False)]
+)
+def test_repeats_count_once_the_run_above_them_is_finished_and_that_never(status, counts):
+    finished("alone")
+    parent = parent_of()
+    repeat_of(parent, 1)
+    repeat_of(parent, 2, status="FAILED")
+    if status:
+        tracking.end(parent, status)
+    assert [run["name"] for run in tracking.finished_runs()] == (["repeat 1", "alone"] if counts else ["alone"])
+    client().delete_run(parent.run_id)
+    assert [run["name"] for run in tracking.finished_runs()] == ["alone"]
+
+
+def test_a_single_training_may_stand_below_a_run_of_somebody_elses():
+    outer = client().create_run(client().create_experiment("by hand")).info
+    finished("inside", tags=record_of()["tags"] | {"mlflow.parentRunId": outer.run_id})
+    assert [run["name"] for run in tracking.finished_runs()] == ["inside"]
+
+
+def test_a_run_that_waits_for_others_is_neither_running_nor_finished():
+    handle = tracking.start(record_of())
+    tracking.put_off(handle)
+    assert run_of(handle).info.status == "SCHEDULED" and not tracking.is_finished(handle)
+    tracking.end(handle, "FINISHED")
+    assert tracking.is_finished(handle)
 
 
 # --- finding

@@ -30,6 +30,7 @@ from pipeline import (
     hardware,
     model,
     plots,
+    records,
     sustain,
     tracking,
     train,
@@ -58,7 +59,7 @@ PER_EPOCH = {
 }  # fmt: skip
 LEFT = {
     "best.safetensors", "curves.csv", "hardware.json", "metrics.json", "params.yaml", "record.json",
-    "plots/samples.png", "plots/loss.png", "plots/accuracy.png",
+    "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "repeats/figures.csv",
 }  # fmt: skip
 
 
@@ -161,6 +162,128 @@ def script(monkeypatch, accuracies, then=None):
     monkeypatch.setattr(engine, "train", epochs)
 
 
+# --- repeats
+
+
+def untimed(record):
+    timed = ("time/", "speed/", "memory/")
+    return [
+        {key: value for key, value in epoch["figures"].items() if not key.startswith(timed)}
+        for epoch in record["epochs"]
+    ]
+
+
+WAYS = [("recipe=linear-probe",), ("recipe=finetune", "batch_size=16"), ("recipe=blog", "optimizer=sgd", "lr=0.01")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, out, way):
+    trained(*way, "repeats=3", "seed=4")
+    repeats = records.trained(out.parent)
+    alone = [trained(*way, f"seed={seed}") for seed in (4, 5, 6)]
+    for repeat, single in zip(repeats, alone, strict=True):
+        assert untimed(repeat) == untimed(single)
+        assert repeat["params"] == single["params"] | {"settings.repeats": "3"}
+        assert repeat["datasets"] == single["datasets"]
+    assert untimed(alone[0]) != untimed(alone[1]) != untimed(alone[2])
+
+
+def test_repeats_are_runs_below_one_that_tells_of_them_all(trained, out):
+    first = trained("repeats=3")
+    repeats = records.trained(out.parent)
+    assert repeats[0] == json.loads(json.dumps(first)) and len({each["id"] for each in repeats}) == 3
+    (shared,) = {each["tags"]["repeats.id"] for each in repeats}
+    assert [(each["tags"]["repeat"], each["tags"]["repeats"]) for each in repeats] == [(n, "3") for n in "123"]
+    others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT - {"repeats/figures.csv"}}
+    assert left_in(out) == LEFT | others
+    for number, record in enumerate(repeats, 1):
+        _, facts = model.load_checkpoint(records.folders(out.parent, number)["train"] / "best.safetensors")
+        assert facts.record == record["id"]
+    assert files.read_json(out / "metrics.json") == records.summary([records.figures(each) for each in repeats])
+    with (out / "repeats" / "figures.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["repeat"], row["seed"]) for row in rows] == [("1", "0"), ("2", "1"), ("3", "2")]
+    assert [float(row["train/loss"]) for row in rows] == [records.figures(each)["train/loss"] for each in repeats]
+    assert rows[0]["time/startup_seconds"] and rows[1]["time/startup_seconds"] == ""
+
+    parent, there = tracking.repeats(shared, "trainmark")
+    run = client().get_run(parent.run_id)
+    assert (
+        run.info.status == "FINISHED" and run.info.run_name == f"{first['tags']['hardware']} · linear-probe · fp32 × 3"
+    )
+    assert run.data.metrics["time/total_seconds"] == sorted(r["metrics"]["time/total_seconds"] for r in repeats)[1]
+    for number, row in there.items():
+        child = client().get_run(row["run_id"])
+        assert child.info.status == "FINISHED" and child.data.tags["mlflow.parentRunId"] == parent.run_id
+        assert child.data.tags["record"] == repeats[number - 1]["id"]
+        assert child.info.run_name == f"{first['tags']['hardware']} · linear-probe · fp32 · {number}/3"
+    assert len(runs()) == 4
+
+
+def test_what_is_done_once_stands_in_the_first_repeat_alone(trained, out, monkeypatch):
+    done = []
+    for module, name in ((training, "warm_up"), (training, "measure_ceilings"), (conditions, "sample")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: done.append(name) or real(*a))
+    decode = train.sources.decode
+    monkeypatch.setattr(train.sources, "decode", lambda *args: done.append("decode") or decode(*args))
+    monkeypatch.setattr(ceilings, "DATA_BELOW", 0.0)
+    trained("repeats=3")
+    assert [done.count(name) for name in ("warm_up", "measure_ceilings", "decode")] == [1, 1, 1]
+    assert done.count("sample") == 1 + 3  # before all, and after each
+    once = {"time/startup_seconds", "time/data_seconds", "time/ceilings_seconds"}
+    first, *others = [set(record["metrics"]) for record in records.trained(out.parent)]
+    assert once <= first and all(first - each == once and each < first for each in others)
+
+
+def test_the_memory_of_one_repeat_is_free_before_the_next_one_needs_its_own(trained, monkeypatch):
+    placed, alive, place, features = [], [], training.place, engine.compute_features
+
+    def noted(split):
+        placed.append(weakref.ref(split.inputs))
+        return split
+
+    def placing(work, splits, working, most):
+        alive.append(sum(ref() is not None for ref in placed))
+        copies = {name: data.Split(split.inputs.clone(), split.labels, split.rows) for name, split in splits.items()}
+        found, where = place(work, copies, working, most)
+        return {name: noted(split) for name, split in found.items()}, where
+
+    monkeypatch.setattr(training, "place", placing)
+    monkeypatch.setattr(engine, "compute_features", lambda *args: noted(features(*args)))
+    trained("repeats=3", "epochs=1")
+    assert alive == [0, 0, 0] and len(placed) == 3 * 4
+
+
+@pytest.mark.parametrize(("error", "status"), [(StageError("no more"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_repeat_that_fails_fails_them_all(trained, out, monkeypatch, error, status, failing):
+    epochs, begun = engine.train, []
+
+    def fails(*args):
+        begun.append(args)
+        if len(begun) == failing:
+            raise error
+        return epochs(*args)
+
+    monkeypatch.setattr(engine, "train", fails)
+    with pytest.raises(type(error)):
+        trained("repeats=3", "epochs=1")
+    found = {run.info.run_name.split(" · ")[-1]: run.info.status for run in runs()}
+    assert found == {"fp32 × 3": status} | {
+        f"{number}/3": status if number == failing else "FINISHED" for number in range(1, failing + 1)
+    }
+    assert tracking.finished_runs() == []  # nor is what came out before
+    with pytest.raises(StageError, match=r"record\.json is missing"):
+        records.trained(out.parent)
+
+
+def test_a_single_training_stands_alone(trained, out):
+    record = trained("repeats=1")
+    assert not {"repeats.id", "repeat", "repeats"} & set(record["tags"])
+    assert left_in(out / "repeats") == {"figures.csv"} and len(runs()) == 1
+
+
 # --- what it leaves
 
 
@@ -177,7 +300,7 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     facts = record["facts"]
     assert facts["images"] == {"train": 50, "validation": 10}  # at least one of each class is held out
     assert len(facts["classes"]) == 10 and facts["features_cached"] and facts["image_size"] == 32
-    assert 0 < facts["trainable"] < facts["parameters"]
+    assert 0 < facts["trainable"] < facts["parameters"] and facts["weights_digest"] is None  # random ones
     assert set(record["hardware"]) == {"machine", "accelerator", "torch", "conditions"}
     assert record["hardware"]["machine"]["machine"] == record["tags"]["machine"]
     assert record["hardware"]["torch"]["threads"] == 1
@@ -317,7 +440,9 @@ def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, b
     (run,) = runs()
     assert run.info.status == "FAILED"
     # The record comes last, so that `evaluate` does not take a training that was not logged whole.
-    assert left_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json"})
+    assert left_in(out) == (
+        {"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json", "repeats/figures.csv"}
+    )
     assert model.load_checkpoint(out / "best.safetensors")[1].epoch == 1
 
 

@@ -88,12 +88,11 @@ def test_a_model_that_was_warmed_up_and_measured_trains_as_if_it_never_had_been(
     warm = build(recipe, Recording() if recorded else Cpu())
     assert cold.recorded == warm.recorded == recorded
     begun = {name: tensor.clone() for name, tensor in warm.net.state_dict().items()}
-    assert same(begun, cold.net.state_dict()) and same(begun, warm.beginning)
+    assert same(begun, cold.net.state_dict())
 
     training.warm_up(warm, splits)
     training.measure_ceilings(warm, splits)
     assert not same(begun, warm.net.state_dict())  # else nothing is tested here
-    assert same(begun, warm.beginning)
     training.restart(warm, seed=0)
     assert same(begun, warm.net.state_dict())
 
@@ -101,6 +100,28 @@ def test_a_model_that_was_warmed_up_and_measured_trains_as_if_it_never_had_been(
     figures, warmed = epochs(warm, splits)
     assert figures == expected and same(warmed, state)
     assert not same(begun, state)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
+@pytest.mark.parametrize("chosen", WORKS, ids=" ".join)
+def test_a_training_begun_with_another_seed_is_one_built_with_it(build, splits, chosen, recorded):
+    recipe = recipe_of(*chosen)
+    used = build(recipe, Recording() if recorded else Cpu(), seed=0)
+    training.warm_up(used, splits)
+    training.restart(used, seed=0)
+    where = [tensor.data_ptr() for tensor in used.net.state_dict().values()]
+    first, _ = epochs(used, splits)
+    taken = used.job.times
+    training.restart(used, seed=1)
+    assert used.job.times is not taken
+    assert [tensor.data_ptr() for tensor in used.net.state_dict().values()] == where  # where what is recorded reads it
+
+    fresh = build(recipe, Recording() if recorded else Cpu(), seed=1)
+    training.warm_up(fresh, splits)
+    training.restart(fresh, seed=1)
+    expected, state = epochs(fresh, splits)
+    second, again = epochs(used, splits)
+    assert second == expected != first and same(again, state)
 
 
 def test_random_numbers_begin_anew_whatever_was_drawn_before(build, splits):

@@ -50,7 +50,7 @@ def test_json_that_is_none_of_ours_is_a_line(data, said):
     assert said in refused(vetting.parse, data, "here")
 
 
-@pytest.mark.parametrize("key", ["a", "a/b", "A.b-c_9", "train.optimizer_options.betas", "x" * 250])
+@pytest.mark.parametrize("key", ["a", "a/b", "A.b-c_9", "train.optimizer_options.betas", "x" * 246])
 def test_keys_that_mlflow_takes_everywhere(key):
     assert vetting.figures({key: 1.5}, "here") == 1
 

@@ -1,0 +1,48 @@
+"""Makes compare.md, .json and .html of all bundles that are here, in a store of their own that is thrown away."""
+
+import os
+import sys
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+
+from pipeline import bundle, cli, compare, comparison, config, report, terminal, tracking
+from pipeline.errors import StageError
+
+RESULTS = Path(__file__).resolve().parent
+
+
+def run(folder: Path = RESULTS) -> comparison.Comparison:
+    """Writes the comparison of the bundles in `folder` beside them. The same bundles give the same reports: a run is
+    known by its id where it was trained, and its link is to its bundle. Raises StageError where there is no bundle."""
+    paths = sorted(folder.resolve().glob("*.zip"))
+    if not paths:
+        raise StageError(f"there is no bundle in {folder.name}/")
+    home: dict[str, str] = {}
+    # MLflow puts artifacts below the current folder; Windows keeps the store's file open.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, chdir(scratch):
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(scratch).as_posix()}/mlflow.db"
+        for path in paths:
+            bundle.import_runs([path])
+            for row in tracking.finished_runs():
+                home.setdefault(row["run_id"], path.name)
+        rows = tracking.finished_runs()
+        there = {row["tags"]["imported.run_id"]: row["run_id"] for row in rows}
+        rows = [row | {"run_id": row["tags"]["imported.run_id"]} for row in rows]
+        found = comparison.compare(
+            sorted(rows, key=lambda row: (row["started"], row["run_id"]), reverse=True),
+            lambda run_id: tracking.history(there[run_id], comparison.COURSES),
+            lambda _, run_id: home[there[run_id]],
+            config.load().compare,
+            None,
+        )
+    compare.write(found, folder)
+    terminal.say("\n" + report.on_terminal(found) + "\n")
+    terminal.say(f"report   {folder.name}/compare.html, compare.md, compare.json")
+    return found
+
+
+if __name__ == "__main__":
+    with cli.ending("python -m results.compare"):
+        cli.Parser(prog="python -m results.compare", description=__doc__).parse_args(sys.argv[1:])
+        run()

@@ -1,0 +1,100 @@
+"""The comparison that this project began with, asked again: two machines, each with a store of its own, a bundle from
+each, both in a third store, and the verdict. The machines are simulated, as their names say: their times, which stand
+at 2 to 3, were made up, and nobody's M1 or GTX 1060 ever took them."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from test_bundle import elsewhere, parts_of, write  # noqa: F401 (elsewhere: each machine has its own store)
+from test_results import later_of, result_of
+from test_tracking import runs, store  # noqa: F401 (each test has its own)
+
+from pipeline import bundle, cli, compare, publish
+
+M1, GTX = "Apple M1 (simulated)", "GeForce GTX 1060 (simulated)"
+NOISE = (0.0, 0.01, -0.01)
+"""By how much the seconds of each run differ from what is typical, as a share."""
+
+
+def measured(place, first, *, seconds, accuracy, **tags):
+    """Runs of `blog` on one machine, into the current store, as a cached one is put there."""
+    for number, noise in enumerate(NOISE, first):
+        record = result_of(number, **tags)
+        record["metrics"]["time/total_seconds"] = seconds * (1 + noise)
+        evaluation, sustained = later_of(record)
+        evaluation["metrics"]["test/accuracy"] = accuracy + noise / 10
+        folder = write(place / str(number), parts_of(record, evaluation, sustained))
+        publish.restore(record, record["experiment"], folder)
+
+
+@pytest.fixture
+def gathered(tmp_path, elsewhere):  # noqa: F811
+    """Brings the runs of both machines, the GTX's with this accuracy, into a third store by their bundles."""
+
+    def gather(accuracy):
+        elsewhere("m1")
+        measured(tmp_path / "m1", 1, seconds=12.0, accuracy=0.75, hardware=M1, machine="a" * 12, backend="mps")
+        bundle.main(["export", "--out", str(tmp_path / "m1.zip")])
+        elsewhere("gtx")
+        measured(tmp_path / "gtx", 4, seconds=8.0, accuracy=accuracy, hardware=GTX, machine="b" * 12, backend="cuda")
+        bundle.main(["export", "--out", str(tmp_path / "gtx.zip")])
+        elsewhere("third")
+        for name in ("m1", "gtx"):  # the machines keep what they left
+            shutil.rmtree(tmp_path / name)
+        bundle.main(["import", str(tmp_path / "m1.zip"), str(tmp_path / "gtx.zip")])
+        assert len(runs()) == 2 * len(NOISE)
+
+    return gather
+
+
+@pytest.fixture
+def answer(tmp_path, monkeypatch, capsys):
+    """What `compare` says of the current store against a reference: the claim, and all texts, by where they are."""
+
+    def ask(reference):
+        monkeypatch.setattr(compare, "REPORTS", tmp_path / "reports")
+        monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
+        monkeypatch.setattr(sys, "argv", ["compare.py", "-S", f"compare.reference={reference}"])
+        capsys.readouterr()
+        cli.main(compare.run, compare.__doc__)
+        texts = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "reports").iterdir()}
+        assert texts.keys() == {"compare.md", "compare.html", "compare.json"}
+        texts["terminal"] = capsys.readouterr().out
+        (part,) = json.loads(texts["compare.json"])["parts"]
+        (section,) = [each for each in part["sections"] if each["kind"] == "work"]
+        (table,) = section["tables"]
+        assert table["reference"] == reference and [len(row["runs"]) for row in table["rows"]] == [3, 3]
+        (claim,) = [row["claim"] for row in table["rows"] if row["claim"]["sentence"]]
+        return claim, texts
+
+    return ask
+
+
+def test_the_m1_is_found_to_take_one_and_a_half_times_as_long(gathered, answer):
+    gathered(accuracy=0.75)
+    claim, texts = answer(reference=M1)
+    speedup = claim["speedup"]
+    assert claim["kind"] == "faster" and speedup["value"] == pytest.approx(1.5, rel=0.01)
+    assert 1.4 < speedup["low"] < 1.5 < speedup["high"] < 1.6
+    verdict = f"{GTX} is {speedup['low']:.2f} to {speedup['high']:.2f} times as fast as {M1} on this work"
+    assert claim["sentence"].startswith(f"{verdict} (n = 3 and 3, same accuracy")
+    for text in texts.values():
+        assert verdict in text
+
+    claim, texts = answer(reference=GTX)
+    assert claim["kind"] == "slower" and claim["speedup"]["low"] < 2 / 3 < claim["speedup"]["high"] < 1
+    verdict = rf"{re.escape(M1)} takes 1\.4\d to 1\.5\d times as long as {re.escape(GTX)} on this work"
+    for text in texts.values():
+        assert re.search(verdict, text)
+
+
+def test_machines_that_learnt_differently_are_not_compared(gathered, answer):
+    gathered(accuracy=0.70)
+    claim, texts = answer(reference=M1)
+    assert claim["kind"] == "parity" and claim["speedup"] is None
+    assert claim["sentence"].startswith(f"{GTX}: no speed-up over {M1} is claimed, for their accuracies differ")
+    for text in texts.values():
+        assert f"{GTX}: no speed-up over {M1} is claimed" in text and not re.search(r"\d times as", text)
