@@ -963,14 +963,12 @@ def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, store, make
     make(tmp_path / "x.zip")
     good = pack(tmp_path / "good.zip", whole_parts(7))
     before = dump(store)
-    begun = time.monotonic()
     with pytest.raises(UsageError) as caught:
         bundle.import_runs([good, tmp_path / "x.zip"])
     line = str(caught.value)
     assert line.startswith("x.zip: ") and said in line
     assert len(line.splitlines()) == 1 and len(line) < 400
     assert dump(store) == before
-    assert time.monotonic() - begun < 10
     assert not list(tmp_path.glob("mlruns/*/*"))
 
 
