@@ -85,13 +85,13 @@ def digest(record: Mapping[str, Any]) -> str:
 
 
 def results(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The records that later stages left for this training, by stage."""
+    """The records that later stages left for this training, by stage; one without a figure says nothing of it."""
     found = {
         stage: files.read_json(folder / stage / "record.json")
         for stage in LATER
         if (folder / stage / "record.json").exists()
     }
-    return {stage: result for stage, result in found.items() if result["id"] == record["id"]}
+    return {stage: result for stage, result in found.items() if result["id"] == record["id"] and result["metrics"]}
 
 
 def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:

@@ -28,7 +28,8 @@ SLICE_SECONDS = 1.0
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Measures for `sustain_seconds`, as part of the run that `train` made; leaves `folder/sustain`."""
+    """Measures for `sustain_seconds`, as part of the run that `train` made; leaves `folder/sustain`. For 0 seconds the
+    run stays as it is: what was measured for it before is as true as it was."""
     record = files.read_json(folder / "train" / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": [], "warnings": []}
     if settings.sustain_seconds:
@@ -45,7 +46,8 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
-    publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folder)
+    if result["metrics"]:
+        publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folder)
     return result
 
 
