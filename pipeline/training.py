@@ -199,7 +199,7 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     backend = work.job.backend
     once, size = fixed_step(work, splits)
     measured = ceilings.Measured(
-        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=0.5),
+        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=ceilings.STEP_SECONDS),
         queueing_share=ceilings.queueing_share(once, backend.synchronise),
         matmul_flops=ceilings.matmul_flops(backend, work.recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
