@@ -31,7 +31,6 @@ from pipeline import (
     files,
     model,
     optim,
-    plots,
     publish,
     records,
     sources,
@@ -484,6 +483,8 @@ def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.
 
 def _leave(record: dict[str, Any], settings: config.Settings, shown: Shown, out: Path) -> None:
     """Writes all that the run's page in MLflow is made from, so that it can be made again."""
+    from pipeline import plots  # matplotlib takes a third of a second: not before there is something to draw
+
     epochs = [epoch["figures"] for epoch in record["epochs"]]
     best = max(epochs, key=lambda figures: figures["val/accuracy"])  # the first of equals
     record["metrics"] |= {"best/epoch": best["epoch"], "best/val_accuracy": best["val/accuracy"]}

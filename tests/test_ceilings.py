@@ -106,7 +106,8 @@ def small(monkeypatch):
         "SMALLEST_SIDE": 16,
         "LARGEST_SIDE": 64,
         "SIDE_SECONDS": 0,
-        "COPIED_SIDE": 64,
+        "COPIED_SIDE": 128,
+        "HOST_COPIED_SIDE": 64,
         "COPY_SECONDS": 0,
     }.items():
         monkeypatch.setattr(ceilings, name, value)
@@ -168,10 +169,11 @@ def test_copies_on_the_cpu(small):
     assert rate > 0
 
 
-def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch):
-
+@pytest.mark.parametrize(("asynchronous", "side"), [(False, 64), (True, 128)])
+def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch, asynchronous, side):
+    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
     monkeypatch.setattr(ceilings, "fastest", lambda work, synchronise, *, seconds: (work(), 0.5)[1])
-    assert ceilings.memory_bytes_per_second(Cpu()) == 2 * 64 * 64 * 4 / 0.5
+    assert ceilings.memory_bytes_per_second(Cpu()) == 2 * side * side * 4 / 0.5
 
 
 def resnet(trainable):
