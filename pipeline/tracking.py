@@ -47,6 +47,8 @@ PARENT_TAG = "mlflow.parentRunId"
 COMPARISON_TAG = "comparison"
 """Tag of the one run of an experiment that holds charts of all others; no training, so it has no workload."""
 
+_COMPARISON = f"tags.`{COMPARISON_TAG}` = 'true'"
+
 Figures = Mapping[str, float]
 
 
@@ -330,8 +332,9 @@ def comparison(experiment: str) -> Handle | None:
     with _store_errors():
         client = _client()
         where = _given_experiment(client) or _experiment(client, experiment)
-        found = client.search_runs([where], f"tags.`{COMPARISON_TAG}` = 'true'", ViewType.ALL, 1)
+        found = client.search_runs([where], _COMPARISON, ViewType.ALL, 1)
         run = found[0] if found else client.create_run(where, tags={COMPARISON_TAG: "true"}, run_name="comparison")
+        _describe_experiment(client, where)  # which now links to it
     handle = Handle(client, run.info.run_id, where)
     return None if is_deleted(handle) else handle
 
@@ -449,7 +452,8 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
 def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
     have = client.get_experiment(experiment_id).tags
-    for key, value in views.experiment_tags(experiment_id).items():
+    found = client.search_runs([experiment_id], _COMPARISON, max_results=1)
+    for key, value in views.experiment_tags(experiment_id, found[0].info.run_id if found else None).items():
         if have.get(key) != value:
             client.set_experiment_tag(experiment_id, key, value)
 

@@ -145,9 +145,9 @@ def test_link_is_to_the_store_that_is_a_server(monkeypatch):
 
 def test_a_link_to_a_run_holds_no_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://jane:secret@server:5000/mlflow/")
-    assert tracking.run_link("7", "abc") == "https://server:5000/mlflow/#/experiments/7/runs/abc"
+    assert tracking.run_link("7", "abc") == views.run_link("https://server:5000/mlflow", "7", "abc")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
-    assert tracking.run_link("7", "abc") == "http://127.0.0.1:5000/#/experiments/7/runs/abc"
+    assert tracking.run_link("7", "abc") == views.run_link("http://127.0.0.1:5000", "7", "abc")
 
 
 # --- a run
@@ -524,10 +524,20 @@ def test_the_comparison_is_one_run_that_is_no_training():
     assert tracking.comparison("another").run_id != first.run_id
 
 
+def test_the_experiment_leads_to_its_comparison():
+    handle = tracking.comparison("trainmark")
+    tracking.start(record_of())  # which describes the experiment, too
+    tags = client().get_experiment(handle.experiment_id).tags
+    assert views.experiment_tags(handle.experiment_id, handle.run_id).items() <= tags.items()
+
+
 def test_a_comparison_that_was_deleted_stays_so():
-    client().delete_run(tracking.comparison("trainmark").run_id)
+    handle = tracking.comparison("trainmark")
+    client().delete_run(handle.run_id)
     assert tracking.comparison("trainmark") is None
     assert len(runs()) == 1
+    tags = client().get_experiment(handle.experiment_id).tags
+    assert views.experiment_tags(handle.experiment_id).items() <= tags.items()
 
 
 def test_the_experiment_to_show_is_the_one_with_runs():
