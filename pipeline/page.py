@@ -51,6 +51,7 @@ figure svg a text { fill: #00588a; text-decoration: underline; }
   th, td { padding: .3rem .35rem; }
   td { min-width: 0; }
   th:first-child, td:first-child { min-width: 7rem; max-width: 7rem; }
+  td small { white-space: normal; }
 }
 @media print {
   @page { size: A4 landscape; margin: 1cm; }

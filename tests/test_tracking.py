@@ -399,7 +399,7 @@ def test_a_deleted_run_above_repeats_is_found_unless_it_was_discarded():
     ("status", "counts"), [("FINISHED", True), ("FAILED", False), ("KILLED", False), (None, False)]
 )
 def test_repeats_count_once_the_run_above_them_is_finished_and_that_never(status, counts):
-    finished("alone")
+    finished("alone", started=AT - 1)
     parent = parent_of()
     repeat_of(parent, 1)
     repeat_of(parent, 2, status="FAILED")
