@@ -85,6 +85,9 @@ def ending(program: str) -> Iterator[None]:
     except StageError as error:
         print(f"{program.split('.')[-1]}: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except ModuleNotFoundError as error:
+        print(f"{program.split('.')[-1]}: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{program.split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

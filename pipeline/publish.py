@@ -92,10 +92,10 @@ def digest(record: Mapping[str, Any]) -> str:
 
 
 def results(record: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
-    """The records that later stages left for this training, by stage."""
+    """The records that later stages left for this training, by stage; one without a figure says nothing of it."""
     there = {stage: folders[stage] / "record.json" for stage in LATER}
     found = {stage: files.read_json(path) for stage, path in there.items() if path.exists()}
-    return {stage: result for stage, result in found.items() if result["id"] == record["id"]}
+    return {stage: result for stage, result in found.items() if result["id"] == record["id"] and result["metrics"]}
 
 
 def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:

@@ -438,7 +438,7 @@ def _ratio(table: Table, row: Row) -> plots.Bar:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values: what the dataclasses of `comparison`, `claims` and `stats` say, under their
     names; `schema` is raised when that changes. What is infinite is null."""
-    return {"schema": 1, **_json(comparison)}
+    return {"schema": 2, **_json(comparison)}
 
 
 def _json(value: Any) -> Any:

@@ -29,7 +29,7 @@ SLICE_SECONDS = 1.0
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Measures for `sustain_seconds`, as part of the run that `train` made, the first of repeats; leaves
-    `folder/sustain`."""
+    `folder/sustain`. For 0 seconds the run stays as it is: what was measured for it before is as true as it was."""
     folders = records.folders(folder)
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": [], "warnings": []}
@@ -47,9 +47,10 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
-    experiment = records.experiment(settings, record["tags"])
-    publish.complete("sustain", record, result, experiment, folders)
-    publish.gather(record, experiment)
+    if result["metrics"]:
+        experiment = records.experiment(settings, record["tags"])
+        publish.complete("sustain", record, result, experiment, folders)
+        publish.gather(record, experiment)
     return result
 
 

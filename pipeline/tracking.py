@@ -279,9 +279,8 @@ def ended_by_failure(handle: Handle) -> Iterator[None]:
 
 def discard(handle: Handle) -> None:
     """Deletes the run, which is then no record's any more, nor among repeats."""
-    set_tags(
-        handle, {RECORD_TAG: None, REPEATS_TAG: None}
-    )  # first: nobody can change a deleted run, and `find` counts it
+    # First: nobody can change a deleted run, and `find` counts it.
+    set_tags(handle, {RECORD_TAG: None, REPEATS_TAG: None})
     with _store_errors():
         handle.client.delete_run(handle.run_id)
 

@@ -199,8 +199,8 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     backend = work.job.backend
     once, size = fixed_step(work, splits)
     measured = ceilings.Measured(
-        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=0.5),
-        queueing_share=ceilings.queueing_share(once, backend.synchronise),
+        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=ceilings.STEP_SECONDS),
+        queueing_share=ceilings.queueing_share(once, backend.synchronise) if backend.asynchronous else 1.0,
         matmul_flops=ceilings.matmul_flops(backend, work.recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
     )

@@ -40,8 +40,9 @@ def low_ceilings(request, monkeypatch):
         return
     fastest = ceilings.fastest
     monkeypatch.setattr(ceilings, "fastest", lambda work, wait, **_: fastest(work, wait, seconds=0.0))
-    monkeypatch.setattr(ceilings, "WINDOW_SECONDS", 0.0)
-    for name in ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE"):
+    for name in ("WINDOW_SECONDS", "STEP_SECONDS"):
+        monkeypatch.setattr(ceilings, name, 0.0)
+    for name in ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE", "HOST_COPIED_SIDE"):
         monkeypatch.setattr(ceilings, name, 64)
     for name in ("TRUST", "TRUST_PRODUCTS"):
         monkeypatch.setattr(ceilings, name, math.inf)

@@ -106,7 +106,8 @@ def small(monkeypatch):
         "SMALLEST_SIDE": 16,
         "LARGEST_SIDE": 64,
         "SIDE_SECONDS": 0,
-        "COPIED_SIDE": 64,
+        "COPIED_SIDE": 128,
+        "HOST_COPIED_SIDE": 64,
         "COPY_SECONDS": 0,
     }.items():
         monkeypatch.setattr(ceilings, name, value)
@@ -168,10 +169,11 @@ def test_copies_on_the_cpu(small):
     assert rate > 0
 
 
-def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch):
-
+@pytest.mark.parametrize(("asynchronous", "side"), [(False, 64), (True, 128)])
+def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch, asynchronous, side):
+    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
     monkeypatch.setattr(ceilings, "fastest", lambda work, synchronise, *, seconds: (work(), 0.5)[1])
-    assert ceilings.memory_bytes_per_second(Cpu()) == 2 * 64 * 64 * 4 / 0.5
+    assert ceilings.memory_bytes_per_second(Cpu()) == 2 * side * side * 4 / 0.5
 
 
 def resnet(trainable):
@@ -289,6 +291,7 @@ def test_efficiency():
         "ceiling/memory_gb_per_second": 50.0,
         "ceiling/synthetic_images_per_second": 1000.0,
     }
+    assert ceilings.rates(MEASURED).items() < ceilings.efficiency(800.0, MEASURED, None).items()
     without = ceilings.efficiency(800.0, MEASURED, None)
     assert set(ceilings.efficiency(800.0, MEASURED, 5e8)) - set(without) == {"efficiency/model_flops_utilisation"}
 
@@ -345,3 +348,11 @@ def test_what_no_clock_can_be_trusted_with(synthetic, utilisation, reason):
     if utilisation is not None:
         figures["efficiency/model_flops_utilisation"] = utilisation
     assert ceilings.impossible(figures) == reason
+
+
+@pytest.mark.parametrize(("spread", "accused"), [(1.0, True), (1.2, True), (1.25, False)])
+def test_a_machine_whose_speed_changed_may_have_been_faster_by_as_much(spread, accused):
+    figures = ceilings.efficiency(1300.0, MEASURED, None)
+    assert (ceilings.impossible(figures, spread) is not None) == accused
+    of_products = figures | {"efficiency/vs_synthetic": 1.0, "efficiency/model_flops_utilisation": 5.2}
+    assert (ceilings.impossible(of_products, spread) is not None) == accused

@@ -395,6 +395,7 @@ def test_after_a_restart_a_whole_training_is_the_same_again(chosen, what):
     network = nn.Sequential(linear(classes=5), nn.Tanh(), linear(5, seed=1))
     job = job_of(network, backend=Recording(), epochs=2, steps=3, lr=0.05, recorded=True, **chosen)
     beginning = copy.deepcopy(network.state_dict())
+    engine.warm_up(job, *(list(data.batches(split, 4, job.backend)) for split in (samples(10), samples(6, seed=1))))
     found = []
     for _ in range(3):
         network.load_state_dict(beginning)

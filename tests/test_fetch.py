@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -289,9 +288,7 @@ def test_a_cut_download_goes_on(data, server, capsys):
 
 
 def test_a_stalling_mirror_gives_way_to_the_next(data, server):
-    started = time.monotonic()
-    fetch.cifar10(data, server.urls("stall", "good"), 0.3)
-    assert time.monotonic() - started < 3
+    fetch.cifar10(data, server.urls("stall", "good"), 1.0)
     assert fetch.cifar10_present(data)
     (_, first), (how, then) = server.requests
     assert (first, how) == (None, "good")
@@ -550,10 +547,15 @@ def test_reachable_in_the_given_order(server):
 
 def test_a_name_that_is_looked_up_for_ever(monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(10) and [])
-    started = time.monotonic()
+    ended = []
+
+    def looked_up(*_, **__):
+        ended.append(released.wait(60))
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
     assert fetch.any_reachable(["https://a.invalid/x", "https://b.invalid/x"], timeout=0.2) == []
-    assert time.monotonic() - started < 1
+    assert ended == []  # nobody waited for it
     released.set()
 
 

@@ -12,7 +12,7 @@ from test_bundle import elsewhere, parts_of, write  # noqa: F401 (elsewhere: eac
 from test_results import later_of, result_of
 from test_tracking import runs, store  # noqa: F401 (each test has its own)
 
-from pipeline import bundle, cli, compare, publish
+from pipeline import bundle, cli, compare, publish, records
 
 M1, GTX = "Apple M1 (simulated)", "GeForce GTX 1060 (simulated)"
 NOISE = (0.0, 0.01, -0.01)
@@ -27,7 +27,7 @@ def measured(place, first, *, seconds, accuracy, **tags):
         evaluation, sustained = later_of(record)
         evaluation["metrics"]["test/accuracy"] = accuracy + noise / 10
         folder = write(place / str(number), parts_of(record, evaluation, sustained))
-        publish.restore(record, record["experiment"], folder)
+        publish.restore(record, record["experiment"], records.folders(folder))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -36,14 +37,13 @@ PER_EPOCH = {
 }  # fmt: skip
 ONCE = {
     "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
-    "best/epoch", "best/val_accuracy", "efficiency/vs_synthetic", "efficiency/model_flops_utilisation",
-    "ceiling/matmul_tflops", "ceiling/memory_gb_per_second", "ceiling/synthetic_images_per_second",
-    "test/accuracy", "test/loss", "speed/test_images_per_second",
+    "best/epoch", "best/val_accuracy", "ceiling/matmul_tflops", "ceiling/memory_gb_per_second",
+    "ceiling/synthetic_images_per_second", "test/accuracy", "test/loss", "speed/test_images_per_second",
     "speed/sustained_images_per_second", "time/sustain_seconds",
 }  # fmt: skip
 TAGS = {
     "hardware", "hardware.memory_gib", "hardware.cpu", "hardware.cores", "machine", "device", "backend", "software.os",
-    "software.torch", "recipe", "precision", "dataset", "weights", "workload", "data.placement", "limited_by",
+    "software.torch", "recipe", "precision", "dataset", "weights", "workload", "data.placement",
     "sustained.workload",
 }  # fmt: skip
 ARTIFACTS = {
@@ -147,7 +147,7 @@ def test_first_repro_leaves_one_finished_run_with_all_that_the_contract_names(pr
     assert TAGS <= set(tags)
     assert "fallback" not in tags
     assert tags["device"] == tags["backend"] == "cpu"
-    for words in ("**Machine**", "test accuracy", "**Machine's part** limited by", "**Sustained**"):
+    for words in ("**Machine**", "test accuracy", "**Machine's part**", "**Sustained**"):
         assert words in tags["mlflow.note.content"], words
     params = dict(project.column("select key, value from params where run_uuid = ?", run_id))
     assert params["train.lr"] == "0.005" and params["train.epochs"] == str(EPOCHS)
@@ -182,7 +182,7 @@ def test_terminal_says_what_matters(project):
         "blue, green, red",
         "epoch 1/2",
         "test accuracy",
-        "limited by",
+        "machine  ",  # what limits it, or that it was too short to tell
         "images/s of finetune's step",
         "make ui",
         "#/experiments/",
@@ -343,7 +343,9 @@ def test_mlflow_loads_the_model_and_the_ui_answers(project):
     output = project.run(sys.executable, "-c", script)
     assert "same logits ('blue', 'green', 'red')" in output
 
-    port = 5371
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db", "--port", str(port),
          "--workers", "1"],

@@ -311,7 +311,7 @@ def test_a_tainted_row_and_the_reference_are_marked():
 def test_json_has_all_and_can_be_read():
     found = everything().compare(PRICES)
     told = json.loads(json.dumps(report.as_json(found), allow_nan=False))
-    assert told["schema"] == 1 and told["runs"] == 22
+    assert told["schema"] == 2 and told["runs"] == 22
     (work,) = [section for section in told["parts"][0]["sections"] if section["kind"] == "work"]
     rows = {row["name"]: row for row in work["tables"][0]["rows"] if not row["taints"]}
     b = rows["GPU B (under the desk)"]

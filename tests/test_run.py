@@ -1,12 +1,14 @@
 """All stages in one process: in order, and in a folder that no other run has."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 from test_tracking import runs, store  # noqa: F401 (store: each test has its own)
 from test_train import REPEATED, SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, download, evaluate, files, hardware, run, sustain, train
+from pipeline import compare, config, download, evaluate, files, hardware, run, sustain, train
 from pipeline.errors import StageError
 
 STAGES = (hardware, download, train, evaluate, sustain, compare)
@@ -78,6 +80,29 @@ def test_a_folder_that_cannot_be_made_is_named(settings_of, base, called):
     with pytest.raises(StageError, match=r"^can't write .*linear-probe: "):
         run.run(settings_of(), base)
     assert called == []
+
+
+WITHOUT_SCIPY = """
+import sys
+from pathlib import Path
+
+sys.modules["scipy"] = None
+from pipeline import cli, run
+
+for stage in (run.hardware, run.download, run.train, run.evaluate, run.sustain):
+    stage.run = lambda settings, folder, stage=stage: print(stage.__name__)
+run._own_folder = Path
+sys.argv = ["run.py"]
+cli.main(run.run, "")
+"""
+
+
+def test_without_what_compare_alone_needs_all_that_is_before_it_is_done():
+    command = [sys.executable, "-c", WITHOUT_SCIPY]
+    ended = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == [stage.__name__ for stage in STAGES[:-1]]
+    assert ended.stderr == "run: scipy is missing: pip install -r requirements.txt\n"
+    assert ended.returncode == 1
 
 
 @pytest.mark.usefixtures("light")

@@ -211,18 +211,21 @@ def test_it_becomes_part_of_the_trainings_run(outputs, capsys):
     assert files.read_json(folder / "metrics.json") == metrics
 
 
-def test_for_no_time_nothing_is_repeated_and_nothing_said(outputs, monkeypatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_for_no_time_nothing_is_repeated_and_the_run_stays_as_it_is(outputs, slices, monkeypatch, measured):
+    slices((8, 1.0))
+    if measured:
+        sustain.run(generated(*REPEATED), outputs)
     monkeypatch.setattr(backends, "select", lambda device: pytest.fail("asked for a device"))
     (before,) = runs()
     result = sustain.run(generated(), outputs)
-    (run,) = runs()
+    (after,) = runs()
     assert (result["metrics"], result["tags"], result["series"], result["warnings"]) == ({}, {}, [], [])
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics == before.data.metrics
-    said = {key: value for key, value in run.data.tags.items() if key != "record.sustain.sha256"}
-    assert said == before.data.tags
+    assert after.to_dictionary() == before.to_dictionary()
+    assert ("sustained.workload" in after.data.tags) == measured
     assert files.read_json(outputs / "sustain" / "metrics.json") == {}
     assert files.read_json(outputs / "sustain" / "record.json") == result
+    assert "sustain" not in publish.results(records.trained(outputs)[0], records.folders(outputs))
 
 
 def test_nothing_of_an_earlier_one_stays(outputs, slices):

@@ -405,7 +405,7 @@ def test_repeats_count_once_the_run_above_them_is_finished_and_that_never(status
     repeat_of(parent, 2, status="FAILED")
     if status:
         tracking.end(parent, status)
-    assert [run["name"] for run in tracking.finished_runs()] == (["repeat 1", "alone"] if counts else ["alone"])
+    assert {run["name"] for run in tracking.finished_runs()} == ({"repeat 1", "alone"} if counts else {"alone"})
     client().delete_run(parent.run_id)
     assert [run["name"] for run in tracking.finished_runs()] == ["alone"]
 

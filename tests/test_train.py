@@ -631,17 +631,57 @@ def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(train
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        (ceilings_of(SPEED / 1.1), "1.10 times what this machine did with one fixed batch"),
-        (ceilings_of(SPEED, matmul_flops=1.0), "times what the rate of its matrix products allows"),
+        ([SPEED / 1.1] * 2, "1.10 times what this machine did with one fixed batch"),
+        ([SPEED / 2.2, SPEED / 2], "2.00 times what this machine did with one fixed batch"),
+        ([SPEED] * 2, "times what the rate of its matrix products allows"),
     ],
 )
 def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, out, measured, said):
-    left = measuring(measured, measured)
+    flops = 1.0 if "products" in said else 1e15
+    left = measuring(*(ceilings_of(speed, matmul_flops=flops) for speed in measured))
     line = fails(StageError, trained, "features=recompute")
     assert line.startswith("clock not trusted: ") and said in line and left == []
     (run,) = runs()
     assert run.info.status == "FAILED" and "limited_by" not in run.data.tags
     assert left_in(out) == {"best.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "load", "said"),
+    [
+        ([0.9, 1.1], 0.0, "22% apart before and after it, while others used 0%"),  # slower by now: hot
+        ([1.2, 1.1], 0.0, "9% apart"),  # in between it may have been as much faster still
+        ([1.1, 1.1], 0.4, "0% apart before and after it, while others used 40%"),
+    ],
+)
+def test_of_a_machine_whose_speed_changes_no_clock_is_accused(trained, measuring, monkeypatch, shares, load, said):
+    monkeypatch.setattr(conditions, "sample", lambda *_: {"cpu_load": load})
+    left = measuring(*(ceilings_of(SPEED / share) for share in shares))
+    record = trained("features=recompute")
+    assert left == [] and runs()[0].info.status == "FINISHED"
+    (sentence,) = (sentence for sentence in record["warnings"] if "ceilings" in sentence)
+    assert sentence.startswith("too fast for this machine's ceilings, which were ") and said in sentence
+    assert record["tags"]["taints"].split()[0] == "ceilings"
+    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(shares[-1])
+
+
+def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeypatch, capsys):
+    monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
+    left = measuring(ceilings_of(SPEED))
+    record = trained("features=recompute")
+    assert left == [] and runs()[0].info.status == "FINISHED"
+    assert set(record["metrics"]) >= CEILINGS and "limited_by" not in record["tags"]
+    assert not [key for key in record["metrics"] if key.startswith("efficiency/")]
+    said = "not judged: 20000.00 s are too short to be held against its ceilings"
+    assert record["facts"]["verdict"] == said
+    assert said in runs()[0].data.tags["mlflow.note.content"] and f"machine  {said}" in capsys.readouterr().out
+
+
+def test_a_clock_that_makes_a_training_short_is_accused_all_the_same(trained, measuring, monkeypatch):
+    monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
+    measuring(ceilings_of(SPEED / 12), ceilings_of(SPEED / 12))
+    line = fails(StageError, trained, "features=recompute")
+    assert line.startswith("clock not trusted") and runs()[0].info.status == "FAILED"
 
 
 @pytest.mark.parametrize("most", ["null", "0"])
