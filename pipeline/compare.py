@@ -18,7 +18,7 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         tracking.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
-        noise.between(noise.measured(files.read_json(noise.FILE)["processes"])),
+        noise.known(),
     )
     drawn = write(found, REPORTS)
     if any(drawn):

@@ -686,8 +686,8 @@ def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
         )
     if len(machines) == 1:
         return (
-            "One machine so far. Run the same on another, with MLFLOW_TRACKING_URI naming this store, or bring its runs "
-            "here: `python -m pipeline.bundle export` there, `import` here. The two will then be compared."
+            "One machine so far. Run the same on another, with MLFLOW_TRACKING_URI naming this store, or bring its "
+            "runs here: `python -m pipeline.bundle export` there, `import` here. The two will then be compared."
         )
     return (
         f"{len(machines)} machines, but no two did the same work: run one recipe on the same data with the same "

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from pipeline import files
+
 FILE = Path(__file__).with_name("noise.json")
 
 
@@ -102,3 +104,8 @@ def between(found: Iterable[Noise]) -> dict[str, Between]:
         own = Between(noise.between, len(noise.logs) - 1)
         largest[noise.backend] = max(own, largest.get(noise.backend, own))
     return largest
+
+
+def known() -> dict[str, Between]:
+    """The same, of all that is in `noise.json`."""
+    return between(measured(files.read_json(FILE)["processes"]))

@@ -115,9 +115,11 @@ class Project:
         return self.run(sys.executable, "-m", "dvc", *arguments, **environment)
 
     def runs(self, store="mlflow.db"):
-        """Id, name and status of every run that is not deleted, oldest first."""
+        """Id, name and status of every training that is not deleted, oldest first. (A comparison is there, too, once a
+        disturbed run has a row of its own.)"""
         with sqlite3.connect(self.root / store) as rows:
-            query = "select run_uuid, name, status from runs where lifecycle_stage = 'active' order by start_time"
+            there = "lifecycle_stage = 'active' and name != 'comparison'"
+            query = f"select run_uuid, name, status from runs where {there} order by start_time"
             return rows.execute(query).fetchall()
 
     def column(self, query, *values, store="mlflow.db"):
