@@ -29,7 +29,7 @@ PICTURES = {"train": ("samples", "loss", "accuracy"), "evaluate": ("confusion_ma
 
 PRIVATE = {
     "a home folder": re.compile(r"(?:/home/|/Users/|\b[a-z]:[\\/]+Users[\\/]+)\w", re.IGNORECASE),
-    "an e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w.-]+\.[a-z]{2,}(?![\w-])", re.IGNORECASE),
+    "an e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w.-]+\.[a-z]{2,}", re.IGNORECASE),
     "the name of a host": re.compile(
         r"(?<![\w.-])\w[\w.-]*\.(?:local|localdomain|lan|home|internal|intranet|corp)(?![\w.-])", re.IGNORECASE
     ),
