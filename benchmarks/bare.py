@@ -16,9 +16,6 @@ from pipeline.clock import Clock
 FIXED_SECONDS = 10.0
 """How long one fixed batch is repeated at most; for no more steps than the training had."""
 
-TOTAL = ("upload", "features", "train", "validate")
-"""The spans that make `time/total_seconds`."""
-
 
 def splits_of(settings: config.Settings) -> training.Splits:
     """The images that `train` trains on and validates on, in host memory; ends the process where CIFAR-10 can't be
@@ -26,13 +23,7 @@ def splits_of(settings: config.Settings) -> training.Splits:
     found = sources.resolve(settings.data)
     if found["reason"]:
         sys.exit(f"data: CIFAR-10 can't be had ({found['reason']}): -S data.source=synthetic, or a folder")
-    images, labels = sources.decode(settings.data, found, "train", settings.work.image_size)
-    every = data.as_split(images, labels)
-    if settings.work.validation == "test":
-        test = sources.decode(settings.data, found, "test", settings.work.image_size)
-        return {"train": every, "test": data.as_split(*test)}
-    kept, held_out = data.stratified(labels, settings.seed)
-    return {"train": every.take(kept), "validation": every.take(held_out)}
+    return training.drawn(training.decoded(settings, found), settings)
 
 
 def weights_of(recipe: config.Recipe) -> Path | None:
@@ -62,7 +53,7 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     result = {
         "epochs": rows,
         "at": at,
-        "seconds": clock.total(*TOTAL),
+        "seconds": clock.total(*training.TOTAL),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
         "speed": images / clock.total("features") if work.job.on_features else trained,
@@ -104,7 +95,7 @@ def trained_once(
     work: training.Work, settings: config.Settings, splits: training.Splits, working: float
 ) -> tuple[list[dict[str, Any]], list[float], str]:
     """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
-    where the images lay; the work's clock has TOTAL."""
+    where the images lay; the work's clock has `training.TOTAL`."""
     recipe, backend, clock = work.recipe, work.job.backend, work.job.clock
     with clock.span("upload"):
         samples, placement = training.place(work, splits, working, settings.data.device_gib)

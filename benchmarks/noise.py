@@ -51,7 +51,7 @@ def _trainings(settings: config.Settings, repeats: int) -> tuple[list[float], li
         training.restart(work, settings.seed + repeat)
         work.job.clock = Clock(work.job.backend.synchronise)
         rows, *_ = bare.trained_once(work, settings, splits, working)
-        seconds.append(work.job.clock.total(*bare.TOTAL))
+        seconds.append(work.job.clock.total(*training.TOTAL))
         accuracies.append(rows[-1]["val/accuracy"])
     return seconds, accuracies
 

@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import results
-from pipeline import comparison, config, files, noise
+from pipeline import comparison, config, noise
 from pipeline.noise import Between, Noise
 
 COUNTS = (3, 5, 10)
@@ -120,7 +120,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--from", dest="file", type=Path, default=noise.FILE, metavar="FILE", help="what was measured")
     arguments = parser.parse_args(words)
-    measured = noise.measured(files.read_json(arguments.file)["processes"])
+    measured = noise.read(arguments.file)
     between = noise.between(measured)
     wrong = []
     for each in measured:

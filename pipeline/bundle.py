@@ -530,7 +530,9 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
             earlier[stage] = run.stages[stage]
         handle = tracking.find(run.record["id"], run.record["experiment"])
         if handle is not None and not tracking.is_deleted(handle):
-            _newer(run, _held(handle, run, scratch), f"{where}: {run.shown}")
+            _newer(
+                run, publish.held(handle.run_id, tracking.tags(handle), scratch, run.stages), f"{where}: {run.shown}"
+            )
         _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
             from pipeline import model  # torch takes seconds to import, and most bundles hold no model
@@ -573,20 +575,6 @@ def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[
     return newer
 
 
-def _held(handle: tracking.Handle, run: Run, scratch: Path) -> dict[str, Mapping[str, Any]]:
-    """The records that the store's run has of each stage; the same as `run`'s are not fetched."""
-    tags = tracking.tags(handle)
-    held: dict[str, Mapping[str, Any]] = {}
-    for stage in vetting.STAGES:
-        digest, own = tags.get(publish.digest_tag(stage)), run.stages.get(stage)
-        if digest is not None and own is not None and digest == publish.digest(own):
-            held[stage] = own
-        elif digest is not None:
-            artifact = publish.record_file(stage)
-            held[stage] = files.read_json(tracking.download(handle.run_id, artifact, scratch))
-    return held
-
-
 def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     record, experiment = run.record, run.record["experiment"]
     handle = tracking.find(record["id"], experiment)
@@ -598,7 +586,7 @@ def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
     if tracking.is_deleted(handle):
         terminal.say(f"left out {run.shown}: it was deleted in this store")
         return
-    held = _held(handle, run, scratch)
+    held = publish.held(handle.run_id, tracking.tags(handle), scratch, run.stages)
     whole = "train" in held  # else it is under way, or failed
     stages = _newer(run, held, run.shown) if whole else []
     best = run.checkpoint if whole and not tracking.artifacts(handle.run_id, "checkpoints") else None

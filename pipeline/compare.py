@@ -18,7 +18,7 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         tracking.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
-        noise.known(),
+        noise.between(noise.read()),
     )
     drawn = write(found, REPORTS)
     if any(drawn):

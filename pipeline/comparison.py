@@ -625,7 +625,7 @@ def _by_epoch(context: Context, group: Group) -> dict[str, Sample]:
         return [value for value in context.courses(run["run_id"])["time/train_seconds"] if _is_measured(value)]
 
     def middle(run: Run) -> float | None:
-        return median(lasting(run)) if lasting(run) else None
+        return median(seconds) if (seconds := lasting(run)) else None
 
     def speed(run: Run) -> float | None:
         seconds, last = lasting(run), _metric(run, "speed/train_images_per_second")

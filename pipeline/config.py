@@ -31,6 +31,9 @@ STEP_KEYS = (
 SUSTAINED = "finetune"
 """The recipe whose step is repeated for `sustain_seconds`, whatever the chosen one is."""
 
+MOST_REPEATS = 1000
+"""As far as `repeats` goes."""
+
 WORKLOAD_VERSION = 1
 """Raised when the meaning of the work changes in the code, so that old and new runs are never compared."""
 
@@ -265,7 +268,7 @@ class Settings:
     )
     seed: int = setting(whole(0), "of every random choice")
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
-    repeats: int = setting(whole(1, 1000), "how many times it is trained, with seed, seed + 1, ...")
+    repeats: int = setting(whole(1, MOST_REPEATS), "how many times it is trained, with seed, seed + 1, ...")
     sustain_seconds: float = setting(real(0), "how long finetune's step is repeated after the recipe; 0: not at all")
     largest_batch: bool = setting(SWITCH, "find the largest batch that fits finetune's step, on GPUs")
     data: Data

@@ -97,6 +97,11 @@ def measured(processes: Iterable[Mapping[str, Any]]) -> list[Noise]:
     return found
 
 
+def read(file: Path = FILE) -> list[Noise]:
+    """What the processes of a file such as `noise.json` show."""
+    return measured(files.read_json(file)["processes"])
+
+
 def between(found: Iterable[Noise]) -> dict[str, Between]:
     """The largest that was measured on each backend."""
     largest: dict[str, Between] = {}
@@ -104,8 +109,3 @@ def between(found: Iterable[Noise]) -> dict[str, Between]:
         own = Between(noise.between, len(noise.logs) - 1)
         largest[noise.backend] = max(own, largest.get(noise.backend, own))
     return largest
-
-
-def known() -> dict[str, Between]:
-    """The same, of all that is in `noise.json`."""
-    return between(measured(files.read_json(FILE)["processes"]))

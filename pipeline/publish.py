@@ -190,7 +190,8 @@ def gather(record: Mapping[str, Any], experiment: str) -> None:
             tracking.set_tags(parent, {"mlflow.note.content": note})
         return
     with tempfile.TemporaryDirectory() as scratch:
-        repeats = [_held(there[number], Path(scratch)) for number in sorted(there)]
+        rows = [there[number] for number in sorted(there)]
+        repeats = [held(row["run_id"], row["tags"], Path(scratch), {}) for row in rows]
     trainings = [each["train"] for each in repeats]
     by_epoch = records.course(trainings)
     for epoch in by_epoch:
@@ -212,13 +213,18 @@ def gather(record: Mapping[str, Any], experiment: str) -> None:
     tracking.end(parent, "FINISHED", max(ended(each["train"], each) for each in repeats))
 
 
-def _held(row: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
-    """The records that a run of this store holds, by stage."""
-    return {
-        stage: files.read_json(tracking.download(row["run_id"], record_file(stage), scratch))
-        for stage in records.STAGES
-        if digest_tag(stage) in row["tags"]
-    }
+def held(
+    run_id: str, tags: Mapping[str, str], scratch: Path, known: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The records that a run of this store with these tags holds, by stage; those that are `known` are not fetched."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for stage in records.STAGES:
+        there, own = tags.get(digest_tag(stage)), known.get(stage)
+        if there is not None and own is not None and there == digest(own):
+            found[stage] = own
+        elif there is not None:
+            found[stage] = files.read_json(tracking.download(run_id, record_file(stage), scratch))
+    return found
 
 
 def _keep(handle: tracking.Handle, stage: str, record: Mapping[str, Any]) -> None:

@@ -333,8 +333,11 @@ def comparison(experiment: str) -> Handle | None:
         client = _client()
         where = _given_experiment(client) or _experiment(client, experiment)
         found = client.search_runs([where], _COMPARISON, ViewType.ALL, 1)
-        run = found[0] if found else client.create_run(where, tags={COMPARISON_TAG: "true"}, run_name="comparison")
-        _describe_experiment(client, where)  # which now links to it
+        if found:
+            run = found[0]
+        else:
+            run = client.create_run(where, tags={COMPARISON_TAG: "true"}, run_name="comparison")
+            _describe_experiment(client, where)  # which now links to it
     handle = Handle(client, run.info.run_id, where)
     return None if is_deleted(handle) else handle
 

@@ -33,7 +33,6 @@ from pipeline import (
     optim,
     publish,
     records,
-    sources,
     terminal,
     tracking,
     training,
@@ -76,12 +75,12 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     with clock.span("inspect"):
         before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     with clock.span("decode"):
-        decoded = _decoded(settings, inputs)
-        splits, shown = _splits(decoded, settings, inputs)
+        decoded = training.decoded(settings, inputs["data"])
+        splits = training.drawn(decoded, settings)
     with clock.span("setup"), backend.memory_errors():
         path = weights.located(inputs["weights"], recipe)
-        classes = len(inputs["data"]["classes"])
-        work = training.build(recipe, settings.seed, classes, path, splits, backend, clock)
+        classes = inputs["data"]["classes"]
+        work = training.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
 
     shutil.rmtree(folder / "train", ignore_errors=True)  # nothing of an earlier training may pass for this one's
     repeats_id = uuid.uuid4().hex
@@ -96,7 +95,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
                 if repeat > 1:
                     backend.release_memory()  # of the one before
                     clock = work.job.clock = Clock(backend.synchronise)
-                    splits, shown = _splits(decoded, own, inputs)
+                    splits = training.drawn(decoded, own)
                 with clock.span("inspect"):
                     record = _record(own, hardware, inputs, work, splits, unused, before, repeat, repeats_id)
                 _announce(record)
@@ -105,6 +104,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
                         parent = tracking.start(records.parent(record))
                     above.enter_context(tracking.ended_by_failure(parent))
                 out = records.folders(folder, repeat)["train"]
+                shown = _shown(decoded["train"], own.seed, classes)
                 measured = _train(work, splits, shown, own, record, parent, measured, startup, out)
                 publish.gather(record, record["experiment"])
                 trained.append(record)
@@ -112,7 +112,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         full = str(error)
     if full:  # not in the except clause: what the error holds is in the way of every smaller batch
         del work
-        raise StageError(_advice(full, settings, splits, classes, backend))
+        raise StageError(_advice(full, settings, splits, len(classes), backend))
     records.write_summary(folder, "train", trained, [records.figures(each) for each in trained])
     return trained[0]
 
@@ -176,28 +176,10 @@ def _check(recipe: config.Recipe) -> None:
     )
 
 
-def _decoded(settings: config.Settings, inputs: Mapping[str, Any]) -> training.Splits:
-    """All images that are trained and validated on, in host memory, by their split in the source."""
-    recipe = settings.work
-    splits = ("train", "test") if recipe.validation == "test" else ("train",)
-    return {
-        split: data.as_split(*sources.decode(settings.data, inputs["data"], split, recipe.image_size))
-        for split in splits
-    }
-
-
-def _splits(
-    decoded: training.Splits, settings: config.Settings, inputs: Mapping[str, Any]
-) -> tuple[training.Splits, Shown]:
-    """The images to train and to validate on, and six of them with their class names, as the seed draws them."""
-    every = decoded["train"]
-    images, labels = every.inputs.numpy(), every.labels.numpy()
-    splits = decoded
-    if settings.work.validation == "split":
-        kept, held_out = data.stratified(labels, settings.seed)
-        splits = {"train": every.take(kept), "validation": every.take(held_out)}
-    shown = np.random.default_rng(settings.seed).permutation(len(labels))[:6]
-    return splits, (images[shown], [inputs["data"]["classes"][labels[index]] for index in shown])
+def _shown(images: data.Split, seed: int, classes: Sequence[str]) -> Shown:
+    """Six of the images with their class names, as the seed draws them."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:6]
+    return images.inputs.numpy()[chosen], [classes[label] for label in images.labels.numpy()[chosen]]
 
 
 def _measured(work: training.Work, splits: training.Splits) -> Measured:
@@ -288,12 +270,7 @@ def _account(
         terminal.say(f"energy   not measured: {why}")
 
 
-def _judge(
-    record: dict[str, Any],
-    work: training.Work,
-    splits: training.Splits,
-    measured: Measured,
-) -> None:
+def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits, measured: Measured) -> None:
     """Holds the speed against the machine's own ceilings. Raises StageError where it is above them."""
     clock, backend = work.job.clock, work.job.backend
     limits, flops = measured.ceilings, measured.flops
@@ -455,7 +432,7 @@ def _times(clock: Clock) -> dict[str, float]:
     spans = {
         "time/setup_seconds": ["setup"],
         "time/data_seconds": ["decode"],
-        "time/total_seconds": ["upload", "features", "train", "validate"],
+        "time/total_seconds": training.TOTAL,
         "time/ceilings_seconds": ["ceilings"],
         "time/inspect_seconds": ["inspect"],
         "time/checkpoint_seconds": ["checkpoint"],

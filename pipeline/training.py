@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import backends, ceilings, config, data, engine, model, optim
+from pipeline import backends, ceilings, config, data, engine, model, optim, sources
 from pipeline.backends import Backend
 from pipeline.clock import Clock
 from pipeline.errors import OutOfMemoryError, StageError
 
 Splits = dict[str, data.Split]
 """By name: `train`, and the one to validate on."""
+
+TOTAL = ("upload", "features", "train", "validate")
+"""The clock's spans that make `time/total_seconds`."""
 
 FREE_SHARE = 0.9
 """Of the memory that is free beside a step's own: the rest is for what fragmentation and other programs take."""
@@ -60,6 +63,25 @@ def device_for(device: str, recipe: config.Recipe) -> Backend:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     return backend
+
+
+def decoded(settings: config.Settings, found: dict[str, Any]) -> Splits:
+    """All images that are trained and validated on, in host memory, by their split in the source, which `found` tells
+    of (`sources.resolve`)."""
+    recipe = settings.work
+    return {
+        split: data.as_split(*sources.decode(settings.data, found, split, recipe.image_size))
+        for split in (("train", "test") if recipe.validation == "test" else ("train",))
+    }
+
+
+def drawn(images: Splits, settings: config.Settings) -> Splits:
+    """The `decoded` images to train and to validate on, as the seed draws them."""
+    if settings.work.validation == "test":
+        return images
+    every = images["train"]
+    kept, held_out = data.stratified(every.labels.numpy(), settings.seed)
+    return {"train": every.take(kept), "validation": every.take(held_out)}
 
 
 def build(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from pipeline import config
 from pipeline.errors import UsageError
 
 HEX = r"[0-9a-f]{8,64}"
@@ -33,9 +34,6 @@ TOGETHER = 500_000
 
 PARAMS, TAGS, NAMES, EPOCHS, DATASETS, WARNINGS, CLASSES = 500, 80, 1000, 10_000, 10, 100, 100_000
 """The most of each; NAMES is of the metrics in one place. MLflow takes 100 tags a call."""
-
-REPEATS = 1000
-"""As far as the setting goes."""
 
 VALUES = 100_000
 """A run has fewer values than this in all its metrics: a training of seven hours has some 60,000."""
@@ -318,7 +316,7 @@ def _tags(value: Any, where: str) -> None:
         matching(value["repeats.id"], f"{where}: repeats.id", RECORD_ID)
         for key in ("repeat", "repeats"):
             matching(value[key], f"{where}: {key}", r"[1-9]\d{0,3}")
-        whole(int(value["repeats"]), f"{where}: repeats", 2, REPEATS)
+        whole(int(value["repeats"]), f"{where}: repeats", 2, config.MOST_REPEATS)
         whole(int(value["repeat"]), f"{where}: repeat", 1, int(value["repeats"]))
 
 

@@ -97,7 +97,7 @@ def _missing(run: bundle.Run) -> Iterator[str]:
     if "evaluate" not in run.results:
         yield "it was not evaluated"
     asked = run.record["params"].get("settings.sustain_seconds") != "0.0"
-    first = run.record["tags"].get("repeat", "1") == "1"  # with which it is measured for all repeats
+    first = records.repeat_of(run.record) == 1  # with which it is measured for all repeats
     if asked and first and "sustained.workload" not in _of_sustain(run):
         yield "its sustained speed is missing"
     for stage in run.stages.keys() & PICTURES:

@@ -6,7 +6,7 @@ import tempfile
 from contextlib import chdir
 from pathlib import Path
 
-from pipeline import bundle, cli, compare, comparison, config, noise, report, terminal, tracking
+from pipeline import bundle, cli, compare, comparison, config, noise, publish, report, terminal, tracking
 from pipeline.errors import StageError
 
 RESULTS = Path(__file__).resolve().parent
@@ -27,15 +27,15 @@ def run(folder: Path = RESULTS) -> comparison.Comparison:
             for row in tracking.finished_runs():
                 home.setdefault(row["run_id"], path.name)
         rows = tracking.finished_runs()
-        there = {row["tags"]["imported.run_id"]: row["run_id"] for row in rows}
-        rows = [row | {"run_id": row["tags"]["imported.run_id"]} for row in rows]
+        there = {row["tags"][publish.IMPORTED_RUN]: row["run_id"] for row in rows}
+        rows = [row | {"run_id": row["tags"][publish.IMPORTED_RUN]} for row in rows]
         found = comparison.compare(
             sorted(rows, key=lambda row: (row["started"], row["run_id"]), reverse=True),
             lambda run_id: tracking.history(there[run_id], comparison.COURSES),
             lambda _, run_id: home[there[run_id]],
             config.load().compare,
             None,
-            noise.known(),
+            noise.between(noise.read()),
         )
     compare.write(found, folder)
     terminal.say("\n" + report.on_terminal(found) + "\n")

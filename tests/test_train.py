@@ -225,8 +225,8 @@ def test_what_is_done_once_stands_in_the_first_repeat_alone(trained, out, monkey
     for module, name in ((training, "warm_up"), (training, "measure_ceilings"), (conditions, "sample")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: done.append(name) or real(*a))
-    decode = train.sources.decode
-    monkeypatch.setattr(train.sources, "decode", lambda *args: done.append("decode") or decode(*args))
+    decode = training.sources.decode
+    monkeypatch.setattr(training.sources, "decode", lambda *args: done.append("decode") or decode(*args))
     monkeypatch.setattr(ceilings, "DATA_BELOW", 0.0)
     trained("repeats=3")
     assert [done.count(name) for name in ("warm_up", "measure_ceilings", "decode")] == [1, 1, 1]
