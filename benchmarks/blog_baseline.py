@@ -7,7 +7,7 @@ The baseline is what the post's script did, written afresh: images resized by PI
 whatever `precision` says, every image through the whole network in every epoch, the loss and the accuracy read
 (`.item()`) at every step. Model, optimizer and schedule are built by the pipeline's own functions, from the same random
 numbers: what differs is how the work is done. Each round takes the baseline, ours (`bare.train`: no MLflow, no files),
-and ours on one fixed batch.
+and ours on one fixed batch. The baseline has a process of its own, for ours changes how torch and the C library work.
 
 Compared are seconds from images in host memory to the last epoch validated; both have warmed up before. Of the baseline
 one epoch is measured and counts as many times as there are epochs, since its cost does not change (--flat shows it);
@@ -21,9 +21,11 @@ the last epoch's validation accuracy by more than 0.5 points, in the mean of the
 import copy
 import dataclasses
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,12 @@ def baseline(
     return rows
 
 
+def apart(*arguments: Any, **options: Any) -> list[dict[str, float]]:
+    """`baseline` in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(baseline, *arguments, **options).result()
+
+
 def alone(settings: config.Settings, workers: int) -> None:
     """The baseline by itself, from a folder of images that PIL reads one by one, all epochs; prints what it found as
     JSON on the last line. What `overheads` starts as a process."""
@@ -171,7 +179,7 @@ def compared(name: str, arguments: Any) -> tuple[dict[str, Any], str | None]:
     theirs, mine, checked = [], [], []
     for turn in range(arguments.rounds):
         seeded = dataclasses.replace(settings, seed=settings.seed + turn)
-        rows = baseline(seeded, weights, train, validation, epochs=epochs, workers=arguments.workers)
+        rows = apart(seeded, weights, train, validation, epochs=epochs, workers=arguments.workers)
         trained = bare.train(seeded, splits, fixed=True)
         theirs.append(rows)
         mine.append(trained)

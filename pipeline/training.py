@@ -25,6 +25,10 @@ FREE_SHARE = 0.9
 """Of the memory that is free beside a step's own: the rest is for what fragmentation and other programs take."""
 
 
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes of torch.compile that record launches, and their like that don't. One recorded function may not take what
+another gave: "accessing tensor output of CUDAGraphs that has been overwritten"."""
+
 LARGEST_BATCH = 2**20
 """As far as `batch_size` goes."""
 
@@ -56,9 +60,10 @@ class Work:
 
 
 def device_for(device: str, recipe: config.Recipe) -> Backend:
-    """The backend for a value of `device`, set to the recipe's precision and CPU threads. Raises UsageError where it is
-    not there or can't do them."""
+    """The backend for a value of `device`, set to the recipe's precision and CPU threads, and to keep memory. Raises
+    UsageError where it is not there or can't do them."""
     backend = backends.select(device)
+    backend.keep_memory()
     backend.set_precision(recipe.precision)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -104,16 +109,16 @@ def build(
     mode = backend.compile_mode(recipe.compile, (len(train) + len(validated)) * (1 if cached else recipe.epochs))
     recorded = backend.recorded(recipe.graph, mode)
 
-    def compiled(function: Any) -> Any:
+    def compiled(function: Any, mode: str = mode) -> Any:
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
     height, width, _ = train.inputs.shape[1:]
     enlarge = data.filters(height, width, recipe.image_size, backend.device)
 
-    @compiled
-    def ready(images: Tensor) -> Tensor:
+    def prepared(images: Tensor) -> Tensor:
         return data.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
+    ready = compiled(prepared, WITHOUT_GRAPHS.get(mode, mode))
     folded, fold_again = model.folded(net, few) if cached else (net.features, lambda: None)
     frozen = compiled(folded) if cached else folded
     network = net.head if cached else compiled(net)

@@ -1,5 +1,7 @@
 """Which device trains: chosen in order, refused by name, told apart from what torch can't use."""
 
+import platform
+import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ import pytest
 import torch
 from standin import Standin
 
-from pipeline import backends, machine
+from pipeline import backends, config, machine
 from pipeline.backends import Backend, cpu, mps
 from pipeline.backends.cpu import Cpu
 from pipeline.backends.cuda import Cuda, runs_on
@@ -857,3 +859,27 @@ def test_compile_modes_that_a_backend_lacks_are_refused():
 def test_a_card_that_torch_has_no_code_for_is_never_counted_in(card, cards, count):
     card(*cards)
     assert Cuda.count() == count
+
+
+TWICE = """
+import resource, sys, torch
+from pipeline.backends.cpu import Cpu
+if sys.argv[1] == "kept":
+    Cpu().keep_memory()
+torch.ones(2**26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_cpu_keeps_what_was_freed():
+    def faults(how):
+        done = subprocess.run(
+            [sys.executable, "-c", TWICE, how], cwd=config.ROOT, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("kept") < 50
+    assert faults("given back") > 100  # 65,536 pages of 4 KiB, or 128 of 2 MiB

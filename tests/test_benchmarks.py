@@ -112,7 +112,7 @@ def test_no_speed_without_parity(bench, monkeypatch, capsys):
     trained |= {"speed": 1.0, "fixed_speed": 1.0, "how": {"features": "cache"}}
     monkeypatch.setattr(bare, "train", lambda *_, **__: trained)
     rows = [{"seconds": 2.0, "loss": 2.3, "accuracy": 0.1}]
-    monkeypatch.setattr(blog_baseline, "baseline", lambda *_, **__: rows)
+    monkeypatch.setattr(blog_baseline, "apart", lambda *_, **__: rows)
     with pytest.raises(SystemExit) as ended:
         blog_baseline.main(["--rounds", "1", "--recipes", "linear-probe", *TINY])
     assert "linear-probe: the first epoch's losses disagree" in ended.value.code  # a text: status 1

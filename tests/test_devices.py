@@ -34,6 +34,25 @@ def test_trains_as_the_cpu_does(device, settings_of, tmp_path, monkeypatch):
         assert theirs["val/loss"] == pytest.approx(ours["val/loss"], rel=1e-2)
 
 
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("recipe", ["finetune", "linear-probe", "blog"])
+def test_a_compiled_training_has_the_losses_of_one_that_is_not(recipe, settings_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'store.db').as_posix()}")
+    losses = {}
+    for mode in ("off", "default", "reduce-overhead"):
+        settings = settings_of(f"recipe={recipe}", "weights=random", "model=test_resnet.r160_in1k", "image_size=32",
+                               "epochs=2", "batch_size=16", "lr=1e-4", "device=cuda", f"compile={mode}")  # fmt: skip
+        for stage in (hardware, download):
+            stage.run(settings, tmp_path / mode)
+        record = train.run(settings, tmp_path / mode)
+        assert record["facts"]["compile"] == mode
+        losses[mode] = [epoch["figures"]["train/loss"] for epoch in record["epochs"]]
+        torch.compiler.reset()
+    assert losses["default"] == pytest.approx(losses["off"], rel=1e-3)
+    assert losses["reduce-overhead"] == pytest.approx(losses["off"], rel=1e-3)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_span_lasts_as_long_as_the_work_it_queued(device):
     backend = backends.select(device)

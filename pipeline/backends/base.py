@@ -139,6 +139,9 @@ class Backend:
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
 
+    def keep_memory(self) -> None:
+        """Has what a step frees kept for the next one, for the rest of the process. GPUs' allocators do so anyway."""
+
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses that layout here."""
         return True

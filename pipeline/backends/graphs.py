@@ -39,8 +39,12 @@ class Recorder:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.reset_peak_memory_stats(self._device)
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            result = function(*given)
+        try:
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+                result = function(*given)
+        except RuntimeError:
+            self._end_capture()
+            raise
         self._pool = graph.pool()
         within = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         self.hidden_bytes = max(self.hidden_bytes, within)
@@ -52,6 +56,12 @@ class Recorder:
             return result
 
         return replay
+
+    def _end_capture(self) -> None:
+        """After one that failed: torch's generator takes itself to be recorded still, and refuses to give random
+        numbers, until a recording ends well."""
+        with torch.cuda.device(self._device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros((), device=self._device)
 
 
 class Captured:
