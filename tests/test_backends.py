@@ -866,9 +866,10 @@ import resource, sys, torch
 from pipeline.backends.cpu import Cpu
 if sys.argv[1] == "kept":
     Cpu().keep_memory()
-torch.ones(2**26)
+for _ in range(12):  # an aligned block takes some more, so that the first ones don't fit where one was freed
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**26)
+torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -881,5 +882,5 @@ def test_a_cpu_keeps_what_was_freed():
         )
         return int(done.stdout)
 
-    assert faults("kept") < 50
-    assert faults("given back") > 100  # 65,536 pages of 4 KiB, or 128 of 2 MiB
+    assert faults("kept") < 10
+    assert faults("given back") > 30  # 16,384 pages of 4 KiB
