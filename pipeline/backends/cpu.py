@@ -53,9 +53,9 @@ class Cpu(Backend):
 
     def keep_memory(self) -> None:
         """glibc gives blocks of 32 MiB and more back to Linux as soon as they are freed, and the next step has each of
-        their pages zeroed again: 2 million page faults in two steps of `blog`, which did 154 to 161 images/s with
-        them and 214 to 220 without (bf16: 265 to 314, and 538 to 594; 2 cores, n = 3). Peak memory is a fifth more.
-        By mallopt(3); other libraries' allocators are left as they are."""
+        their pages zeroed again: a million page faults a step of `blog`, which did 148 to 169 images/s with them and
+        214 to 245 without (bf16: 265 to 314, and 538 to 594; 2 cores, n = 3), for 2.6 to 2.9 GB of memory instead of
+        2.2. By mallopt(3); other libraries' allocators are left as they are."""
         if platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
