@@ -74,6 +74,8 @@ def baseline(
     device = backend.device
     backend.release_memory()
     backend.set_precision("fp32")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     torch.manual_seed(settings.seed)
     net = model.build(recipe, int(train[1].max()) + 1, weights)
     network = net.net.to(device)
@@ -157,8 +159,6 @@ def alone(settings: config.Settings, workers: int) -> None:
         train, validation = (
             ([images[index] for index in some], labels[some]) for some in data.stratified(labels, settings.seed)
         )
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     weights = bare.weights_of(recipe)
     print(json.dumps(baseline(settings, weights, train, validation, epochs=recipe.epochs, workers=workers)))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline import backends, ceilings, config, data, engine, model, optim, sources
 from pipeline.backends import Backend
+from pipeline.backends.base import WITHOUT_GRAPHS
 from pipeline.clock import Clock
 from pipeline.errors import OutOfMemoryError, StageError
 
@@ -24,10 +25,6 @@ TOTAL = ("upload", "features", "train", "validate")
 FREE_SHARE = 0.9
 """Of the memory that is free beside a step's own: the rest is for what fragmentation and other programs take."""
 
-
-WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes of torch.compile that record launches, and their like that don't. One recorded function may not take what
-another gave: "accessing tensor output of CUDAGraphs that has been overwritten"."""
 
 LARGEST_BATCH = 2**20
 """As far as `batch_size` goes."""

@@ -13,6 +13,11 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 """What mps, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
 
 
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes of torch.compile that record launches, and their like that don't. One recorded function may not take what
+another gave: "accessing tensor output of CUDAGraphs that has been overwritten"."""
+
+
 class Backend:
     """One device and all that is special about it. The defaults here are those of a backend that offers nothing.
 
@@ -166,7 +171,7 @@ class Backend:
     def recorded(self, graph: str | bool, compile_mode: str) -> bool:
         """Whether launches are recorded for a value of `graph`; auto: where the backend can, and torch.compile does
         not by itself. Raises UsageError where it can't be."""
-        by_itself = compile_mode in ("reduce-overhead", "max-autotune")
+        by_itself = compile_mode in WITHOUT_GRAPHS
         if graph is True and not self.records:
             raise UsageError(f"graph: true is not allowed on {self.kind}: expected auto | false")
         if graph is True and by_itself:
