@@ -326,6 +326,12 @@ def ramps(height, width):
     return np.stack([x * 255 // width, y * 255 // height, (x + y) % 2 * 255], axis=2).astype(np.uint8)[None]
 
 
+@pytest.fixture(params=["products", "gathered"])
+def way(request, monkeypatch):
+    """How images are enlarged: one way is for the compiler, and the same without it."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "gathered")
+
+
 def is_resized_as_pil_does_it(images, size):
     batch = torch.from_numpy(images)
     before = batch.clone()
@@ -349,6 +355,7 @@ def is_resized_as_pil_does_it(images, size):
     "images", [noise(4, 32, 32), ramps(32, 32), noise(2, 40, 24), ramps(64, 48), noise(2, 150, 130)]
 )
 @pytest.mark.parametrize("size", [16, 32, 96, 97])
+@pytest.mark.usefixtures("way")
 def test_images_are_resized_as_pil_does_it(images, size):
     is_resized_as_pil_does_it(images, size)
 
@@ -371,11 +378,13 @@ def photographs():
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(32, 32, 16), (32, 32, 24), (32, 32, 64), (32, 32, 224), (32, 20, 24), (11, 32, 64)]
 )
+@pytest.mark.usefixtures("way")
 def test_photographs_are_resized_as_pil_does_it(photographs, height, width, size):
     is_resized_as_pil_does_it(np.ascontiguousarray(photographs[:, :height, :width]), size)
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 64), (32, 96), (32, 128), (32, 160), (32, 224), (96, 192), (28, 224)])
+@pytest.mark.usefixtures("way")
 def test_images_are_enlarged_as_pil_does_it_to_the_last_bit(side, size):
     images = noise(8, side, side)
     expected = [tv.to_tensor(tv.resize(Image.fromarray(image), [size, size])) for image in images]
@@ -384,17 +393,36 @@ def test_images_are_enlarged_as_pil_does_it_to_the_last_bit(side, size):
         assert torch.equal(found, torch.stack(expected))
 
 
-def test_filters_at_hand_are_those_of_the_images_shape():
-    batch = torch.from_numpy(noise(2, 30, 20))
-    columns, rows = data.filters(30, 20, 40, torch.device("cpu"))
-    assert (columns.shape, rows.shape) == ((20, 40), (40, 30))
-    for weights in (columns.T, rows):
+@pytest.mark.parametrize(("height", "width", "size"), [(30, 20, 40), (32, 32, 96), (1, 3, 97)])
+def test_filters_are_weights_of_two_neighbours(height, width, size):
+    found = data.filters(height, width, size, torch.device("cpu"))
+    assert (found.columns.shape, found.rows.shape) == ((width, size), (size, height))
+    for weights, taps in ((found.columns.T, found.across), (found.rows, found.down)):
         assert weights.sum(1) == pytest.approx(1, abs=2e-6)
         assert ((weights > 0).sum(1) <= 2).all()
+        assert (taps.first <= taps.second).all() and (taps.second - taps.first <= 1).all()
+        for row, first, second, of_first, of_second in zip(weights, *taps, strict=True):
+            assert row[first] == (of_first if first != second else of_first + of_second)
+            assert of_second == 0 or row[second] == of_second
+
+
+def test_filters_at_hand_are_used(way):
+    batch = torch.from_numpy(noise(2, 30, 20))
+    found = data.filters(30, 20, 40, torch.device("cpu"))
+    dimmed = found._replace(columns=found.columns / 2, across=found.across._replace(of_first=found.across.of_first / 2))
     for channels_last in (False, True):
-        at_hand = data.prepare(batch, 40, (columns, rows), channels_last=channels_last)
+        at_hand = data.prepare(batch, 40, found, channels_last=channels_last)
         assert torch.equal(at_hand, data.prepare(batch, 40, channels_last=channels_last))
-    assert not torch.equal(data.prepare(batch, 40, (columns * 0.5, rows)), at_hand)  # they are what is used
+        assert not torch.equal(data.prepare(batch, 40, dimmed, channels_last=channels_last), at_hand)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 96), (30, 20, 40), (11, 32, 64)])
+def test_both_ways_to_enlarge_give_the_same_pixels(height, width, size):
+    batch = torch.from_numpy(noise(4, height, width))
+    found = data.filters(height, width, size, torch.device("cpu"))
+    for channels_last in (False, True):
+        products = data._multiplied(batch, found, channels_last)
+        assert torch.equal(products, data._gathered(batch, found).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 20), (20, 41), (80, 80)])
