@@ -57,10 +57,10 @@ class Work:
 
 
 def device_for(device: str, recipe: config.Recipe) -> Backend:
-    """The backend for a value of `device`, set to the recipe's precision and CPU threads, and to keep memory. Raises
-    UsageError where it is not there or can't do them."""
+    """The backend for a value of `device`, tuned, and set to the recipe's precision and CPU threads. Raises UsageError
+    where it is not there or can't do them."""
     backend = backends.select(device)
-    backend.keep_memory()
+    backend.tune()
     backend.set_precision(recipe.precision)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -174,28 +174,38 @@ def build(
 def warm_up(work: Work, splits: Splits) -> float:
     """Does once all that is done once by shape: kernels are chosen, graphs compiled and recorded. `restart` is due.
 
-    Gives the bytes of device memory that this was seen to take at most; 0 on a CPU, whose memory is not the
-    training's alone.
+    Gives the bytes of device memory that the same takes when it is done again, most of them; 0 on a CPU, whose memory
+    is not the training's alone.
     """
-    job, recipe = work.job, work.recipe
-    job.backend.reset_peak_memory()
+    job, recipe, backend = work.job, work.recipe, work.job.backend
     # The full batch's shape and the short last one's.
     batches = [
-        [first(split, size, job.backend) for size in sorted(_sizes(split, recipe.batch_size))]
+        [first(split, size, backend) for size in sorted(_sizes(split, recipe.batch_size))]
         for split in (splits["train"], validated_in(splits))
     ]
-    if job.on_features:
-        work.net.eval()
-        batches = [[(work.features(images).clone(), labels) for images, labels in some] for some in batches]
-    training, validation = batches
-    if work.compile_mode == "off" and not work.recorded:
-        validation = training[:1]
-    try:
+
+    def once() -> None:
+        training, validation = batches
+        if job.on_features:
+            work.net.eval()
+            training, validation = (
+                [(work.features(images).clone(), labels) for images, labels in some] for some in batches
+            )
+        if work.compile_mode == "off" and not work.recorded:
+            validation = training[:1]
         engine.warm_up(job, training, validation)
+
+    try:
+        once()
+        if not backend.asynchronous:
+            return 0.0
+        backend.release_memory()  # kernels that were tried may have had far more than those that were chosen
+        backend.reset_peak_memory()
+        once()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise StageError(f'compile: "{work.compile_mode}" fails here ({reason}): set compile to off') from error
-    return job.backend.memory_mib().get("peak", 0.0) * 2**20 if job.backend.asynchronous else 0.0
+    return backend.memory_mib().get("peak", 0.0) * 2**20
 
 
 def restart(work: Work, seed: int) -> None:
@@ -267,7 +277,6 @@ def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None
     capacity = backend.capacity_mib() or math.inf
     largest, size = 0, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
     while size >= 2:
-        backend.reset_peak_memory()
         done = _takes_step(work, size, image_shape)
         peak = backend.memory_mib().get("peak", 0.0)
         fits = done and peak <= capacity
@@ -291,7 +300,8 @@ def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
             images = torch.zeros((size, *image_shape), dtype=torch.uint8, device=backend.device)
             labels = torch.zeros(size, dtype=torch.int64, device=backend.device)
             step = work.stepper(raw=True, recorded=False)
-            for _ in range(2):  # the optimizer's state is there from the first one's end on
+            for _ in range(2):  # the first one chooses kernels, which takes memory, and makes the optimizer's state
+                backend.reset_peak_memory()
                 step(images, labels)
             backend.synchronise()
     except OutOfMemoryError:

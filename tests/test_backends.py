@@ -861,11 +861,20 @@ def test_a_card_that_torch_has_no_code_for_is_never_counted_in(card, cards, coun
     assert Cuda.count() == count
 
 
+@pytest.mark.parametrize(("hip", "tuned"), [(None, True), ("7.0", False)])
+def test_cudnn_tries_its_kernels_and_miopen_does_not(card, monkeypatch, hip, tuned):
+    card((9, 0))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    Cuda().tune()
+    assert torch.backends.cudnn.benchmark is tuned
+
+
 TWICE = """
 import resource, sys, torch
 from pipeline.backends.cpu import Cpu
 if sys.argv[1] == "kept":
-    Cpu().keep_memory()
+    Cpu().tune()
 for _ in range(12):  # an aligned block takes some more, so that the first ones don't fit where one was freed
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -144,8 +144,8 @@ class Backend:
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
 
-    def keep_memory(self) -> None:
-        """Has what a step frees kept for the next one, for the rest of the process. GPUs' allocators do so anyway."""
+    def tune(self) -> None:
+        """Has the libraries below torch take steps of the same shape fast, for the rest of the process."""
 
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses that layout here."""
