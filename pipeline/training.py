@@ -295,6 +295,7 @@ def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
     """Whether a step of `size` images is done without running out of memory."""
     backend = work.job.backend
     work.net.eval() if work.job.on_features else work.job.set_mode()
+    backend.tune(repeated=False)
     try:
         with backend.memory_errors():
             images = torch.zeros((size, *image_shape), dtype=torch.uint8, device=backend.device)
@@ -307,6 +308,7 @@ def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
     except OutOfMemoryError:
         return False
     finally:
+        backend.tune()
         backend.release_memory()
     return True
 

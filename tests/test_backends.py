@@ -868,6 +868,8 @@ def test_cudnn_tries_its_kernels_and_miopen_does_not(card, monkeypatch, hip, tun
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     Cuda().tune()
     assert torch.backends.cudnn.benchmark is tuned
+    Cuda().tune(repeated=False)
+    assert not torch.backends.cudnn.benchmark
 
 
 TWICE = """

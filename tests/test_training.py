@@ -248,6 +248,7 @@ class Sized(Cpu):
     def __init__(self, capacity, refused=2**30):
         super().__init__()
         self.capacity, self.refused, self.tried, self.peak, self.released = capacity, refused, [], 0, 0
+        self.repeated = True
 
     def capacity_mib(self):
         return self.capacity
@@ -261,11 +262,15 @@ class Sized(Cpu):
     def release_memory(self):
         self.released += 1
 
+    def tune(self, *, repeated=True):
+        self.repeated = repeated
+
     def stepper(self, *, raw, recorded):
         assert raw and not recorded
 
         def step(images, labels):
             size, shape = len(images), tuple(images.shape[1:])
+            assert not self.repeated  # nothing is tried out for a shape that is seen twice
             assert shape == (16, 16, 3) and images.dtype == torch.uint8 and labels.shape == (size,)
             self.tried += [size] if size not in self.tried else []
             if size > self.refused:
@@ -304,7 +309,7 @@ def test_the_largest_batch_is_the_last_that_fits(build, capacity, refused, below
     work = dataclasses.replace(build(recipe_of("finetune"), backend), stepper=backend.stepper)
     assert training.largest_batch(work, (16, 16, 3), below=below) == largest
     assert backend.tried == tried
-    assert backend.released == len(tried)
+    assert backend.released == len(tried) and backend.repeated
 
 
 def test_no_batch_larger_than_the_setting_allows_is_tried(build, monkeypatch):

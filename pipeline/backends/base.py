@@ -144,8 +144,9 @@ class Backend:
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
 
-    def tune(self) -> None:
-        """Has the libraries below torch take steps of the same shape fast, for the rest of the process."""
+    def tune(self, *, repeated: bool = True) -> None:
+        """Has the libraries below torch take steps fast, from now on. `repeated`: of the same shape again and again, so
+        that it pays to try how each is taken fastest."""
 
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses that layout here."""

@@ -51,7 +51,7 @@ class Cpu(Backend):
     def synchronise(self) -> None:
         """Nothing is queued: torch's CPU operators return when they are done."""
 
-    def tune(self) -> None:
+    def tune(self, *, repeated: bool = True) -> None:
         """Keeps what a step frees. glibc gives blocks of 32 MiB and more back to Linux at once, and the next step has
         each of their pages zeroed again: a million page faults a step of `blog`, which did 148 to 169 images/s with
         them and 214 to 245 without (bf16: 265 to 314, and 538 to 594; 2 cores, n = 3), for 2.6 to 2.9 GB of memory

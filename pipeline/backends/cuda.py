@@ -46,11 +46,11 @@ class Cuda(Backend):
         CUDA does, so that one behind it can't be named. CUDA_VISIBLE_DEVICES puts another one first."""
         return sum(1 for _ in takewhile(runs_on, range(torch.cuda.device_count())))
 
-    def tune(self) -> None:
+    def tune(self, *, repeated: bool = True) -> None:
         """Has cuDNN try its kernels on each new shape and take the fastest, in place of its own guess, which on an H200
         takes 2.1 of the 6.0 ms that `blog` needs for 1,024 images in bf16 for the first convolution alone; so chosen,
         the step takes 4.8. Not on ROCm, where MIOpen may try for minutes."""
-        torch.backends.cudnn.benchmark = self.name == "cuda"
+        torch.backends.cudnn.benchmark = repeated and self.name == "cuda"
 
     def channels_last(self, precision: str) -> bool:
         """The layout of tensor cores. Without them, and so at fp32, it is slower: 21,900 images/s against 23,000 on
