@@ -611,6 +611,7 @@ def measuring(monkeypatch, scripted, clocks):
         ([0.9, 0.9], "data"),
         ([0.9, 1.0], "compute"),  # slower by now, too: no fault of the data's
         ([1.1, 1.0], "compute"),  # held down while it was measured first
+        ([1.1, 1.1, 1.2, 1.0], "compute"),  # and for longer
         ([1.1, 0.9], "data"),
     ],
 )
@@ -631,9 +632,9 @@ def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(train
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        ([SPEED / 1.1] * 2, "1.10 times what this machine did with one fixed batch"),
-        ([SPEED / 2.2, SPEED / 2], "2.00 times what this machine did with one fixed batch"),
-        ([SPEED] * 2, "times what the rate of its matrix products allows"),
+        ([SPEED / 1.1] * 4, "1.10 times what this machine did with one fixed batch"),
+        ([SPEED / 2.2, SPEED / 2, SPEED / 2.1, SPEED / 2.1], "2.00 times what this machine did with one fixed batch"),
+        ([SPEED] * 4, "times what the rate of its matrix products allows"),
     ],
 )
 def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, out, measured, said):
@@ -649,9 +650,9 @@ def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, out, me
 @pytest.mark.parametrize(
     ("shares", "load", "said"),
     [
-        ([0.9, 1.1], 0.0, "22% apart before and after it, while others used 0%"),  # slower by now: hot
-        ([1.2, 1.1], 0.0, "9% apart"),  # in between it may have been as much faster still
-        ([1.1, 1.1], 0.4, "0% apart before and after it, while others used 40%"),
+        ([0.9, 1.1, 1.1, 1.1], 0.0, "22% apart before and after it, while others used 0%"),  # slower by now: hot
+        ([1.2, 1.1, 1.1, 1.1], 0.0, "9% apart"),  # in between it may have been as much faster still
+        ([1.1, 1.1, 1.1, 1.1], 0.4, "0% apart before and after it, while others used 40%"),
     ],
 )
 def test_of_a_machine_whose_speed_changes_no_clock_is_accused(trained, measuring, monkeypatch, shares, load, said):
@@ -679,7 +680,7 @@ def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeyp
 
 def test_a_clock_that_makes_a_training_short_is_accused_all_the_same(trained, measuring, monkeypatch):
     monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
-    measuring(ceilings_of(SPEED / 12), ceilings_of(SPEED / 12))
+    measuring(*[ceilings_of(SPEED / 12)] * 4)
     line = fails(StageError, trained, "features=recompute")
     assert line.startswith("clock not trusted") and runs()[0].info.status == "FAILED"
 
