@@ -1,9 +1,9 @@
 """How much times of the same work differ within a process and between processes: what `compare` can't see in repeats.
 
 python -m benchmarks.noise [--processes N] [--repeats N] [--into FILE] [-S key=value ...]; the settings are the
-pipeline's. N processes, one after the other, each set up once, do two works N times: `linear-probe`'s training, every
-repeat with a seed of its own (its seconds are those of `time/total_seconds`), and `finetune`'s step on a fixed batch,
-repeated for STEP_SECONDS (seconds of a step). No repeat is left out.
+pipeline's. N processes, one after the other, each set up once, do three works N times: `linear-probe`'s training and
+one epoch of `blog`'s, every repeat with a seed of its own (their seconds are those of `time/total_seconds`), and
+`finetune`'s step on a fixed batch, repeated for STEP_SECONDS (seconds of a step). No repeat is left out.
 
 What FILE (reports/bench/noise.json) holds stays, and what is measured joins it: the same command at another hour, on
 another day or on another machine of this kind tells what differs between them. Printed are, of all in FILE, the
@@ -22,7 +22,10 @@ from benchmarks import bare, results
 from pipeline import config, files, noise, training
 from pipeline.clock import Clock
 
-TRAINING, STEP = "linear-probe", "finetune"
+TRAININGS = {"linear-probe": (), "blog": ("epochs=1",)}
+"""Recipes, and what is set of them."""
+
+STEP = "finetune"
 
 STEP_SECONDS = 2.0
 """About how long the step is repeated for one figure."""
@@ -30,15 +33,18 @@ STEP_SECONDS = 2.0
 
 def measured(overrides: Sequence[str], repeats: int) -> dict[str, Any]:
     """What one process finds; this one, which should have done nothing before."""
-    settings = results.settings_of([*overrides, f"recipe={TRAINING}"])
+    settings = results.settings_of([*overrides, f"recipe={STEP}"])
     conditions = results.conditions_of(settings, overrides)
-    seconds, accuracies = _trainings(settings, repeats)
-    steps = _steps(results.settings_of([*overrides, f"recipe={STEP}"]), repeats)
+    seconds, accuracies = {}, {}
+    for recipe, own in TRAININGS.items():
+        chosen = results.settings_of([*overrides, *own, f"recipe={recipe}"])
+        seconds[recipe], accuracies[recipe] = _trainings(chosen, repeats)
+    seconds[STEP] = _steps(settings, repeats)
     return {
         "backend": training.device_for(settings.device, settings.work).name,
         "conditions": conditions,
-        "seconds": {TRAINING: seconds, STEP: steps},
-        "accuracies": {TRAINING: accuracies},
+        "seconds": seconds,
+        "accuracies": accuracies,
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import results
 from pipeline import comparison, config, noise
-from pipeline.noise import Between, Noise
+from pipeline.noise import Noise
 
 COUNTS = (3, 5, 10)
 SLOWER = 1.03
@@ -37,7 +37,7 @@ PROCESSES = {"one process": 1, "two processes": 2, "own processes": None}
 SETTINGS = config.Compare(reference="A", prices="", tainted=False)
 
 
-def rates(each: Noise, between: dict[str, Between], trials: int, generator: random.Random) -> dict[str, Any]:
+def rates(each: Noise, between: noise.Measured, trials: int, generator: random.Random) -> dict[str, Any]:
     """The shares of trials that were called different, `alike`, and found slower, `slower`, by kind of processes and
     n."""
     found: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def rates(each: Noise, between: dict[str, Between], trials: int, generator: rand
 
 
 def _claim(
-    each: Noise, between: dict[str, Between], count: int, processes: int, factor: float, generator: random.Random
+    each: Noise, between: noise.Measured, count: int, processes: int, factor: float, generator: random.Random
 ) -> str:
     """What is claimed of B against A, whose times are drawn alike, but for B's `factor`."""
     runs = [*_runs("A", each, count, processes, 1.0, generator), *_runs("B", each, count, processes, factor, generator)]
@@ -81,13 +81,16 @@ def _runs(
             tags |= {"repeats.id": f"{machine}{process}", "repeats": str(size)}
         for repeat in range(size):
             seconds = factor * math.exp(shift + generator.choice(errors))
+            metrics = {"time/total_seconds": seconds, "test/accuracy": generator.choice(accuracies)}
+            if noise.TRAINED_ON.get(each.work) == "features":
+                metrics["speed/feature_images_per_second"] = 1 / seconds
             runs.append(
                 {
                     "run_id": f"{machine}{process}.{repeat}",
                     "experiment_id": "0",
                     "started": 0,
                     "tags": tags,
-                    "metrics": {"time/total_seconds": seconds, "test/accuracy": generator.choice(accuracies)},
+                    "metrics": metrics,
                     "params": {"train.precision": "fp32"},
                 }
             )

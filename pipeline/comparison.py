@@ -21,7 +21,6 @@ from typing import Any
 from pipeline import claims, config, noise, stats
 from pipeline.claims import Claim, Side
 from pipeline.errors import UsageError
-from pipeline.noise import Between
 
 Run = Mapping[str, Any]
 """As `tracking.finished_runs` gives it."""
@@ -186,7 +185,7 @@ class Comparison:
     first: int | None
     last: int | None
     tainted: bool
-    between: Mapping[str, Between]
+    between: noise.Measured
     parts: Sequence[Part]
     prices: Mapping[str, config.Price] | None
     unused_prices: Sequence[str]
@@ -201,7 +200,7 @@ class Context:
     link: Callable[[str, str], str]
     settings: config.Compare
     prices: Mapping[str, config.Price]
-    between: Mapping[str, Between]
+    between: noise.Measured
     names: Mapping[Place, str]
     incomplete: Collection[str]
 
@@ -212,12 +211,12 @@ def compare(
     link: Callable[[str, str], str],
     settings: config.Compare,
     prices: Mapping[str, config.Price] | None,
-    between: Mapping[str, Between],
+    between: noise.Measured,
 ) -> Comparison:
     """`runs` come newest first. `courses` gives the COURSES of a run by its id, and is asked for those of shown rows
     alone; `link`, from the ids of experiment and run, where its page is. `between`: how logarithms of times differ
-    between processes, by backend; the largest stands for a backend that has none, and there is one at least. Raises
-    UsageError where no run is of the machine `settings.reference`."""
+    between processes (`noise.between`), on one backend at least. Raises UsageError where no run is of the machine
+    `settings.reference`."""
     # One training may stand in several experiments of a store; it is one run all the same.
     found: dict[str, Run] = {}
     for run in runs:
@@ -499,7 +498,9 @@ def _unseen(context: Context, group: Group, sample: Sample) -> stats.Part:
     sizes = [len(own) for own in sample.values()]
     if max(sizes, default=1) == 1:
         return stats.NONE
-    known = context.between.get(group.runs[0]["tags"].get("backend", ""), max(context.between.values()))
+    on_features = "feature_images_per_second" in group.samples
+    backend = group.runs[0]["tags"].get("backend", "")
+    known = noise.known(context.between, backend, "features" if on_features else "images")
     own = noise.components([[math.log(value) for value in values] for values in sample.values()])
     return stats.between_processes(sizes, max(known.deviation**2, own[1] if own else 0.0), known.degrees)
 

@@ -19,6 +19,12 @@ from pipeline import files
 
 FILE = Path(__file__).with_name("noise.json")
 
+TRAINED_ON = {"linear-probe": "features", "blog": "images"}
+"""What the trainings among the works learn from: features that were computed once, or all images in each epoch."""
+
+ANY = "any"
+"""All works of a backend."""
+
 
 class Noise(NamedTuple):
     """Standard deviations of one `work` on one kind of hardware: `within` a process, `between` processes, and of those
@@ -42,6 +48,10 @@ class Between(NamedTuple):
 
     deviation: float
     degrees: int
+
+
+Measured = Mapping[str, Mapping[str, Between]]
+"""See `between`."""
 
 
 def components(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
@@ -102,10 +112,20 @@ def read(file: Path = FILE) -> list[Noise]:
     return measured(files.read_json(file)["processes"])
 
 
-def between(found: Iterable[Noise]) -> dict[str, Between]:
-    """The largest that was measured on each backend."""
-    largest: dict[str, Between] = {}
+def between(found: Iterable[Noise]) -> Measured:
+    """The largest that was measured on each backend, of trainings by TRAINED_ON, and of ANY work."""
+    largest: dict[str, dict[str, Between]] = {}
     for noise in found:
-        own = Between(noise.between, len(noise.logs) - 1)
-        largest[noise.backend] = max(own, largest.get(noise.backend, own))
+        own, there = Between(noise.between, len(noise.logs) - 1), largest.setdefault(noise.backend, {})
+        for kind in {ANY, TRAINED_ON.get(noise.work, ANY)}:
+            there[kind] = max(own, there.get(kind, own))
     return largest
+
+
+def known(measured: Measured, backend: str, trained_on: str) -> Between:
+    """What stands for trainings on a backend: what was measured of such; else the largest of any work there; where the
+    backend has none, the largest on any."""
+    there = measured.get(backend)
+    if there is None:
+        return max(each[ANY] for each in measured.values())
+    return there.get(trained_on, there[ANY])

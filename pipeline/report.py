@@ -29,7 +29,8 @@ NOTES = (
     f"{100 * PARITY_SINGLE:g}.",
     "Below n stands which differences the intervals of a row hold: repeats within one process show fewer than runs in "
     "several, and runs of one hour fewer than those of two days. Where several runs share a process, intervals of "
-    "times and speeds are widened by what was measured between processes on that kind of device, else the most on any.",
+    "times and speeds are widened by what was measured between processes on that kind of device, for trainings alike "
+    "(on features or on images), else the most on it or on any.",
     "End/start is the speed in the last third of the time over that in the first: below 1 where a machine got hot.",
     "The total time is copying to the device, features, training and validation; s/epoch is training alone. The time "
     "to an accuracy ends with the epoch that reached it; with some runs that never did, it is the median of all, and "

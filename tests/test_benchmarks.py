@@ -138,7 +138,7 @@ def test_noise_is_measured_in_a_process_and_joins_what_was(tmp_path, monkeypatch
     (found,) = json.loads(file.read_text())["processes"]
     assert found["backend"] == "cpu" and found["conditions"]["torch"] == torch.__version__
     assert found.pop("session") == found["conditions"]["date"]
-    assert [len(own) for own in (*found["seconds"].values(), *found["accuracies"].values())] == [2, 2, 2]
+    assert [len(own) for own in (*found["seconds"].values(), *found["accuracies"].values())] == [2, 2, 2, 2, 2]
     assert all(seconds > 0 for each in found["seconds"].values() for seconds in each)
     assert "repeats in" not in capsys.readouterr().out  # one process tells nothing of what differs between several
 
@@ -205,7 +205,7 @@ def test_alike_machines_are_rarely_called_different_and_a_slow_down_is_found():
 
 def test_repeats_of_one_process_would_be_unfair_if_nothing_were_known_of_others():
     (each,) = measured_noise.measured(measurement("cuda", 0.004, 0.008))
-    unfair = simulation.rates(each, {"cuda": Between(0.0, 5)}, 60, random.Random(0))
+    unfair = simulation.rates(each, {"cuda": {"any": Between(0.0, 5)}}, 60, random.Random(0))
     assert unfair["own processes"][10]["alike"] <= 0.14
     assert unfair["one process"][10]["alike"] > 0.4
     assert any("called different" in text and "one process" in text for text in simulation.failures(each, unfair))
@@ -235,5 +235,5 @@ def test_the_simulation_prints_a_table_and_fails_where_it_is_not_fair(tmp_path, 
 
 def test_what_was_measured_is_there_for_the_comparison():
     found = measured_noise.measured(json.loads(measured_noise.FILE.read_text())["processes"])
-    assert {each.work for each in found} == {"linear-probe", "finetune"}
+    assert {each.work for each in found} >= {"linear-probe", "finetune"}
     assert all(each.within > 0 for each in found) and measured_noise.between(found)

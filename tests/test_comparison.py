@@ -273,6 +273,12 @@ def test_what_was_measured_on_a_backend_stands_for_it_else_the_largest(backend, 
     assert only.figures["total_seconds"] == pytest.approx(expected)
 
 
+def test_trainings_on_features_have_a_spread_of_their_own():
+    only = row(Store().repeats(3, 1, metrics={"speed/feature_images_per_second": 500.0}).compare(), "GPU A")
+    expected = stats.typical(only.values["total_seconds"], unseen=unseen([3], BETWEEN["cuda"].deviation / 2))
+    assert only.figures["total_seconds"] == pytest.approx(expected)
+
+
 def test_runs_of_their_own_say_over_how_many_hours():
     assert row(Store().add(1).compare(), "GPU A").spread == ""
     assert row(Store().add(3).compare(), "GPU A").spread == "between 3 processes, over 2.0 hours"

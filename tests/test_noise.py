@@ -64,11 +64,23 @@ def test_what_differs_between_hours_is_estimated_where_there_are_several():
     assert both.hours == pytest.approx(math.sqrt(math.log(2) ** 2 / 2 - math.log(1.1) ** 2 / 4))
 
 
-def test_the_largest_of_a_backend_stands_for_it():
+def test_the_largest_of_a_backend_and_of_its_trainings():
     processes = [process(1.0, 1.0), process(1.1, 1.1), process(1.0, 1.0, work="b"), process(1.2, 1.2, work="b")]
     processes += [process(1.0, 1.0, backend="cuda"), process(1.01, 1.01, backend="cuda")]
+    for hardware, factor in (("CPU A", 1.02), ("CPU B", 1.04)):
+        processes += [process(value, value, work="blog", hardware=hardware) for value in (1.0, factor)]
     found = noise.between(noise.measured(processes))
-    assert found == {
-        "cpu": (pytest.approx(math.log(1.2) / 2**0.5), 1),
-        "cuda": (pytest.approx(math.log(1.01) / 2**0.5), 1),
-    }
+
+    def of(factor):
+        return pytest.approx(math.log(factor) / 2**0.5), 1
+
+    assert found == {"cpu": {"any": of(1.2), "images": of(1.04)}, "cuda": {"any": of(1.01)}}
+
+
+def test_what_stands_for_trainings():
+    largest, images, step = noise.Between(0.05, 9), noise.Between(0.01, 9), noise.Between(0.02, 4)
+    measured = {"cpu": {"any": largest, "images": images}, "cuda": {"any": step}}
+    assert noise.known(measured, "cpu", "images") == images
+    assert noise.known(measured, "cpu", "features") == largest
+    assert noise.known(measured, "cuda", "images") == step
+    assert noise.known(measured, "mps", "images") == largest
