@@ -114,8 +114,8 @@ def _measured(
     record: Mapping[str, Any],
     backend: backends.Backend,
 ) -> tuple[NDArray[np.int64], dict[str, float]]:
-    """The label predicted for each test image, and the figures. The first batch is passed once before the clock
-    starts."""
+    """The label predicted for each test image, and the figures. A batch of each size is passed before the
+    clock starts."""
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
     net = net.to(backend.device).to(memory_format=training.layout(channels_last))
 
@@ -124,8 +124,8 @@ def _measured(
 
     totals = engine.Totals(backend.device)
     score = engine.scorer(net, ready, backend, recipe.precision, totals)
-    size = min(recipe.batch_size, len(test))
-    engine.evaluate(net, score, totals, [training.first(test, size, backend)])
+    sizes = training.sizes(test, recipe.batch_size)
+    engine.evaluate(net, score, totals, [training.first(test, size, backend) for size in sizes])
     clock = Clock(backend.synchronise)
     predictions: list[Tensor] = []
     with terminal.progress("test", len(test)) as advance, clock.span("test") as span:

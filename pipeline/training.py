@@ -180,7 +180,7 @@ def warm_up(work: Work, splits: Splits) -> float:
     job, recipe, backend = work.job, work.recipe, work.job.backend
     # The full batch's shape and the short last one's.
     batches = [
-        [first(split, size, backend) for size in sorted(_sizes(split, recipe.batch_size))]
+        [first(split, size, backend) for size in sizes(split, recipe.batch_size)]
         for split in (splits["train"], validated_in(splits))
     ]
 
@@ -191,7 +191,8 @@ def warm_up(work: Work, splits: Splits) -> float:
             training, validation = (
                 [(work.features(images).clone(), labels) for images, labels in some] for some in batches
             )
-        if work.compile_mode == "off" and not work.recorded:
+        if not (backend.asynchronous or work.recorded) and work.compile_mode == "off":
+            # A CPU by itself does nothing once by shape.
             validation = training[:1]
         engine.warm_up(job, training, validation)
 
@@ -329,9 +330,9 @@ def layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _sizes(split: data.Split, batch_size: int) -> set[int]:
-    """The sizes of the split's batches."""
-    return {min(batch_size, len(split)), len(split) % batch_size} - {0}
+def sizes(split: data.Split, batch_size: int) -> list[int]:
+    """The sizes of the split's batches, in rising order."""
+    return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0})
 
 
 def _schedule(recipe: config.Recipe, net: model.Classifier, images: int, backend: Backend) -> engine.Schedule:

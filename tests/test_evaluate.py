@@ -39,6 +39,15 @@ def rewrite(folder, **changes):
     model.save_checkpoint(path, net, model.Checkpoint(**vars(facts) | changes))
 
 
+def in_sevens(outputs):
+    """Settings by which the last of 9 batches of the 60 test images is short, as if they had been the training's."""
+    settings = generated("batch_size=7")
+    record = files.read_json(outputs / "train" / "record.json")
+    record["tags"]["workload"] = evaluate.config.workload(settings.work, files.read_json(outputs / "inputs.json"))
+    files.write_json(outputs / "train" / "record.json", record)
+    return settings
+
+
 # --- what is measured
 
 
@@ -49,10 +58,7 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
         drawn.update(counts=counts.copy(), classes=list(classes), accuracy=accuracy, title=title)
 
     monkeypatch.setattr(plots, "confusion_matrix", matrix)
-    settings = generated("batch_size=7")  # the last of 9 batches is short
-    record = files.read_json(outputs / "train" / "record.json")
-    record["tags"]["workload"] = evaluate.config.workload(settings.work, files.read_json(outputs / "inputs.json"))
-    files.write_json(outputs / "train" / "record.json", record)
+    settings = in_sevens(outputs)
     result = evaluate.run(settings, outputs)
 
     net, facts = model.load_checkpoint(outputs / "train" / "best.safetensors")
@@ -75,24 +81,27 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
     for actual, predicted in np.ndindex(10, 10):
         assert drawn["counts"][actual, predicted] == ((labels == actual) & (answers == predicted)).sum()
     assert drawn["classes"] == list(facts.classes)
-    assert (drawn["accuracy"], drawn["title"]) == (metrics["test/accuracy"], record["name"])
+    assert (drawn["accuracy"], drawn["title"]) == (
+        metrics["test/accuracy"],
+        files.read_json(outputs / "train" / "record.json")["name"],
+    )
 
 
-def test_the_first_batch_is_passed_once_before_the_clock_starts(outputs, monkeypatch):
+def test_a_batch_of_each_size_is_passed_before_the_clock_starts(outputs, monkeypatch):
     passed = []
     whole = evaluate.engine.evaluate
     clock = []
 
     def measured(net, score, totals, batches, *args):
         batches = list(batches)
-        passed.append((sum(len(labels) for _, labels in batches), [c._open for c in clock]))
+        passed.append(([len(labels) for _, labels in batches], [c._open for c in clock]))
         return whole(net, score, totals, batches, *args)
 
     real = evaluate.Clock
     monkeypatch.setattr(evaluate, "Clock", lambda *args: clock.append(real(*args)) or clock[-1])
     monkeypatch.setattr(evaluate.engine, "evaluate", measured)
-    evaluate.run(generated(), outputs)
-    assert passed == [(60, []), (60, ["test"])]
+    evaluate.run(in_sevens(outputs), outputs)
+    assert passed == [([4, 7], []), ([7] * 8 + [4], ["test"])]
 
 
 def test_the_speed_is_images_over_the_time_of_the_clock(outputs, monkeypatch):

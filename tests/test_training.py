@@ -159,6 +159,19 @@ def test_the_warm_up_takes_each_shape_that_the_training_will(build, splits, monk
     assert taken == expected
 
 
+@pytest.mark.parametrize(("asynchronous", "expected"), [(True, [5, 6, 5, 6]), (False, [2])])
+def test_a_device_that_chooses_kernels_by_shape_is_shown_those_of_the_validation(
+    build, splits, monkeypatch, asynchronous, expected
+):
+    """Of 20 images to train on and 11 to validate on, six at a time; twice, for its memory. A CPU has what is trained
+    on scored once."""
+    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
+    work, scored = build(recipe_of("finetune", "batch_size=6")), []
+    monkeypatch.setattr(work.job, "score", lambda inputs, labels: scored.append(len(labels)))
+    training.warm_up(work, splits)
+    assert scored == expected
+
+
 def test_where_launches_are_recorded_every_shape_of_the_validation_is_passed_too(build, splits):
     backend = Recording()
     work = build(recipe_of("finetune"), backend)
