@@ -119,8 +119,11 @@ def _measured(
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
     net = net.to(backend.device).to(memory_format=training.layout(channels_last))
 
+    height, width, _ = test.inputs.shape[1:]
+    enlarge = data.filters(height, width, recipe.image_size, backend.device)
+
     def ready(images: Tensor) -> Tensor:
-        return data.prepare(images, recipe.image_size, channels_last=channels_last)
+        return data.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
     totals = engine.Totals(backend.device)
     score = engine.scorer(net, ready, backend, recipe.precision, totals)

@@ -278,6 +278,7 @@ def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None
     capacity = backend.capacity_mib() or math.inf
     largest, size = 0, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
     while size >= 2:
+        backend.reset_peak_memory()
         done = _takes_step(work, size, image_shape)
         peak = backend.memory_mib().get("peak", 0.0)
         fits = done and peak <= capacity
@@ -302,8 +303,7 @@ def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
             images = torch.zeros((size, *image_shape), dtype=torch.uint8, device=backend.device)
             labels = torch.zeros(size, dtype=torch.int64, device=backend.device)
             step = work.stepper(raw=True, recorded=False)
-            for _ in range(2):  # the first one chooses kernels, which takes memory, and makes the optimizer's state
-                backend.reset_peak_memory()
+            for _ in range(2):  # the optimizer's state is there from the first one's end on
                 step(images, labels)
             backend.synchronise()
     except OutOfMemoryError:

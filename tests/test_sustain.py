@@ -327,6 +327,9 @@ class Refusing(Cpu):
     def capacity_mib(self):
         return 8.0
 
+    def reset_peak_memory(self):
+        self.largest = 0
+
     def memory_mib(self):
         return {"peak": float(self.largest)}
 
