@@ -148,9 +148,9 @@ def apart(*arguments: Any, **options: Any) -> list[dict[str, float]]:
         return processes.submit(baseline, *arguments, **options).result()
 
 
-def alone(settings: config.Settings, workers: int) -> None:
-    """The baseline by itself, from a folder of images that PIL reads one by one, all epochs; prints what it found as
-    JSON on the last line. What `overheads` starts as a process."""
+def alone(settings: config.Settings, epochs: int, workers: int) -> None:
+    """The baseline by itself, from a folder of images that PIL reads one by one; prints what it found as JSON on the
+    last line. What `overheads` starts as a process."""
     recipe = settings.work
     images, labels = _read(settings, "train")
     if recipe.validation == "test":
@@ -160,7 +160,7 @@ def alone(settings: config.Settings, workers: int) -> None:
             ([images[index] for index in some], labels[some]) for some in data.stratified(labels, settings.seed)
         )
     weights = bare.weights_of(recipe)
-    print(json.dumps(baseline(settings, weights, train, validation, epochs=recipe.epochs, workers=workers)))
+    print(json.dumps(baseline(settings, weights, train, validation, epochs=epochs, workers=workers)))
 
 
 def compared(name: str, arguments: Any) -> tuple[dict[str, Any], str | None]:
@@ -241,10 +241,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--baseline-epochs", type=results.whole, default=1, metavar="N", help="it does at most (1)")
     parser.add_argument("--baseline-limit", type=results.whole, metavar="N", help="images it trains on; time is scaled")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of its DataLoader ({WORKERS})")
-    parser.add_argument("--alone", action="store_true", help="only the baseline, all epochs, from a folder of images")
+    parser.add_argument("--alone", action="store_true", help="only the baseline, from a folder of images")
     arguments = parser.parse_args(words)
     if arguments.alone:
-        alone(results.settings_of(arguments.overrides), arguments.workers)
+        alone(results.settings_of(arguments.overrides), arguments.baseline_epochs, arguments.workers)
         return
     conditions = results.conditions_of(results.settings_of(arguments.overrides), arguments.overrides)
     found: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """What is not training: tracking, a `dvc repro` with nothing to do, start-up, and whole processes from a cold start.
 
-python -m benchmarks.overheads [--parts tracking,repro,help,start,cold] [-S key=value ...]; the settings are the
-pipeline's, laid over a small made job of each part's own.
+python -m benchmarks.overheads [--parts tracking,repro,help,start,cold] [--baseline-epochs N] [-S key=value ...]; the
+settings are the pipeline's, laid over a small made job of each part's own.
 
 tracking  the same job by `train.run` (MLflow on SQLite, its sampling of the machine, the best checkpoint kept) and by
           `bare.train` (none of it), in turns in one process: median seconds of an epoch's training; and from one
@@ -13,7 +13,9 @@ start     `python -m pipeline.train` as a process: from its start to the first b
           being there; with the measurement of the machine's ceilings, as it is, and what it would be without.
 cold      the baseline's script against `python -m pipeline.run` (all stages, MLflow), each a process: imports, reading
           and decoding a folder of images, training, the end. What the project keeps (.cache) is deleted before both;
-          files may be in the system's own cache. They must agree, as in `blog_baseline`.
+          files may be in the system's own cache. They must agree, as in `blog_baseline`. With --baseline-epochs N the
+          baseline does N, and each of the others counts as long as these took in the mean (its cost does not change:
+          `blog_baseline --flat`).
 
 A part that fails is said, has no figures, and makes the exit status 1; the others go on.
 """
@@ -37,7 +39,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from benchmarks import bare, results
+from benchmarks import bare, blog_baseline, results
 from pipeline import config, download, files, hardware, sources, train, training
 from pipeline.errors import StageError
 
@@ -197,9 +199,14 @@ def start(overrides: Sequence[str], rounds: int, project: Project) -> dict[str, 
     return found
 
 
-def cold(overrides: Sequence[str], rounds: int, project: Project, folder: Path) -> dict[str, Any]:
-    """Whole processes."""
+def cold(
+    overrides: Sequence[str], rounds: int, project: Project, folder: Path, at_most: int | None, workers: int
+) -> dict[str, Any]:
+    """Whole processes; the baseline's for `at_most` epochs."""
     settings = results.settings_of(overrides)
+    every = settings.work.epochs
+    measured = min(every, at_most or every)
+    how = ("--alone", "--baseline-epochs", str(measured), "--workers", str(workers))
     if settings.data.source != "folder":
         exported = _exported(settings, folder)
         overrides = [*overrides, "data.source=folder", f"data.path={exported.as_posix()}"]
@@ -212,9 +219,9 @@ def cold(overrides: Sequence[str], rounds: int, project: Project, folder: Path) 
     losses: dict[str, list[float]] = {"baseline": [], "ours": []}
     accuracies: dict[str, list[float]] = {"baseline": [], "ours": []}
     for _ in range(rounds):
-        took, said = _from_cold(project, "benchmarks.blog_baseline", "--alone", *words)
+        took, said = _from_cold(project, "benchmarks.blog_baseline", *how, *words)
         rows = json.loads(next(line for line in said.splitlines() if line.startswith("[{")))
-        seconds["baseline"].append(took)
+        seconds["baseline"].append(took + (every - measured) * statistics.fmean(row["seconds"] for row in rows))
         losses["baseline"].append(rows[0]["loss"])
         accuracies["baseline"].append(rows[-1]["accuracy"])
         took, _ = _trusted(partial(_from_cold, project, "pipeline.run", *words))
@@ -226,7 +233,7 @@ def cold(overrides: Sequence[str], rounds: int, project: Project, folder: Path) 
         accuracies["ours"].append(epochs[-1]["val/accuracy"])
         print(f"cold: baseline {seconds['baseline'][-1]:.1f} s, ours {took:.1f} s", flush=True)
     validated = next(count for split, count in record["facts"]["images"].items() if split != "train")
-    judged = results.judges(settings, validated)
+    judged = measured == every and results.judges(settings, validated)
     reason = results.disagreement(
         (losses["baseline"], losses["ours"]),
         (accuracies["baseline"], accuracies["ours"]) if judged else None,
@@ -234,10 +241,12 @@ def cold(overrides: Sequence[str], rounds: int, project: Project, folder: Path) 
     if reason:
         raise StageError(reason)
     ratio = results.ratios([a / b for a, b in zip(seconds["baseline"], seconds["ours"], strict=True)])
-    results.row("cold", f"baseline / ours, {settings.recipe}, {settings.work.epochs} epochs, whole processes", ratio)
+    results.row("cold", f"baseline / ours, {settings.recipe}, {every} epochs, whole processes", ratio)
     return {
         "recipe": settings.recipe,
-        "epochs": settings.work.epochs,
+        "epochs": every,
+        "baseline epochs measured": measured,
+        "workers": workers,
         "images": record["facts"]["images"],
         "precision": {"baseline": "fp32", "ours": settings.work.precision},
         "baseline / ours": ratio,
@@ -252,6 +261,10 @@ def main(words: Sequence[str]) -> None:
     """Takes the parts one after the other."""
     parser = results.parser(__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="which, comma between them (all)")
+    parser.add_argument("--baseline-epochs", type=results.whole, metavar="N", help="cold: it does at most (all)")
+    parser.add_argument(
+        "--workers", type=int, default=blog_baseline.WORKERS, help=f"cold: its DataLoader's ({blog_baseline.WORKERS})"
+    )
     arguments = parser.parse_args(words)
     wanted = arguments.parts.split(",")
     if unknown := set(wanted) - set(PARTS):
@@ -268,7 +281,7 @@ def main(words: Sequence[str]) -> None:
             "repro": lambda: repro(of["repro"], rounds, project),
             "help": lambda: helped(rounds, project),
             "start": lambda: start(of["start"], rounds, project),
-            "cold": lambda: cold(of["cold"], rounds, project, folder),
+            "cold": lambda: cold(of["cold"], rounds, project, folder, arguments.baseline_epochs, arguments.workers),
         }
         refused = []
         for part in (part for part in PARTS if part in wanted):
