@@ -1,10 +1,12 @@
 """What this machine can do at most, measured in seconds before a training, and what the training made of it."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,13 @@ SHORTEST_WINDOW = 1e-6
 
 QUEUEINGS = 5
 """How many calls `queueing_share` takes the median of."""
+
+BUSY_CALLS = 3
+"""How many calls the device is kept busy for to see whether a call waits for it. Queueing alone takes one at most, so
+that what takes more than two has waited."""
+
+BUSY_SIDE = 4096
+"""Side of the matrices that `busy` multiplies: 192 MiB, and 3 ms on an H200."""
 
 SMALLEST_SIDE, LARGEST_SIDE = 512, 8192
 """Sides of the matrices that `matmul_flops` multiplies: the smallest, doubled up to the largest."""
@@ -73,8 +82,8 @@ class Measured:
     images_per_second: float
     """Of the training's own step, again and again on one fixed batch that lies on the device."""
 
-    queueing_share: float
-    """Of that step; see the function of this name."""
+    queueing_share: float | None
+    """Of that step; see the function of this name. None, too, on a device that queues nothing."""
 
 
 def fastest(
@@ -109,23 +118,56 @@ def fastest(
 
 
 def queueing_share(
-    work: Callable[[], object], synchronise: Callable[[], None], *, now: Callable[[], float] = time.perf_counter
-) -> float:
-    """Share (0..1) of a call's time, until the device is done, that the host needed to queue it; median of five.
+    work: Callable[[], object],
+    synchronise: Callable[[], None],
+    busy: Callable[[float], Callable[[], object]],
+    *,
+    now: Callable[[], float] = time.perf_counter,
+) -> float | None:
+    """Share (0..1) of a call's time, until an asynchronous device is done, that the host needed to queue it; median of
+    five. Near 1, the device waits for launches.
 
-    Near 1 on an asynchronous device, the device waits for launches. It tells nothing of `work` that itself waits
-    for the device (`.item()`, a GradScaler's step), nor on a device that queues nothing: both give 1. One call at a
-    time, because a device that has about a thousand launches queued blocks the host, which would then look busy.
+    None where `work` itself waits for the device (`.item()`, a GradScaler's step), so that the share would be 1 and
+    tell nothing. `busy(seconds)` gives a function that queues so much work beside: behind it, queueing takes as long as
+    ever, and waiting takes longer. One call at a time, because a device that has about a thousand launches queued
+    blocks the host, which would then look busy.
     """
-    shares = []
+    queueing, whole = [], []
     for _ in range(QUEUEINGS):
         synchronise()
         start = now()
         work()
         queued = now()  # without waiting, here alone and on purpose: the time of queueing is what is asked
         synchronise()
-        shares.append((queued - start) / (now() - start))
-    return statistics.median(shares)
+        queueing.append(queued - start)
+        whole.append(now() - start)
+    share = statistics.median(part / all_of_it for part, all_of_it in zip(queueing, whole, strict=True))
+    if share > LAUNCHES_ABOVE:
+        seconds = statistics.median(whole)
+        ahead = busy(BUSY_CALLS * seconds)
+        synchronise()
+        ahead()
+        start = now()
+        work()
+        queued = now()
+        synchronise()
+        if queued - start > (BUSY_CALLS - 1) * seconds:
+            return None
+    return share
+
+
+def busy(backend: Backend, seconds: float) -> Callable[[], None]:
+    """A function that queues products for `seconds` at least, and does not wait for them."""
+    left, right = (_normal(backend, torch.float32, BUSY_SIDE, seed) for seed in range(2))
+    product = torch.empty_like(left)
+    once = partial(torch.mm, left, right, out=product)
+    times = math.ceil(seconds / fastest(once, backend.synchronise, seconds=SIDE_SECONDS))
+
+    def queue() -> None:
+        for _ in range(times):
+            once()
+
+    return queue
 
 
 def matmul_flops(backend: Backend, precision: str) -> float:
@@ -208,20 +250,16 @@ def efficiency(images_per_second: float, ceilings: Measured, flops_per_image: fl
     return figures
 
 
-def limit(figures: Mapping[str, float], ceilings: Measured, asynchronous: bool) -> str:
-    """What kept a training with these figures (`efficiency`'s) from being faster: data | launches | compute.
-
-    `asynchronous`: whether the step is queued on the device without waiting for it. Where it is not, queueing takes
-    all of the time and tells nothing.
-    """
+def limit(figures: Mapping[str, float], ceilings: Measured) -> str:
+    """What kept a training with these figures (`efficiency`'s) from being faster: data | launches | compute."""
     if figures["efficiency/vs_synthetic"] < DATA_BELOW:
         return "data"
-    return "launches" if asynchronous and ceilings.queueing_share > LAUNCHES_ABOVE else "compute"
+    return "launches" if (ceilings.queueing_share or 0.0) > LAUNCHES_ABOVE else "compute"
 
 
-def verdict(figures: Mapping[str, float], ceilings: Measured, asynchronous: bool) -> str:
+def verdict(figures: Mapping[str, float], ceilings: Measured) -> str:
     """`limit` in a sentence for people, with what it rests on."""
-    limited = limit(figures, ceilings, asynchronous)
+    limited = limit(figures, ceilings)
     share = f"{figures['efficiency/vs_synthetic']:.0%} of the speed of one fixed batch"
     if limited == "data":
         return f"limited by data: real images passed at {share}"

@@ -313,9 +313,8 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
         )
         record["tags"]["taints"] = "ceilings"
     record["metrics"] |= figures
-    queues = backend.asynchronous and work.job.scaler is None  # which waits for the device in each step
-    record["tags"]["limited_by"] = ceilings.limit(figures, taken[-1], queues)
-    record["facts"]["verdict"] = ceilings.verdict(figures, taken[-1], queues)
+    record["tags"]["limited_by"] = ceilings.limit(figures, taken[-1])
+    record["facts"]["verdict"] = ceilings.verdict(figures, taken[-1])
     terminal.say(f"machine  {record['facts']['verdict']}")
 
 

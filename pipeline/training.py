@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -235,7 +236,9 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     once, size = fixed_step(work, splits)
     measured = ceilings.Measured(
         images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=ceilings.STEP_SECONDS),
-        queueing_share=ceilings.queueing_share(once, backend.synchronise) if backend.asynchronous else 1.0,
+        queueing_share=ceilings.queueing_share(once, backend.synchronise, partial(ceilings.busy, backend))
+        if backend.asynchronous
+        else None,
         matmul_flops=ceilings.matmul_flops(backend, work.recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
     )

@@ -74,17 +74,44 @@ def test_by_itself_it_times_for_about_the_seconds_asked():
     assert ceilings.fastest(lambda: sum(range(1000)), lambda: None, seconds=0.001) > 0
 
 
+def busying(backend, asked):
+    """What keeps `backend` busy; the seconds asked for go to `asked`."""
+
+    def busy(seconds):
+        asked.append(seconds)
+        return lambda: backend.queue(seconds)
+
+    return busy
+
+
 def test_a_device_that_queues_everything_has_no_queueing_share(backend):
     backend.queue(50)  # of before: waited for first
-    assert ceilings.queueing_share(scripted(backend, [2.0] * 5), backend.synchronise, now=backend.now) == 0
+    work, asked = scripted(backend, [2.0] * 5), []
+    assert ceilings.queueing_share(work, backend.synchronise, busying(backend, asked), now=backend.now) == 0
     assert backend.calls == ["synchronise", "now", "work", "now", "synchronise", "now"] * 5
+    assert asked == []
 
 
-def test_queueing_takes_all_of_a_synchronous_devices_time(backend):
+@pytest.mark.parametrize(("host", "share"), [(2.0, 1.0), (1.9, 0.95)])
+def test_a_host_that_takes_as_long_as_the_device_is_waited_for(backend, host, share):
     def work():
-        backend.time += 2
+        backend.time += host
+        backend.queue(2 - host)
 
-    assert ceilings.queueing_share(work, backend.synchronise, now=backend.now) == 1
+    asked = []
+    found = ceilings.queueing_share(work, backend.synchronise, busying(backend, asked), now=backend.now)
+    assert found == pytest.approx(share)
+    assert asked == [pytest.approx(6)]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.1])
+def test_a_step_that_waits_for_the_device_has_no_queueing_share(backend, after):
+    def work():
+        backend.queue(2.0)
+        backend.synchronise()  # as `.item()` does
+        backend.queue(after)
+
+    assert ceilings.queueing_share(work, backend.synchronise, busying(backend, []), now=backend.now) is None
 
 
 def test_the_median_queueing_share_counts(backend):
@@ -95,7 +122,17 @@ def test_the_median_queueing_share_counts(backend):
         backend.time += took
         backend.queue(8 - took)
 
-    assert ceilings.queueing_share(work, backend.synchronise, now=backend.now) == 1 / 8
+    assert ceilings.queueing_share(work, backend.synchronise, busying(backend, []), now=backend.now) == 1 / 8
+
+
+def test_a_device_is_kept_busy_by_so_many_products_as_take_the_seconds_asked(backend, monkeypatch):
+    products = []
+    monkeypatch.setattr(ceilings, "BUSY_SIDE", ceilings.SMALLEST_SIDE)
+    monkeypatch.setattr(ceilings, "fastest", lambda work, synchronise, seconds: 0.4)
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: products.append((left.shape, out.dtype)))
+    monkeypatch.setattr(backend, "synchronise", None)  # nothing is waited for
+    ceilings.busy(backend, 1.0)()
+    assert products == [((512, 512), torch.float32)] * 3
 
 
 @pytest.fixture
@@ -301,32 +338,31 @@ def measured(queueing_share):
 
 
 @pytest.mark.parametrize(
-    ("images_per_second", "queueing_share", "asynchronous", "limited", "sentence"),
+    ("images_per_second", "queueing_share", "limited", "sentence"),
     [
-        (830, 0.3, True, "data", "limited by data: real images passed at 83% of the speed of one fixed batch"),
-        (949, 0.99, True, "data", "limited by data: real images passed at 95% of the speed of one fixed batch"),
-        (950, 0.9, True, "compute", "limited by compute: 95% of the speed of one fixed batch"),
+        (830, 0.3, "data", "limited by data: real images passed at 83% of the speed of one fixed batch"),
+        (949, 0.99, "data", "limited by data: real images passed at 95% of the speed of one fixed batch"),
+        (950, 0.9, "compute", "limited by compute: 95% of the speed of one fixed batch"),
         (
             950,
             0.97,
-            True,
             "launches",
             "limited by launches: queueing a step took 97% of its time, so that the device waited for the host",
         ),
-        (980, 1.0, False, "compute", "limited by compute: 98% of the speed of one fixed batch"),
+        (980, None, "compute", "limited by compute: 98% of the speed of one fixed batch"),
     ],
 )
-def test_what_limits(images_per_second, queueing_share, asynchronous, limited, sentence):
+def test_what_limits(images_per_second, queueing_share, limited, sentence):
     here = measured(queueing_share)
     figures = ceilings.efficiency(images_per_second, here, None)
-    assert ceilings.limit(figures, here, asynchronous) == limited
+    assert ceilings.limit(figures, here) == limited
     assert limited in ceilings.LIMITED
-    assert ceilings.verdict(figures, here, asynchronous) == sentence
+    assert ceilings.verdict(figures, here) == sentence
 
 
 def test_compute_is_held_against_products_where_operations_were_counted():
     figures = ceilings.efficiency(980.0, MEASURED, 7e8)
-    assert ceilings.verdict(figures, MEASURED, True) == (
+    assert ceilings.verdict(figures, MEASURED) == (
         "limited by compute: 98% of the speed of one fixed batch, 34% of the rate of this machine's own matrix products"
     )
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from standin import job_of
 from test_engine import figures_of
 from torch import nn
 
-from pipeline import backends, data, download, engine, hardware, train
+from pipeline import backends, ceilings, data, download, engine, hardware, train
 from pipeline.clock import Clock, StepTimes
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("mps", marks=pytest.mark.mps)]
@@ -268,6 +269,23 @@ def test_a_span_agrees_with_the_cards_own_clock():
     # Some 200 ms, in which the launches before and after the events, and the waiting, are little.
     seconds, by_clock = marked(max(10, round(0.2 / seconds * 10)))
     assert by_clock == pytest.approx(seconds, rel=0.01)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("size", "waits", "share"), [(4096, False, "little"), (4096, True, None), (8, False, "all")])
+def test_what_waits_for_the_card_is_told_from_what_launches_slowly(size, waits, share):
+    backend = backends.select("cuda")
+    matrix = torch.randn(size, size, device=backend.device)
+
+    def work():
+        for _ in range(20):
+            product = torch.mm(matrix, matrix)
+        if waits:
+            product.sum().item()
+
+    work()
+    found = ceilings.queueing_share(work, backend.synchronise, partial(ceilings.busy, backend))
+    assert found is None if share is None else (found < 0.5) if share == "little" else (found > 0.5)
 
 
 @pytest.mark.cuda

@@ -693,10 +693,9 @@ def test_features_are_held_against_their_own_ceiling(trained, measuring, most):
     assert left == []
 
 
-@pytest.mark.parametrize(("asynchronous", "limited"), [(True, "launches"), (False, "compute")])
-def test_a_device_that_queues_nothing_waits_for_no_launches(trained, measuring, monkeypatch, asynchronous, limited):
-    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
-    measuring(ceilings_of(SPEED, queueing_share=0.95))
+@pytest.mark.parametrize(("share", "limited"), [(0.95, "launches"), (None, "compute")])
+def test_a_step_that_is_waited_for_is_limited_by_no_launches(trained, measuring, share, limited):
+    measuring(ceilings_of(SPEED, queueing_share=share))
     assert trained("features=recompute")["tags"]["limited_by"] == limited
 
 
