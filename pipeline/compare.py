@@ -50,9 +50,8 @@ def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[
         return
     with tracking.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
         artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
-        for (part, section, table), charts in zip(report.tables(found), drawn, strict=True):
-            kind = "best" if table.settings is None else "same-settings"
-            place = f"{'demo-' * part.demo}{section.kind}-{section.workload}/{kind}"
+        for table, charts in zip(report.tables(found), drawn, strict=True):
+            place = report.place(*table)
             for name, svg in charts.items():
                 file = Path(folder) / place / f"{name}.svg"
                 files.write_text(file, svg)

@@ -156,11 +156,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Machines that did the same, by the name of its Kind. `target`: the accuracy to which the time is given, the
-    lowest final validation accuracy of a group's median run, rounded down to a whole per cent."""
+    """Machines that did the same, by the name of its Kind, executed by one `version` of the code. `target`: the
+    accuracy to which the time is given, the lowest final validation accuracy of a group's median run, rounded down to a
+    whole per cent."""
 
     kind: str
     workload: str
+    version: str
     title: str
     target: float | None
     tables: Sequence[Table]
@@ -229,8 +231,8 @@ def compare(
         chosen = [run for run in once if ("fallback" in run["tags"]) == demo]
         if chosen:
             stepped = [run for run in chosen if _metric(run, STEP.figures[STEP.key])]
-            steps = [_section(context, STEP, *same) for same in _by_tag(stepped, "sustained.workload")]
-            works = [_section(context, WORK, *same) for same in _by_tag(chosen, "workload")]
+            steps = [_section(context, STEP, *same) for same in _alike(stepped, "sustained.workload")]
+            works = [_section(context, WORK, *same) for same in _alike(chosen, "workload")]
             parts.append(Part(demo, steps + works))
     began = [run["started"] for run in once if run["started"]]
     hardware = {run["tags"].get("hardware") for run in once}
@@ -256,16 +258,23 @@ def clean(text: str) -> str:
 # --- what stands in which table
 
 
-def _by_tag(runs: Sequence[Run], tag: str) -> list[tuple[str, list[Run]]]:
-    """The runs by a tag's value, what most machines did first."""
-    found: dict[str, list[Run]] = {}
+def _alike(runs: Sequence[Run], tag: str) -> list[tuple[str, str, list[Run]]]:
+    """The runs by their work, which a tag tells, and by the version of what executed it; this version's first, and of
+    those, what most machines did."""
+    found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if tag in run["tags"]:
-            found.setdefault(run["tags"][tag], []).append(run)
-    return sorted(found.items(), key=lambda item: (-len({_place(run) for run in item[1]}), -len(item[1]), item[0]))
+            found.setdefault((run["tags"][tag], run["tags"].get("software.execution", "1")), []).append(run)
+    current = str(config.EXECUTION_VERSION)
+
+    def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
+        (workload, version), same = item
+        return version != current, -len({_place(run) for run in same}), -len(same), workload, version
+
+    return [(*key, same) for key, same in sorted(found.items(), key=order)]
 
 
-def _section(context: Context, kind: Kind, workload: str, runs: Sequence[Run]) -> Section:
+def _section(context: Context, kind: Kind, workload: str, version: str, runs: Sequence[Run]) -> Section:
     groups = _groups(context, kind, runs)
     choices = _choices(kind, groups)
     if kind is STEP:
@@ -278,7 +287,7 @@ def _section(context: Context, kind: Kind, workload: str, runs: Sequence[Run]) -
         title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
         target = _target(context, [group for chosen, _ in choices for group in chosen])
     tables = [_table(context, kind, groups, chosen, settings, target) for chosen, settings in choices]
-    return Section(kind.name, clean(workload), title, target, tables)
+    return Section(kind.name, clean(workload), clean(version), title, target, tables)
 
 
 def _groups(context: Context, kind: Kind, runs: Sequence[Run]) -> list[Group]:
@@ -691,6 +700,6 @@ def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
             "runs here: `python -m pipeline.bundle export` there, `import` here. The two will then be compared."
         )
     return (
-        f"{len(machines)} machines, but no two did the same work: run one recipe on the same data with the same "
-        "settings on both, such as `python -m pipeline.run -S recipe=linear-probe`."
+        f"{len(machines)} machines, but no two did the same work with the same version of this code: run one recipe on "
+        "the same data with the same settings on both, such as `python -m pipeline.run -S recipe=linear-probe`."
     )

@@ -141,6 +141,7 @@ def tags(
         "backend": backend.name,
         "software.os": hardware.get("os"),
         "software.torch": hardware.get("torch"),
+        "software.execution": config.EXECUTION_VERSION,
         "software.driver": accelerator.get("driver"),
         "recipe": settings.recipe,
         "precision": settings.work.precision,

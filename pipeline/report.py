@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from pipeline import plots, stats
+from pipeline import config, plots, stats
 from pipeline.claims import CLAIM_RUNS, PARITY, PARITY_SINGLE, Claim, factor, factors, large, percent
 from pipeline.comparison import OWNED_HOURS, OWNED_YEARS, STEP, WORK, Comparison, Part, Row, Section, Table
 
@@ -37,6 +37,8 @@ NOTES = (
     "has no interval.",
     "Peak memory is what tensors held on a GPU, the whole process on a CPU: the two are not compared. Nor are energies "
     "of two sources, nor speeds of two workloads.",
+    "Runs are compared by the version of the code that executed them (tag `software.execution`): what makes the same "
+    "work faster here is no merit of a machine's.",
     "Tainted runs have rows of their own, and nothing is claimed of them unless `compare.tainted` says so.",
 )
 PRICE_NOTE = (
@@ -229,7 +231,19 @@ def span(comparison: Comparison) -> str:
 
 def heading(section: Section) -> str:
     """What the machines of the section did."""
-    return f"Sustained speed: {section.title}" if section.kind == STEP.name else section.title
+    title = f"Sustained speed: {section.title}" if section.kind == STEP.name else section.title
+    return title if _is_current(section) else f"{title}, executed by version {section.version} of the code"
+
+
+def place(part: Part, section: Section, table: Table) -> str:
+    """A folder's name for the table."""
+    version = "" if _is_current(section) else f"-version-{section.version}"
+    kind = "best" if table.settings is None else "same-settings"
+    return f"{'demo-' * part.demo}{section.kind}-{section.workload}{version}/{kind}"
+
+
+def _is_current(section: Section) -> bool:
+    return section.version == str(config.EXECUTION_VERSION)
 
 
 def table_title(table: Table) -> str:

@@ -235,5 +235,5 @@ def test_the_simulation_prints_a_table_and_fails_where_it_is_not_fair(tmp_path, 
 
 def test_what_was_measured_is_there_for_the_comparison():
     found = measured_noise.measured(json.loads(measured_noise.FILE.read_text())["processes"])
-    assert {each.work for each in found} == {"linear-probe", "finetune"}
+    assert {each.work for each in found} == {"linear-probe", "blog", "finetune"}
     assert all(each.within > 0 for each in found) and measured_noise.between(found)

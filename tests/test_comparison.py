@@ -63,6 +63,31 @@ def test_unlike_workloads_are_never_in_one_table():
     assert [len(each.tables[0].rows) for each in sections(found)] == [2, 1]
 
 
+def test_what_another_version_of_the_code_executed_is_in_no_table_with_the_rest():
+    older, own, newer = (str(config.EXECUTION_VERSION + step) for step in (-1, 0, 1))
+    store = Store().add(3, seconds=20.0, software__execution=older).add(3, software__execution=own)
+    store = store.add(2, machine="b" * 12, hardware="GPU B", software__execution=own).add(1, software__execution=newer)
+    found = store.compare()
+    title = "finetune on cifar10 with pretrained weights"
+    assert [(each.version, report.heading(each)) for each in sections(found)] == [
+        (own, title),
+        (older, f"{title}, executed by version {older} of the code"),
+        (newer, f"{title}, executed by version {newer} of the code"),
+    ]
+    assert [[len(each.runs) for each in section.tables[0].rows] for section in sections(found)] == [[3, 2], [3], [1]]
+    places = [report.place(*each) for each in report.tables(found)]
+    assert places == [
+        "work-w1/same-settings",
+        f"work-w1-version-{older}/same-settings",
+        f"work-w1-version-{newer}/same-settings",
+    ]
+
+
+def test_runs_from_before_it_was_told_are_the_first_versions():
+    found = Store().add(1).add(1, machine="b" * 12, software__execution="1").compare()
+    assert [(each.version, len(each.tables[0].rows)) for each in sections(found)] == [("1", 2)]
+
+
 def test_machines_are_named_by_hardware_and_the_newest_label():
     found = Store().add(1, label="old").add(1, label="under the desk").add(1).add(1, machine="b" * 12).compare()
     assert set(names(found)) == {"GPU A (under the desk)", "GPU A"}

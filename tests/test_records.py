@@ -210,6 +210,7 @@ def test_tags_say_what_ran_where(settings_of):
         "dataset": "folder",
         "weights": "random",
         "workload": config.workload(settings.work, inputs),
+        "software.execution": str(config.EXECUTION_VERSION),
         "power_source": "mains",
     }
 
