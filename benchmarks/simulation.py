@@ -10,8 +10,8 @@ process, in two processes, or each has a process of its own.
 
 Printed is how often two machines alike are called faster or slower (5% are meant), and how often one is that is slower
 by SLOWER. It ends with status 1 where alike machines are called different in more than MOST_CALLED, or a slow-down on
-a GPU, with n = 10 in ten processes, is found in less than LEAST_FOUND. Repeats in one process are not asked for it: what
-differs between processes is as much, and no repeat shows it.
+a GPU, with n = 10 in ten processes, is found in less than LEAST_FOUND. Repeats in one process are not asked for it:
+what differs between processes is as much, and no repeat shows it.
 """
 
 import argparse
