@@ -65,7 +65,7 @@ five trainings, which the + beside it unfolds: their medians.
 shows its curves. Only runs of one `workload` did the same work.
 - **All machines at once:** *Report* above, where runs were compared (it is in the run `comparison`): who is faster, \
 and how sure that is. *Charts*: bars and curves.
-- **Search:** `tags.hardware = 'NVIDIA H100 80GB HBM3'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
+- **Search:** `tags.hardware = 'NVIDIA H200'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
 - **Best first:** click a column's name, which unfolds all; a click on *Created* folds them again.
 
 These columns belong on show; *Columns* has more, and the menu *Views* has *{name}* to go back:
