@@ -311,6 +311,7 @@ def _tags(value: Any, where: str) -> None:
             raise refusal(where, f'"{key}" is no tag of a training')
     for key in ("machine", "workload"):
         matching(value[key], f"{where}: {key}", HEX)
+    matching(value.get("software.execution", "1"), f"{where}: software.execution", r"[1-9]\d{0,3}")
     if not value.keys().isdisjoint(OF_REPEAT):
         members(value, where, OF_REPEAT, None)
         matching(value["repeats.id"], f"{where}: repeats.id", RECORD_ID)

@@ -1124,6 +1124,8 @@ BAD = {
     "MLflow's tag": (value("tags|mlflow.parentRunId", "1"), '"mlflow.parentRunId" is no tag of a training'),
     "our own mark": (value("tags|record.sha256", "1"), '"record.sha256" is no tag of a training'),
     "already imported": (value("tags|imported", "1"), '"imported" is no tag of a training'),
+    "a version that climbs": (value("tags|software.execution", "../1"), "software.execution: '../1' is not allowed"),
+    "version 0": (value("tags|software.execution", "0"), "software.execution: '0' is not allowed"),
     "a workload of words": (value("tags|workload", "mine"), "workload: 'mine' is not allowed"),
     "a fallback taken away": (value("tags|fallback", None, E), '"fallback" is no tag of this stage'),
     "a demo among real runs": (value("tags|fallback", "data"), "named as demos"),
