@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 from benchmarks import bare, results
-from pipeline import backends, config, data, model, optim
+from pipeline import backends, config, data, model, training
 
 RECIPES = ("blog", "linear-probe", "finetune")
 WORKERS = 2
@@ -85,25 +85,8 @@ def baseline(
     trained = Compose([Resize(size), *([RandomHorizontalFlip()] if recipe.flip else []), ToTensor(), *normalize])
     loader = DataLoader(Pictures(*train, trained), recipe.batch_size, shuffle=True, num_workers=workers)
     val_loader = DataLoader(Pictures(*validation, seen), recipe.batch_size, num_workers=workers)
-    options = recipe.resolved()
-    optimizer = optim.build_optimizer(
-        recipe.optimizer,
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=recipe.lr,
-        options=options["optimizer_options"],
-        total_steps=len(loader) * recipe.epochs,
-    )
+    optimizer, scheduler = training.schedule(recipe, network, len(train[0]))
     per_batch = recipe.scheduler_step == "batch"
-    scheduler = optim.build_scheduler(
-        recipe.scheduler,
-        optimizer,
-        options=options["scheduler_options"],
-        lr=recipe.lr,
-        epochs=recipe.epochs,
-        steps_per_epoch=len(loader),
-        per_batch=per_batch,
-        warmup_epochs=recipe.warmup_epochs,
-    )
     _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
     backend.synchronise()
     rows = []

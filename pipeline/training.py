@@ -1,7 +1,7 @@
 """What a training needs on its device: model, loop, batches, memory, and this machine's own ceilings for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def build(
     def job(ready: engine.Ready, *, recorded: bool = recorded) -> engine.Job:
         return engine.Job(
             network=network,
-            build=lambda: _schedule(recipe, net, len(train), backend),
+            build=lambda: schedule(recipe, net, len(train), backend.optimizer_options),
             backend=backend,
             clock=clock,
             ready=ready,
@@ -338,7 +338,11 @@ def sizes(split: data.Split, batch_size: int) -> list[int]:
     return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0})
 
 
-def _schedule(recipe: config.Recipe, net: model.Classifier, images: int, backend: Backend) -> engine.Schedule:
+def schedule(
+    recipe: config.Recipe, net: torch.nn.Module, images: int, fastest: Mapping[str, Any] | None = None
+) -> engine.Schedule:
+    """The recipe's optimizer of what is trainable in `net`, and its schedule over epochs of so many images. As for
+    `fastest`, see `optim.build_optimizer`."""
     steps = -(-images // recipe.batch_size)
     chosen = recipe.resolved()
     optimizer = optim.build_optimizer(
@@ -347,7 +351,7 @@ def _schedule(recipe: config.Recipe, net: model.Classifier, images: int, backend
         lr=recipe.lr,
         options=chosen["optimizer_options"],
         total_steps=steps * recipe.epochs,
-        fastest=backend.optimizer_options,
+        fastest=fastest,
     )
     scheduler = optim.build_scheduler(
         recipe.scheduler,
