@@ -220,7 +220,8 @@ def test_facts_that_are_not_known_have_no_tag(settings_of):
         settings_of(), hardware={"machine": "b72054f1a41b"}, on=backend("mps"), accelerator={"name": "Apple M3"}
     )
     assert set(found) == {
-        "hardware", "machine", "device", "backend", "recipe", "precision", "dataset", "weights", "workload"
+        "hardware", "machine", "device", "backend", "software.execution", "recipe", "precision", "dataset", "weights",
+        "workload",
     }  # fmt: skip
     assert "None" not in found.values()
 
