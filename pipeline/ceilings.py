@@ -132,26 +132,27 @@ def queueing_share(
     ever, and waiting takes longer. One call at a time, because a device that has about a thousand launches queued
     blocks the host, which would then look busy.
     """
-    queueing, whole = [], []
-    for _ in range(QUEUEINGS):
-        synchronise()
+
+    def call() -> tuple[float, float]:
+        """Seconds of queueing, and until the device is done."""
         start = now()
         work()
         queued = now()  # without waiting, here alone and on purpose: the time of queueing is what is asked
         synchronise()
-        queueing.append(queued - start)
-        whole.append(now() - start)
-    share = statistics.median(part / all_of_it for part, all_of_it in zip(queueing, whole, strict=True))
+        return queued - start, now() - start
+
+    calls = []
+    for _ in range(QUEUEINGS):
+        synchronise()
+        calls.append(call())
+    share = statistics.median(queueing / whole for queueing, whole in calls)
     if share > LAUNCHES_ABOVE:
-        seconds = statistics.median(whole)
+        seconds = statistics.median(whole for _, whole in calls)
         ahead = busy(BUSY_CALLS * seconds)
         synchronise()
         ahead()
-        start = now()
-        work()
-        queued = now()
-        synchronise()
-        if queued - start > (BUSY_CALLS - 1) * seconds:
+        queueing, _ = call()
+        if queueing > (BUSY_CALLS - 1) * seconds:
             return None
     return share
 

@@ -35,6 +35,9 @@ OWNED_YEARS = 3
 OWNED_HOURS = OWNED_YEARS * 365.25 * 24
 """Hours of full use over which the price of a bought machine is spread."""
 
+CURRENT = str(config.EXECUTION_VERSION)
+"""As the tag `software.execution` of today's runs has it."""
+
 COURSES = ("val/accuracy", "time/train_seconds", "time/val_seconds")
 """The metrics of which every epoch is read."""
 
@@ -265,11 +268,10 @@ def _alike(runs: Sequence[Run], tag: str) -> list[tuple[str, str, list[Run]]]:
     for run in runs:
         if tag in run["tags"]:
             found.setdefault((run["tags"][tag], run["tags"].get("software.execution", "1")), []).append(run)
-    current = str(config.EXECUTION_VERSION)
 
     def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
         (workload, version), same = item
-        return version != current, -len({_place(run) for run in same}), -len(same), workload, version
+        return version != CURRENT, -len({_place(run) for run in same}), -len(same), workload, version
 
     return [(*key, same) for key, same in sorted(found.items(), key=order)]
 

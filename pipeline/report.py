@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from pipeline import config, plots, stats
+from pipeline import plots, stats
 from pipeline.claims import CLAIM_RUNS, PARITY, PARITY_SINGLE, Claim, factor, factors, large, percent
-from pipeline.comparison import OWNED_HOURS, OWNED_YEARS, STEP, WORK, Comparison, Part, Row, Section, Table
+from pipeline.comparison import CURRENT, OWNED_HOURS, OWNED_YEARS, STEP, WORK, Comparison, Part, Row, Section, Table
 
 TERMINAL_ROWS = 10
 """Machines, and sentences of a section, that the terminal shows; the report has all."""
@@ -243,7 +243,7 @@ def place(part: Part, section: Section, table: Table) -> str:
 
 
 def _is_current(section: Section) -> bool:
-    return section.version == str(config.EXECUTION_VERSION)
+    return section.version == CURRENT
 
 
 def table_title(table: Table) -> str:

@@ -233,7 +233,8 @@ def _unreadable(shown: str, error: Exception) -> UsageError:
 def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     groups, folder = _folder_listing(data)[split], data.folder
     width, height = inputs["size"] or (image_size, image_size)
-    images = np.empty((sum(map(len, groups)), height, width, 3), np.uint8)
+    paths = [path for group in groups for path in group]
+    images = np.empty((len(paths), height, width, 3), np.uint8)
     labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups])
 
     def fill(begin: int) -> None:
@@ -247,7 +248,6 @@ def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_
                 pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
             images[index] = np.asarray(pixels)
 
-    paths = [path for group in groups for path in group]
     threads = 1 if inputs["size"] and width * height <= SMALL else DECODERS
     # around all threads, which share the filters: left by one of them, these would be put back wrong
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
