@@ -100,17 +100,12 @@ def trained_once(
     with clock.span("upload"):
         samples, placement = training.place(work, splits, working, settings.data.device_gib)
     if work.job.on_features:
-        work.net.eval()
         with clock.span("features"):
-            for name, split in samples.items():
-                batches = data.batches(split, recipe.batch_size, backend)
-                samples[name] = engine.compute_features(work.features, split, batches)
+            samples = {name: training.features(work, split) for name, split in samples.items()}
     rows, at = [], [time.perf_counter()]
     for row in engine.train(
         work.job,
-        lambda epoch: data.shuffled(
-            samples["train"], recipe.batch_size, backend, settings.seed, epoch, flip=recipe.flip
-        ),
+        lambda epoch: training.shuffled(work, samples["train"], settings.seed, epoch),
         lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
     ):
         rows.append(row)

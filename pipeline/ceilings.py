@@ -60,6 +60,11 @@ LAUNCHES_ABOVE = 0.9
 TRUST = 1.05
 """How many times the speed of one fixed batch a training may seem to reach; above it is the clock's doing."""
 
+UNQUEUED = 2.0
+"""Where nothing is queued, no clock can be read before the work is done, and a machine that seems faster than its
+ceilings has others on it that no load shows: two cores of a rented Xeon did 1.2 times what they had done within three
+minutes before and after, and from hour to hour 1.4. More than this many times, and the clock itself is wrong."""
+
 TRUST_PRODUCTS = 4 * TRUST
 """As TRUST, of the rate of products. No such bound is sharp: Winograd's convolutions save up to 3 of 4 of the
 multiplications that are counted (Lavin and Gray 2015), and convolutions may come from a better library: ResNet-18's

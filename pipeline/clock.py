@@ -77,18 +77,18 @@ class StepTimes:
     def __init__(self, backend: "Backend", now: Callable[[], float]):
         self.seconds: list[float] = []
         self._backend, self._now = backend, now
-        self._marks: list[tuple[Any, Any]] = []
+        self._marks: list[tuple[Any, Any, int]] = []
         self._every = EVERY_MARKED if backend.mark() is not None else EVERY_AWAITED if backend.asynchronous else 1
         self._count = 0
 
-    def step(self) -> AbstractContextManager[None]:
-        """The context in which the next step is queued."""
+    def step(self, steps: int = 1) -> AbstractContextManager[None]:
+        """The context in which the next step is queued; of several queued as one, each counts as their mean."""
         self._count += 1
-        return self._timed() if self._count % self._every == 0 else nullcontext()
+        return self._timed(steps) if self._count % self._every == 0 else nullcontext()
 
     def collect(self) -> None:
         """Reads the marks since the last call; the device must have been waited for."""
-        self.seconds += [self._backend.seconds_between(first, last) for first, last in self._marks]
+        self.seconds += [self._backend.seconds_between(first, last) / steps for first, last, steps in self._marks]
         self._marks.clear()
 
     def percentiles(self) -> dict[str, float]:
@@ -103,14 +103,14 @@ class StepTimes:
         }
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, steps: int) -> Iterator[None]:
         first = self._backend.mark()
         if first is not None:
             yield
-            self._marks.append((first, self._backend.mark()))
+            self._marks.append((first, self._backend.mark(), steps))
             return
         self._backend.synchronise()
         start = self._now()
         yield
         self._backend.synchronise()
-        self.seconds.append(self._now() - start)
+        self.seconds.append((self._now() - start) / steps)

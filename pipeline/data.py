@@ -112,16 +112,19 @@ def shuffled(
 
     `flip` mirrors each image left to right with probability one half.
     """
-    where = backend.device if backend.sorts_int64 else torch.device("cpu")
-    order = torch.argsort(_draw(len(split), seed, 2 * epoch, where)).to(split.labels.device)
-    cut = batches(split, batch_size, backend, order)
+    cut = batches(split, batch_size, backend, order(len(split), backend, seed, epoch).to(split.labels.device))
     if not flip:
         yield from cut
         return
-    mirror = (_draw(len(split), seed, 2 * epoch + 1, where) < 0).to(backend.device)[:, None, None, None]
+    mirror = (_draw(len(split), seed, 2 * epoch + 1, _drawn_on(backend)) < 0).to(backend.device)[:, None, None, None]
     for number, (images, labels) in enumerate(cut):
         chosen = mirror[number * batch_size : number * batch_size + len(labels)]
         yield torch.where(chosen, images.flip(2), images), labels
+
+
+def order(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
+    """(count,) int64: the order of an epoch's samples, as `shuffled` has them."""
+    return torch.argsort(_draw(count, seed, 2 * epoch, _drawn_on(backend)))
 
 
 def filters(height: int, width: int, image_size: int, device: torch.device) -> Filters | None:
@@ -231,6 +234,10 @@ def _sent(cut: Iterator[tuple[Tensor, Tensor]], backend: Backend) -> Iterator[tu
     if ahead is not None:
         images, labels = ahead()
         yield images, labels
+
+
+def _drawn_on(backend: Backend) -> torch.device:
+    return backend.device if backend.sorts_int64 else torch.device("cpu")
 
 
 def _draw(count: int, seed: int, stream: int, device: torch.device) -> Tensor:

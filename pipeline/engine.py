@@ -20,8 +20,12 @@ Schedule = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 Progress = Callable[[int], None]
 """Told each batch's size, once its work is queued."""
 
+STRETCH = 8
+"""How many steps of a head are recorded as one. On an H200 one takes the card 61 microseconds and the host, which cuts
+its batch, copies it to where the recording reads it and sets its rate, 50 to 100; of eight at once, 20."""
 
-def _silent(count: int) -> None:
+
+def silent(count: int) -> None:
     """No progress shown."""
 
 
@@ -57,7 +61,8 @@ class Job:
 
     `network` maps what `ready` makes of a batch to logits: the whole model on images, or its head alone on features
     computed before (`on_features`: images then never pass the network, and none count as trained). `recorded`: the
-    launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`).
+    launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`), those
+    of a head for `STRETCH` steps at once.
     """
 
     def __init__(
@@ -70,13 +75,15 @@ class Job:
         ready: Ready = lambda inputs: inputs,
         set_mode: Callable[[], object],
         epochs: int,
+        batch_size: int,
         per_batch: bool,
         precision: str,
         on_features: bool = False,
         recorded: bool = False,
     ):
         self.network, self.ready, self.set_mode = network, ready, set_mode
-        self.epochs, self.per_batch, self.on_features = epochs, per_batch, on_features
+        self.epochs, self.batch_size = epochs, batch_size
+        self.per_batch, self.on_features = per_batch, on_features
         """`per_batch`: whether the schedule moves with each batch, or with each epoch."""
         self.backend, self.clock, self.precision = backend, clock, precision
         self.times = StepTimes(backend, clock.now)
@@ -87,19 +94,34 @@ class Job:
         # fp16 alone has so little range that gradients would vanish.
         self.scaler = torch.amp.GradScaler(backend.kind) if precision == "fp16" else None
         self._unscaled = self.scaler.state_dict() if self.scaler else {}
-        self._rates = [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups]
         self._whole = recorded and self.scaler is None and optim.recordable(self.optimizer, self.scheduler)
-        work: Callable[..., Any] = self._whole_step if self._whole else self._gradients
+        stretch = STRETCH if self._whole and on_features else 1
+        self.at_once = stretch * batch_size
+        """How many samples `step` takes."""
+        self._rates = [
+            [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups] for _ in range(stretch)
+        ]
+        work: Callable[..., Any] = self._whole_steps if self._whole else self._gradients
         self._step = backend.captured(work) if recorded else work
         self.score = scorer(network, ready, backend, precision, self.totals, recorded=recorded)
 
-    def step(self, inputs: Tensor, labels: Tensor) -> None:
-        """One step of training on a batch on the device; its loss and correct answers go to `totals`."""
+    def step(self, inputs: Tensor, labels: Tensor, *, scheduled: bool = False) -> tuple[float, float | None]:
+        """A step of training on each batch of these samples, at most `at_once`, on the device; losses and correct
+        answers go to `totals`. `scheduled`: where the schedule moves with each batch, it does.
+
+        Gives the last step's learning rate: the schedule's, and the one applied in its place, where one was.
+        """
+        moves = scheduled and self.per_batch
+        groups = self.optimizer.param_groups
         if self._whole:
-            for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
-                rate.fill_(group["lr"])
+            for number in range(self.steps(len(labels))):
+                lr = float(groups[0]["lr"])
+                for rate, group in zip(self._rates[number], groups, strict=True):
+                    rate.fill_(group["lr"])
+                if moves:
+                    self.scheduler.step()
             self._step(inputs, labels)
-            return
+            return lr, None
         for parameter, gradient in zip(self._parameters, self._step(inputs, labels), strict=True):
             parameter.grad = gradient
         if self.scaler is None:
@@ -107,6 +129,14 @@ class Job:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        used = float(groups[0]["lr"]), optim.applied_lr(self.optimizer)
+        if moves:
+            self.scheduler.step()
+        return used
+
+    def steps(self, samples: int) -> int:
+        """How many steps so many samples make."""
+        return math.ceil(samples / self.batch_size)
 
     def restart(self) -> None:
         """Puts the optimizer, its schedule and the times of steps back to their beginning; the caller does so with the
@@ -137,10 +167,12 @@ class Job:
         self.totals.add(loss, logits, labels)
         return tuple(parameter.grad for parameter in self._parameters)
 
-    def _whole_step(self, inputs: Tensor, labels: Tensor) -> None:
-        self._gradients(inputs, labels)
-        with optim.recorded_rates(self.optimizer, self._rates):
-            self.optimizer.step()
+    def _whole_steps(self, inputs: Tensor, labels: Tensor) -> None:
+        batches = zip(inputs.split(self.batch_size), labels.split(self.batch_size), strict=True)
+        for number, batch in enumerate(batches):
+            self._gradients(*batch)
+            with optim.recorded_rates(self.optimizer, self._rates[number]):
+                self.optimizer.step()
 
 
 def scorer(
@@ -162,7 +194,7 @@ def scorer(
 
 
 def train(
-    job: Job, train_batches: Callable[[int], Batches], val_batches: Callable[[], Batches], progress: Progress = _silent
+    job: Job, train_batches: Callable[[int], Batches], val_batches: Callable[[], Batches], progress: Progress = silent
 ) -> Iterator[dict[str, float]]:
     """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
 
@@ -176,11 +208,8 @@ def train(
         images = 0
         with job.clock.span("train") as train_span:
             for inputs, labels in train_batches(epoch):
-                with job.times.step():
-                    job.step(inputs, labels)
-                lr, applied = job.optimizer.param_groups[0]["lr"], optim.applied_lr(job.optimizer)
-                if job.per_batch:
-                    job.scheduler.step()
+                with job.times.step(job.steps(len(labels))):
+                    lr, applied = job.step(inputs, labels, scheduled=True)
                 images += len(labels)
                 progress(len(labels))
             train_loss, train_accuracy = job.totals.read(images)
@@ -199,7 +228,7 @@ def train(
             "train/accuracy": train_accuracy,
             "val/loss": val_loss,
             "val/accuracy": val_accuracy,
-            "train/lr": float(lr),
+            "train/lr": lr,
             **({} if applied is None else {"train/lr_applied": float(applied)}),
             "time/train_seconds": train_span.seconds,
             "time/val_seconds": val_span.seconds,
@@ -215,7 +244,7 @@ def evaluate(
     totals: Totals,
     batches: Batches,
     predictions: list[Tensor] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[float, float]:
     """Mean loss and accuracy (a fraction) over `batches`, by a `scorer` of `network` that adds to `totals`; appends
     each batch's predicted labels, (B,) int64 on the device, to `predictions` where given."""
@@ -233,7 +262,7 @@ def evaluate(
 
 @torch.no_grad()
 def compute_features(
-    features: Callable[[Tensor], Tensor], split: data.Split, batches: Batches, progress: Progress = _silent
+    features: Callable[[Tensor], Tensor], split: data.Split, batches: Batches, progress: Progress = silent
 ) -> data.Split:
     """What the head takes of each sample of `split`, (N, D) float32, in the order of `batches`, where `split` is."""
     inputs = labels = torch.empty(0)

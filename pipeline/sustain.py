@@ -6,6 +6,7 @@ if __name__ == "__main__":
     cli.answer_early(__doc__)
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,10 +143,8 @@ def _slices(work: training.Work, images: data.Split, seconds: float, seed: int) 
 
 
 def _forever(work: training.Work, images: data.Split, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    recipe, epoch = work.recipe, 0
-    while True:
-        epoch += 1
-        yield from data.shuffled(images, recipe.batch_size, work.job.backend, seed, epoch, flip=recipe.flip)
+    for epoch in itertools.count(1):
+        yield from training.shuffled(work, images, seed, epoch)
 
 
 def _noise(count: int) -> data.Split:

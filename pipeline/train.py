@@ -205,7 +205,7 @@ def _epochs(
     """Begins anew, moves the images to the device, computes a frozen backbone's features where that is done once, and
     trains."""
     recipe, job, clock, seed = work.recipe, work.job, work.job.clock, settings.seed
-    backend, batch_size = job.backend, recipe.batch_size
+    backend = job.backend
     with clock.span("setup"):
         training.restart(work, seed)
     if backend.recording_fault:
@@ -220,23 +220,21 @@ def _epochs(
         terminal.say(f"images   trained from {'the device' if placement == 'device' else 'host memory'}")
         images = sum(map(len, samples.values()))
         if job.on_features:
-            work.net.eval()
             with (
                 terminal.progress("features", images) as advance,
                 _metered(reading, joules),
                 clock.span("features") as span,
             ):
                 for name, split in samples.items():
-                    batches = data.batches(split, batch_size, backend)
-                    samples[name] = engine.compute_features(work.features, split, batches, advance)
+                    samples[name] = training.features(work, split, advance)
             record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
         train, validated = samples["train"], training.validated_in(samples)
 
         def train_batches(epoch: int) -> engine.Batches:
-            return data.shuffled(train, batch_size, backend, seed, epoch, flip=recipe.flip)
+            return training.shuffled(work, train, seed, epoch)
 
         def val_batches() -> engine.Batches:
-            return data.batches(validated, batch_size, backend)
+            return data.batches(validated, recipe.batch_size, backend)
 
         with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
             epochs = engine.train(job, train_batches, val_batches, advance)
@@ -303,7 +301,8 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
         fastest = max(taken, key=lambda each: each.images_per_second)
         spread = fastest.images_per_second / min(each.images_per_second for each in taken)
         load = float(conditions.sample(backend.gpu_uuid()).get("cpu_load", 0.0))
-        reason = ceilings.impossible(ceilings.efficiency(speed, fastest, flops), spread)
+        may_be = spread if backend.asynchronous else max(spread, ceilings.UNQUEUED)
+        reason = ceilings.impossible(ceilings.efficiency(speed, fastest, flops), may_be)
         if reason and load <= conditions.LOAD:
             raise StageError(reason)
         # Of a machine whose speed changes, or that others use, no two measurements are alike: no clock is accused.

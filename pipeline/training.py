@@ -1,7 +1,7 @@
 """What a training needs on its device: model, loop, batches, memory, and this machine's own ceilings for it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,7 @@ def build(
             ready=ready,
             set_mode=lambda: model.set_mode(net, recipe.frozen_batch_norm),
             epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
             per_batch=recipe.scheduler_step == "batch",
             precision=recipe.precision,
             on_features=cached,
@@ -178,23 +179,22 @@ def warm_up(work: Work, splits: Splits) -> float:
     Gives the bytes of device memory that the same takes when it is done again, most of them; 0 on a CPU, whose memory
     is not the training's alone.
     """
-    job, recipe, backend = work.job, work.recipe, work.job.backend
-    # The full batch's shape and the short last one's.
-    batches = [
-        [first(split, size, backend) for size in sizes(split, recipe.batch_size)]
-        for split in (splits["train"], validated_in(splits))
-    ]
+    job, backend = work.job, work.job.backend
+
+    def some(split: data.Split, at_once: int) -> Iterator[data.Split]:
+        """The first samples, as many as are taken at once, and as many as are left at last."""
+        for size in sizes(split, at_once):
+            few = data.Split(*first(split, size, backend))
+            yield features(work, few) if job.on_features else few
 
     def once() -> None:
-        training, validation = batches
-        if job.on_features:
-            work.net.eval()
-            training, validation = (
-                [(work.features(images).clone(), labels) for images, labels in some] for some in batches
-            )
-        if not (backend.asynchronous or work.recorded) and work.compile_mode == "off":
-            # A CPU by itself does nothing once by shape.
+        train, validated = splits["train"], validated_in(splits)
+        training = [batch for few in some(train, job.at_once) for batch in shuffled(work, few, seed=0, epoch=0)]
+        if backend.asynchronous or work.recorded or work.compile_mode != "off":
+            validation = [(few.inputs, few.labels) for few in some(validated, job.batch_size)]
+        else:  # a CPU by itself does nothing once by shape
             validation = training[:1]
+        data.order(len(train), backend, seed=0, epoch=0)  # of so many, sorted by kernels of their own
         engine.warm_up(job, training, validation)
 
     try:
@@ -216,6 +216,18 @@ def restart(work: Work, seed: int) -> None:
     work.renew(seed)
     work.job.restart()
     torch.manual_seed(seed)  # what dropout draws does not depend on how the model was built
+
+
+def features(work: Work, split: data.Split, progress: engine.Progress = engine.silent) -> data.Split:
+    """What the head takes of each of the split's images, where these are."""
+    work.net.eval()
+    batches = data.batches(split, work.recipe.batch_size, work.job.backend)
+    return engine.compute_features(work.features, split, batches, progress)
+
+
+def shuffled(work: Work, split: data.Split, seed: int, epoch: int) -> engine.Batches:
+    """The split's samples as an epoch of the training takes them, so many at once as its step does."""
+    return data.shuffled(split, work.job.at_once, work.job.backend, seed, epoch, flip=work.recipe.flip)
 
 
 def fixed_step(work: Work, splits: Splits) -> tuple[Callable[[], object], int]:

@@ -171,6 +171,18 @@ def test_every_fourth_step_is_timed_by_marks_without_waiting_for_the_device():
     assert times.seconds == [4, 8, 12]
 
 
+def test_of_steps_that_are_queued_as_one_their_mean_counts():
+    for backend in (Marked(), Standin()):
+        times = StepTimes(backend, backend.now)
+        times._every = 1
+        for seconds, steps in ((8, 8), (3, 2)):
+            with times.step(steps):
+                backend.queue(seconds)
+        backend.synchronise()
+        times.collect()
+        assert times.seconds == [1, 1.5]
+
+
 def test_marks_are_read_once_and_steps_counted_on_over_epochs():
     backend = Marked()
     times = StepTimes(backend, backend.now)

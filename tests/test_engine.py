@@ -37,7 +37,7 @@ def linear(features=4, classes=CLASSES, seed=0):
     return nn.Linear(features, classes)
 
 
-def trained(job, train, val, batch_size=4, progress=engine._silent):
+def trained(job, train, val, batch_size=4, progress=engine.silent):
     """Figures of every epoch, with the samples in their own order."""
     return list(
         engine.train(
@@ -351,15 +351,18 @@ def test_only_fp16_is_scaled():
 # --- back to the beginning, and recorded steps
 
 WAYS = [
-    ({"options": {"momentum": 0.9, "nesterov": True}}, "_whole_step"),
-    ({"optimizer": "adamw", "scheduler": "cosine"}, "_whole_step"),
-    ({"optimizer": "adamw", "precision": "bf16"}, "_whole_step"),
+    ({"options": {"momentum": 0.9, "nesterov": True}}, "_whole_steps"),
+    ({"optimizer": "adamw", "scheduler": "cosine"}, "_whole_steps"),
+    ({"optimizer": "adamw", "precision": "bf16"}, "_whole_steps"),
     ({"optimizer": "adamw", "precision": "fp16"}, "_gradients"),
     ({"options": {"momentum": 0.9, "dampening": 0.1}}, "_gradients"),
     ({"optimizer": "adamw", "scheduler": "onecycle"}, "_gradients"),  # it moves beta1
     ({"optimizer": "ranger21", "options": {"num_warm_up_iterations": 0}}, "_gradients"),
 ]
 """What a job is made of, and what of its step can be recorded."""
+
+never_warmed = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+"""Where the first step is a recorded one that no plain one came before."""
 
 
 def outcome(backend, chosen, *, recorded, warm):
@@ -380,6 +383,7 @@ def outcome(backend, chosen, *, recorded, warm):
     return figures, network.state_dict()
 
 
+@never_warmed
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize(("chosen", "what"), WAYS)
 def test_after_a_restart_nothing_is_left_of_the_warm_up(chosen, what, recorded):
@@ -436,8 +440,44 @@ def test_a_recorded_step_reads_the_schedules_rate_where_it_was_recorded():
     rows = trained(job, split, split)
     expected = [0.05 * (1 + math.cos(math.pi * move / 6)) for move in range(6)]
     assert [rate for _, rate in used] == pytest.approx(expected, rel=1e-6)
-    assert {memory for memory, _ in used} == {job._rates[0].data_ptr()}
+    assert {memory for memory, _ in used} == {job._rates[0][0].data_ptr()}
     assert [row["train/lr"] for row in rows] == pytest.approx([expected[2], expected[5]], rel=1e-12)
+
+
+@pytest.mark.parametrize("per_batch", [True, False])
+def test_eight_steps_of_a_head_that_are_recorded_as_one_are_those_taken_one_by_one(per_batch):
+    chosen = {"optimizer": "adamw", "lr": 0.1, "scheduler": "cosine", "epochs": 2, "steps": 10, "batch_size": 4}
+    outcomes, train, val = [], samples(4 * 9 + 2), samples(6, seed=1)
+    for backend in (Cpu(), Recording()):
+        network, alone = linear(), isinstance(backend, Recording)
+        job = job_of(network, backend=backend, recorded=alone, on_features=True, per_batch=per_batch, **chosen)
+        assert job.at_once == (8 * 4 if alone else 4)
+        if alone:
+            engine.warm_up(job, *(data.batches(split, job.at_once, backend) for split in (train, val)))
+            network.load_state_dict(linear().state_dict())
+            job.restart()
+            del backend.recorder.replayed[:]
+        rows = trained(job, train, val, batch_size=job.at_once)
+        outcomes.append([value for row in rows for key, value in row.items() if key.startswith(("train/", "val/"))])
+        outcomes[-1] += network.weight.flatten().tolist()
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-5, abs=1e-6)
+    assert backend.recorder.recorded[:2] == [("_whole_steps", 32), ("_whole_steps", 6)]
+    assert [name for name in backend.recorder.replayed if name != "score"] == ["_whole_steps"] * 4
+
+
+def test_no_step_is_dropped_where_more_come_than_are_taken_at_once():
+    job = job_of(linear(), backend=Recording(), recorded=True, batch_size=4)  # of a whole network: one at a time
+    assert job.at_once == 4
+    with pytest.raises(IndexError):
+        job.step(*next(data.batches(samples(5), 5, job.backend)))
+
+
+def test_of_steps_recorded_as_one_each_counts_as_their_mean():
+    backend = Marked()
+    head = Queued(linear(), backend, 0.25)
+    job = job_of(head, backend=backend, on_features=True, batch_size=4)
+    trained(job, samples(3 * 32 + 8), samples(4), batch_size=32)
+    assert job.times.seconds == [0.25 / 2]  # the fourth stretch: two steps, which this job takes as one
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -581,17 +621,18 @@ def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_devi
         scheduler="cosine",
         epochs=3,
         steps=3,
+        batch_size=8,
         precision=recipe.precision,
         on_features=cached,
         recorded=recorded,
     )
     if recorded:
-        engine.warm_up(job, *(data.batches(split, 8, backend) for split in splits))
+        engine.warm_up(job, data.batches(train, job.at_once, backend), data.batches(val, 8, backend))
         net.load_state_dict(beginning)
         job.restart()
     rows = engine.train(
         job,
-        lambda epoch: data.shuffled(train, 8, backend, seed, epoch, flip=recipe.flip),
+        lambda epoch: data.shuffled(train, job.at_once, backend, seed, epoch, flip=recipe.flip),
         lambda: data.batches(val, 8, backend),
     )
     kept = ("epoch", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/lr")

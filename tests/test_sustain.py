@@ -81,7 +81,7 @@ def test_the_device_is_waited_for_once_a_second(step, seconds, expected):
         time[0] += step
 
     clock = Clock(lambda: waits.append(len(steps)), lambda: time[0])
-    job = SimpleNamespace(step=take, clock=clock, backend=Cpu(), set_mode=lambda: None)
+    job = SimpleNamespace(step=take, at_once=4, clock=clock, backend=Cpu(), set_mode=lambda: None)
     work = SimpleNamespace(job=job, recipe=SimpleNamespace(batch_size=4, flip=True))
     found = sustain._slices(work, sustain._noise(8), seconds, seed=0)
     assert [count for count, _ in found] == [count for count, _ in expected]

@@ -239,6 +239,9 @@ def test_what_is_done_once_stands_in_the_first_repeat_alone(trained, out, monkey
 def test_the_memory_of_one_repeat_is_free_before_the_next_one_needs_its_own(trained, monkeypatch):
     placed, alive, place, features = [], [], training.place, engine.compute_features
 
+    def plain(split):  # of the warm-up, before anything is placed
+        return split
+
     def noted(split):
         placed.append(weakref.ref(split.inputs))
         return split
@@ -250,7 +253,7 @@ def test_the_memory_of_one_repeat_is_free_before_the_next_one_needs_its_own(trai
         return {name: noted(split) for name, split in found.items()}, where
 
     monkeypatch.setattr(training, "place", placing)
-    monkeypatch.setattr(engine, "compute_features", lambda *args: noted(features(*args)))
+    monkeypatch.setattr(engine, "compute_features", lambda *args: (noted if alive else plain)(features(*args)))
     trained("repeats=3", "epochs=1")
     assert alive == [0, 0, 0] and len(placed) == 3 * 4
 
@@ -637,7 +640,8 @@ def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(train
         ([SPEED] * 4, "times what the rate of its matrix products allows"),
     ],
 )
-def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, out, measured, said):
+def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, monkeypatch, out, measured, said):
+    monkeypatch.setattr(Cpu, "asynchronous", True)
     flops = 1.0 if "products" in said else 1e15
     left = measuring(*(ceilings_of(speed, matmul_flops=flops) for speed in measured))
     line = fails(StageError, trained, "features=recompute")
@@ -664,6 +668,16 @@ def test_of_a_machine_whose_speed_changes_no_clock_is_accused(trained, measuring
     assert sentence.startswith("too fast for this machine's ceilings, which were ") and said in sentence
     assert record["tags"]["taints"].split()[0] == "ceilings"
     assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(shares[-1])
+
+
+@pytest.mark.parametrize(("share", "accused"), [(2.0, False), (2.2, True)])
+def test_where_nothing_is_queued_a_clock_is_accused_of_twice_the_ceilings_alone(trained, measuring, share, accused):
+    measuring(*[ceilings_of(SPEED / share)] * 4)
+    if accused:
+        assert fails(StageError, trained, "features=recompute").startswith("clock not trusted: ")
+        assert runs()[0].info.status == "FAILED"
+    else:
+        assert trained("features=recompute")["tags"]["taints"].split()[0] == "ceilings"
 
 
 def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import fails
 from standin import Recording
+from test_engine import never_warmed
 from test_train import SMALL, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import ceilings, config, data, engine, model, training
@@ -48,14 +49,10 @@ def epochs(work, splits):
     recipe, backend, train = work.recipe, work.job.backend, splits["train"]
     validated = training.validated_in(splits)
     if work.job.on_features:
-        work.net.eval()
-        train, validated = (
-            engine.compute_features(work.features, split, data.batches(split, recipe.batch_size, backend))
-            for split in (train, validated)
-        )
+        train, validated = (training.features(work, split) for split in (train, validated))
     found = engine.train(
         work.job,
-        lambda epoch: data.shuffled(train, recipe.batch_size, backend, 0, epoch, flip=recipe.flip),
+        lambda epoch: training.shuffled(work, train, 0, epoch),
         lambda: data.batches(validated, recipe.batch_size, backend),
     )
     timed = ("time/", "speed/", "memory/")
@@ -80,6 +77,7 @@ WORKS = [
 ]
 
 
+@never_warmed
 @pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
 @pytest.mark.parametrize("chosen", WORKS, ids=" ".join)
 def test_a_model_that_was_warmed_up_and_measured_trains_as_if_it_never_had_been(build, splits, chosen, recorded):
@@ -152,11 +150,31 @@ def test_the_warm_up_takes_each_shape_that_the_training_will(build, splits, monk
 
     def sized(job, inputs, labels):
         taken.append(len(labels))
-        step(job, inputs, labels)
+        return step(job, inputs, labels)
 
     monkeypatch.setattr(engine.Job, "step", sized)
     training.warm_up(build(recipe_of("finetune", f"batch_size={batch_size}")), splits)
     assert taken == expected
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(2, [4, 16]), (3, [20]), (8, [20])])
+def test_the_warm_up_of_a_recorded_head_takes_as_many_steps_at_once_as_its_training(
+    build, splits, batch_size, expected
+):
+    backend = Recording()
+    training.warm_up(build(recipe_of("linear-probe", f"batch_size={batch_size}"), backend), splits)
+    assert [size for name, size in backend.recorder.recorded if name == "_whole_steps"] == expected
+
+
+@pytest.mark.parametrize("chosen", WORKS, ids=" ".join)
+def test_the_training_records_nothing_that_the_warm_up_has_not(build, splits, chosen):
+    backend = Recording()
+    work = build(recipe_of(*chosen, "batch_size=2"), backend)
+    training.warm_up(work, splits)
+    warmed = list(backend.recorder.recorded)
+    training.restart(work, seed=0)
+    epochs(work, splits)
+    assert warmed and backend.recorder.recorded == warmed  # which would take time
 
 
 @pytest.mark.parametrize(("asynchronous", "expected"), [(True, [5, 6, 5, 6]), (False, [2])])
@@ -170,16 +188,6 @@ def test_a_device_that_chooses_kernels_by_shape_is_shown_those_of_the_validation
     monkeypatch.setattr(work.job, "score", lambda inputs, labels: scored.append(len(labels)))
     training.warm_up(work, splits)
     assert scored == expected
-
-
-def test_where_launches_are_recorded_every_shape_of_the_validation_is_passed_too(build, splits):
-    backend = Recording()
-    work = build(recipe_of("finetune"), backend)
-    training.warm_up(work, splits)
-    warmed = list(backend.recorder.recorded)
-    training.restart(work, seed=0)
-    epochs(work, splits)
-    assert backend.recorder.recorded == warmed  # the training records nothing, which would take time
 
 
 @pytest.mark.parametrize(("asynchronous", "expected"), [(True, 300 * 2**20), (False, 0)])
