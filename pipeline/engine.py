@@ -168,7 +168,8 @@ class Job:
         return tuple(parameter.grad for parameter in self._parameters)
 
     def _whole_steps(self, inputs: Tensor, labels: Tensor) -> None:
-        batches = zip(inputs.split(self.batch_size), labels.split(self.batch_size), strict=True)
+        size = self.batch_size
+        batches = zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
         for number, batch in enumerate(batches):
             self._gradients(*batch)
             with optim.recorded_rates(self.optimizer, self._rates[number]):
