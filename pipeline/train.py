@@ -289,7 +289,7 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
     taken = [limits]
     figures = ceilings.efficiency(speed, limits, flops)
     for turn in range(CEILINGS_AGAIN):
-        starved = figures["efficiency/vs_synthetic"] < ceilings.DATA_BELOW and turn == 0
+        starved = turn == 0 and ceilings.limit(figures, limits) == "data"
         if not starved and not ceilings.impossible(figures):
             break
         # Other load may have held the machine down while it was measured, or heat since: what it can do now counts,

@@ -1,6 +1,7 @@
 """What a training needs on its device: model, loop, batches, memory, and this machine's own ceilings for it."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -246,8 +247,10 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
     backend = work.job.backend
     once, size = fixed_step(work, splits)
+    steps = ceilings.windows(once, backend.synchronise, seconds=ceilings.STEP_SECONDS, least=ceilings.STEP_WINDOWS)
     measured = ceilings.Measured(
-        images_per_second=size / ceilings.fastest(once, backend.synchronise, seconds=ceilings.STEP_SECONDS),
+        images_per_second=size / min(steps),
+        median_images_per_second=size / statistics.median(steps),
         queueing_share=ceilings.queueing_share(once, backend.synchronise, partial(ceilings.busy, backend))
         if backend.asynchronous
         else None,

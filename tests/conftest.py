@@ -38,8 +38,8 @@ def low_ceilings(request, monkeypatch):
     ceilings = sys.modules.get("pipeline.ceilings")  # its torch takes seconds to import, and some modules do without
     if ceilings is None or request.module.__name__ == "test_ceilings":
         return
-    fastest = ceilings.fastest
-    monkeypatch.setattr(ceilings, "fastest", lambda work, wait, **_: fastest(work, wait, seconds=0.0))
+    windows = ceilings.windows
+    monkeypatch.setattr(ceilings, "windows", lambda work, wait, **_: windows(work, wait, seconds=0.0))
     for name in ("WINDOW_SECONDS", "STEP_SECONDS"):
         monkeypatch.setattr(ceilings, name, 0.0)
     for name in ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE", "HOST_COPIED_SIDE"):

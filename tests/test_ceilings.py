@@ -13,7 +13,11 @@ from pipeline import ceilings, model
 from pipeline.backends.cpu import Cpu
 
 MEASURED = ceilings.Measured(
-    matmul_flops=2e12, memory_bytes_per_second=5e10, images_per_second=1000.0, queueing_share=0.3
+    matmul_flops=2e12,
+    memory_bytes_per_second=5e10,
+    images_per_second=1000.0,
+    median_images_per_second=1000.0,
+    queueing_share=0.3,
 )
 
 
@@ -33,7 +37,7 @@ def scripted(backend, durations):
     return work
 
 
-def windows(calls):
+def windows_of(calls):
     """Calls of `work` between two readings of the clock, window by window."""
     readings = [index for index, call in enumerate(calls) if call == "now"]
     return [calls[start:end].count("work") for start, end in zip(readings[::2], readings[1::2], strict=True)]
@@ -48,26 +52,32 @@ def test_no_clock_is_read_before_the_device_is_waited_for(backend):
 def test_the_fastest_window_counts(backend):
     work = scripted(backend, [0.5, 4.0, 3.0, 5.0])  # the first is not timed
     assert ceilings.fastest(work, backend.synchronise, seconds=12, now=backend.now) == 3
-    assert windows(backend.calls) == [1, 1, 1]
+    assert windows_of(backend.calls) == [1, 1, 1]
 
 
 def test_two_windows_are_timed_of_the_slowest_work(backend):
     work = scripted(backend, [9.0, 7.0, 8.0])
     assert ceilings.fastest(work, backend.synchronise, seconds=1, now=backend.now) == 7
-    assert windows(backend.calls) == [1, 1]
+    assert windows_of(backend.calls) == [1, 1]
+
+
+def test_every_window_is_told_as_many_as_are_asked_for_at_least(backend):
+    work = scripted(backend, [9.0, 3.0, 1.0, 2.0, 7.0])
+    assert ceilings.windows(work, backend.synchronise, seconds=1, least=3, now=backend.now) == [3, 1, 2]
+    assert windows_of(backend.calls) == [1, 1, 1]
 
 
 def test_fast_work_is_called_many_times_a_window(backend):
     call = 2**-8
     work = scripted(backend, [5.0, 2 * call, *[call] * 6, *[call / 2] * 6])
     assert ceilings.fastest(work, backend.synchronise, seconds=8.5 * call, now=backend.now) == call / 2
-    assert windows(backend.calls) == [1, 6, 6]  # 50 ms are 6.4 times the first window
+    assert windows_of(backend.calls) == [1, 6, 6]  # 50 ms are 6.4 times the first window
 
 
 def test_work_too_fast_for_the_clock(backend):
     work = scripted(backend, [0.0, 0.0, *[2**-20] * 50_000])
     assert ceilings.fastest(work, backend.synchronise, seconds=0, now=backend.now) == 2**-20
-    assert windows(backend.calls) == [1, 50_000]
+    assert windows_of(backend.calls) == [1, 50_000]
 
 
 def test_by_itself_it_times_for_about_the_seconds_asked():
@@ -334,7 +344,7 @@ def test_efficiency():
 
 
 def measured(queueing_share):
-    return ceilings.Measured(2e12, 5e10, 1000.0, queueing_share)
+    return ceilings.Measured(2e12, 5e10, 1000.0, 1000.0, queueing_share)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +375,31 @@ def test_compute_is_held_against_products_where_operations_were_counted():
     assert ceilings.verdict(figures, MEASURED) == (
         "limited by compute: 98% of the speed of one fixed batch, 34% of the rate of this machine's own matrix products"
     )
+
+
+@pytest.mark.parametrize(
+    ("images_per_second", "median", "limited", "sentence"),
+    [
+        (
+            700,
+            600,
+            "compute",
+            "limited by compute: 70% of the speed of one fixed batch at its fastest, 117% at its median",
+        ),
+        (
+            700,
+            736,
+            "compute",
+            "limited by compute: 70% of the speed of one fixed batch at its fastest, 95% at its median",
+        ),
+        (700, 738, "data", "limited by data: real images passed at 70% of the speed of one fixed batch"),
+        (960, 700, "compute", "limited by compute: 96% of the speed of one fixed batch"),
+    ],
+)
+def test_data_limits_what_is_slower_than_a_fixed_batch_mostly_is(images_per_second, median, limited, sentence):
+    here = ceilings.Measured(2e12, 5e10, 1000.0, median, None)
+    figures = ceilings.efficiency(images_per_second, here, None)
+    assert (ceilings.limit(figures, here), ceilings.verdict(figures, here)) == (limited, sentence)
 
 
 @pytest.mark.parametrize(

@@ -577,8 +577,9 @@ def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, ste
 # --- what the machine could have done
 
 
-def ceilings_of(images_per_second, matmul_flops=1e15, queueing_share=0.5):
-    return ceilings.Measured(matmul_flops, 5e10, images_per_second, queueing_share)
+def ceilings_of(images_per_second, matmul_flops=1e15, queueing_share=0.5, median=1.0):
+    """`median`: the median window's share of the fastest one's speed."""
+    return ceilings.Measured(matmul_flops, 5e10, images_per_second, median * images_per_second, queueing_share)
 
 
 SPEED = 54 / 10_000
@@ -630,6 +631,15 @@ def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(train
     assert run.data.tags["limited_by"] == record["tags"]["limited_by"] == limited
     assert record["facts"]["verdict"].startswith(f"limited by {limited}: ")
     assert record["facts"]["verdict"] in run.data.tags["mlflow.note.content"]
+
+
+def test_real_images_that_pass_as_a_fixed_batch_mostly_does_were_not_waited_for(trained, measuring):
+    left = measuring(ceilings_of(SPEED / 0.7, median=0.72))
+    record = trained("features=recompute")
+    assert left == [] and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(0.7)
+    assert record["tags"]["limited_by"] == "compute"
+    said = "limited by compute: 70% of the speed of one fixed batch at its fastest, 97% at its median"
+    assert record["facts"]["verdict"].startswith(said)
 
 
 @pytest.mark.parametrize(
