@@ -101,7 +101,8 @@ def trained_once(
         samples, placement = training.place(work, splits, working, settings.data.device_gib)
     if work.job.on_features:
         with clock.span("features"):
-            samples = {name: training.features(work, split) for name, split in samples.items()}
+            for name, split in samples.items():
+                samples[name] = training.features(work, split)
     rows, at = [], [time.perf_counter()]
     for row in engine.train(
         work.job,

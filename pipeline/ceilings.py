@@ -47,7 +47,7 @@ peak memory, 121 MiB, which are no faster (64 are, with a last-level cache of 32
 COPY_SECONDS = 0.3
 """How long `memory_bytes_per_second` measures."""
 
-STEP_SECONDS, STEP_WINDOWS = 0.5, 5
+STEP_SECONDS, STEP_WINDOWS = 0.5, 3
 """How long the training's own step is measured on one fixed batch: ten windows, or so many at least, where a step is
 long. A training that was timed for less is held against none of it: it may have had calmer moments than any window, and
 first steps are slow."""
@@ -65,7 +65,8 @@ TRUST = 1.05
 UNQUEUED = 2.0
 """Where nothing is queued, no clock can be read before the work is done, and a machine that seems faster than its
 ceilings has others on it that no load shows: two cores of a rented Xeon did 1.2 times what they had done within three
-minutes before and after, and from hour to hour 1.4. More than this many times, and the clock itself is wrong."""
+minutes before and after, and from hour to hour 1.4. Above so many times TRUST, or TRUST_PRODUCTS, the clock is
+wrong all the same."""
 
 TRUST_PRODUCTS = 4 * TRUST
 """As TRUST, of the rate of products. No such bound is sharp: Winograd's convolutions save up to 3 of 4 of the
@@ -286,8 +287,8 @@ def verdict(figures: Mapping[str, float], ceilings: Measured) -> str:
     """`limit` in a sentence for people, with what it rests on."""
     limited = limit(figures, ceilings)
     share = f"{figures['efficiency/vs_synthetic']:.0%} of the speed of one fixed batch"
-    if limited != "data" and figures["efficiency/vs_synthetic"] < DATA_BELOW:
-        share += f" at its fastest, {_share_of_median(figures, ceilings):.0%} at its median"
+    if figures["efficiency/vs_synthetic"] < DATA_BELOW:
+        share += f" at its fastest, {_share_of_median(figures, ceilings):.1%} at its median"
     if limited == "data":
         return f"limited by data: real images passed at {share}"
     if limited == "launches":
@@ -303,8 +304,8 @@ def impossible(figures: Mapping[str, float], spread: float = 1.0) -> str | None:
     """Why these figures (`efficiency`'s) can't be true, for people; None where they can.
 
     Other load while the ceilings were measured makes them look low, so measure those again before accusing a clock.
-    `spread`: how many times the slower of two measurements the faster one was; by as much again the machine may have
-    been faster in between.
+    `spread`: how many times as fast as measured the machine may have been in between; where two measurements differ, by
+    as much again.
     """
     share = figures["efficiency/vs_synthetic"]
     utilisation = figures.get("efficiency/model_flops_utilisation", 0.0)

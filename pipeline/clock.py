@@ -82,7 +82,7 @@ class StepTimes:
         self._count = 0
 
     def step(self, steps: int = 1) -> AbstractContextManager[None]:
-        """The context in which the next step is queued; of several queued as one, each counts as their mean."""
+        """The context in which the next step is queued; of several queued as one, their mean is timed, as one."""
         self._count += 1
         return self._timed(steps) if self._count % self._every == 0 else nullcontext()
 

@@ -112,7 +112,7 @@ def shuffled(
 
     `flip` mirrors each image left to right with probability one half.
     """
-    cut = batches(split, batch_size, backend, order(len(split), backend, seed, epoch).to(split.labels.device))
+    cut = batches(split, batch_size, backend, drawn_order(len(split), backend, seed, epoch).to(split.labels.device))
     if not flip:
         yield from cut
         return
@@ -122,7 +122,7 @@ def shuffled(
         yield torch.where(chosen, images.flip(2), images), labels
 
 
-def order(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
+def drawn_order(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
     """(count,) int64: the order of an epoch's samples, as `shuffled` has them."""
     return torch.argsort(_draw(count, seed, 2 * epoch, _drawn_on(backend)))
 

@@ -18,11 +18,11 @@ Ready = Callable[[Tensor], Tensor]
 """Makes of a batch, as it lies in memory, what the network takes."""
 Schedule = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 Progress = Callable[[int], None]
-"""Told each batch's size, once its work is queued."""
+"""Told how many samples were taken, once their work is queued."""
 
 STRETCH = 8
 """How many steps of a head are recorded as one. On an H200 one takes the card 61 microseconds and the host, which cuts
-its batch, copies it to where the recording reads it and sets its rate, 50 to 100; of eight at once, 20."""
+its batch, copies it to where the recording reads it and sets its rate, 70 to 130; of eight at once, 20."""
 
 
 def silent(count: int) -> None:
@@ -62,7 +62,7 @@ class Job:
     `network` maps what `ready` makes of a batch to logits: the whole model on images, or its head alone on features
     computed before (`on_features`: images then never pass the network, and none count as trained). `recorded`: the
     launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`), those
-    of a head for `STRETCH` steps at once.
+    of a head for `STRETCH` steps at once, where its optimizer's are among them (`optim.recordable`).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Job:
         self._whole = recorded and self.scaler is None and optim.recordable(self.optimizer, self.scheduler)
         stretch = STRETCH if self._whole and on_features else 1
         self.at_once = stretch * batch_size
-        """How many samples `step` takes."""
+        """How many samples `step` takes at most."""
         self._rates = [
             [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups] for _ in range(stretch)
         ]
@@ -106,8 +106,9 @@ class Job:
         self.score = scorer(network, ready, backend, precision, self.totals, recorded=recorded)
 
     def step(self, inputs: Tensor, labels: Tensor, *, scheduled: bool = False) -> tuple[float, float | None]:
-        """A step of training on each batch of these samples, at most `at_once`, on the device; losses and correct
-        answers go to `totals`. `scheduled`: where the schedule moves with each batch, it does.
+        """A step of training on each batch of these samples, which are on the device; losses and correct answers go to
+        `totals`. What isn't recorded with its optimizer takes them for one batch, whatever their number. `scheduled`:
+        where the schedule moves with each batch, it does.
 
         Gives the last step's learning rate: the schedule's, and the one applied in its place, where one was.
         """
@@ -199,7 +200,7 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
 
-    `train_batches` gives an epoch's batches, counted from 1. The clock stands still while the caller handles
+    `train_batches` gives an epoch's samples, counted from 1, `job.at_once` at a time. The clock stands still while the caller handles
     what was yielded. Raises NonFiniteLossError.
     """
     for epoch in range(1, job.epochs + 1):

@@ -309,6 +309,7 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
         record["warnings"].append(
             f"too fast for this machine's ceilings, which were {spread - 1:.0%} apart before and after it, "
             f"while others used {load:.0%} of the CPU"
+            + ("" if backend.asynchronous else "; nothing is queued here, where a clock could be read too early")
         )
         record["tags"]["taints"] = "ceilings"
     record["metrics"] |= figures

@@ -185,8 +185,10 @@ def warm_up(work: Work, splits: Splits) -> float:
     def some(split: data.Split, at_once: int) -> Iterator[data.Split]:
         """The first samples, as many as are taken at once, and as many as are left at last."""
         for size in sizes(split, at_once):
-            few = data.Split(*first(split, size, backend))
-            yield features(work, few) if job.on_features else few
+            if job.on_features:  # from where the images are: so many at once may not fit the device
+                yield features(work, split.take(np.arange(size))).to(backend.device)
+            else:
+                yield data.Split(*first(split, size, backend))
 
     def once() -> None:
         train, validated = splits["train"], validated_in(splits)
@@ -195,7 +197,7 @@ def warm_up(work: Work, splits: Splits) -> float:
             validation = [(few.inputs, few.labels) for few in some(validated, job.batch_size)]
         else:  # a CPU by itself does nothing once by shape
             validation = training[:1]
-        data.order(len(train), backend, seed=0, epoch=0)  # of so many, sorted by kernels of their own
+        data.drawn_order(len(train), backend, seed=0, epoch=0)  # of so many, sorted by kernels of their own
         engine.warm_up(job, training, validation)
 
     try:

@@ -350,8 +350,8 @@ def measured(queueing_share):
 @pytest.mark.parametrize(
     ("images_per_second", "queueing_share", "limited", "sentence"),
     [
-        (830, 0.3, "data", "limited by data: real images passed at 83% of the speed of one fixed batch"),
-        (949, 0.99, "data", "limited by data: real images passed at 95% of the speed of one fixed batch"),
+        (830, 0.3, "data", "limited by data: real images passed at 83% of the speed of one fixed batch at its fastest, 83.0% at its median"),
+        (949, 0.99, "data", "limited by data: real images passed at 95% of the speed of one fixed batch at its fastest, 94.9% at its median"),
         (950, 0.9, "compute", "limited by compute: 95% of the speed of one fixed batch"),
         (
             950,
@@ -384,15 +384,15 @@ def test_compute_is_held_against_products_where_operations_were_counted():
             700,
             600,
             "compute",
-            "limited by compute: 70% of the speed of one fixed batch at its fastest, 117% at its median",
+            "limited by compute: 70% of the speed of one fixed batch at its fastest, 116.7% at its median",
         ),
         (
             700,
             736,
             "compute",
-            "limited by compute: 70% of the speed of one fixed batch at its fastest, 95% at its median",
+            "limited by compute: 70% of the speed of one fixed batch at its fastest, 95.1% at its median",
         ),
-        (700, 738, "data", "limited by data: real images passed at 70% of the speed of one fixed batch"),
+        (700, 738, "data", "limited by data: real images passed at 70% of the speed of one fixed batch at its fastest, 94.9% at its median"),
         (960, 700, "compute", "limited by compute: 96% of the speed of one fixed batch"),
     ],
 )

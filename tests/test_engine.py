@@ -472,12 +472,15 @@ def test_no_step_is_dropped_where_more_come_than_are_taken_at_once():
         job.step(*next(data.batches(samples(5), 5, job.backend)))
 
 
-def test_of_steps_recorded_as_one_each_counts_as_their_mean():
+def test_of_steps_recorded_as_one_their_mean_is_timed():
     backend = Marked()
-    head = Queued(linear(), backend, 0.25)
-    job = job_of(head, backend=backend, on_features=True, batch_size=4)
-    trained(job, samples(3 * 32 + 8), samples(4), batch_size=32)
-    assert job.times.seconds == [0.25 / 2]  # the fourth stretch: two steps, which this job takes as one
+    backend.captured, backend.optimizer_options = Recording().captured, Recording.optimizer_options
+    job = job_of(Queued(linear(), backend, 0.25), backend=backend, on_features=True, batch_size=4, recorded=True)
+    train, val = samples(3 * 32 + 8), samples(4)
+    engine.warm_up(job, data.batches(train, job.at_once, backend), data.batches(val, 4, backend))
+    job.restart()
+    trained(job, train, val, batch_size=job.at_once)
+    assert job.times.seconds == [0.25]  # of the fourth stretch, which has two steps
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -588,7 +591,7 @@ def pictures(count, seed):
     return data.Split(noise, labels)
 
 
-def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_device=True):
+def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_device=True, batch_size=8):
     """Three epochs of a tiny ResNet's, with its features computed once or in every epoch, from samples on the device
     or in host memory."""
     backend = backend or Cpu()
@@ -620,20 +623,20 @@ def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_devi
         lr=0.05 if recipe.trainable == "head" else 0.001,
         scheduler="cosine",
         epochs=3,
-        steps=3,
-        batch_size=8,
+        steps=math.ceil(22 / batch_size),
+        batch_size=batch_size,
         precision=recipe.precision,
         on_features=cached,
         recorded=recorded,
     )
     if recorded:
-        engine.warm_up(job, data.batches(train, job.at_once, backend), data.batches(val, 8, backend))
+        engine.warm_up(job, data.batches(train, job.at_once, backend), data.batches(val, batch_size, backend))
         net.load_state_dict(beginning)
         job.restart()
     rows = engine.train(
         job,
         lambda epoch: data.shuffled(train, job.at_once, backend, seed, epoch, flip=recipe.flip),
-        lambda: data.batches(val, 8, backend),
+        lambda: data.batches(val, batch_size, backend),
     )
     kept = ("epoch", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/lr")
     return [{key: row[key] for key in kept} for row in rows]

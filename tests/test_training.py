@@ -426,7 +426,8 @@ def test_a_training_of_less_than_a_batch_is_measured_with_what_there_is(build, s
         sizes.append(len(labels))
         step(job, inputs, labels)
 
-    def lasting(work, wait, **_):
+    def lasting(work, wait, *, seconds, least):
+        assert least == ceilings.STEP_WINDOWS
         work()
         return [0.5, 1.0, 2.0]
 

@@ -22,8 +22,8 @@ class Cuda(Backend):
     compile_modes = ("off", "default", "reduce-overhead", "max-autotune")
     records = True
     optimizer_options: Mapping[str, Any] = {"fused": True, "capturable": True}
-    # Measured on an H100 in bf16, steps recorded: finetune saves 4.9 microseconds an image for 70 s of compiling, blog
-    # 3.7 for 37 s, so that it pays after 14 and 10 million images.
+    # Measured on an H200 in bf16, steps recorded: finetune saves 3.6 microseconds an image for 55 s of compiling, blog
+    # 2.7 for 46 s, so that it pays after 15 and 17 million images.
     compile_pays_after_images = 15_000_000
 
     def __init__(self, index: int = 0):
