@@ -200,8 +200,8 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
 
-    `train_batches` gives an epoch's samples, counted from 1, `job.at_once` at a time. The clock stands still while the caller handles
-    what was yielded. Raises NonFiniteLossError.
+    `train_batches` gives an epoch's samples, counted from 1, `job.at_once` at a time. The clock stands still while the
+    caller handles what was yielded. Raises NonFiniteLossError.
     """
     for epoch in range(1, job.epochs + 1):
         job.backend.reset_peak_memory()

@@ -19,8 +19,8 @@ from pipeline import files
 
 FILE = Path(__file__).with_name("noise.json")
 
-TRAINED_ON = {"linear-probe": "features", "blog": "images"}
-"""What the trainings among the works learn from: features that were computed once, or all images in each epoch."""
+TRAINED_ON = {"linear-probe": "features", "blog": "images", "finetune": "images"}
+"""What the works learn from: features that were computed once, or all images in each epoch."""
 
 ANY = "any"
 """All works of a backend."""
@@ -113,7 +113,7 @@ def read(file: Path = FILE) -> list[Noise]:
 
 
 def between(found: Iterable[Noise]) -> Measured:
-    """The largest that was measured on each backend, of trainings by TRAINED_ON, and of ANY work."""
+    """The largest that was measured on each backend, of works by TRAINED_ON, and of ANY work."""
     largest: dict[str, dict[str, Between]] = {}
     for noise in found:
         own, there = Between(noise.between, len(noise.logs) - 1), largest.setdefault(noise.backend, {})

@@ -212,7 +212,8 @@ def test_repeats_of_one_process_would_be_unfair_if_nothing_were_known_of_others(
 
 
 @pytest.mark.parametrize(("backend", "failing"), [("cuda", 1), ("cpu", 0)])
-def test_a_slow_down_has_to_be_found_on_a_gpu(backend, failing):
+def test_a_slow_down_has_to_be_found_on_the_machine_that_is_asked(monkeypatch, backend, failing):
+    monkeypatch.setattr(simulation, "ASKED", "made-up cuda")
     (each,) = measured_noise.measured(measurement(backend, 0.004, 0.004))
     shares = {"alike": 0.065, "slower": 0.79}
     found = {kind: dict.fromkeys((3, 5, 10), shares) for kind in simulation.PROCESSES}
@@ -228,6 +229,7 @@ def test_the_simulation_prints_a_table_and_fails_where_it_is_not_fair(tmp_path, 
     said = capsys.readouterr().out
     assert "made-up cuda, example" in said and len(said.splitlines()) == 6
     monkeypatch.setattr(simulation, "LEAST_FOUND", 1.1)
+    monkeypatch.setattr(simulation, "ASKED", "made-up cuda")
     with pytest.raises(SystemExit) as ended:
         simulation.main(words)
     assert "a slow-down found in" in ended.value.code  # a text: status 1

@@ -21,6 +21,9 @@ MEASURED = ceilings.Measured(
 )
 
 
+WAITED = "limited by data: real images passed at"
+
+
 @pytest.fixture
 def backend():
     return Standin()
@@ -350,8 +353,8 @@ def measured(queueing_share):
 @pytest.mark.parametrize(
     ("images_per_second", "queueing_share", "limited", "sentence"),
     [
-        (830, 0.3, "data", "limited by data: real images passed at 83% of the speed of one fixed batch at its fastest, 83.0% at its median"),
-        (949, 0.99, "data", "limited by data: real images passed at 95% of the speed of one fixed batch at its fastest, 94.9% at its median"),
+        (830, 0.3, "data", f"{WAITED} 83% of the speed of one fixed batch at its fastest, 83.0% at its median"),
+        (949, 0.99, "data", f"{WAITED} 95% of the speed of one fixed batch at its fastest, 94.9% at its median"),
         (950, 0.9, "compute", "limited by compute: 95% of the speed of one fixed batch"),
         (
             950,
@@ -392,7 +395,7 @@ def test_compute_is_held_against_products_where_operations_were_counted():
             "compute",
             "limited by compute: 70% of the speed of one fixed batch at its fastest, 95.1% at its median",
         ),
-        (700, 738, "data", "limited by data: real images passed at 70% of the speed of one fixed batch at its fastest, 94.9% at its median"),
+        (700, 738, "data", f"{WAITED} 70% of the speed of one fixed batch at its fastest, 94.9% at its median"),
         (960, 700, "compute", "limited by compute: 96% of the speed of one fixed batch"),
     ],
 )

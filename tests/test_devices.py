@@ -114,7 +114,7 @@ def test_a_recorded_training_has_the_losses_of_an_unrecorded_one(deterministic, 
             pytest.skip(f"no {precision} here")
         rows[recorded] = figures_of(
             f"recipe={recipe}", f"precision={precision}", cached=recipe == "linear-probe", backend=backend,
-            recorded=recorded, batch_size=2 if recipe == "linear-probe" else 8,  # so that a head's come to 8 and 3 steps
+            recorded=recorded, batch_size=2 if recipe == "linear-probe" else 8,  # a head: 8 and 3 steps
         )  # fmt: skip
         assert backend.recording_fault is None
         assert (backend._recorder._pool is not None) is recorded
