@@ -185,10 +185,10 @@ def warm_up(work: Work, splits: Splits) -> float:
     def some(split: data.Split, at_once: int) -> Iterator[data.Split]:
         """The first samples, as many as are taken at once, and as many as are left at last."""
         for size in sizes(split, at_once):
-            if job.on_features:  # from where the images are: so many at once may not fit the device
-                yield features(work, split.take(np.arange(size))).to(backend.device)
-            else:
-                yield data.Split(*first(split, size, backend))
+            few = split.take(np.arange(size))
+            if job.on_features:  # before they are sent: so many images at once may not fit the device
+                few = features(work, few)
+            yield data.Split(*first(few, size, backend))
 
     def once() -> None:
         train, validated = splits["train"], validated_in(splits)

@@ -37,6 +37,7 @@ class Store:
             own = {
                 "machine": machine, "hardware": "GPU A", "device": "cuda", "backend": "cuda", "workload": "w1",
                 "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
+                "software.execution": str(config.EXECUTION_VERSION),
             }  # fmt: skip
             own |= {key.replace("__", "."): value for key, value in tags.items()}
             figures = {

@@ -84,7 +84,7 @@ def test_what_another_version_of_the_code_executed_is_in_no_table_with_the_rest(
 
 
 def test_runs_from_before_it_was_told_are_the_first_versions():
-    found = Store().add(1).add(1, machine="b" * 12, software__execution="1").compare()
+    found = Store().add(1, software__execution=None).add(1, machine="b" * 12, software__execution="1").compare()
     assert [(each.version, len(each.tables[0].rows)) for each in sections(found)] == [("1", 2)]
 
 

@@ -420,21 +420,21 @@ def test_the_ceiling_is_that_of_the_trainings_own_step_on_one_batch(
 
 
 def test_a_training_of_less_than_a_batch_is_measured_with_what_there_is(build, splits, monkeypatch):
-    sizes, step = [], engine.Job.step
+    sizes, step, asked = [], engine.Job.step, []
 
     def sized(job, inputs, labels):
         sizes.append(len(labels))
         step(job, inputs, labels)
 
-    def lasting(work, wait, *, seconds, least):
-        assert least == ceilings.STEP_WINDOWS
+    def lasting(work, wait, *, least=2, **_):
+        asked.append(least)
         work()
         return [0.5, 1.0, 2.0]
 
     monkeypatch.setattr(engine.Job, "step", sized)
     monkeypatch.setattr(ceilings, "windows", lasting)
     measured = training.measure_ceilings(build(recipe_of("finetune", "batch_size=64")), splits)
-    assert set(sizes) == {20}
+    assert set(sizes) == {20} and asked[0] == ceilings.STEP_WINDOWS
     assert (measured.images_per_second, measured.median_images_per_second) == (20 / 0.5, 20 / 1.0)
 
 
