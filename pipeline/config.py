@@ -22,22 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 EXECUTION_KEYS = ("precision", "channels_last", "compile", "graph", "features", "threads")
 """A recipe's keys that say how the work is done, not what it is: they stay out of the workload."""
 
-STEP_KEYS = (
-    "model", "trainable", "frozen_batch_norm", "normalize", "flip", "image_size", "batch_size", "optimizer",
-    "optimizer_options",
-)  # fmt: skip
-"""A recipe's keys that say what one step of training computes."""
-
-SUSTAINED = "finetune"
-"""The recipe whose step is repeated for `sustain_seconds`, whatever the chosen one is."""
-
 MOST_REPEATS = 1000
 """As far as `repeats` goes."""
 
 WORKLOAD_VERSION = 1
 """Raised when the meaning of the work changes in the code, so that old and new runs are never compared."""
 
-EXECUTION_VERSION = 2
+EXECUTION_VERSION = 3
 """Raised when the code does the same work faster or slower than before on any backend, beyond noise: machines are
 compared by runs of one version, or its gain would pass for a machine's."""
 
@@ -72,17 +63,18 @@ def whole(low: int, high: int = 2**31 - 1) -> Check:
     return Check(read, f"a whole number from {low}" + ("" if high == 2**31 - 1 else f" to {high}"))
 
 
-def real(low: float, *, open_low: bool = False) -> Check:
-    """A finite number of at least `low`, or above it where `open_low`."""
+def real(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
+    """A finite number of at least `low` (above it where `open_low`) and at most `high`."""
 
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError
-        if value < low or (open_low and value == low):
+        if value < low or value > high or (open_low and value == low):
             raise ValueError
         return float(value)
 
-    return Check(read, f"a number {'above' if open_low else 'from'} {low:g}")
+    below = "" if math.isinf(high) else f" to {high:g}"
+    return Check(read, f"a number {'above' if open_low else 'from'} {low:g}{below}")
 
 
 def matching(pattern: str, allowed: str) -> Check:
@@ -202,6 +194,12 @@ class Compare:
     )
     prices: str = setting(TEXT, "file of prices by hardware, where there is one")
     tainted: bool = setting(SWITCH, "let tainted runs into claims")
+    smallest: float = setting(
+        real(0, 1), "the smallest difference, as a fraction, that runs of fewer than three sessions may be claimed of"
+    )
+    accuracy_margin: float = setting(
+        real(0, 1, open_low=True), "accuracies, as fractions, are equivalent if they differ by less than this"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +208,9 @@ class Price:
 
     buy: float | None = setting(real(0, open_low=True), "to buy")
     per_hour: float | None = setting(real(0, open_low=True), "to rent for an hour")
+    per_kwh: float | None = setting(real(0), "electricity for a kilowatt-hour")
+    hours_per_day: float | None = setting(real(0, 24, open_low=True), "hours a day that it is used")
+    machine: str | None = setting(TEXT, "of a card: the machine it sits in, which `buy` includes")
     currency: str = setting(matching("[A-Z]{3}", "a currency's three letters, such as EUR"), "of the price")
     date: str = setting(Check(_read_date, "a date, such as 2026-11-01"), "when it was asked")
     source: str = setting(TEXT, "who asked it: an address")
@@ -217,7 +218,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The work: what is trained, on what, how long and how; the last six keys say how it is executed."""
+    """The work: what is trained, on what, how long and how; EXECUTION_KEYS say how it is executed."""
 
     model: str = setting(TEXT, "any timm classification model")
     weights: str = setting(
@@ -252,6 +253,9 @@ class Recipe:
         one_of("auto", "cache", "recompute"), "execution: a frozen backbone's features, once or every epoch"
     )
     threads: int | None = setting(either(NULL, whole(1, 4096)), "execution: CPU threads; null: what torch takes")
+    target_accuracy: float | None = setting(
+        either(NULL, real(0, 1, open_low=True)), "validation accuracy, as a fraction, to which the time is reported"
+    )
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the options of the chosen optimizer and scheduler alone, as plain JSON values."""
@@ -272,9 +276,10 @@ class Settings:
     )
     seed: int = setting(whole(0), "of every random choice")
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
-    repeats: int = setting(whole(1, MOST_REPEATS), "how many times it is trained, with seed, seed + 1, ...")
-    sustain_seconds: float = setting(real(0), "how long finetune's step is repeated after the recipe; 0: not at all")
-    largest_batch: bool = setting(SWITCH, "find the largest batch that fits finetune's step, on GPUs")
+    repeats: int = setting(whole(1, MOST_REPEATS), "number of processes, with seed, seed + 1, ...")
+    repeat_pause: float = setting(real(0), "seconds to wait between two of these processes")
+    sustain_seconds: float = setting(real(0), "how long each sustained step is measured after the recipe; 0: not at all")
+    largest_batch: bool = setting(SWITCH, "find the largest batch of the convnet's step that fits, on GPUs")
     data: Data
     energy: Energy
     compare: Compare
@@ -312,8 +317,6 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
     settings: Settings = _typed(Settings, tree, "")
     if settings.recipe not in settings.recipes:
         raise _refusal("recipe", settings.recipe, one_of(*settings.recipes))
-    if settings.sustain_seconds and SUSTAINED not in settings.recipes:
-        raise _refusal("sustain_seconds", settings.sustain_seconds, Check(float, f"0 without recipes.{SUSTAINED}"))
     return settings
 
 
@@ -332,7 +335,8 @@ def _price(tree: Any, where: str) -> Price:
     fields = _fields(Price)
     if not isinstance(tree, dict) or not ("buy" in tree or "per_hour" in tree):
         raise UsageError(f"{where}: expected buy or per_hour, with currency, date and source")
-    values: dict[str, Any] = {"buy": None, "per_hour": None}
+    optional = ("buy", "per_hour", "per_kwh", "hours_per_day", "machine")
+    values: dict[str, Any] = dict.fromkeys(optional)
     for key, value in tree.items():
         if key not in fields:
             close = nearest(key, list(fields))
@@ -358,22 +362,6 @@ def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
     work["data"] = [inputs["data"]["digest"], inputs["data"]["limit"]]
     work["version"] = WORKLOAD_VERSION
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def sustained(settings: Settings) -> Recipe:
-    """The recipe whose step is repeated: finetune's, executed as the chosen recipe is, from random weights. Whole steps
-    at one rate: neither features nor a schedule, which might refuse so few steps, are part of what is repeated."""
-    how = {key: getattr(settings.work, key) for key in EXECUTION_KEYS} | {"features": "recompute"}
-    return dataclasses.replace(
-        settings.recipes[SUSTAINED], weights="random", scheduler="constant", warmup_epochs=0.0, **how
-    )
-
-
-def sustained_workload(recipe: Recipe, seconds: float) -> str:
-    """Ten hex digits that name what is repeated, and for how long: a machine is slower when it has got hot."""
-    step = {key: value for key, value in recipe.resolved().items() if key in STEP_KEYS}
-    step |= {"seconds": seconds, "version": WORKLOAD_VERSION}
-    return hashlib.sha256(json.dumps(step, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

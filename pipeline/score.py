@@ -1,0 +1,54 @@
+"""The sustained steps that make a machine's score, and the names of their figures; imports no torch.
+
+The steps are the same whatever the recipe: a convolutional network at fp32, the same network at the device's best
+precision, and a vision transformer at that precision.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from pipeline import config
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step that is repeated on made images. `model`: a timm name; `image_size`: pixels a side;
+    `best_precision`: run at the device's best precision, else at fp32. Every step trains all parameters by AdamW."""
+
+    name: str
+    title: str
+    model: str
+    image_size: int
+    batch_size: int
+    best_precision: bool
+
+
+STEPS = (
+    Step("convnet_fp32", "convnet fp32", "resnet18", 96, 256, best_precision=False),
+    Step("convnet_best", "convnet best", "resnet18", 96, 256, best_precision=True),
+    Step("transformer_best", "transformer best", "vit_small_patch16_224", 224, 64, best_precision=True),
+)
+
+
+def metric(step: str, figure: str) -> str:
+    """The metric of a step's figure: `images_per_second` (median of the last third), `first_third_images_per_second`,
+    `seconds`, `batch_size`, `images_per_joule`, `watts`, or the series `course` (images/s by slice)."""
+    return f"sustained/{step}_{figure}"
+
+
+def tag(step: str, fact: str) -> str:
+    """The tag of a fact about a step: `workload` or `precision`."""
+    return f"sustained.{step}.{fact}"
+
+
+def workload(step: Step, batch_size: int, seconds: float) -> str:
+    """Ten hex digits that name what was repeated, with the batch that fitted, and for how long: heat builds up."""
+    work = {
+        "model": step.model,
+        "image_size": step.image_size,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "version": config.WORKLOAD_VERSION,
+    }
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:10]
