@@ -17,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from scipy import special
+
 from benchmarks import bare, results
 from pipeline import backends
-from pipeline.conditions import two_sided_p
 
 SMALL = (
     "weights=random", "data.source=synthetic", "data.limit=60", "batch_size=60", "image_size=32", "epochs=3",
@@ -29,12 +30,7 @@ SMALL = (
 
 def t_quantile(degrees: float, confidence: float = 0.95) -> float:
     """The t that Student's t with these degrees of freedom stays within, on both sides, so often."""
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        beyond = two_sided_p(middle, degrees)  # type: ignore[arg-type]  # whole degrees or not, the function is one
-        low, high = (middle, high) if beyond > 1 - confidence else (low, middle)
-    return high
+    return float(special.stdtrit(degrees, (1 + confidence) / 2))
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

@@ -1,5 +1,8 @@
-"""What taints a run's figures, told without torch: the state of the machine before and after it, and whether its
-epochs kept their pace. A fact that can't be told is absent."""
+"""The machine's state before and after a run, and what it says of the run's figures; without torch.
+
+What somebody else did to the machine taints them (`taints`): the figures may not be its own. That it gets hot,
+throttles or drifts is its own nature (`behavior`), and a result. A fact that can't be read is absent.
+"""
 
 import math
 import mmap
@@ -16,7 +19,7 @@ from typing import Any
 import psutil
 
 from pipeline import machine
-from pipeline.machine import contents
+from pipeline.files import contents
 
 Sample = Mapping[str, float | str | bool]
 """What `sample` returns."""
@@ -35,15 +38,24 @@ most machines have some. A few MiB come and go at any time; a quarter of a GiB m
 SWAP_RATE_MIB = 1.0
 """MiB a second to and from swap that count as swapping: single old pages are read back at any time."""
 
-DRIFT_P = 0.01
-"""Epochs drift only where chance alone would rarely show such a slope: in one run of a hundred."""
+OWN_NATURE = frozenset({"throttled", "thermal", "drift"})
+"""The words of `behavior`. Runs made before it was told apart have them among their taints."""
 
-DRIFT_SLOPE = 0.005
-"""Change of an epoch's time, as a share of the mean, that counts: below half a per cent it is smaller than what two
-runs on one machine differ by, however significant many epochs make it."""
+DRIFT_CHANGE = 0.03
+"""Change of the mean time from the first to the last third that counts as drift, as a share of the first's."""
+
+DRIFT_P = 0.01
+"""Only where chance alone shows such a trend in one run of a hundred is it drift."""
+
+DRIFT_PHI = 0.7
+"""Correlation of one time's noise with the next one's that the test of a trend allows for: a machine's speed wanders,
+and neighbouring times are alike without a trend."""
+
+DRIFT_VALUES = 6
+"""Fewer times are not tested: two in a third, four degrees of freedom."""
 
 SLOWDOWNS = frozenset({"hw slowdown", "sw thermal slowdown", "hw thermal slowdown", "hw power brake slowdown"})
-"""Throttling that taints: heat, and a power supply that fails. A card at its own power limit works as it was sold,
+"""Throttling that counts: heat, and a power supply that fails. A card at its own power limit works as it was sold,
 and most do under full load; that limit stands in the run as `hardware.power_limit_watts`."""
 
 THROTTLING = {
@@ -152,7 +164,7 @@ class NvidiaCard:
 
 
 def sample(gpu_uuid: str | None = None) -> dict[str, float | str | bool]:
-    """What taints a figure at this moment, in about half a second. All shares are from 0 to 1.
+    """The machine's state at this moment, read in about half a second. All shares are from 0 to 1.
 
     `power_source` (mains | battery), `low_power_mode`, `cpu_load` (of all cores, by other processes), `swap_gib`
     where swap is used, `swapping`, `thermal_pressure` (macOS), and of the NVIDIA card `gpu_uuid`: `gpu_load` (by
@@ -178,60 +190,62 @@ def sample(gpu_uuid: str | None = None) -> dict[str, float | str | bool]:
     return found
 
 
-def drift(seconds: Sequence[float]) -> tuple[float, float] | None:
-    """The least-squares slope of epochs' times by epoch, as a share of their mean, and the two-sided p-value of
-    there being none (Student's t); None for fewer than five epochs or where all took the same."""
-    count = len(seconds)
-    if count < 5 or min(seconds) == max(seconds):
-        return None
-    mean, middle = math.fsum(seconds) / count, (count - 1) / 2
-    squares_x = math.fsum((epoch - middle) ** 2 for epoch in range(count))
-    squares_y = math.fsum((value - mean) ** 2 for value in seconds)
-    products = math.fsum((epoch - middle) * (value - mean) for epoch, value in enumerate(seconds))
-    unexplained = 1 - products**2 / (squares_x * squares_y)
-    if unexplained <= 0:  # on a line, to the last digit
-        return products / squares_x / mean, 0.0
-    t = math.sqrt((1 - unexplained) * (count - 2) / unexplained)
-    return products / squares_x / mean, two_sided_p(t, count - 2)
-
-
-def two_sided_p(t: float, degrees: int) -> float:
-    """How often Student's t with these degrees of freedom is farther from 0 than `t`: I_x(n/2, 1/2) at
-    x = n/(n + t^2) (Numerical Recipes, 3rd edition, 6.14.11)."""
-    return _incomplete_beta(degrees / (degrees + t * t), degrees / 2, 0.5)
-
-
-def taints(before: Sample, after: Sample, epoch_seconds: Sequence[float]) -> dict[str, str]:
-    """Why the run's figures may not be the machine's: a sentence by a short word. `before` is to be sampled when
-    nothing of ours has run on the GPU for a second; of `after`, the GPU's load is our own and isn't looked at."""
-    samples = {"start": before, "end": after}
+def taints(before: Sample, after: Sample) -> dict[str, str]:
+    """What others did while the run was measured: a sentence by a short word. `before` must be sampled when nothing of
+    ours has run on the GPU for a second; the GPU's load in `after` is our own and is not looked at."""
     found = {}
     if "battery" in (before.get("power_source"), after.get("power_source")):
         found["battery"] = "the machine ran on battery"
     if before.get("low_power_mode") or after.get("low_power_mode"):
         found["low-power"] = "the machine was in low-power mode"
-    loads = {when: _figure(told, "cpu_load") for when, told in samples.items()}
-    if said := [f"{load:.0%} of the CPU when it {when}ed" for when, load in loads.items() if load > LOAD]:
-        found["load"] = f"other processes used {' and '.join(said)}"
-    if said := _gpu_use(before, after):
-        found["gpu-load"] = " and ".join(said)
-    if said := _swap_use(before, after):
-        found["swap"] = " and ".join(said)
-    slowed = {
-        when: [name for name in str(told.get("gpu_throttle", "")).split(", ") if name in SLOWDOWNS]
-        for when, told in samples.items()
-    }
-    if said := [f"at the {when} ({', '.join(names)})" for when, names in slowed.items() if names]:
-        found["throttled"] = f"the GPU was throttled {' and '.join(said)}"
-    pressures = {when: told.get("thermal_pressure", "nominal") for when, told in samples.items()}
-    if said := [f"{level} at the {when}" for when, level in pressures.items() if level != "nominal"]:
-        found["thermal"] = f"the thermal pressure was {' and '.join(said)}"
-    if trend := drift(epoch_seconds):
-        slope, p = trend
-        if p < DRIFT_P and abs(slope) > DRIFT_SLOPE:
-            chance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-            found["drift"] = f"epochs got {abs(slope):.1%} {'slower' if slope > 0 else 'faster'} each ({chance})"
+    loads = {when: _figure(state, "cpu_load") for when, state in (("start", before), ("end", after))}
+    if parts := [f"{load:.0%} of the CPU when it {when}ed" for when, load in loads.items() if load > LOAD]:
+        found["load"] = f"other processes used {' and '.join(parts)}"
+    if parts := _gpu_use(before, after):
+        found["gpu-load"] = " and ".join(parts)
+    if parts := _swap_use(before, after):
+        found["swap"] = " and ".join(parts)
     return found
+
+
+def behavior(before: Sample, after: Sample, seconds: Sequence[float]) -> dict[str, str]:
+    """What the machine itself did: a sentence by a word of OWN_NATURE. `seconds`: times of equal work, in order."""
+    states = {"start": before, "end": after}
+    found = {}
+    slowed = {
+        when: [name for name in str(state.get("gpu_throttle", "")).split(", ") if name in SLOWDOWNS]
+        for when, state in states.items()
+    }
+    if parts := [f"at the {when} ({', '.join(names)})" for when, names in slowed.items() if names]:
+        found["throttled"] = f"the GPU was throttled {' and '.join(parts)}"
+    pressures = {when: state.get("thermal_pressure", "nominal") for when, state in states.items()}
+    if parts := [f"{level} at the {when}" for when, level in pressures.items() if level != "nominal"]:
+        found["thermal"] = f"the thermal pressure was {' and '.join(parts)}"
+    if sentence := _drift(seconds):
+        found["drift"] = sentence
+    return found
+
+
+def trend_p(values: Sequence[float]) -> float:
+    """The two-sided p-value of a linear trend in three or more values that differ, under AR(1) noise with DRIFT_PHI.
+
+    Values and regressors (1, t) are transformed so that this noise becomes independent, the first row by
+    sqrt(1 - phi^2), the others by subtracting phi times the row before (S. J. Prais and C. B. Winsten, Cowles
+    Commission Discussion Paper 383, 1954). Then least squares and Student's t with n - 2 degrees of freedom: exact for
+    Gaussian noise of this correlation, conservative for a lower one.
+    """
+    import numpy as np  # not above: this module is imported before there is anything to compute
+    from scipy import special
+
+    rows = np.column_stack([np.ones(len(values)), np.arange(len(values)), values])
+    rows = np.vstack([math.sqrt(1 - DRIFT_PHI**2) * rows[:1], rows[1:] - DRIFT_PHI * rows[:-1]])
+    regressors, transformed = rows[:, :2], rows[:, 2]
+    inverse = np.linalg.inv(regressors.T @ regressors)
+    coefficients = inverse @ regressors.T @ transformed
+    residuals = transformed - regressors @ coefficients
+    degrees = len(values) - 2
+    error = math.sqrt(residuals @ residuals / degrees * inverse[1, 1])
+    return 2 * float(special.stdtr(degrees, -abs(coefficients[1]) / error)) if error else 0.0
 
 
 def load_of_others(before: Sequence[float], after: Sequence[float]) -> float | None:
@@ -269,27 +283,38 @@ def parse_swapped_pages(text: str, system: str) -> int | None:
     return sum(map(int, found)) if len(found) == 2 else None
 
 
+def _drift(seconds: Sequence[float]) -> str | None:
+    if len(seconds) < DRIFT_VALUES:
+        return None
+    third = len(seconds) // 3
+    change = math.fsum(seconds[-third:]) / math.fsum(seconds[:third]) - 1
+    if abs(change) < DRIFT_CHANGE or (p := trend_p(seconds)) >= DRIFT_P:
+        return None
+    chance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"the last third took {abs(change):.1%} {'more' if change > 0 else 'less'} time than the first ({chance})"
+
+
 def _gpu_use(before: Sample, after: Sample) -> list[str]:
-    said = []
+    parts = []
     if (load := _figure(before, "gpu_load")) > GPU_LOAD:
-        said.append(f"the GPU was {load:.0%} busy before it started")
+        parts.append(f"the GPU was {load:.0%} busy before it started")
     if others := int(max(_figure(before, "gpu_processes"), _figure(after, "gpu_processes"))):
-        said.append(f"{others} other process{' was' if others == 1 else 'es were'} computing on the GPU")
-    return said
+        parts.append(f"{others} other process{' was' if others == 1 else 'es were'} computing on the GPU")
+    return parts
 
 
 def _swap_use(before: Sample, after: Sample) -> list[str]:
-    said = []
+    parts = []
     growth = _figure(after, "swap_gib") - _figure(before, "swap_gib")
     if growth > SWAP_GROWTH_GIB:
-        said.append(f"the used swap grew by {growth:.1f} GiB")
-    if when := [name for name, told in (("start", before), ("end", after)) if told.get("swapping")]:
-        said.append(f"the machine was swapping at the {' and at the '.join(when)}")
-    return said
+        parts.append(f"the used swap grew by {growth:.1f} GiB")
+    if when := [name for name, state in (("start", before), ("end", after)) if state.get("swapping")]:
+        parts.append(f"the machine was swapping at the {' and at the '.join(when)}")
+    return parts
 
 
-def _figure(told: Sample, key: str) -> float:
-    return float(told.get(key, 0.0))
+def _figure(state: Sample, key: str) -> float:
+    return float(state.get(key, 0.0))
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
@@ -339,29 +364,3 @@ def _sees_all_processes() -> bool:
         return PID_NAMESPACE.stat().st_ino == INITIAL_PID_NAMESPACE
     except OSError:
         return False
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by the continued fraction of Numerical Recipes, 3rd
-    edition, 6.4.9 and 6.4.10, which converges fast for x < (a + 1)/(a + b + 2); beyond, 1 - I_(1-x)(b, a)."""
-    if x <= 0 or x >= 1:
-        return float(x > 0)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(1 - x, b, a)
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x) - math.log(a)
-    )
-    # Lentz's method: 1 + d1/(1 + d2/(1 + ...)) from its first term on, as a product of ratios of convergents.
-    fraction, upper, lower = 1.0, 1.0, 0.0
-    for step in range(1, 10_000):
-        m = step // 2
-        if step % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        upper = 1 + term / upper or 1e-300
-        lower = 1 / (1 + term * lower or 1e-300)
-        fraction *= upper * lower
-        if abs(upper * lower - 1) < 1e-15:
-            break
-    return front / fraction

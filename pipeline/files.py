@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, synced, renamed."""
+"""Files that are whole or absent: written aside, synced, renamed. And small files of the system."""
 
 import errno
 import json
@@ -67,3 +67,11 @@ def read_json(path: Path) -> Any:
         raise StageError(f"{path} is missing: run the stage that makes it (`dvc repro`)") from None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} can't be read ({error}): delete it and run `dvc repro` again") from error
+
+
+def contents(path: Path) -> str:
+    """The text of a file, without blanks at its ends; empty where it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pipeline import cgroup
+from pipeline.files import contents
 
 GIB = 2**30
 PCI = Path("/sys/bus/pci/devices")
@@ -35,7 +39,11 @@ ARM_PARTS = {
 @functools.cache
 def facts() -> dict[str, Any]:
     """What stays the same from run to run: hardware, operating system, versions. Fit for JSON; without
-    serials, paths and the names of host and user."""
+    serials, paths and the names of host and user.
+
+    `usable_cores` is there only where fewer than `logical_cores`, `memory_limit_gib` only where less than
+    `memory_gib`: a container, a CPU set or `taskset` allows no more.
+    """
     system = _system()
     cores, memory = _allowed()
     logical, total = psutil.cpu_count(), psutil.virtual_memory().total
@@ -44,13 +52,13 @@ def facts() -> dict[str, Any]:
         "cpu": system.pop("cpu", None),
         "cores": psutil.cpu_count(logical=False),
         "memory_gib": round(total / GIB, 1),
+        "usable_cores": cores if cores and logical and cores < logical else None,
+        "memory_limit_gib": round(memory / GIB, 1) if memory and memory < total else None,
     }
     found = {
         "machine": fingerprint(hardware, gpus(), pci_displays(PCI), _installation()),
         **hardware,
         "logical_cores": logical,
-        "usable_cores": cores if cores and logical and cores < logical else None,
-        "memory_limit_gib": round(memory / GIB, 1) if memory and memory < total else None,
         "architecture": platform.machine(),
         **system,
         "python": platform.python_version(),
@@ -99,14 +107,18 @@ def power_limit_watts(name: str) -> float | None:
 def fingerprint(
     hardware: dict[str, Any], cards: list[dict[str, Any]], devices: list[dict[str, Any]], installation: str
 ) -> str:
-    """Twelve hex digits, the same for all runs of one machine. No update of a driver or kernel changes them:
-    memory counts in whole GiB, and a card by its id on the bus, which is there when its driver isn't. The
-    installation's id goes in hashed with a text of our own, as machine-id(5) asks."""
+    """Twelve hex digits, the same for all runs of one machine; with fewer usable cores or a memory limit it is another.
+
+    No update of a driver or kernel changes them: a card counts by its id on the bus, which is known without its driver,
+    and memory in steps of 2 GiB. It is rounded up: firmware and kernel keep some of what is installed, so the reported
+    total is always a bit lower, and how much they keep changes with their versions. The installation's id goes in
+    hashed with a text of our own, as machine-id(5) asks.
+    """
     bus = sorted(pci_id(device) for device in devices)
     named = sorted(
         [card["name"].removeprefix("NVIDIA "), card.get("cores", 0)] for card in cards if card["for_training"]
     )
-    whole = hardware | {"memory_gib": round(hardware["memory_gib"])}
+    whole = hardware | {"memory_gib": 2 * math.ceil(hardware["memory_gib"] / 2)}
     text = json.dumps(["trainmark machine", whole, bus or named, installation], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -269,26 +281,13 @@ def linux_power_source(root: Path) -> str | None:
     return "mains" if states & {"Charging", "Full", "Not charging"} else None
 
 
-def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:
-    """CPUs and bytes of memory that the cgroups from the root to this process's own allow (version 2; of
-    version 1 those that a container sees as its root)."""
-    own = re.search(r"^0::/(.*)$", membership, re.MULTILINE)
-    folders = [root]
-    for part in own[1].split("/") if own else []:
-        folders.append(folders[-1] / part)
-    quotas = [contents(folder / "cpu.max").split() for folder in folders]
-    quotas += [[contents(root / "cpu/cpu.cfs_quota_us"), contents(root / "cpu/cpu.cfs_period_us")]]
-    limits = [contents(folder / "memory.max") for folder in folders] + [contents(root / "memory/memory.limit_in_bytes")]
-    cores = [int(quota[0]) / int(quota[1]) for quota in quotas if len(quota) == 2 and all(map(str.isdigit, quota))]
-    return min(cores, default=None), min((int(limit) for limit in limits if limit.isdigit()), default=None)
-
-
 def _allowed() -> tuple[float | None, int | None]:
+    """The cores and the bytes of memory that this process may use; None where that is not known to be less than all."""
     if sys.platform != "linux":
         return None, None
-    quota, memory = cgroup_limits(Path("/sys/fs/cgroup"), contents(Path("/proc/self/cgroup")))
-    cores = min(len(os.sched_getaffinity(0)), quota or float("inf"))
-    return round(cores, 1) if cores % 1 else int(cores), memory
+    limits = cgroup.limits()
+    cores = min(len(os.sched_getaffinity(0)), limits.cores or math.inf)
+    return round(cores, 2) if cores % 1 else int(cores), limits.memory_bytes
 
 
 def _system() -> dict[str, Any]:
@@ -375,14 +374,6 @@ def output(*command: str, seconds: float = 5) -> str:
             encoding="utf-8", errors="replace",
         ).stdout  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def contents(path: Path) -> str:
-    """The text of a file, without blanks at its ends; nothing where it can't be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
         return ""
 
 

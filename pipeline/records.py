@@ -126,13 +126,16 @@ def tags(
     conditions: Mapping[str, Any],
     fallback: list[str],
 ) -> dict[str, str]:
-    """The run's tags; one whose fact is not known is left out."""
+    """The run's tags; one whose fact is not known is left out. `accelerator`: the backend's facts, and `threads`, those
+    that torch uses on the CPU."""
     known = {
         "hardware": accelerator["name"],
         "hardware.model": hardware.get("model"),
         "hardware.memory_gib": accelerator.get("memory_gib"),
         "hardware.cpu": hardware.get("cpu"),
         "hardware.cores": hardware.get("cores"),
+        "hardware.usable_cores": hardware.get("usable_cores", hardware.get("logical_cores")),
+        "hardware.memory_limit_gib": hardware.get("memory_limit_gib"),
         "hardware.gpu_cores": accelerator.get("gpu_cores"),
         "hardware.power_limit_watts": accelerator.get("power_limit_watts"),
         "machine": hardware["machine"],
@@ -141,6 +144,7 @@ def tags(
         "backend": backend.name,
         "software.os": hardware.get("os"),
         "software.torch": hardware.get("torch"),
+        "software.threads": accelerator.get("threads"),
         "software.execution": config.EXECUTION_VERSION,
         "software.driver": accelerator.get("driver"),
         "recipe": settings.recipe,

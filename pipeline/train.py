@@ -360,7 +360,8 @@ def _record(
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
-    own = records.tags(settings, inputs, hardware, backend, accelerator, before, fallback)
+    threads = {"threads": backends.torch_facts()["threads"]}
+    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
     if settings.repeats > 1:
         own |= {"repeats.id": repeats_id, "repeat": str(repeat), "repeats": str(settings.repeats)}
     trainable, parameters = model.counts(work.net)

@@ -29,7 +29,7 @@ def calm(request, monkeypatch):
     """A machine of which nothing is told and that keeps its pace, where that is not what is tested."""
     if request.module.__name__ != "test_conditions":
         monkeypatch.setattr(conditions, "sample", lambda *_: {})
-        monkeypatch.setattr(conditions, "DRIFT_SLOPE", math.inf)
+        monkeypatch.setattr(conditions, "DRIFT_CHANGE", math.inf)
 
 
 @pytest.fixture(autouse=True)

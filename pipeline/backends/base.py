@@ -123,8 +123,8 @@ class Backend:
 
     def energy(self) -> tuple[str, float] | None:
         """Where the device's energy is read (nvml | rapl), and joules since some moment, the same at every call:
-        only differences mean something. None where there is no such source. See `energy.py` for what each counts
-        and, of rapl, how often it must be read."""
+        only differences mean something. None where there is no such source. See `energy.py` for what each
+        counts."""
         return None
 
     def gpu_uuid(self) -> str | None:

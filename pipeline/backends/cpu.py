@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline import machine
+from pipeline import cgroup, machine
 from pipeline.backends.base import Backend
 from pipeline.backends.energy import RaplEnergy
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees the limits of its own control group, version 2 (the kernel's cgroup-v2.rst, "Memory")."""
-
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
@@ -89,18 +84,13 @@ class Cpu(Backend):
 
     def capacity_mib(self) -> float | None:
         """The machine's RAM, or what a container may have of it."""
-        total, limit = psutil.virtual_memory().total, cgroup_bytes("memory.max")
+        total, limit = psutil.virtual_memory().total, cgroup.limits().memory_bytes
         return (total if limit is None else min(total, limit)) / 2**20
 
     def free_bytes(self) -> int | None:
         """RAM that is free or holds what can be dropped, and no more of it than a container has left."""
-        available = int(psutil.virtual_memory().available)
-        limit, used = cgroup_bytes("memory.max"), cgroup_bytes("memory.current")
-        if limit is None or used is None:
-            return available
-        # Used counts cached pages of files too, which give way: a data set just read would seem to fill the memory.
-        cached = re.search(r"^inactive_file (\d+)$", machine.contents(CGROUP / "memory.stat"), re.MULTILINE)
-        return min(available, limit - used + (int(cached[1]) if cached else 0))
+        available, left = int(psutil.virtual_memory().available), cgroup.limits().free_bytes
+        return available if left is None else min(available, left)
 
     def energy(self) -> tuple[str, float] | None:
         """Of all packages, by Linux' RAPL, where we may read it."""
@@ -120,9 +110,3 @@ class Cpu(Backend):
         """oneDNN may use bf16 inside float32 products on some CPUs when asked to; fp32 means it is not."""
         super().set_precision(precision)
         torch.set_float32_matmul_precision("highest")
-
-
-def cgroup_bytes(name: str) -> int | None:
-    """A figure of this process's control group; None without one, and where it is `max`: no limit."""
-    text = machine.contents(CGROUP / name)
-    return int(text) if text.isdecimal() else None
