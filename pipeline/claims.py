@@ -1,136 +1,181 @@
 """What may be said of one machine against another, and the sentence that says it, from the figures alone.
 
-Faster or slower is said where the interval of the ratio excludes 1 and both sides have CLAIM_RUNS runs or more; not
-where final accuracies differ beyond noise, or are not known: the reason stands in its place; and not of what is
-tainted.
+Faster or slower is said where the interval of the ratio excludes 1, both sides have three units or more, the planned
+number of runs was reached, and accuracies are shown to be equal. With fewer than three sessions on a side, the interval
+must lie beyond the smallest difference that may be claimed: the hours of a machine differ by about 1%.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 
 from pipeline import stats
 
-CLAIM_RUNS = 3
-"""Fewest runs of either side that carry a claim. Of two, one can't tell which is the odd one."""
+TOLD_OF_ANY = ("torch",)
+"""Conditions that a sentence names where two machines differ in them; of one kind of hardware all are named."""
 
-PARITY = 0.005
-"""Difference of accuracies, as a fraction, up to which speeds are compared however sure the difference is."""
-
-PARITY_SINGLE = 0.01
-"""The same where one side has a single run, whose noise isn't known."""
+TELLING = 2.0
+"""A comparison that would have missed a machine twice as fast tells nothing: it has too few runs."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two that are compared: what each of its runs took in `seconds` (or their like: less is better), in how
-    many `processes`, and what those can't show; their `accuracies` by the name of the images (None where the work has
-    none), and what else a sentence may tell, by its words: the typical figure and what it was measured of, without
-    which nothing is compared."""
+    """One of two that are compared: what each of its runs took in `seconds` (or their like: less is better) and when it
+    `started` (milliseconds), its `accuracies` by kind of images and seed (None where the work has none), the
+    `conditions` it ran under by name, and the `problem` for which nothing is claimed of it ('' where there is none)."""
 
     name: str
+    hardware: str
     seconds: Sequence[float]
-    processes: int
-    accuracies: Mapping[str, Sequence[float]] | None = None
-    besides: Mapping[str, tuple[float, str]] = field(default_factory=dict)
-    taints: str = ""
-    unseen: stats.Part = stats.NONE
+    started: Sequence[int | None]
+    accuracies: Mapping[str, Mapping[int, float]] | None = None
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions its runs make."""
+        return len(stats.sessions(self.started))
+
+    @property
+    def units(self) -> list[float]:
+        """Its units of evidence."""
+        return stats.units(self.seconds, self.started)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said against the reference. `kind` is one of reference, faster, slower, none (no difference found), few
-    (fewer than CLAIM_RUNS runs), single (one run), parity (accuracies differ or are not known), tainted, alone (nothing
-    to compare). `speedup` is above 1 where it is faster; `accuracy` is its own less the reference's."""
+    """What is said against the reference. `kind` is one of reference, faster, slower, none (no difference found), small
+    (no difference that so few sessions may claim), few (too few runs), parity (accuracies not shown to be equal),
+    problem (of the runs themselves), other (another precision or step), alone (nothing to compare). `speedup` is above
+    1 where it is faster; `accuracy` is its own less the reference's."""
 
     kind: str
     sentence: str = ""
     speedup: stats.Contrast | None = None
-    accuracy: stats.Contrast | None = None
+    accuracy: stats.Equivalence | None = None
 
 
-def tainted(side: Side) -> Claim:
-    """Of a side whose runs may not be claimed of."""
-    return Claim("tainted", f"{side.name}: nothing is claimed, for what was measured is tainted ({side.taints}).")
+@dataclass(frozen=True)
+class Rules:
+    """By what is claimed: `level` of the speed-up's interval, the `smallest` difference that few sessions may claim and
+    the `margin` of accuracies, both fractions; `where`: `on this work`."""
+
+    level: float
+    smallest: float
+    margin: float
+    where: str
 
 
-def compared(me: Side, it: Side, where: str, level: float) -> Claim:
-    """What is claimed of `me` against `it`, both with figures; `where` as in `on this work`; `level` is that of the
-    speed-up's interval."""
-    accuracy, differs, alike = _parity(me, it)
-    if differs:
-        return Claim("parity", f"{me.name}: no speed-up over {it.name} is claimed, for {differs}.", None, accuracy)
-    speedup = stats.ratio(it.seconds, me.seconds, level, [it.unseen, me.unseen])
-    counts = _counts(me, it)
-    qualified = f"({counts}{', ' + alike if alike else ''})"
-    if speedup.low is None or speedup.high is None or speedup.detectable is None:
-        single = f"{_as_fast(me, it, speedup.value)} {where}, in a single run ({counts}): no claim."
-        return Claim("single", single, speedup, accuracy)
-    if min(len(me.seconds), len(it.seconds)) < CLAIM_RUNS:
-        few = f"in too few runs for a claim ({counts}; {CLAIM_RUNS} each are needed)"
-        return Claim("few", f"{_as_fast(me, it, speedup.value)} {where}, {few}.", speedup, accuracy)
-    if speedup.low <= 1 <= speedup.high:
-        could = f"one of {percent(speedup.detectable - 1)} could have been"
-        none = f"{me.name}: no difference from {it.name} found {where}; {could} {qualified}."
+def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
+    """What is claimed of `candidate` against `reference`, both with figures."""
+    first, second = reference.units, candidate.units
+    speedup = stats.ratio(first, second, rules.level)
+    bare = stats.Contrast(speedup.value, None, None, None)
+    names = f"{candidate.name} against {reference.name}"
+    for side in (candidate, reference):
+        if side.problem:
+            return Claim("problem", f"{names}: no claim. {side.name}: {side.problem}.", bare)
+    low, high, detectable = speedup.low, speedup.high, speedup.detectable
+    if low is None or high is None or detectable is None:
+        ratio = times_as_fast(candidate, reference, speedup.value)
+        need = f"too few runs for a claim ({evidence(candidate, reference)}): -S repeats=5 on both"
+        return Claim("few", f"{ratio} {rules.where}; {need}.", speedup)
+    accuracy = _equivalence(candidate, reference, rules.margin)
+    if accuracy is not None and not accuracy.established:
+        return Claim("parity", f"{names}: no claim. {parity_words(accuracy)}.", bare, accuracy)
+    few = min(candidate.sessions, reference.sessions) < stats.SESSIONS
+    smallest = 1 + rules.smallest if few else 1.0
+    detectable *= smallest
+    speedup = speedup._replace(detectable=detectable)
+    qualified = f"({', '.join(_qualifications(candidate, reference, accuracy))})"
+    if low <= 1 <= high:
+        could = f"one of {percent(detectable - 1)} would have been" if detectable < TELLING else "too few runs"
+        none = f"{candidate.name}: no difference from {reference.name} found {rules.where}; {could} {qualified}."
         return Claim("none", none, speedup, accuracy)
-    said = f"{_as_fast(me, it, speedup.low, speedup.high)} {where} {qualified}{_besides(me, it)}."
-    return Claim("faster" if speedup.value > 1 else "slower", said, speedup, accuracy)
+    if few and low <= smallest and high >= 1 / smallest:
+        least = f"a difference of more than {percent(rules.smallest)} is not established"
+        why = f"fewer than {stats.SESSIONS} sessions a side may not claim less"
+        small = f"{candidate.name} against {reference.name} {rules.where}: {least} {qualified}; {why}."
+        return Claim("small", small, speedup, accuracy)
+    sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} {qualified}."
+    return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy)
 
 
-def _parity(me: Side, it: Side) -> tuple[stats.Contrast | None, str, str]:
-    """The difference of final accuracies, why it forbids a claim (or ''), and how alike they are otherwise. Its
-    interval is one of 95%: corrected for many machines, it would let larger differences pass."""
-    if me.accuracies is None or it.accuracies is None:
-        return None, "", ""
-    images = next((images for images in me.accuracies if images in it.accuracies), None)
+def _equivalence(candidate: Side, reference: Side, margin: float) -> stats.Equivalence | None:
+    """Of final accuracies on images that both have; None where the work has no accuracy."""
+    if candidate.accuracies is None or reference.accuracies is None:
+        return None
+    images = next((images for images in candidate.accuracies if images in reference.accuracies), None)
     if images is None:
-        return None, "their accuracies are not known", ""
-    mine, its = me.accuracies[images], it.accuracies[images]
-    apart = stats.difference(mine, its)
-    differ = f"their accuracies differ ({images} images): {percent(fmean(mine))} against {percent(fmean(its))}"
-    if apart.low is None or apart.high is None:
-        return apart, f"{differ}, single run" if abs(apart.value) > PARITY_SINGLE else "", ""
-    if abs(apart.value) > PARITY and not apart.low <= 0 <= apart.high:
-        low, high = sorted(abs(100 * bound) for bound in (apart.low, apart.high))
-        return apart, f"{differ}, {low:.1f} to {high:.1f} points", ""
-    within = max(-apart.low, apart.high)
-    return apart, "", "same accuracy" + (f" to within {100 * within:.1f} points" if within > PARITY else "")
+        return stats.Equivalence(math.nan, None, None, 0, established=False)
+    return stats.equivalence(candidate.accuracies[images], reference.accuracies[images], margin)
 
 
-def _counts(me: Side, it: Side) -> str:
-    """`n = 5 and 3`, and in how many processes where some runs share one."""
-    sides = [(len(side.seconds), side.processes) for side in (me, it)]
-    if all(runs == processes for runs, processes in sides):
-        return f"n = {sides[0][0]} and {sides[1][0]}"
-    if all(processes == 1 for _, processes in sides):
-        return f"n = {sides[0][0]} and {sides[1][0]}, each in one process"
-    words = [f"{runs} in {'one process' if own == 1 else f'{own} processes'}" for runs, own in sides]
-    return f"n = {' and '.join(words)}"
+def parity_words(accuracy: stats.Equivalence) -> str:
+    """Why equal accuracy is not established, with the worst difference that the data leave open."""
+    if accuracy.low is None or accuracy.high is None:
+        known = "not known on both sides" if math.isnan(accuracy.difference) else "of too few seeds"
+        return f"Accuracy not established ({known})"
+    worse = -accuracy.low >= accuracy.high
+    points = 100 * (-accuracy.low if worse else accuracy.high)
+    return f"Accuracy not established (could be up to {points:.1f} points {'worse' if worse else 'better'})"
 
 
-def _as_fast(me: Side, it: Side, *times: float) -> str:
+def _qualifications(candidate: Side, reference: Side, accuracy: stats.Equivalence | None) -> list[str]:
+    """On what a sentence rests: runs and sessions, accuracy, conditions in which the sides differ."""
+    words = [evidence(candidate, reference)]
+    if accuracy is not None and accuracy.low is not None and accuracy.high is not None:
+        within = 100 * max(-accuracy.low, accuracy.high)
+        words.append("equal accuracy" + (f" to within {within:.1f} points" if within >= 0.05 else ""))
+    for name, value in candidate.conditions.items():
+        other = reference.conditions.get(name, "")
+        told = name in TOLD_OF_ANY or candidate.hardware == reference.hardware
+        if told and value != other:
+            words.append(f"{name} {value or 'not known'} and {other or 'not known'}")
+    return words
+
+
+def evidence(candidate: Side, reference: Side) -> str:
+    """`5 runs each in 3 sessions`, or `5 and 3 runs, all within 12 minutes`."""
+    counts = len(candidate.seconds), len(reference.seconds)
+    runs = (
+        f"{counts[0]} run{'s' * (counts[0] > 1)} each"
+        if counts[0] == counts[1]
+        else f"{counts[0]} and {counts[1]} runs"
+    )
+    sessions = candidate.sessions, reference.sessions
+    if min(sessions) >= stats.SESSIONS:
+        return f"{runs} in {sessions[0] if sessions[0] == sessions[1] else '{} and {}'.format(*sessions)} sessions"
+    if max(sessions) >= stats.SESSIONS:
+        brief = min((candidate, reference), key=lambda side: side.sessions)
+        return f"{runs} in {sessions[0]} and {sessions[1]} sessions, {brief.name}'s within {_span(brief)}"
+    longest = max((candidate, reference), key=_span_ms)
+    return f"{runs}, all within {_span(longest)}" if max(counts) > 1 else runs
+
+
+def _span_ms(side: Side) -> int:
+    known = [start for start in side.started if start is not None]
+    return max(known) - min(known) if known else 0
+
+
+def _span(side: Side) -> str:
+    """The time from the first start to the last, in words, rounded up."""
+    minutes = max(1, math.ceil(_span_ms(side) / 60_000))
+    if minutes < 60:
+        return f"{minutes} minute{'s' * (minutes > 1)}"
+    hours = minutes / 60
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def times_as_fast(candidate: Side, reference: Side, *times: float) -> str:
     """`A is 1.49 to 1.55 times as fast as B`, or where it is slower `A takes ... times as long as B`; `times`: one
-    ratio, or an interval's ends, both above 1 or both below it."""
+    ratio, or an interval's ends."""
     faster = times[0] >= 1
-    ends = times if faster else [1 / each if each else math.inf for each in reversed(times)]
+    ends = times if faster else [1 / value if value else math.inf for value in reversed(times)]
     shown = " to ".join(dict.fromkeys(factors(*ends, ratio=True) if len(ends) == 2 else [factor(ends[0])]))
-    return f"{me.name} {'is' if faster else 'takes'} {shown} times as {'fast' if faster else 'long'} as {it.name}"
-
-
-def _besides(me: Side, it: Side) -> str:
-    """What it takes for its speed, where both measured the same thing: `, at 0.6 of its memory`."""
-    said = ""
-    for words, (mine, source) in me.besides.items():
-        its, other_source = it.besides.get(words, (0.0, ""))
-        if source != other_source:
-            continue
-        share = mine / its
-        if f"{share:.2g}" == "1":
-            continue
-        times = f"{share:.2g} of" if share < 1 else f"{share:.2g} times" if share < 10 else f"{share:,.0f} times"
-        said += f", {words.format(times)}"
-    return said
+    verb, how = ("is", "fast") if faster else ("takes", "long")
+    return f"{candidate.name} {verb} {shown} times as {how} as {reference.name}"
 
 
 def factor(value: float) -> str:
@@ -138,6 +183,11 @@ def factor(value: float) -> str:
     if not math.isfinite(value):
         return "∞"
     return f"{value:,.{_decimals(value)}f}" if value >= 0.1 or not value else f"{value:.3g}"
+
+
+def ratio_words(value: float) -> str:
+    """A ratio as a table has it: `1.52`, and under 1 as a fraction: `1/140`."""
+    return factor(value) if value >= 1 or not value else f"1/{factor(1 / value)}"
 
 
 def factors(low: float, high: float, *, ratio: bool = False) -> tuple[str, str]:
@@ -160,9 +210,7 @@ def _decimals(value: float) -> int:
 def percent(fraction: float) -> str:
     """Two significant digits or more: 0.31%, 3.1%, 31.4%, 98.8%, 312%."""
     value = 100 * fraction
-    if value > 1000:
-        return "over 1,000%"
-    return f"{value:.0f}%" if value >= 200 else f"{value:.1f}%" if value >= 1 else f"{value:.2g}%"
+    return f"{value:,.0f}%" if value >= 200 else f"{value:.1f}%" if value >= 1 else f"{value:.2g}%"
 
 
 def large(value: float) -> str:

@@ -1,22 +1,17 @@
 """Made-up runs for the comparison, as `tracking.finished_runs` gives them. No machine ever took these times."""
 
-from pipeline import comparison, config
-from pipeline.noise import Between
+from pipeline import comparison, config, score
 
-EXECUTION = {"precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto"} | {
-    "threads": "null"
-}
+EXECUTION = {
+    "precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto",
+    "threads": "null", "target_accuracy": "0.5",
+}  # fmt: skip
 EPOCHS = 4
 NOISE = (0.0, 0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.002, -0.002, 0.004)
 """By how much the seconds of the first, second, ... run differ from what is typical, as a share."""
 
-BETWEEN = {"cuda": Between(0.02, 4), "cpu": Between(0.05, 9)}
-"""Between processes, on logarithms: what no machine ever showed."""
-
-MEASURED = {
-    backend: {"any": most, "features": Between(most.deviation / 2, most.degrees), "images": most}
-    for backend, most in BETWEEN.items()
-}
+SESSION = 3_600_000
+"""Milliseconds between the starts of made runs, unless a test says otherwise: each is a session of its own."""
 
 
 class Store:
@@ -26,11 +21,15 @@ class Store:
         self.runs = []
         self.courses = {}
         self.asked = []
+        self.sets = 0
 
-    def add(self, count=1, *, seconds=10.0, accuracy=0.75, metrics=None, params=None, machine="a" * 12, **tags):
-        """`count` runs that took about `seconds`, newest last; a tag's dot is written as two underscores, and what is
-        None is not there."""
-        for noise in NOISE[:count]:
+    def add(self, count=1, *, planned=None, step=SESSION, start=None, seeds=None, seconds=10.0, accuracy=0.75,
+            metrics=None, params=None, machine="a" * 12, **tags):  # fmt: skip
+        """A set of `planned` runs, of which `count` are there, newest last: each took about `seconds`, and started
+        `step` milliseconds after the one before it. A tag's dot is written as two underscores; None is not there."""
+        planned, self.sets = planned or count, self.sets + 1
+        start = 1_750_000_000_000 + SESSION * len(self.runs) if start is None else start
+        for number, noise in enumerate(NOISE[:count]):
             run_id = f"{len(self.runs) + 1:08x}" + "0" * 24
             total = seconds * (1 + noise)
             each = total / (2 * EPOCHS)  # training; validation takes as long
@@ -39,20 +38,25 @@ class Store:
                 "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
                 "software.execution": str(config.EXECUTION_VERSION),
             }  # fmt: skip
+            if planned > 1:
+                own |= {"repeats.id": f"{self.sets:032x}", "repeats": str(planned), "repeat": str(number + 1)}
             own |= {key.replace("__", "."): value for key, value in tags.items()}
             figures = {
-                "time/total_seconds": total, "time/train_seconds": each, "speed/train_images_per_second": 900 / each,
-                "memory/peak_mib": 1000.0, "test/accuracy": accuracy + noise / 10, "best/val_accuracy": accuracy,
+                "time/total_seconds": total, "time/process_seconds": total + 20, "time/to_target_seconds": total / 2,
+                "speed/train_images_per_second": 900 / each, "memory/peak_mib": 1000.0,
+                "test/accuracy": accuracy + noise / 10, "best/val_accuracy": accuracy,
             }  # fmt: skip
+            seed = (seeds or range(count))[number]
             self.runs.append(
                 {
                     "run_id": run_id,
                     "experiment_id": "7",
                     "name": "a name",
-                    "started": 1_750_000_000_000 + 3_600_000 * len(self.runs),
+                    "started": start + step * number,
                     "tags": {key: value for key, value in own.items() if value is not None},
                     "metrics": {key: value for key, value in (figures | (metrics or {})).items() if value is not None},
-                    "params": {f"train.{key}": value for key, value in (EXECUTION | (params or {})).items()},
+                    "params": {"settings.seed": str(seed)}
+                    | {f"train.{key}": value for key, value in (EXECUTION | (params or {})).items()},
                 }
             )
             self.courses[run_id] = {
@@ -62,20 +66,31 @@ class Store:
             }
         return self
 
-    def repeats(self, count, number, *, planned=None, **others):
-        """As `add`, of `count` repeats of one process, which has this number."""
-        tags = {"repeats__id": f"{number:032x}", "repeats": str(planned or count)}
+    def sustained(self, count=1, *, speed=1000.0, best=None, transformer=None, precision="bf16", batch=256, watts=None,
+                  taints=None, **others):  # fmt: skip
+        """As `add`, of runs with a score: the convnet at fp32 did about `speed` images a second, at its best precision
+        `best`, the transformer `transformer`; None: twice and a quarter of it."""
+        first = len(self.runs)
+        tags = {"sustained__taints": taints, "sustained__energy_source": "nvml" if watts else None}
         self.add(count, **tags, **others)
-        for repeat, run in enumerate(self.runs[-count:], 1):
-            run["tags"]["repeat"] = str(repeat)
-        return self
-
-    def sustained(self, count=1, *, speed=1000.0, seconds=10.0, taints=None, **others):
-        """As `add`, of runs whose step was repeated at about `speed` images a second."""
-        for noise in NOISE[:count]:
-            metrics = {"speed/sustained_images_per_second": speed * (1 + noise), "time/sustain_seconds": 60.2}
-            own = {"sustained__workload": "s1", "sustained__taints": taints}
-            self.add(metrics=metrics, seconds=seconds * (1 + noise), **own, **others)
+        speeds = dict(
+            zip((step.name for step in score.STEPS), (speed, best or 2 * speed, transformer or speed / 4), strict=True)
+        )
+        for run, noise in zip(self.runs[first:], NOISE, strict=False):
+            for step in score.STEPS:
+                name = step.name
+                size = batch if step.batch_size == 256 else step.batch_size
+                run["metrics"] |= {
+                    score.metric(name, "images_per_second"): speeds[name] * (1 + noise),
+                    score.metric(name, "first_third_images_per_second"): speeds[name] * (1.02 + noise),
+                    score.metric(name, "seconds"): 60.2,
+                    score.metric(name, "batch_size"): float(size),
+                }
+                if watts:
+                    run["metrics"][score.metric(name, "watts")] = watts
+                    run["metrics"][score.metric(name, "images_per_joule")] = speeds[name] / watts
+                run["tags"][score.tag(name, "workload")] = score.workload(step, size, 60.0)
+                run["tags"][score.tag(name, "precision")] = precision if step.best_precision else "fp32"
         return self
 
     def course(self, run_id):
@@ -83,8 +98,9 @@ class Store:
         return self.courses[run_id]
 
     def compare(self, prices=None, **settings):
-        chosen = {"reference": None, "prices": "prices.yaml", "tainted": False} | settings
-        return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices, MEASURED)
+        chosen = {"reference": None, "prices": "prices.yaml", "tainted": False, "smallest": 0.03} | settings
+        chosen = {"accuracy_margin": 0.01} | chosen
+        return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
 
 
 def link(experiment_id, run_id):
@@ -97,16 +113,22 @@ def two(first=3, second=3, **others):
     return store.add(second, hardware="GPU B", machine="b" * 12, seconds=5.0, **others)
 
 
-def sections(found, kind="work", *, demo=False):
-    return [each for part in found.parts if part.demo == demo for each in part.sections if each.kind == kind]
+def sections(found, *, demo=False):
+    return [section for part in found.parts if part.demo == demo for section in part.sections]
 
 
-def table(found, place=0, kind="work", *, demo=False):
-    """A table of the only section of its kind."""
-    (section,) = sections(found, kind, demo=demo)
+def table(found, place=0, *, demo=False):
+    """A table of the only section."""
+    (section,) = sections(found, demo=demo)
     return section.tables[place]
 
 
-def row(found, name, place=0, kind="work"):
-    (only,) = [each for each in table(found, place, kind).rows if each.name.startswith(name)]
+def row(found, name, place=0):
+    (only,) = [each for each in table(found, place).rows if each.head.name.startswith(name)]
+    return only
+
+
+def score_row(found, name, *, demo=False):
+    (part,) = [part for part in found.parts if part.demo == demo]
+    (only,) = [each for each in part.score.rows if each.head.name.startswith(name)]
     return only
