@@ -43,7 +43,7 @@ def limits(root: Path = Path("/")) -> Limits:
 
 def _groups(root: Path, controller: str) -> list[Path]:
     """Folders of the groups, of either version, that may limit the process by `controller`. Not all exist."""
-    paths = {}
+    paths: dict[str, str] = {}
     for line in contents(root / "proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)
         paths |= dict.fromkeys(names.split(","), path)  # version 2 has an empty name

@@ -293,33 +293,15 @@ def test_what_the_cpu_does_not_tell_is_absent(monkeypatch):
     assert Cpu().memory_mib() == {}
 
 
-@pytest.fixture
-def ram(monkeypatch, tmp_path):
-    """Pretends to 16 MiB of RAM, 8 of them free, in a container that tells `files` of its control group."""
-
-    def put(**files):
-        monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * MIB, available=8 * MIB))
-        monkeypatch.setattr(cpu, "CGROUP", tmp_path)
-        for name, text in files.items():
-            (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-
-    return put
-
-
 @pytest.mark.parametrize(
-    ("files", "capacity", "free"),
-    [
-        ({}, 16.0, 8),  # no control group, as on Windows
-        ({"max": "max", "current": 3 * MIB}, 16.0, 8),
-        ({"max": 4 * MIB, "current": 3 * MIB}, 4.0, 1),
-        ({"max": 4 * MIB, "current": 3 * MIB, "stat": f"inactive_anon 1\ninactive_file {2 * MIB}\nfile 7"}, 4.0, 3),
-        ({"max": 64 * MIB, "current": 3 * MIB}, 16.0, 8),  # a limit above what there is
-        ({"max": 4 * MIB}, 4.0, 8),
-    ],
-    ids=["none", "no limit", "limit", "cached files", "high limit", "use untold"],
+    ("limit", "left", "capacity", "free"),
+    [(None, None, 16, 8), (4, 1, 4, 1), (12, 10, 12, 8), (64, 60, 16, 8)],
+    ids=["none", "limit", "others need it", "high limit"],
 )
-def test_the_cpus_memory_is_what_the_container_may_have(ram, files, capacity, free):
-    ram(**files)
+def test_the_cpus_memory_is_what_the_container_may_have(monkeypatch, limit, left, capacity, free):
+    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * MIB, available=8 * MIB))
+    limits = cpu.cgroup.Limits(None, limit and limit * MIB, left and left * MIB)
+    monkeypatch.setattr(cpu.cgroup, "limits", lambda: limits)
     assert (Cpu().capacity_mib(), Cpu().free_bytes()) == (capacity, free * MIB)
 
 

@@ -1,4 +1,4 @@
-"""What taints a run: told from what tools and drivers say, absent where they say nothing, weighed in sentences."""
+"""What taints a run and how its machine behaved: from what tools and drivers say, absent where they say nothing."""
 
 import math
 import subprocess
@@ -6,8 +6,10 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
+from scipy import stats
 
 from pipeline import conditions, machine
 
@@ -370,62 +372,68 @@ def test_a_container_is_known_by_its_namespace(monkeypatch, tmp_path):
 # --- the pace
 
 
-@pytest.mark.parametrize(
-    ("t", "degrees", "p"),
-    [  # Student's t, two-sided, from the usual tables
-        (12.706, 1, 0.05),
-        (4.303, 2, 0.05),
-        (5.841, 3, 0.01),
-        (2.571, 5, 0.05),
-        (3.355, 8, 0.01),
-        (2.228, 10, 0.05),
-        (4.587, 10, 0.001),
-        (2.750, 30, 0.01),
-        (1.980, 120, 0.05),
-        (0.700, 10, 0.50),
-    ],
-)
-def test_p_values_are_those_of_the_tables(t, degrees, p):
-    assert conditions.two_sided_p(t, degrees) == pytest.approx(p, rel=2e-3)
+def noise(rng, phi, count, shape):
+    """`shape` series of `count` values of stationary AR(1) noise with a standard deviation of 1."""
+    values = rng.normal(size=(shape, count))
+    for step in range(1, count):
+        values[:, step] = phi * values[:, step - 1] + math.sqrt(1 - phi**2) * values[:, step]
+    return values
 
 
-@pytest.mark.parametrize("t", [0.0, 0.01, 0.5, 1.0, 3.0, 40.0])
-def test_p_values_are_those_of_the_closed_forms(t):
-    assert conditions.two_sided_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
-    assert conditions.two_sided_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+@pytest.mark.parametrize("count", [6, 10, 20, 60])
+@pytest.mark.parametrize("phi", [0.0, 0.4, 0.7])
+def test_a_trend_is_rarely_seen_where_there_is_none(phi, count):
+    series = noise(np.random.default_rng([count, int(phi * 10)]), phi, count, 2000)
+    called = np.mean([conditions.trend_p(values) < conditions.DRIFT_P for values in series])
+    assert called <= 0.015
+    if phi == conditions.DRIFT_PHI:
+        assert called >= 0.005  # at its level, and not just blind
 
 
-def test_drift_is_the_slope_over_the_mean_and_its_p_value():
-    # By hand: Sxx = 10, Sxy = 0.9, Syy = 0.1, so r^2 = 0.81 and t = sqrt(3 * 0.81 / 0.19) = 3.576.
-    slope, p = conditions.drift([9.8, 9.9, 10.0, 10.2, 10.1])
-    assert slope == pytest.approx(0.009)
-    assert p == pytest.approx(0.0374, abs=1e-4)  # as scipy.stats.linregress has it
-    assert conditions.drift([10.1, 10.2, 10.0, 9.9, 9.8]) == pytest.approx((-slope, p))
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+def test_a_drift_of_a_tenth_is_found(phi):
+    slower = np.linspace(1.0, 1.1, 60) + 0.01 * noise(np.random.default_rng(0), phi, 60, 200)
+    found = [conditions.behavior({}, {}, list(seconds)) for seconds in slower]
+    assert np.mean(["drift" in words for words in found]) >= 0.95
 
 
-def test_no_drift_is_told_of_few_epochs_or_equal_ones():
-    assert conditions.drift([]) is None
-    assert conditions.drift([1.0, 2.0, 3.0, 4.0]) is None
-    assert conditions.drift([0.1] * 50) is None
+def test_a_trend_in_independent_differences_is_students_t():
+    # By hand, for phi = 0: Sxx = 10, Sxy = 0.9, Syy = 0.1, so r^2 = 0.81 and t = sqrt(3 * 0.81 / 0.19) = 3.576.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditions, "DRIFT_PHI", 0.0)
+        assert conditions.trend_p([9.8, 9.9, 10.0, 10.2, 10.1]) == pytest.approx(0.0374, abs=1e-4)
+
+
+def test_a_trend_is_that_of_generalised_least_squares():
+    values = np.array([9.8, 9.9, 10.0, 10.2, 10.1, 10.4, 10.3])
+    times = np.arange(7)
+    inverse = np.linalg.inv(0.7 ** np.abs(np.subtract.outer(times, times)))  # of the noise's correlations
+    regressors = np.column_stack([np.ones(7), times])
+    precision = regressors.T @ inverse @ regressors
+    fitted = np.linalg.solve(precision, regressors.T @ inverse @ values)
+    residuals = values - regressors @ fitted
+    error = math.sqrt(residuals @ inverse @ residuals / 5 * np.linalg.inv(precision)[1, 1])
+    expected = 2 * stats.t.sf(abs(fitted[1]) / error, 5)
+    assert conditions.trend_p(list(values)) == pytest.approx(expected)
+    assert conditions.trend_p(list(values[::-1])) == pytest.approx(expected)
 
 
 def test_a_straight_line_is_no_chance():
-    slope, p = conditions.drift([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert slope == pytest.approx(1 / 3)
-    assert p < 1e-9
+    assert conditions.trend_p([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) < 1e-9
 
 
 # --- the verdict
 
 
-def test_a_quiet_machine_has_no_taints():
+def test_a_quiet_machine_has_no_taints_and_nothing_to_say():
     calm = {
         "power_source": "mains", "low_power_mode": False, "thermal_pressure": "nominal", "cpu_load": 0.10,
         "swap_gib": 4.0, "swapping": False, "gpu_load": 0.05, "gpu_processes": 0, "gpu_throttle": "sw power cap",
         "gpu_temperature_celsius": 83.0,
     }  # fmt: skip
-    assert conditions.taints(calm, calm | {"gpu_load": 1.0, "swap_gib": 4.2}, [1.0, 1.01, 0.99, 1.0, 1.0]) == {}
-    assert conditions.taints({}, {}, []) == {}
+    later = calm | {"gpu_load": 1.0, "swap_gib": 4.2}
+    assert conditions.taints(calm, later) == conditions.taints({}, {}) == {}
+    assert conditions.behavior(calm, later, [1.0, 1.01, 0.99, 1.0, 1.0, 1.0]) == conditions.behavior({}, {}, []) == {}
 
 
 @pytest.mark.parametrize(
@@ -454,6 +462,17 @@ def test_a_quiet_machine_has_no_taints():
             {"swapping": True, "swap_gib": 2.0},
             {"swap": "the used swap grew by 1.0 GiB and the machine was swapping at the start and at the end"},
         ),
+    ],
+)
+def test_a_taint_is_what_others_did_in_a_sentence_with_its_figures(before, after, expected):
+    assert conditions.taints(before, after) == expected
+    assert conditions.behavior(before, after, []) == {}
+    assert not conditions.OWN_NATURE & expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
         (
             {"gpu_throttle": "sw power cap"},
             {"gpu_throttle": "sw power cap, sw thermal slowdown"},
@@ -474,17 +493,31 @@ def test_a_quiet_machine_has_no_taints():
         ),
     ],
 )
-def test_a_taint_is_a_sentence_with_its_figures(before, after, expected):
-    assert conditions.taints(before, after, []) == expected
+def test_what_the_machine_does_by_itself_is_no_taint(before, after, expected):
+    assert conditions.behavior(before, after, []) == expected
+    assert conditions.taints(before, after) == {}
+    assert expected.keys() <= conditions.OWN_NATURE
 
 
-def test_epochs_that_slow_down_are_a_taint():
-    told = conditions.taints({}, {}, [1.0, 1.021, 1.035, 1.06, 1.07, 1.095])
-    assert told == {"drift": "epochs got 1.8% slower each (p < 0.001)"}
-    noisy = conditions.taints({}, {}, [1.0, 0.97, 0.98, 0.96, 0.95, 0.93])["drift"]
-    assert noisy == "epochs got 1.3% faster each (p = 0.004)"
+def test_drift_is_a_change_from_the_first_third_to_the_last():
+    seconds = [0.98, 1.02, 1.08, 1.12, 1.17, 1.22, 1.28]  # thirds of two: 1.0 and 1.25
+    slower = conditions.behavior({}, {}, seconds)
+    assert slower.keys() == {"drift"}
+    assert "25.0% more time" in slower["drift"]
+    assert "20.0% less time" in conditions.behavior({}, {}, seconds[::-1])["drift"]
 
 
-def test_a_slope_that_is_small_or_by_chance_is_none():
-    assert conditions.taints({}, {}, [1.0, 1.001, 1.002, 1.003, 1.004, 1.005]) == {}  # certain, and nothing
-    assert conditions.taints({}, {}, [1.0, 1.2, 0.9, 1.3, 1.0, 1.2]) == {}
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        [1.0 + 0.006 * step / 59 for step in range(60)],  # a lost 0.6%, without any noise
+        [1.0 + 0.029 * step / 5 for step in range(6)],
+        [1.0, 1.2, 0.9, 1.3, 1.0, 1.2],
+        [1.0, 1.1, 1.2, 1.3, 1.4],
+        [0.1] * 50,
+        [],
+    ],
+    ids=["0.6%", "below 3%", "chance", "too few", "equal", "none"],
+)
+def test_what_is_small_by_chance_or_of_few_values_is_no_drift(seconds):
+    assert conditions.behavior({}, {}, seconds) == {}

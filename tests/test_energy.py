@@ -1,7 +1,11 @@
 """Joules: of an NVIDIA card by its UUID, of a processor's packages by Linux' RAPL, and of nothing else."""
 
+import gc
+import math
 import os
 import sys
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -31,12 +35,38 @@ def powercap(root, domains, ranges=INTEL_UJ):
 
 
 class Time:
-    """A clock that is set by hand."""
+    """A clock that is set by hand, and a timer that calls nothing by itself."""
 
     now = 1000.0
 
+    def __init__(self):
+        self.timers = []
+
     def __call__(self):
         return self.now
+
+    def repeat(self, seconds, method):
+        self.timers.append((seconds, method))
+
+
+def meter_of(root, clock=None):
+    """A meter that reads only when it is told to."""
+    clock = clock or Time()
+    return RaplEnergy(root, clock, clock.repeat)
+
+
+class Calls:
+    """Counts its calls, of which the `last` says so."""
+
+    def __init__(self, last):
+        self.last, self.count, self.threads, self.third = last, 0, set(), threading.Event()
+
+    def call(self):
+        self.count += 1
+        self.threads.add(threading.current_thread())
+        if self.count == 3:
+            self.third.set()
+        return self.count < self.last
 
 
 @pytest.fixture
@@ -125,7 +155,7 @@ def test_packages_are_added_up_and_their_parts_are_not(tmp_path):
     }
     powercap(tmp_path, domains)
     (tmp_path / "intel-rapl").mkdir()
-    meter = RaplEnergy(tmp_path)
+    meter = meter_of(tmp_path)
     assert meter.joules() == 0.0
     powercap(tmp_path, {folder: (name, counter + 2_500_000) for folder, (name, counter) in domains.items()})
     assert meter.joules() == 5.0
@@ -136,7 +166,7 @@ def test_packages_are_added_up_and_their_parts_are_not(tmp_path):
 @pytest.mark.parametrize("span", [INTEL_UJ, AMD_UJ], ids=["intel", "amd"])
 def test_a_counter_that_goes_round_goes_on(tmp_path, span):
     powercap(tmp_path, {"intel-rapl:0": ("package-0", span - 1_000_000)}, span)
-    meter = RaplEnergy(tmp_path)
+    meter = meter_of(tmp_path)
     meter.joules()
     powercap(tmp_path, {"intel-rapl:0": ("package-0", 3_000_000)}, span)
     assert meter.joules() == 4.0
@@ -148,7 +178,7 @@ def test_a_counter_that_goes_round_goes_on(tmp_path, span):
 def test_after_a_pause_in_which_a_round_may_have_gone_unseen_nothing_is_told(tmp_path):
     clock = Time()
     powercap(tmp_path, {"intel-rapl:0": ("package-0", 1_000_000)}, AMD_UJ)
-    meter = RaplEnergy(tmp_path, clock)
+    meter = meter_of(tmp_path, clock)
     meter.joules()
     clock.now += 130
     assert meter.joules() == 0.0
@@ -158,10 +188,74 @@ def test_after_a_pause_in_which_a_round_may_have_gone_unseen_nothing_is_told(tmp
 
 
 @needs_colons
+def test_a_counter_that_goes_round_between_two_readings_of_ours_is_read_by_the_timer(tmp_path):
+    clock = Time()
+    powercap(tmp_path, {"intel-rapl:0": ("package-0", 0), "intel-rapl:1": ("package-1", 0)}, AMD_UJ)
+    meter = meter_of(tmp_path, clock)
+    assert meter.joules() == 0.0
+    ((seconds, method),) = clock.timers
+    assert seconds == pytest.approx(AMD_UJ / 1e6 / 500 / 3)
+    for step in range(1, 10):  # three rounds of 131 s, of half a counter in 65 s
+        clock.now += seconds
+        powercap(tmp_path, {"intel-rapl:0": ("package-0", step * AMD_UJ // 3 % AMD_UJ)}, AMD_UJ)
+        assert method()() is True
+    assert meter.joules() == pytest.approx(3 * AMD_UJ / 1e6)
+    assert len(clock.timers) == 1
+
+
+@needs_colons
+def test_the_timer_ends_with_the_meter_or_when_its_readings_are_of_no_use(tmp_path):
+    clock = Time()
+    powercap(tmp_path, {"intel-rapl:0": ("package-0", 1)}, AMD_UJ)
+    meter = meter_of(tmp_path, clock)
+    meter.joules()
+    ((_, method),) = clock.timers
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.write_text("gone\n")
+    assert method()() is True  # the next one may be read
+    counter.write_text("1\n")
+    clock.now += 132
+    assert method()() is False
+    del meter
+    gc.collect()
+    assert method() is None
+
+
+@needs_colons
+def test_no_timer_starts_where_nothing_can_be_read(tmp_path):
+    clock = Time()
+    meter = meter_of(tmp_path, clock)
+    assert meter.joules() is None
+    powercap(tmp_path, {"intel-rapl:0": ("package-0", 1)})
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("gone\n")
+    assert meter.joules() is None
+    assert clock.timers == []
+
+
+def test_the_background_calls_until_it_is_told_to_stop_and_keeps_no_process_alive():
+    calls = Calls(last=3)
+    energy.in_background(0, weakref.WeakMethod(calls.call))
+    assert calls.third.wait(60)
+    (thread,) = calls.threads
+    thread.join(60)
+    assert (thread.daemon, thread.is_alive(), calls.count) == (True, False, 3)
+
+
+def test_the_background_keeps_no_object_alive():
+    calls, gone = Calls(last=math.inf), threading.Event()
+    weakref.finalize(calls, gone.set)
+    called = calls.third
+    energy.in_background(0, weakref.WeakMethod(calls.call))
+    assert called.wait(60)
+    del calls
+    assert gone.wait(60)
+
+
+@needs_colons
 def test_a_package_that_cannot_be_read_makes_the_sum_none(tmp_path):
     powercap(tmp_path, {"intel-rapl:0": ("package-0", 1), "intel-rapl:1": ("package-1", 1)})
     counter = tmp_path / "intel-rapl:1" / "energy_uj"
-    meter = RaplEnergy(tmp_path)
+    meter = meter_of(tmp_path)
     counter.chmod(0)
     if os.access(counter, os.R_OK):  # root reads everything
         counter.unlink()
@@ -174,7 +268,7 @@ def test_a_package_that_cannot_be_read_makes_the_sum_none(tmp_path):
 @needs_colons
 def test_a_package_that_comes_or_goes_ends_the_sum(tmp_path):
     powercap(tmp_path, {"intel-rapl:0": ("package-0", 1)})
-    meter = RaplEnergy(tmp_path)
+    meter = meter_of(tmp_path)
     assert meter.joules() == 0.0
     powercap(tmp_path, {"intel-rapl:1": ("package-1", 1)})
     assert meter.joules() is None

@@ -1,16 +1,21 @@
 """What the tools of each system print, as recorded, and what is told from it; what must never be told."""
 
 import json
+import os
 import platform
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from pipeline import machine
+
+GIB = 2**30
+ROOT = Path(machine.__file__).parents[1]
 
 SMI_FIELDS = ("name", "memory.total", "driver_version", "power.default_limit", "uuid")
 DESKTOP = "NVIDIA GeForce GTX 1060 6GB, 6144, 560.35.03, 120.00, GPU-5f0c8f1e-0000-1111-2222-333344445555\n"
@@ -248,16 +253,45 @@ def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
     assert machine.linux_model(tmp_path / "none") is None
 
 
-def test_a_container_may_use_the_least_that_any_of_its_cgroups_allows(tmp_path):
-    files = {
-        "kubepods/cpu.max": "400000 100000",
-        "kubepods/pod1/cpu.max": "150000 100000",
-        "kubepods/pod1/memory.max": "8589934592",
-        "kubepods/memory.max": "max",
-    }
-    assert machine.cgroup_limits(tree(tmp_path / "v2", files), "0::/kubepods/pod1") == (1.5, 8 * 2**30)
-    files = {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
-    assert machine.cgroup_limits(tree(tmp_path / "v1", files), "1:cpu:/") == (None, None)
+@pytest.mark.parametrize(
+    ("cpus", "limits", "told"),
+    [
+        (8, (None, None, None), {}),
+        (2, (None, None, None), {"usable_cores": 2}),
+        (8, (4.0, 2 * GIB, GIB), {"usable_cores": 4, "memory_limit_gib": 2.0}),
+        (2, (0.25, None, None), {"usable_cores": 0.25}),
+        (8, (64.0, 64 * GIB, GIB), {}),  # more than there is
+    ],
+)
+def test_what_a_process_may_use_is_told_where_it_is_less_than_all(monkeypatch, fresh, cpus, limits, told):
+    recorded(monkeypatch, "linux", {})
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.setattr(machine.cgroup, "limits", lambda: machine.cgroup.Limits(*limits))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    facts = machine.facts()
+    assert {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts} == told
+    assert facts["logical_cores"] == 8
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs taskset and two cores"
+)
+def test_a_part_of_the_cores_is_another_machine():
+    script = (
+        "import json, os; from pipeline import machine; os.sched_setaffinity(0, {}); print(json.dumps(machine.facts()))"
+    )
+    every = os.sched_getaffinity(0)
+    whole, part = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", script.format(cpus)], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for cpus in (every, {min(every)})
+    )
+    assert part["usable_cores"] == 1
+    assert whole["machine"] != part["machine"]
 
 
 def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
@@ -273,6 +307,8 @@ def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
 def test_the_power_limit_of_now_is_told_where_all_cards_of_the_name_agree(monkeypatch):
     recorded(monkeypatch, "linux", {"nvidia-smi": "A, 100.00\nB, 250.00\nB, 300.00\nC, [N/A]\nA, 100.00\n"})
     assert [machine.power_limit_watts(name) for name in "ABCD"] == [100.0, None, None, None]
+    recorded(monkeypatch, "linux", {"nvidia-smi": "A, 80.00\n"})
+    assert machine.power_limit_watts("A") == 80.0  # set anew since
 
 
 def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines_apart():
@@ -286,13 +322,16 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
     here = machine.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
     assert here == machine.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
     assert here == machine.fingerprint(HARDWARE, [], bus, "a" * 32)
-    assert here == machine.fingerprint(HARDWARE | {"memory_gib": 15.6}, [gpu], bus, "a" * 32)
+    for memory in (15.4, 15.6, 16.0):  # of 16
+        assert here == machine.fingerprint(HARDWARE | {"memory_gib": memory}, [gpu], bus, "a" * 32)
     others = {
         machine.fingerprint(HARDWARE, [gpu], bus, "b" * 32),
         machine.fingerprint(HARDWARE, [gpu], bus * 2, "a" * 32),
         machine.fingerprint(HARDWARE | {"memory_gib": 31.3}, [gpu], bus, "a" * 32),
+        machine.fingerprint(HARDWARE | {"usable_cores": 3}, [gpu], bus, "a" * 32),
+        machine.fingerprint(HARDWARE | {"memory_limit_gib": 8.0}, [gpu], bus, "a" * 32),
     }
-    assert len(others | {here}) == 4
+    assert len(others | {here}) == 6
 
 
 def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
@@ -301,9 +340,8 @@ def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
         "print(json.dumps([facts, 'torch' in sys.modules], allow_nan=False))"
     )
     command = [sys.executable, "-W", "error", "-c", script]
-    root = Path(machine.__file__).parents[1]
     first, second = (
-        json.loads(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
+        json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         for _ in range(2)
     )
     assert first == second

@@ -10,10 +10,17 @@ from pipeline import config, files, records
 from pipeline.errors import UsageError
 
 HARDWARE = {
-    "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "os": "Debian GNU/Linux 12",
-    "torch": "2.14.1", "gpus": [],
+    "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "logical_cores": 4,
+    "os": "Debian GNU/Linux 12", "torch": "2.14.1", "gpus": [],
 }  # fmt: skip
-GPU = {"name": "NVIDIA T4", "memory_gib": 14.6, "gpu_cores": 40, "power_limit_watts": 70.0, "driver": "580.65"}
+GPU = {
+    "name": "NVIDIA T4",
+    "memory_gib": 14.6,
+    "gpu_cores": 40,
+    "power_limit_watts": 70.0,
+    "driver": "580.65",
+    "threads": 3,
+}
 
 
 def backend(kind="cuda", index=0, name=None):
@@ -196,6 +203,7 @@ def test_tags_say_what_ran_where(settings_of):
         "hardware.memory_gib": "14.6",
         "hardware.cpu": "AMD EPYC",
         "hardware.cores": "2",
+        "hardware.usable_cores": "4",
         "hardware.gpu_cores": "40",
         "hardware.power_limit_watts": "70.0",
         "machine": "b72054f1a41b",
@@ -204,6 +212,7 @@ def test_tags_say_what_ran_where(settings_of):
         "backend": "cuda",
         "software.os": "Debian GNU/Linux 12",
         "software.torch": "2.14.1",
+        "software.threads": "3",
         "software.driver": "580.65",
         "recipe": "blog",
         "precision": "bf16",
@@ -213,6 +222,11 @@ def test_tags_say_what_ran_where(settings_of):
         "software.execution": str(config.EXECUTION_VERSION),
         "power_source": "mains",
     }
+
+
+def test_a_part_of_a_machine_says_how_much_it_may_use(settings_of):
+    found = tags_of(settings_of(), hardware=HARDWARE | {"usable_cores": 1.5, "memory_limit_gib": 2.0})
+    assert (found["hardware.usable_cores"], found["hardware.memory_limit_gib"]) == ("1.5", "2.0")
 
 
 def test_facts_that_are_not_known_have_no_tag(settings_of):

@@ -30,7 +30,7 @@ class NvmlEnergy:
         return millijoules / 1000 if millijoules else None
 
 
-def in_background(seconds: float, method: "weakref.WeakMethod[Callable[[], bool]]") -> None:
+def in_background(seconds: float, method: weakref.WeakMethod[Callable[[], bool]]) -> None:
     """Calls `method` every so many seconds, until it returns False or its object is gone. The thread does not keep the
     process alive."""
 
@@ -60,7 +60,7 @@ class RaplEnergy:
         self,
         root: Path | None = None,
         now: Callable[[], float] = time.monotonic,
-        repeat: Callable[[float, "weakref.WeakMethod[Callable[[], bool]]"], None] = in_background,
+        repeat: Callable[[float, weakref.WeakMethod[Callable[[], bool]]], None] = in_background,
     ):
         self._root, self._now, self._repeat = root or POWERCAP, now, repeat
         self._lock = threading.Lock()
