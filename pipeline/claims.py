@@ -17,6 +17,9 @@ TOLD_OF_ANY = ("torch",)
 TELLING = 2.0
 """A comparison that would have missed a machine twice as fast tells nothing: it has too few runs."""
 
+WIDEST = 10.0
+"""An interval whose ends are further apart than by this factor tells nothing either."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -48,12 +51,15 @@ class Claim:
     """What is said against the reference. `kind` is one of reference, faster, slower, none (no difference found), small
     (no difference that so few sessions may claim), few (too few runs), parity (accuracies not shown to be equal),
     problem (of the runs themselves), other (another precision or step), alone (nothing to compare). `speedup` is above
-    1 where it is faster; `accuracy` is its own less the reference's."""
+    1 where it is faster; `accuracy` is its own less the reference's. `basis`: on what it rests, such as `5 runs each in
+    3 sessions`; `reason`: why no difference is claimed, in a few words."""
 
     kind: str
     sentence: str = ""
     speedup: stats.Contrast | None = None
     accuracy: stats.Equivalence | None = None
+    basis: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,31 +81,34 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
     names = f"{candidate.name} against {reference.name}"
     for side in (candidate, reference):
         if side.problem:
-            return Claim("problem", f"{names}: no claim. {side.name}: {side.problem}.", bare)
+            reason = f"{side.name}: {side.problem}"
+            return Claim("problem", f"{names}: no claim. {reason}.", bare, reason=reason)
     low, high, detectable = speedup.low, speedup.high, speedup.detectable
-    if low is None or high is None or detectable is None:
+    if low is None or high is None or detectable is None or high > WIDEST * low:
         ratio = times_as_fast(candidate, reference, speedup.value)
-        need = f"too few runs for a claim ({evidence(candidate, reference)}): -S repeats=5 on both"
-        return Claim("few", f"{ratio} {rules.where}; {need}.", speedup)
+        basis = evidence(candidate, reference)
+        few = f"{ratio} {rules.where}; too few runs for a claim ({basis}): -S repeats=5 on both."
+        return Claim("few", few, speedup, basis=basis, reason=f"too few runs ({basis})")
     accuracy = _equivalence(candidate, reference, rules.margin)
     if accuracy is not None and not accuracy.established:
-        return Claim("parity", f"{names}: no claim. {parity_words(accuracy)}.", bare, accuracy)
-    few = min(candidate.sessions, reference.sessions) < stats.SESSIONS
-    smallest = 1 + rules.smallest if few else 1.0
+        reason = parity_words(accuracy)
+        return Claim("parity", f"{names}: no claim, {reason}.", bare, accuracy, reason=reason)
+    brief = min(candidate.sessions, reference.sessions) < stats.SESSIONS
+    smallest = 1 + rules.smallest if brief else 1.0
     detectable *= smallest
     speedup = speedup._replace(detectable=detectable)
-    qualified = f"({', '.join(_qualifications(candidate, reference, accuracy))})"
+    basis = ", ".join(_qualifications(candidate, reference, accuracy))
     if low <= 1 <= high:
         could = f"one of {percent(detectable - 1)} would have been" if detectable < TELLING else "too few runs"
-        none = f"{candidate.name}: no difference from {reference.name} found {rules.where}; {could} {qualified}."
-        return Claim("none", none, speedup, accuracy)
-    if few and low <= smallest and high >= 1 / smallest:
+        none = f"{candidate.name}: no difference from {reference.name} found {rules.where}; {could} ({basis})."
+        return Claim("none", none, speedup, accuracy, basis, "no difference found")
+    if brief and low <= smallest and high >= 1 / smallest:
         least = f"a difference of more than {percent(rules.smallest)} is not established"
         why = f"fewer than {stats.SESSIONS} sessions a side may not claim less"
-        small = f"{candidate.name} against {reference.name} {rules.where}: {least} {qualified}; {why}."
-        return Claim("small", small, speedup, accuracy)
-    sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} {qualified}."
-    return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy)
+        small = f"{candidate.name} against {reference.name} {rules.where}: {least} ({basis}); {why}."
+        return Claim("small", small, speedup, accuracy, basis, least)
+    sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} ({basis})."
+    return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy, basis)
 
 
 def _equivalence(candidate: Side, reference: Side, margin: float) -> stats.Equivalence | None:
@@ -116,10 +125,10 @@ def parity_words(accuracy: stats.Equivalence) -> str:
     """Why equal accuracy is not established, with the worst difference that the data leave open."""
     if accuracy.low is None or accuracy.high is None:
         known = "not known on both sides" if math.isnan(accuracy.difference) else "of too few seeds"
-        return f"Accuracy not established ({known})"
+        return f"accuracy not established ({known})"
     worse = -accuracy.low >= accuracy.high
     points = 100 * (-accuracy.low if worse else accuracy.high)
-    return f"Accuracy not established (could be up to {points:.1f} points {'worse' if worse else 'better'})"
+    return f"accuracy not established (could be up to {points:.1f} points {'worse' if worse else 'better'})"
 
 
 def _qualifications(candidate: Side, reference: Side, accuracy: stats.Equivalence | None) -> list[str]:
@@ -149,19 +158,21 @@ def evidence(candidate: Side, reference: Side) -> str:
         return f"{runs} in {sessions[0] if sessions[0] == sessions[1] else '{} and {}'.format(*sessions)} sessions"
     if max(sessions) >= stats.SESSIONS:
         brief = min((candidate, reference), key=lambda side: side.sessions)
-        return f"{runs} in {sessions[0]} and {sessions[1]} sessions, {brief.name}'s within {_span(brief)}"
-    longest = max((candidate, reference), key=_span_ms)
-    return f"{runs}, all within {_span(longest)}" if max(counts) > 1 else runs
+        return f"{runs} in {sessions[0]} and {sessions[1]} sessions, {brief.name}'s within {duration(_lasted(brief))}"
+    longest = max(_lasted(candidate), _lasted(reference))
+    known = None not in (*candidate.started, *reference.started)
+    return f"{runs}, all within {duration(longest)}" if max(counts) > 1 and known else runs
 
 
-def _span_ms(side: Side) -> int:
+def _lasted(side: Side) -> float:
+    """Minutes from the first start to the last."""
     known = [start for start in side.started if start is not None]
-    return max(known) - min(known) if known else 0
+    return (max(known) - min(known)) / 60_000 if known else 0.0
 
 
-def _span(side: Side) -> str:
-    """The time from the first start to the last, in words, rounded up."""
-    minutes = max(1, math.ceil(_span_ms(side) / 60_000))
+def duration(minutes: float) -> str:
+    """Minutes in words, rounded up: `12 minutes`, `3.5 hours`, `3 days`."""
+    minutes = max(1, math.ceil(minutes))
     if minutes < 60:
         return f"{minutes} minute{'s' * (minutes > 1)}"
     hours = minutes / 60

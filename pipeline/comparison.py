@@ -33,8 +33,9 @@ def compare(
     alone; `link`, from the ids of experiment and run, where its page is. Raises UsageError where no run is of the
     machine `settings.reference`, and for a card's price that does not say what machine the card sits in."""
     # One training may stand in several experiments of a store; it is one run all the same.
+    read = list(runs)
     by_record: dict[str, Run] = {}
-    for run in runs:
+    for run in read:
         by_record.setdefault(run["tags"].get("record", run["run_id"]), run)
     once = list(by_record.values())
     _check_reference(once, settings.reference)
@@ -50,6 +51,7 @@ def compare(
     hardware = {run["tags"].get("hardware") for run in once}
     return Comparison(
         runs=len(once),
+        copies=len(read) - len(once),
         machines=len({groups.entity_of(run).machine for run in once}),
         first=min(began, default=None),
         last=max(began, default=None),

@@ -58,11 +58,11 @@ def costs_of_work(price: config.Price | None, figures: Mapping[str, stats.Estima
     )
 
 
-def costs_of_score(price: config.Price | None, speeds: Mapping[str, float], watts: float | None) -> Costs | None:
-    """Images of the first step for one unit of money; None without a price."""
-    if price is None or not speeds:
+def costs_of_score(price: config.Price | None, speed: float | None, watts: float | None) -> Costs | None:
+    """Images for one unit of money, at the `speed` (images/s) of the first step; None without a price or that speed."""
+    if price is None or speed is None:
         return None
-    images = next(iter(speeds.values())) * 3600
+    images = speed * 3600
     rented, bought = hourly(price, watts)
     return Costs(
         currency=price.currency,

@@ -137,13 +137,13 @@ def _planned_set(runs: Sequence[Run]) -> tuple[int, list[Run], list[LeftOut], st
         sets.setdefault(str(run["tags"].get("repeats.id", run["run_id"])), []).append(run)
     first = next((members for members in sets.values() if _planned(members[0]) > 1), None)
     if first is None:
-        problem = f"{len(runs)} single runs were not planned as a set: -S repeats=5" if len(runs) > 1 else ""
+        problem = f"{len(runs)} single runs were not planned as a set" if len(runs) > 1 else ""
         return 1, list(runs), [], problem
     planned = _planned(first[0])
     others = [run for members in sets.values() if members is not first for run in members]
     earlier = [run for run in others if _planned(run) == 1 and _start(run) < _start(first[0])]
     later = [run for run in others if _planned(run) > 1 or _start(run) > _start(first[0])]
-    left_out = [LeftOut(run, "a trial before the planned set") for run in earlier]
+    left_out = [LeftOut(run, "tried before the planned set") for run in earlier]
     left_out += [LeftOut(run, "added after the planned set") for run in later]
     problem = ""
     if len(first) < planned:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from statistics import median
 
 from pipeline import claims, groups, score, stats
-from pipeline.claims import Claim
+from pipeline.claims import Claim, Side
 from pipeline.costs import costs_of_score
 from pipeline.groups import Entity, Group, Run, clean
 from pipeline.rows import (
@@ -40,7 +40,7 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
     compared = sum(
         len(row.steps) for index, row in enumerate(rows) if index != first and may_be_claimed_of(ordered[index])
     )
-    rules = rules_for(context, compared, "at this step")
+    rules = rules_for(context, compared, "")
     if first is not None:
         rows = [
             _claimed(context, row, group, rows[first], ordered[first], rules)
@@ -86,7 +86,7 @@ def _score_row(context: Context, group: Group) -> ScoreRow:
     }
     watts = [figures.watts.value for figures in steps.values() if figures.watts]
     middle = min(group.runs, key=lambda run: abs((metric_of(run, _speed(score.STEPS[0])) or 0) + _by_speed(group)[0]))
-    most = max(watts, default=None)
+    most, first = max(watts, default=None), steps.get(score.STEPS[0].name)
     return ScoreRow(
         head=head,
         recipe=group.settings["recipe"],
@@ -94,9 +94,7 @@ def _score_row(context: Context, group: Group) -> ScoreRow:
         steps=steps,
         energy_source=source,
         watts=most,
-        costs=costs_of_score(
-            context.prices.get(head.hardware), {name: figures.speed.value for name, figures in steps.items()}, most
-        ),
+        costs=costs_of_score(context.prices.get(head.hardware), first.speed.value if first else None, most),
     )
 
 
@@ -106,7 +104,7 @@ def _step_figures(group: Group, step: str, *, energy: bool) -> StepFigures | Non
         runs = [run for run in group.runs if metric_of(run, metric) is not None]
         return stats.typical(values_of(runs, metric), [run["started"] for run in runs]) if runs else None
 
-    speed = estimate("images_per_second")
+    speed, batch = estimate("images_per_second"), estimate("batch_size")
     if speed is None:
         return None
     return StepFigures(
@@ -114,7 +112,7 @@ def _step_figures(group: Group, step: str, *, energy: bool) -> StepFigures | Non
         values=values_of(group.runs, score.metric(step, "images_per_second")),
         first_third=estimate("first_third_images_per_second"),
         precision=group.settings[score.tag(step, "precision")],
-        batch_size=int((estimate("batch_size") or speed).value),
+        batch_size=int(batch.value) if batch else None,
         workload=group.settings[score.tag(step, "workload")],
         images_per_joule=estimate("images_per_joule") if energy else None,
         watts=estimate("watts") if energy else None,
@@ -125,20 +123,35 @@ def _claimed(
     context: Context, row: ScoreRow, group: Group, reference: ScoreRow, other: Group, rules: claims.Rules
 ) -> ScoreRow:
     """The row with what is claimed of each step against the reference's."""
-    steps = {}
-    for name, figures in row.steps.items():
-        against = reference.steps.get(name)
+    steps = dict(row.steps)
+    for step in score.STEPS:
+        figures, against = row.steps.get(step.name), reference.steps.get(step.name)
+        if figures is None:
+            continue
         if row is reference:
             claim = Claim("reference")
-        elif against is None:
-            claim = Claim("other", f"{row.head.name}: not compared at {name}, which {reference.head.name} did not run.")
-        elif against.workload != figures.workload:
-            claim = Claim("other", f"{row.head.name}: not compared at {name}, whose batch or time is another.")
+        elif against is None or against.workload != figures.workload:
+            reason = _unlike(figures, against, reference.head.name)
+            claim = Claim("other", f"{row.head.name}: not compared at {step.title}: {reason}.", reason=reason)
         else:
-            sides = [
-                side_of(f"{head.name} at {each.precision}", own, own.runs, [1 / value for value in each.values])
-                for head, own, each in ((row.head, group, figures), (reference.head, other, against))
-            ]
-            claim = claims.compared(sides[0], sides[1], rules)
-        steps[name] = replace(figures, claim=claim)
+            sides = [_side(*side, step) for side in ((row, group), (reference, other))]
+            claim = claims.compared(sides[0], sides[1], replace(rules, where=f"at {step.title}"))
+        steps[step.name] = replace(figures, claim=claim)
     return replace(row, steps=steps)
+
+
+def _unlike(figures: StepFigures, against: StepFigures | None, reference: str) -> str:
+    """Why a step is not compared with the reference's."""
+    if against is None:
+        return f"{reference} did not run it"
+    if figures.batch_size != against.batch_size:
+        return f"batch {figures.batch_size} against {against.batch_size}"
+    return "the step was another or took another time"
+
+
+def _side(row: ScoreRow, group: Group, step: score.Step) -> Side:
+    """A group's runs of a step as a side of a claim; the name tells the precision where it is the device's best."""
+    figures = row.steps[step.name]
+    name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
+    runs = [run for run in group.runs if metric_of(run, _speed(step)) is not None]
+    return side_of(name, group, runs, [1 / value for value in figures.values])

@@ -62,7 +62,7 @@ class StepFigures:
     values: Sequence[float]
     first_third: stats.Estimate | None
     precision: str
-    batch_size: int
+    batch_size: int | None
     workload: str
     images_per_joule: stats.Estimate | None
     watts: stats.Estimate | None
@@ -139,11 +139,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the report says. `runs`: how many were read, each training once; `first`, `last`: when the oldest and
-    the newest began, in milliseconds since 1970; `rules`: the settings by which is claimed; `unused_prices`: names in
-    the file of prices that no run has as its hardware; `advice`: what to do next, where there is nothing to compare."""
+    """All that the report says. `runs`: how many were read, each training once; `copies`: how many more were read of the
+    same trainings, from other experiments; `first`, `last`: when the oldest and the newest began, in milliseconds since
+    1970; `rules`: the settings that claims follow; `unused_prices`: names in the file of prices that no run has as its
+    hardware; `advice`: what to do next, where there is nothing to compare."""
 
     runs: int
+    copies: int
     machines: int
     first: int | None
     last: int | None

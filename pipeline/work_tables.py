@@ -134,7 +134,7 @@ def _table(
         tried[group.entity] * tried[ordered[first].entity] for index, group in timed.items() if index != first
     )
     rules = rules_for(context, comparisons, "on this work")
-    whole_rules = replace(rules, where="as a whole process, start-up and setup included,")
+    whole_rules = replace(rules, where="from process start to result")
     sides = {key: _sides(context, key, timed, named=settings is None) for key in ("total_seconds", "process_seconds")}
     precisions = _precisions(everyone)
     for index, group in timed.items():
@@ -165,9 +165,10 @@ def _untried(
     for group, other in ((candidate, reference), (reference, candidate)):
         precision = group.settings["precision"]
         if precision not in precisions[other.entity]:
-            words = f"{context.names[other.entity]} was not run in {precision}"
+            reason = f"{context.names[other.entity]} was not run in {precision}"
             name = f"{context.names[candidate.entity]} at {candidate.settings['precision']}"
-            return Claim("other", f"{name}: not compared with {context.names[reference.entity]}, for {words}.")
+            sentence = f"{name}: not compared with {context.names[reference.entity]}: {reason}."
+            return Claim("other", sentence, reason=reason)
     return None
 
 
