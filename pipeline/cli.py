@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from pipeline import config
@@ -61,20 +62,30 @@ def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Se
     return config.load(overrides)
 
 
-def answer_early(doc: str | None) -> None:
-    """Answers --help, and refuses a wrong setting, before a stage imports torch, which takes seconds."""
-    with ending(_program()):
-        settings_from(sys.argv[1:], doc or "", _program())
+def answer_early(doc: str | None) -> config.Settings:
+    """The settings, before a stage imports torch, which takes seconds: answers --help, and refuses a wrong one."""
+    sys.excepthook = _stopped_early
+    with ending(program()):
+        return settings_from(sys.argv[1:], doc or "", program())
 
 
 def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None:
     """Runs one stage from the command line and ends the process with its exit status."""
-    with ending(_program()):
-        stage(settings_from(sys.argv[1:], doc or "", _program()), OUTPUTS)
+    with ending(program()):
+        stage(settings_from(sys.argv[1:], doc or "", program()), OUTPUTS)
 
 
-def _program() -> str:
+def program() -> str:
+    """The command as a person types it."""
     return f"python -m pipeline.{Path(sys.argv[0]).stem}"
+
+
+def _stopped_early(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What is printed of an exception that nothing catches: of Ctrl-C while modules are imported, no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{program().split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Sets all machines side by side (reports/compare.md, .json, .html), and puts a cached run into an empty store."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import comparison, config, files, noise, page, plots, publish, records, report, terminal, tracking
+from pipeline import charts, comparison, config, files, page, plots, publish, records, report, terminal, tracking
 
 REPORTS = config.ROOT / "reports"
 
@@ -18,10 +18,9 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         tracking.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
-        noise.between(noise.read()),
     )
     drawn = write(found, REPORTS)
-    if any(drawn):
+    if drawn:
         _log(settings.tracking.experiment, found, drawn)
     terminal.say("\n" + report.on_terminal(found) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
@@ -31,28 +30,27 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
     return found
 
 
-def write(found: comparison.Comparison, folder: Path) -> list[dict[str, str]]:
-    """Writes compare.md, .json and .html; the charts of each table, by name, as SVG."""
-    drawn = [
-        {name: plots.svg(figure) for name, figure in report.charts(section, table).items()}
-        for _, section, table in report.tables(found)
-    ]
+def write(found: comparison.Comparison, folder: Path) -> dict[str, dict[str, str]]:
+    """Writes compare.md, .json and .html. Returns the charts as SVG, by the place of their table and by name."""
+    drawn = {
+        place: {name: plots.svg(figure) for name, figure in figures.items()}
+        for place, figures in charts.charts(found).items()
+    }
     files.write_text(folder / "compare.md", report.markdown(found))
     files.write_json(folder / "compare.json", report.as_json(found))
     files.write_text(folder / "compare.html", page.html(found, drawn))
     return drawn
 
 
-def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[str, str]]) -> None:
+def _log(experiment: str, found: comparison.Comparison, drawn: Mapping[str, Mapping[str, str]]) -> None:
     """Puts the reports and the charts into the store's run for them, over those of the last time."""
     handle = tracking.comparison(experiment)
     if handle is None:
         return
     with tracking.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
         artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
-        for table, charts in zip(report.tables(found), drawn, strict=True):
-            place = report.place(*table)
-            for name, svg in charts.items():
+        for place, pictures in drawn.items():
+            for name, svg in pictures.items():
                 file = Path(folder) / place / f"{name}.svg"
                 files.write_text(file, svg)
                 artifacts[f"charts/{place}/{name}.svg"] = file
@@ -62,16 +60,22 @@ def _log(experiment: str, found: comparison.Comparison, drawn: Sequence[Mapping[
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:
-    """Makes sure that the training in `folder`, with all its repeats, stands in the store; the id of its experiment."""
-    if not (records.folders(folder)["train"] / "record.json").exists():
+    """Makes sure that the training in `folder`, with all its repeats that are there and what later stages found, stands
+    in the store; the id of its experiment."""
+    trained = records.present(folder)
+    if not trained:
         return None
-    trained = records.trained(folder)
     experiment = records.experiment(settings, trained[0]["tags"])
-    missing = [record for record in trained if tracking.find(record["id"], experiment) is None]
-    for record in missing:
-        publish.restore(record, experiment, records.folders(folder, records.repeat_of(record)))
-        terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
-    if missing:
+    changed = False
+    for record in trained:
+        folders = records.folders(folder, records.repeat_of(record))
+        if tracking.find(record["id"], experiment) is None:
+            publish.restore(record, experiment, folders)
+            terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
+            changed = True
+        else:
+            changed |= publish.supplement(record, experiment, folders)
+    if changed:
         publish.gather(trained[0], experiment)
     handle = tracking.find(trained[0]["id"], experiment)
     return handle.experiment_id if handle else None

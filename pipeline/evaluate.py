@@ -1,13 +1,12 @@
 """Measures the best checkpoint on the test split, and completes the training's run with it."""
 
-from pipeline import cli
+from pipeline import repeats
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    repeats.enter(__doc__, "evaluate")
 
 import csv
 import io
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,51 +35,39 @@ from pipeline.clock import Clock
 from pipeline.errors import UsageError
 
 
-def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Evaluates the best checkpoint of each repeat in `folder/train`, as part of the run that trained it; leaves
-    `folder/evaluate`. Gives the first result."""
+def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, Any]:
+    """Evaluates the best checkpoint of the repeat `number` (from 1) in `folder/train`, as part of the run that trained
+    it; leaves its part of `folder/evaluate`. Returns the result."""
     recipe = settings.work
     backend = training.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
-    trained = records.trained(folder)
+    folders = records.folders(folder, number)
+    record = files.read_json(folders["train"] / "record.json")
     classes = inputs["data"]["classes"]
     images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
-    test = data.as_split(images, labels)
-    measured = []
-    for record in trained:  # all of them, before anything is written
-        best = records.folders(folder, records.repeat_of(record))["train"] / "best.safetensors"
-        net = _checkpoint(settings, inputs, record, best)
-        with backend.memory_errors():
-            measured.append(_measured(net, test, settings, record, backend))
+    net = _checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
+    with backend.memory_errors():
+        predictions, metrics = _measured(net, data.as_split(images, labels), settings, record, backend)
 
-    shutil.rmtree(folder / "evaluate", ignore_errors=True)
-    experiment = records.experiment(settings, trained[0]["tags"])
-    results = []
-    for record, (predictions, metrics) in zip(trained, measured, strict=True):
-        folders = records.folders(folder, records.repeat_of(record))
-        result = {
-            "id": record["id"],
-            "metrics": metrics,
-            "tags": {"label": settings.label},
-            "datasets": [
-                dataset
-                for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
-                if dataset not in record["datasets"]
-            ],
-            "ended": tracking.now(),
-        }
-        _leave(result, labels, predictions, classes, record["name"], folders["evaluate"])
-        publish.complete("evaluate", record, result, experiment, folders)
-        _announce(record, metrics)
-        results.append(result)
-    publish.gather(trained[0], experiment)
-    figures = [result["metrics"] for result in results]
-    records.write_summary(folder, "evaluate", trained, figures)
-    if len(trained) > 1:
-        terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], figures)}")
-    else:
+    planned = records.planned(folder)
+    out = repeats.emptied(folder, "evaluate", number, planned)
+    result = {
+        "id": record["id"],
+        "metrics": metrics,
+        "tags": {"label": settings.label},
+        "datasets": [
+            dataset
+            for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+            if dataset not in record["datasets"]
+        ],
+        "ended": tracking.now(),
+    }
+    _leave(result, labels, predictions, classes, record["name"], out)
+    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
+    _announce(record, metrics)
+    if planned == 1:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
-    return results[0]
+    return result
 
 
 def _checkpoint(
@@ -184,4 +171,4 @@ def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__)
+    repeats.main("evaluate", run, __doc__)

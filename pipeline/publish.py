@@ -28,18 +28,12 @@ Folders = Mapping[str, Path]
 
 
 def training(handle: tracking.Handle, record: Mapping[str, Any], folder: Path) -> None:
-    """Logs all but the epochs of a training that left `folder`: figures, pictures, record, and checkpoint and model
+    """Logs all but the epochs of a training that left `folder`: figures, record, and pictures, checkpoint and model
     where they are there (a bundle may hold none)."""
     tracking.log_figures(handle, record["metrics"], record["ended"])
     tracking.set_tags(handle, record["tags"])  # some are known at the end alone
-    tracking.log_files(
-        handle,
-        {
-            "hardware.json": folder / "hardware.json",
-            "params.yaml": folder / "params.yaml",
-        }
-        | {f"plots/{path.name}": path for path in sorted((folder / "plots").iterdir())},
-    )
+    told = {"hardware.json": folder / "hardware.json", "params.yaml": folder / "params.yaml"}
+    tracking.log_files(handle, told | _pictures(folder))
     if (folder / "best.safetensors").exists():
         checkpoint(handle, folder / "best.safetensors")
     _describe(handle, record, {})
@@ -60,14 +54,18 @@ def evaluation(handle: tracking.Handle, result: Mapping[str, Any], folder: Path)
     """Logs the evaluation `result` of a training, which left `folder`."""
     tracking.log_figures(handle, result["metrics"], result["ended"])
     tracking.log_datasets(handle, result["datasets"])
-    tracking.log_files(handle, {f"plots/{path.name}": path for path in sorted((folder / "plots").iterdir())})
+    tracking.log_files(handle, _pictures(folder))
     tracking.set_tags(handle, result["tags"])
 
 
 def sustained(handle: tracking.Handle, result: Mapping[str, Any], folder: Path) -> None:
-    """Logs what `sustain` measured beside a training; its course by the second."""
+    """Logs what `sustain` measured beside a training, and the courses of its steps."""
     tracking.log_figures(handle, result["metrics"], result["ended"])
-    tracking.log_series(handle, "sustained/images_per_second", result["series"], result["ended"])
+    series = result["series"]
+    if isinstance(series, list):  # of one step: records of bundles before schema 3
+        series = {"sustained/images_per_second": series}
+    for key, values in series.items():
+        tracking.log_series(handle, key, values, result["ended"])
     tracking.set_tags(handle, result["tags"])
 
 
@@ -139,6 +137,27 @@ def add(
             _keep(handle, stage, found[stage])
 
 
+def supplement(record: Mapping[str, Any], experiment: str, folders: Folders) -> bool:
+    """Adds to a training's run what later stages left and the run lacks; whether there was any. A run that is not
+    there, or was deleted, is left alone."""
+    handle = tracking.find(record["id"], experiment)
+    if handle is None or tracking.is_deleted(handle):
+        return False
+    found, tags = results(record, folders), tracking.tags(handle)
+    stages = [stage for stage in found if digest_tag(stage) not in tags]
+    if stages:
+        add(handle, record, stages, found, folders)
+    return bool(stages)
+
+
+def above(record: Mapping[str, Any], experiment: str) -> tuple[tracking.Handle, bool]:
+    """The run above the repeat of `record`, and whether it was made, since it was not there."""
+    parent, _ = tracking.repeats(record["tags"][tracking.REPEATS_TAG], experiment)
+    if parent is not None:
+        return parent, False
+    return tracking.start(records.parent(record) | {"experiment": experiment}), True
+
+
 def restore(
     record: Mapping[str, Any], experiment: str, folders: Folders, marks: Mapping[str, str] = RESTORED
 ) -> list[tracking.Handle]:
@@ -148,9 +167,8 @@ def restore(
     with tracking.discarded_by_failure(made):
         parent = None
         if tracking.REPEATS_TAG in record["tags"]:
-            parent, _ = tracking.repeats(record["tags"][tracking.REPEATS_TAG], experiment)
-            if parent is None:
-                parent = tracking.start(records.parent(record) | {"experiment": experiment})
+            parent, is_new = above(record, experiment)
+            if is_new:
                 made.append(parent)
                 tracking.set_tags(parent, {key: text for key, text in marks.items() if key != IMPORTED_RUN})
                 tracking.put_off(parent)
@@ -199,16 +217,13 @@ def gather(record: Mapping[str, Any], experiment: str) -> None:
     figures = records.summary([records.figures(each) for each in trainings])
     once = {key: value for key, value in figures.items() if key not in by_epoch[-1]["figures"]}
     tracking.log_figures(parent, once, max(each["ended"] for each in trainings))
-    evaluations = [each["evaluate"] for each in repeats if "evaluate" in each]
-    if len(evaluations) == planned:
-        figures = records.summary([each["metrics"] for each in evaluations])
-        tracking.log_figures(parent, figures, max(each["ended"] for each in evaluations))
-    for each in repeats:
-        if "sustain" in each:
-            sustained(parent, each["sustain"], Path())
-    labels = [each.get("evaluate", {"tags": {}})["tags"] for each in repeats]
-    shared = [training["tags"] | label for training, label in zip(trainings, labels, strict=True)]
-    tracking.set_tags(parent, records.shared_tags(shared))
+    for stage in LATER:
+        later = [each[stage] for each in repeats if stage in each]
+        if len(later) == planned:
+            figures = records.summary([each["metrics"] for each in later])
+            tracking.log_figures(parent, figures, max(each["ended"] for each in later))
+    tags = [{key: text for stage in each.values() for key, text in stage["tags"].items()} for each in repeats]
+    tracking.set_tags(parent, records.shared_tags(tags))
     tracking.set_tags(parent, {"mlflow.note.content": records.parent_description(repeats)})
     tracking.end(parent, "FINISHED", max(ended(each["train"], each) for each in repeats))
 
@@ -225,6 +240,11 @@ def held(
         elif there is not None:
             found[stage] = files.read_json(tracking.download(run_id, record_file(stage), scratch))
     return found
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    """The pictures that a stage left, by the artifact that holds them; none where a bundle came without."""
+    return {f"plots/{path.name}": path for path in sorted((folder / "plots").glob("*.png"))}
 
 
 def _keep(handle: tracking.Handle, stage: str, record: Mapping[str, Any]) -> None:

@@ -3,24 +3,24 @@
 `train` writes `record.json`: `id`, `name`, `experiment`, `started`, `ended` (milliseconds since 1970), `params`,
 `tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`, `hardware`. `evaluate`
 writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`; `sustain` likewise: `id`,
-`metrics`, `tags`, `series` (images a second by the second), `warnings`, `ended`.
+`metrics`, `tags`, `series` (the courses of the steps, by metric), `warnings`, `ended`.
 
-A training that is repeated leaves a record each time. Three tags say so: `repeats.id`, which all of them share,
-`repeat`, counted from 1, and `repeats`, how many are planned. What was done once for all of them stands in the first.
+A repeat is a training of its own, in a process of its own. Tags say which: `repeats.id`, which all repeats of a set
+share, `repeat`, counted from 1, `repeats`, how many are planned, and `repeat.pause_seconds`, the time since the
+previous one ended.
 """
 
 import csv
 import hashlib
 import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
-from pipeline import config, files
+from pipeline import config, files, score
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `compare` does without it
@@ -31,20 +31,14 @@ Record = Mapping[str, Any]
 STAGES = ("train", "evaluate", "sustain")
 """Those that leave a record."""
 
-SUMMED = (
-    "time/startup_seconds",
-    "time/data_seconds",
-    "time/setup_seconds",
-    "time/ceilings_seconds",
-    "time/inspect_seconds",
-)
-"""Figures of what is done once for all repeats, or for the most part: their sum is what it took."""
-
-MEASURED_ONCE = ("ceiling/", "energy/idle_watts")
-"""Figures that begin so are measured before the first repeat, and have no spread."""
-
-KNOWN_LATE = frozenset({"data.placement", "energy.source", "limited_by", "taints"})
+KNOWN_LATE = frozenset({"data.placement", "energy.source", "taints", "behavior"})
 """Tags that a training gets by its end."""
+
+OF_ONE_REPEAT = frozenset({"repeat", "repeat.pause_seconds"})
+"""Tags that say which of the repeats it is; the run above the repeats has none of them."""
+
+WORDS = frozenset({"taints", "behavior"})
+"""Tags that hold words (with a prefix such as `sustained.` too): above repeats stand the words of any of them."""
 
 DESCRIPTION_LENGTH = 8000
 """In characters: MLflow's limit of a tag, which a description is."""
@@ -62,11 +56,22 @@ def repeat_of(record: Record) -> int:
     return int(record["tags"].get("repeat", 1))
 
 
+def planned(outputs: Path) -> int:
+    """How many repeats the training in `outputs` was planned to have; 1 for a single one, and where there is none."""
+    first = folders(outputs)["train"] / "record.json"
+    return int(files.read_json(first)["tags"].get("repeats", 1)) if first.exists() else 1
+
+
 def trained(outputs: Path) -> list[dict[str, Any]]:
-    """The records that `train` left in `outputs`, one for each repeat."""
-    first = files.read_json(folders(outputs)["train"] / "record.json")
-    others = range(2, int(first["tags"].get("repeats", 1)) + 1)
-    return [first, *(files.read_json(folders(outputs, repeat)["train"] / "record.json") for repeat in others)]
+    """The records that `train` left in `outputs`, one for each repeat. Raises StageError where one is missing."""
+    repeats = range(1, planned(outputs) + 1)
+    return [files.read_json(folders(outputs, repeat)["train"] / "record.json") for repeat in repeats]
+
+
+def present(outputs: Path) -> list[dict[str, Any]]:
+    """As `trained`, of the repeats that are there."""
+    paths = [folders(outputs, repeat)["train"] / "record.json" for repeat in range(1, planned(outputs) + 1)]
+    return [files.read_json(path) for path in paths if path.exists()]
 
 
 def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
@@ -97,6 +102,7 @@ def effective(settings: config.Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "label": settings.label,
         "repeats": settings.repeats,
+        "repeat_pause": settings.repeat_pause,
         "sustain_seconds": settings.sustain_seconds,
         "largest_batch": settings.largest_batch,
         "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
@@ -264,17 +270,20 @@ def _work(record: Record) -> list[str]:
 
 
 def _sustained(result: Record | None) -> list[str]:
-    """The speed that the machine keeps up, as lines of Markdown; none where it was not measured."""
-    speed = result["metrics"].get("speed/sustained_images_per_second") if result else None
-    if not result or not speed:
+    """The speeds that the machine keeps up, as lines of Markdown; none where they were not measured."""
+    if result is None:
         return []
-    kept = result["metrics"].get("speed/sustained_last_to_first")
-    return [
-        f"**Sustained** {speed:,.0f} images/s of finetune's step (workload "
-        f"`{result['tags']['sustained.workload']}`) for {result['metrics']['time/sustain_seconds']:.0f} s"
-        + (f", the last third of them at {kept:.1%} of the first's speed" if kept else ""),
-        "",
+    figures, own = result["metrics"], result["tags"]
+    said = [
+        f"{step.title} {figures[speed]:,.1f} images/s ({own[score.tag(step.name, 'precision')]}, "
+        f"batch {figures[score.metric(step.name, 'batch_size')]:.0f})"
+        for step in score.STEPS
+        if (speed := score.metric(step.name, "images_per_second")) in figures
     ]
+    if "speed/sustained_images_per_second" in figures:  # of bundles before schema 3
+        speed = figures["speed/sustained_images_per_second"]
+        said.append(f"{speed:,.0f} images/s of the recipe finetune's step (workload `{own['sustained.workload']}`)")
+    return [f"**Sustained** {'; '.join(said)}", ""] if said else []
 
 
 # --- repeats
@@ -282,7 +291,7 @@ def _sustained(result: Record | None) -> list[str]:
 
 def parent(record: Record) -> dict[str, Any]:
     """What the run above the repeats begins with, of the record of any of them, as `tracking.start` takes it."""
-    own = {key: value for key, value in record["tags"].items() if key != "repeat" and key not in KNOWN_LATE}
+    own = {key: value for key, value in record["tags"].items() if key not in OF_ONE_REPEAT | KNOWN_LATE}
     return {
         "name": run_name(own),
         "experiment": record["experiment"],
@@ -301,13 +310,11 @@ def figures(record: Record) -> dict[str, float]:
 
 def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The figures of at least two repeats as one: of those that all have, the median under the same name, and the
-    sample standard deviation under `std/<name>`; of what was done once, the sum."""
-    shared = [key for key in repeats[0] if key not in SUMMED and all(key in each for each in repeats)]
-    done = {key: [each[key] for each in repeats if key in each] for key in SUMMED}
+    sample standard deviation under `std/<name>`."""
+    shared = [key for key in repeats[0] if all(key in each for each in repeats)]
     return {
         **{key: median(each[key] for each in repeats) for key in shared},
-        **{key: math.fsum(seconds) for key, seconds in done.items() if seconds},
-        **{f"std/{key}": stdev(each[key] for each in repeats) for key in shared if not key.startswith(MEASURED_ONCE)},
+        **{f"std/{key}": stdev(each[key] for each in repeats) for key in shared},
     }
 
 
@@ -338,11 +345,15 @@ def course(repeats: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
-    """The tags that stand above repeats, of all tags of each: what all share, and the taints of any; the rest None."""
-    every = {key: value for each in repeats for key, value in each.items() if key != "repeat"}
+    """The tags that stand above repeats, of all tags of each: what all share, and the words of any (see WORDS); the
+    rest None."""
+    every = {key: value for each in repeats for key, value in each.items() if key not in OF_ONE_REPEAT}
     shared = {key: value if all(each.get(key) == value for each in repeats) else None for key, value in every.items()}
-    taints = dict.fromkeys(word for each in repeats for word in (each.get("taints") or "").split())
-    return shared | ({"taints": " ".join(taints)} if taints else {})
+    for key in shared:
+        if key.rpartition(".")[2] in WORDS:
+            words = dict.fromkeys(word for each in repeats for word in (each.get(key) or "").split())
+            shared[key] = " ".join(words) or None
+    return shared
 
 
 def spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]) -> str:
@@ -368,25 +379,44 @@ def parent_description(repeats: Sequence[Mapping[str, Record]]) -> str:
     for number, each in enumerate(repeats, 1):
         for warning in [sentence for stage in each.values() for sentence in stage.get("warnings", [])]:
             warned.setdefault(warning, []).append(str(number))
+    sustained = [each["sustain"] for each in repeats if "sustain" in each]
+    if len(sustained) > 1:
+        sustained = [{**sustained[0], "metrics": summary([each["metrics"] for each in sustained])}]
     lines = [
         *_work(trainings[0]),
         f"**Repeats** {spread([each['metrics'] for each in trainings], evaluations)}",
         "",
-        *_sustained(repeats[0].get("sustain")),
-        "| Repeat | Seed | Test accuracy | Best validation accuracy | Seconds in all |",
-        "|---|---|---|---|---|",
+        *_sustained(sustained[0] if sustained else None),
+        *_table(repeats),
     ]
-    for number, each in enumerate(repeats, 1):
-        own = each["train"]["metrics"]
-        tested = f"{each['evaluate']['metrics']['test/accuracy']:.2%}" if "evaluate" in each else ""
-        lines.append(
-            f"| {number} | {each['train']['params'].get('settings.seed', '')} | {tested} "
-            f"| {own['best/val_accuracy']:.2%} | {own['time/total_seconds']:.2f} |"
-        )
     if warned:
         lines += ["", "**Warnings**", ""]
         lines += [f"- {warning} (repeat {', '.join(numbers)})" for warning, numbers in warned.items()]
     return _fitting(lines)
+
+
+def _table(repeats: Sequence[Mapping[str, Record]]) -> list[str]:
+    """A row for each repeat, as lines of Markdown: its seed, accuracies and seconds, and the images/s of each sustained
+    step that was measured."""
+    speeds = {step.title: score.metric(step.name, "images_per_second") for step in score.STEPS}
+    figures = [{**each["train"]["metrics"], **_later(each, "evaluate"), **_later(each, "sustain")} for each in repeats]
+    forms = {
+        "Test accuracy": ("test/accuracy", ".2%"),
+        "Best validation accuracy": ("best/val_accuracy", ".2%"),
+        "Seconds in all": ("time/total_seconds", ".2f"),
+        **{title: (key, ",.1f") for title, key in speeds.items() if any(key in each for each in figures)},
+    }
+    rows = [["Repeat", "Seed", *forms], ["---"] * (2 + len(forms))]
+    for number, (each, own) in enumerate(zip(repeats, figures, strict=True), 1):
+        seed = each["train"]["params"].get("settings.seed", "")
+        rows.append([str(number), seed, *(f"{own[key]:{form}}" if key in own else "" for key, form in forms.values())])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _later(repeat: Mapping[str, Record], stage: str) -> Mapping[str, float]:
+    """The figures of a later stage, where there are any."""
+    metrics: Mapping[str, float] = repeat[stage]["metrics"] if stage in repeat else {}
+    return metrics
 
 
 def _fitting(lines: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,27 @@ def repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, 
         and (run.info.status, run.info.lifecycle_stage) == ("FINISHED", LifecycleStage.ACTIVE)
     }
     return None if parent is None else _handle(parent), finished
+
+
+def end_repeats(repeats_id: str, status: str, finished: Collection[str] = ()) -> None:
+    """Ends what still runs of these repeats, the run above them included, in whatever experiment: FAILED or KILLED,
+    but FINISHED a training whose record is among `finished`."""
+    with _store_errors():
+        client = _client()
+        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+        for run in _search(client, everywhere, f"tags.`{REPEATS_TAG}` = '{repeats_id}'"):
+            if run.info.status == "RUNNING":
+                came_to_its_end = run.data.tags.get(RECORD_TAG) in finished
+                client.set_terminated(run.info.run_id, "FINISHED" if came_to_its_end else status)
+
+
+def refer_to(repeats_id: str) -> None:
+    """Says in the run that `mlflow run` made, where another is the one above these repeats, which it is."""
+    given = os.environ.get("MLFLOW_RUN_ID")
+    parent = repeats(repeats_id, "")[0] if given else None
+    if given and parent and parent.run_id != given:
+        note = f"resumed: all of it is in run {parent.run_id}"
+        set_tags(Handle(parent.client, given, parent.experiment_id), {"mlflow.note.content": note})
 
 
 def tags(handle: Handle) -> dict[str, str]:
@@ -302,20 +323,13 @@ def finished_runs(experiment: str | None = None) -> list[dict[str, Any]]:
     """All finished trainings of all experiments, or of the one named, newest first: `run_id`, `experiment_id`, `name`,
     `started` (milliseconds since 1970), `tags`, `metrics`, `params`.
 
-    A repeat counts where the run above it is finished, too: of a training that failed when it was repeated, what came
-    out before is no result. That run itself is no training.
+    A repeat counts whether the run above it is finished or not. That run itself is no training.
     """
     with _store_errors():
         client = _client()
         experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
         runs = _search(client, experiments, "attributes.status = 'FINISHED' and tags.workload != ''")
-    parents = {run.info.run_id for run in runs if REPEATS_TAG in run.data.tags and REPEAT_TAG not in run.data.tags}
-    return [
-        _row(run)
-        for run in runs
-        if run.info.run_id not in parents
-        and (REPEAT_TAG not in run.data.tags or run.data.tags.get(PARENT_TAG) in parents)
-    ]
+    return [_row(run) for run in runs if REPEATS_TAG not in run.data.tags or REPEAT_TAG in run.data.tags]
 
 
 def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:

@@ -1,18 +1,17 @@
 """Trains the chosen recipe's model, and leaves its record, curves, pictures and best checkpoint."""
 
-from pipeline import cli
+from pipeline import repeats
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    repeats.enter(__doc__, "train")
 
 import csv
 import dataclasses
 import io
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,15 +43,15 @@ from pipeline.errors import OutOfMemoryError, StageError
 METERED_SECONDS = 1.0
 """Less than this is not metered: NVML's energy counter moves ten to fifty times a second."""
 
-CEILINGS_AGAIN = 3
-"""How often ceilings are measured again before a clock is accused: a machine's speed may change within seconds."""
+CEILINGS_AGAIN = 2
+"""How often ceilings are measured again before a clock is doubted: a machine's speed may change within seconds."""
 
 Shown = tuple[NDArray[np.uint8], list[str]]
 """Images (6, H, W, 3) as they were decoded, and the names of their classes."""
 
 
 class Measured(NamedTuple):
-    """What is measured once, before the first repeat: bytes of memory that a step was seen to take, the machine's
+    """What is measured before the training: bytes of memory that a step was seen to take, the machine's
     ceilings, and the operations that an image takes."""
 
     working: float
@@ -60,11 +59,13 @@ class Measured(NamedTuple):
     flops: float | None
 
 
-def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Trains `repeats` times, each time as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves
-    `folder/train`. Gives the first record."""
+def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float = 0.0) -> dict[str, Any]:
+    """Trains once, as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`; leaves `folder/train`, as
+    the repeat `number` (from 1) its part of it. Returns the record. `earlier`: seconds that this process spent on
+    other stages before."""
     recipe = settings.work
-    startup = time.time() - psutil.Process().create_time()
+    begun = psutil.Process().create_time() + earlier
+    startup = time.time() - begun
     tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     energy.check(settings.energy.source)
@@ -75,6 +76,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     unused = backends.unused_gpu() if settings.device == "auto" else None
     if unused:
         terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
+    settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
     with clock.span("inspect"):
         before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     with clock.span("decode"):
@@ -85,39 +87,21 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         classes = inputs["data"]["classes"]
         work = training.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
 
-    shutil.rmtree(folder / "train", ignore_errors=True)  # nothing of an earlier training may pass for this one's
-    repeats_id = uuid.uuid4().hex
-    trained: list[dict[str, Any]] = []
-    parent: tracking.Handle | None = None
-    measured: Measured | None = None
+    out = repeats.emptied(folder, "train", number, settings.repeats)
+    with clock.span("inspect"):
+        known = repeats.tags(settings, folder, number)
+        record = _record(settings, hardware, inputs, work, splits, unused, before, known)
+    _announce(record)
+    record["metrics"]["time/startup_seconds"] = startup
     full: str | None = None
     try:
-        with ExitStack() as above:
-            for repeat in range(1, settings.repeats + 1):
-                own = dataclasses.replace(settings, seed=settings.seed + repeat - 1)
-                if repeat > 1:
-                    backend.release_memory()  # of the one before
-                    clock = work.job.clock = Clock(backend.synchronise)
-                    splits = training.drawn(decoded, own)
-                with clock.span("inspect"):
-                    record = _record(own, hardware, inputs, work, splits, unused, before, repeat, repeats_id)
-                _announce(record)
-                if settings.repeats > 1 and parent is None:
-                    with clock.span("log"):
-                        parent = tracking.start(records.parent(record))
-                    above.enter_context(tracking.ended_by_failure(parent))
-                out = records.folders(folder, repeat)["train"]
-                shown = _shown(decoded["train"], own.seed, classes)
-                measured = _train(work, splits, shown, own, record, parent, measured, startup, out)
-                publish.gather(record, record["experiment"])
-                trained.append(record)
+        _train(work, splits, _shown(decoded["train"], settings.seed, classes), settings, record, begun, out)
     except OutOfMemoryError as error:
         full = str(error)
     if full:  # not in the except clause: what the error holds is in the way of every smaller batch
         del work
         raise StageError(_advice(full, settings, splits, len(classes), backend))
-    records.write_summary(folder, "train", trained, [records.figures(each) for each in trained])
-    return trained[0]
+    return record
 
 
 def _train(
@@ -126,24 +110,24 @@ def _train(
     shown: Shown,
     settings: config.Settings,
     record: dict[str, Any],
-    parent: tracking.Handle | None,
-    measured: Measured | None,
-    startup: float,
+    begun: float,
     out: Path,
-) -> Measured:
-    """Trains once, as the run of `record`, which it completes; leaves `out`. Measures what was not `measured` before,
-    and gives it. `startup`: seconds from the process's start to the first training's."""
+) -> None:
+    """Trains, as the run of `record`, which it completes; leaves `out`. `begun`: when the process began, in seconds
+    since 1970."""
     clock, backend = work.job.clock, work.job.backend
-    once = {} if measured else {"time/startup_seconds": startup}
     with clock.span("log"):
-        handle = tracking.start(record, parent)
+        handle = tracking.start(record, _above(record))
     with tracking.ended_by_failure(handle):
         with clock.span("log"):
             tracking.mark(handle, record)
         with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
-            measured = measured or _measured(work, splits)
-            best = 0.0
+            measured = _measured(work, splits)
+            best, target = 0.0, settings.work.target_accuracy
             for figures in _epochs(work, splits, settings, record, measured):
+                reached = target is not None and figures["val/accuracy"] >= target
+                if reached and "time/to_target_seconds" not in record["metrics"]:
+                    record["metrics"]["time/to_target_seconds"] = clock.total(*training.TOTAL)
                 if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
                     best = figures["val/accuracy"]
                     with clock.span("checkpoint"):
@@ -152,15 +136,26 @@ def _train(
                     record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
                     tracking.log_epoch(handle, record["epochs"][-1])
         record["ended"] = tracking.now()
-        record["metrics"] |= once | _times(clock) | work.job.times.percentiles()
+        record["metrics"] |= _times(clock) | work.job.times.percentiles()
         before = record["hardware"]["conditions"]["before"]
         _taint(record, before, conditions.sample(backend.gpu_uuid()))
-        _leave(record, settings, shown, out)
+        _draw(record, settings, shown, out)
+        record["metrics"]["time/process_seconds"] = time.time() - begun
+        _leave(record, settings, out)
         publish.training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.
         files.write_json(out / "record.json", record)
         tracking.end(handle, "FINISHED", record["ended"])
-    return measured
+
+
+def _above(record: Mapping[str, Any]) -> tracking.Handle | None:
+    """The run above the repeats, on which work goes on; None for a single training."""
+    if tracking.REPEATS_TAG not in record["tags"]:
+        return None
+    parent, is_new = publish.above(record, record["experiment"])
+    if not is_new and not tracking.is_deleted(parent):
+        tracking.resume(parent)
+    return parent
 
 
 def _check(recipe: config.Recipe) -> None:
@@ -272,7 +267,8 @@ def _account(
 
 
 def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits, measured: Measured) -> None:
-    """Holds the speed against the machine's own ceilings. Raises StageError where it is above them."""
+    """Holds the speed against the machine's own ceilings, and taints the record where it is impossibly far above
+    them."""
     clock, backend = work.job.clock, work.job.backend
     limits, flops = measured.ceilings, measured.flops
     seconds = clock.total("features" if work.job.on_features else "train")
@@ -286,35 +282,21 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
         record["facts"]["verdict"] = f"not judged: {seconds:.2f} s are too short to be held against its ceilings"
         terminal.say(f"machine  {record['facts']['verdict']}")
         return
-    taken = [limits]
     figures = ceilings.efficiency(speed, limits, flops)
-    for turn in range(CEILINGS_AGAIN):
-        starved = turn == 0 and ceilings.limit(figures, limits) == "data"
-        if not starved and not ceilings.impossible(figures):
+    for _ in range(CEILINGS_AGAIN):
+        if not ceilings.impossible(figures, limits):
             break
-        # Other load may have held the machine down while it was measured, or heat since: what it can do now counts,
-        # and where it is slower now, that is no fault of the data's.
+        # Other load may have held the machine down while it was measured.
         with suppress(OutOfMemoryError), clock.span("ceilings"), backend.memory_errors():
-            taken.append(training.measure_ceilings(work, splits))
-        figures = ceilings.efficiency(speed, taken[-1], flops)
-    if ceilings.impossible(figures):
-        fastest = max(taken, key=lambda each: each.images_per_second)
-        spread = fastest.images_per_second / min(each.images_per_second for each in taken)
-        load = float(conditions.sample(backend.gpu_uuid()).get("cpu_load", 0.0))
-        may_be = spread if backend.asynchronous else max(spread, ceilings.UNQUEUED)
-        reason = ceilings.impossible(ceilings.efficiency(speed, fastest, flops), may_be)
-        if reason and load <= conditions.LOAD:
-            raise StageError(reason)
-        # Of a machine whose speed changes, or that others use, no two measurements are alike: no clock is accused.
-        record["warnings"].append(
-            f"too fast for this machine's ceilings, which were {spread - 1:.0%} apart before and after it, "
-            f"while others used {load:.0%} of the CPU"
-            + ("" if backend.asynchronous else "; nothing is queued here, where a clock could be read too early")
-        )
-        record["tags"]["taints"] = "ceilings"
+            limits = ceilings.best([limits, training.measure_ceilings(work, splits)])
+        figures = ceilings.efficiency(speed, limits, flops)
+    doubt = ceilings.impossible(figures, limits)
+    if doubt:
+        record["tags"]["taints"] = "clock"
+        record["warnings"].append(doubt)
+        terminal.say(f"note     {doubt}")
     record["metrics"] |= figures
-    record["tags"]["limited_by"] = ceilings.limit(figures, taken[-1])
-    record["facts"]["verdict"] = ceilings.verdict(figures, taken[-1])
+    record["facts"]["verdict"] = ceilings.verdict(figures, limits)
     terminal.say(f"machine  {record['facts']['verdict']}")
 
 
@@ -353,17 +335,14 @@ def _record(
     splits: training.Splits,
     unused_gpu: str | None,
     before: conditions.Sample,
-    repeat: int,
-    repeats_id: str,
+    known: dict[str, str],
 ) -> dict[str, Any]:
-    """What is known of the training before it starts (see records.py)."""
+    """What is known of the training before it starts (see records.py); `known`: tags that the record gets, too."""
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
     threads = {"threads": backends.torch_facts()["threads"]}
-    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
-    if settings.repeats > 1:
-        own |= {"repeats.id": repeats_id, "repeat": str(repeat), "repeats": str(settings.repeats)}
+    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback) | known
     trainable, parameters = model.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
@@ -449,23 +428,26 @@ def _times(clock: Clock) -> dict[str, float]:
 
 
 def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.Sample) -> None:
-    """Says in the run what of the machine's state makes its figures doubtful."""
+    """Says in the run what disturbed it from outside, and how the machine itself behaved under the load."""
     figures = [epoch["figures"] for epoch in record["epochs"]]
     # On features an epoch is over before a machine could change its pace.
     paced = [] if record["facts"]["features_cached"] else [each["time/train_seconds"] for each in figures]
-    taints = conditions.taints(before, after, paced)
     record["hardware"]["conditions"]["after"] = after
-    record["warnings"] += taints.values()
-    if taints:
-        record["tags"]["taints"] = " ".join([*record["tags"].get("taints", "").split(), *taints])
+    for tag, said in (
+        ("taints", conditions.taints(before, after)),
+        ("behavior", conditions.behavior(before, after, paced)),
+    ):
+        record["warnings"] += said.values()
+        if said:
+            record["tags"][tag] = " ".join([*record["tags"].get(tag, "").split(), *said])
+        for sentence in said.values():
+            terminal.say(f"note     {sentence}")
     if "gpu_power_watts" in before:
         record["metrics"]["energy/idle_watts"] = before["gpu_power_watts"]
-    for sentence in taints.values():
-        terminal.say(f"note     {sentence}")
 
 
-def _leave(record: dict[str, Any], settings: config.Settings, shown: Shown, out: Path) -> None:
-    """Writes all that the run's page in MLflow is made from, so that it can be made again."""
+def _draw(record: dict[str, Any], settings: config.Settings, shown: Shown, out: Path) -> None:
+    """Draws the pictures of the run's page in MLflow."""
     from pipeline import plots  # matplotlib takes a third of a second: not before there is something to draw
 
     epochs = [epoch["figures"] for epoch in record["epochs"]]
@@ -479,9 +461,13 @@ def _leave(record: dict[str, Any], settings: config.Settings, shown: Shown, out:
         ("accuracy", plots.accuracy(epochs, best_epoch=int(best["epoch"]), validation=validated, title=title)),
     ):
         plots.save(figure, out / "plots" / f"{name}.png")
+
+
+def _leave(record: Mapping[str, Any], settings: config.Settings, out: Path) -> None:
+    """Writes all else that the run's page is made from, so that it can be made again."""
     files.write_json(out / "hardware.json", record["hardware"])
     files.write_text(out / "params.yaml", config.dump(records.effective(settings)))
-    files.write_text(out / "curves.csv", _csv(epochs))
+    files.write_text(out / "curves.csv", _csv([epoch["figures"] for epoch in record["epochs"]]))
     files.write_json(out / "metrics.json", records.figures(record))
 
 
@@ -494,4 +480,4 @@ def _csv(epochs: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__)
+    repeats.main("train", run, __doc__)
