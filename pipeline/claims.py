@@ -146,7 +146,7 @@ def _qualifications(candidate: Side, reference: Side, accuracy: stats.Equivalenc
 
 
 def evidence(candidate: Side, reference: Side) -> str:
-    """`5 runs each in 3 sessions`, or `5 and 3 runs, all within 12 minutes`."""
+    """`5 runs each in 3 sessions`, `5 and 3 runs, all within 12 minutes` `5 runs each, of A all within 1 minute`."""
     counts = len(candidate.seconds), len(reference.seconds)
     runs = (
         f"{counts[0]} run{'s' * (counts[0] > 1)} each"
@@ -158,7 +158,7 @@ def evidence(candidate: Side, reference: Side) -> str:
         return f"{runs} in {sessions[0] if sessions[0] == sessions[1] else '{} and {}'.format(*sessions)} sessions"
     if max(sessions) >= stats.SESSIONS:
         brief = min((candidate, reference), key=lambda side: side.sessions)
-        return f"{runs} in {sessions[0]} and {sessions[1]} sessions, {brief.name}'s within {duration(_lasted(brief))}"
+        return f"{runs}, of {brief.name} all within {duration(_lasted(brief))}"
     longest = max(_lasted(candidate), _lasted(reference))
     known = None not in (*candidate.started, *reference.started)
     return f"{runs}, all within {duration(longest)}" if max(counts) > 1 and known else runs
@@ -173,7 +173,7 @@ def _lasted(side: Side) -> float:
 def duration(minutes: float) -> str:
     """Minutes in words, rounded up: `12 minutes`, `3.5 hours`, `3 days`."""
     minutes = max(1, math.ceil(minutes))
-    if minutes < 60:
+    if minutes < 120:
         return f"{minutes} minute{'s' * (minutes > 1)}"
     hours = minutes / 60
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"

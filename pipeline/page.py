@@ -3,14 +3,24 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pipeline import report
-from pipeline.claims import Claim
-from pipeline.comparison import Comparison, Row, Section, Table
+from pipeline import charts, report
+from pipeline.answer import answer
+from pipeline.columns import (
+    Cell,
+    Column,
+    absent_columns,
+    absent_from_score,
+    absent_from_work,
+    price_columns,
+    score_columns,
+    work_columns,
+)
+from pipeline.tables import Comparison, Head, Part, Score, Section
 
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 90rem; color: #111; background: #fff;
+body { margin: 0 auto; padding: 1rem; max-width: 104rem; color: #111; background: #fff;
   font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
   overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
@@ -19,6 +29,7 @@ h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
 p, ul { margin: .4rem 0; max-width: 62rem; }
 a { color: #0072B2; }
 code { font-size: .9em; }
+.answer { font-size: 1.25rem; font-weight: 600; max-width: 48rem; margin: .6rem 0; }
 .demo { border: 3px dashed #D55E00; padding: .5rem .8rem; font-weight: bold; }
 .claims { list-style: none; padding: 0; }
 .claims li { padding: .25rem 0 .25rem 1.7rem; text-indent: -1.7rem; }
@@ -36,7 +47,7 @@ th.words, td.words { text-align: left; }
 td small { display: block; color: #444; white-space: nowrap; }
 td.words small, td:first-child small { white-space: normal; }
 tr.reference td { background: #f0f0f0; }
-tr.tainted td { color: #555; font-style: italic; background: #fafafa; }
+tr.problem td { color: #555; font-style: italic; background: #fafafa; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem;
   align-items: start; margin: .6rem 0; }
 figure { margin: 0; max-width: 30rem; }
@@ -46,6 +57,7 @@ figure svg a text { fill: #00588a; text-decoration: underline; }
 .hint { display: none; font-size: .85rem; color: #444; }
 @media (max-width: 40rem) {
   body { padding: .8rem; }
+  .answer { font-size: 1.05rem; }
   .hint { display: block; }
   table { font-size: .82rem; }
   th, td { padding: .3rem .35rem; }
@@ -69,40 +81,40 @@ figure svg a text { fill: #00588a; text-decoration: underline; }
 }
 """
 
-MARKS = {"faster": "▲", "slower": "▼", "none": "=", "few": "?", "single": "?", "parity": "✕", "tainted": "✕"}
+MARKS = {
+    "faster": "▲", "slower": "▼", "none": "=", "small": "≈", "few": "?", "parity": "✕", "problem": "✕", "other": "✕",
+}  # fmt: skip
+"""The mark of each kind of claim."""
+
 KEY = (
-    "Filled bar: faster; hatched: slower; white: no difference found; white with a dotted edge: too few runs for a "
-    "claim; grey: the reference; no bar: no claim. The line across a bar's end is its interval. A name leads to its "
-    "run in MLflow's UI (`make ui`)."
+    "Filled bar: faster; hatched: slower; white: no difference found; white with a dashed edge: the difference is not "
+    "established; with a dotted edge: too few runs; grey: the reference; no bar: no claim. The line across a bar's end "
+    "is its interval. A name leads to its run in MLflow's UI (`make ui`)."
 )
 FEW = 12
 """Rows that fit on a page, and on a screen with all that belongs to them."""
 
-WORDS = ("machine", "settings", "tainted", "torch", "run", "hardware", "source", "date")
 
-
-def html(comparison: Comparison, drawn: Sequence[Mapping[str, str]]) -> str:
-    """The whole report as one HTML page; `drawn` has the charts of each of `report.tables`, as SVG."""
-    body = ["<h1>Machines compared</h1>", _paragraph(report.span(comparison)), _paragraph(comparison.advice)]
-    figures = iter(drawn)
+def html(comparison: Comparison, drawn: Mapping[str, Mapping[str, str]]) -> str:
+    """The whole report as one HTML page; `drawn` has the SVGs of `charts.charts`, by their places and names."""
+    body = [f"<h1>{report.TITLE}</h1>", f'<p class="answer">{_code(answer(comparison))}</p>']
+    body.append(_paragraph(report.span(comparison)))
     for part in comparison.parts:
         body += [f'<p class="demo">{report.DEMO}</p>'] if part.demo else []
+        body += _score_parts(part, part.score, drawn) if part.score else []
         for section in part.sections:
-            body.append(f"<h2>{escape(report.heading(section))} <code>{escape(section.workload)}</code></h2>")
-            for table in section.tables:
-                body += _table_parts(section, table, next(figures))
-    prices = report.price_columns(comparison)
+            body += _section_parts(part, section, drawn)
     if comparison.prices is not None:
-        body += ["<h2>Prices</h2>", _html_table(prices, []) if prices else "", _paragraph(report.PRICE_NOTE)]
-        body += [_paragraph(f"No run's hardware is called {name}.") for name in comparison.unused_prices]
+        body += ["<h2>Prices</h2>", _html_table(price_columns(comparison)), _paragraph(report.PRICE_NOTE)]
+        body += map(_paragraph, report.unused_prices(comparison))
     if comparison.parts:
-        body += ["<h2>How to read this</h2>", _list(report.NOTES)]
+        body += ["<h2>How to read this</h2>", _list(report.notes(comparison.rules))]
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Machines compared</title><style>{STYLE}</style></head>",
+            f"<title>{report.TITLE}</title><style>{STYLE}</style></head>",
             "<body>",
             *(part for part in body if part),
             "</body></html>\n",
@@ -110,74 +122,82 @@ def html(comparison: Comparison, drawn: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def _table_parts(section: Section, table: Table, drawn: Mapping[str, str]) -> list[str]:
-    verdicts = _verdicts(report.verdicts(section, table))
-    few = len(table.rows) <= FEW  # more would push the table out of sight
+def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
+    references = [any(figures.claim.kind == "reference" for figures in row.steps.values()) for row in table.rows]
+    classes = [_row_class(row.head, reference) for row, reference in zip(table.rows, references, strict=True)]
     return [
-        f"<h3>{escape(report.table_title(table))}</h3>",
-        verdicts if few else "",
-        '<p class="hint">The table is wider than the screen: push it sideways.</p>',
-        _html_table(report.columns(section, table), table.rows),
-        *map(_paragraph, report.remarks(table)),
-        _figures(table, drawn) if drawn else "",
-        f'<p class="key">{_code(KEY)}</p>' if "speed-up" in drawn else "",
-        "" if few else verdicts,
+        "<h2>Score</h2>",
+        HINT,
+        _html_table(score_columns(table), classes),
+        _claims(report.score_claims(table)),
+        _paragraph(report.no_reference(table)),
+        _figures(len(table.rows), drawn.get(charts.score_place(part), {})),
+        *_absent(absent_columns(absent_from_score(table), "images/s")),
     ]
 
 
-def _verdicts(claims: Sequence[Claim]) -> str:
-    told = [
-        f'<li class="{claim.kind}"><b>{MARKS[claim.kind]}</b>'
-        f"{escape(claim.sentence).replace('n = ', 'n&nbsp;=&nbsp;')}</li>"
-        for claim in claims
-    ]
-    return f'<ul class="claims">{"".join(told)}</ul>' if told else ""
+def _section_parts(part: Part, section: Section, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
+    parts = [f"<h2>{escape(report.heading(section))} <code>{escape(section.workload)}</code></h2>"]
+    for table in section.tables:
+        charted = drawn.get(charts.work_place(part, section, table), {})
+        classes = [_row_class(row.head, row.claim.kind == "reference") for row in table.rows]
+        parts += [
+            f"<h3>{escape(report.table_title(table))}</h3>",
+            HINT,
+            _html_table(work_columns(section, table), classes),
+            _claims(report.work_claims(section, table)),
+            _paragraph(report.no_reference(table)),
+            _figures(len(table.rows), charted),
+            f'<p class="key">{_code(KEY)}</p>' if "speed-up" in charted else "",
+        ]
+    return parts + _absent(absent_columns(absent_from_work(section), "total s"))
 
 
-def _figures(table: Table, drawn: Mapping[str, str]) -> str:
-    size = "short" if len(table.rows) <= FEW else "long"
+HINT = '<p class="hint">The table is wider than the screen: push it sideways.</p>'
+
+
+def _absent(columns: Sequence[Column]) -> list[str]:
+    return ["<h3>Not in the figures above</h3>", _html_table(columns)] if columns else []
+
+
+def _row_class(head: Head, reference: bool) -> str:
+    return "problem" if head.problem else "reference" if reference else ""
+
+
+def _claims(told: Sequence[tuple[str, str]]) -> str:
+    items = [f'<li class="{kind}"><b>{MARKS.get(kind, "✕")}</b>{escape(text)}</li>' for kind, text in told]
+    return f'<ul class="claims">{"".join(items)}</ul>' if items else ""
+
+
+def _figures(rows: int, drawn: Mapping[str, str]) -> str:
+    size = "short" if rows <= FEW else "long"
     figures = [
         f'<figure class="{size}" role="group" aria-label="{escape(name)}, as in the table above">{svg}</figure>'
         for name, svg in drawn.items()
     ]
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _html_table(found: Sequence[report.Column], rows: Sequence[Row]) -> str:
-    """`rows` are those that the cells are of: their runs' ids are links."""
-    words = {heading: ' class="words"' if heading in WORDS else "" for heading, _ in found}
-    head = "".join(f'<th scope="col"{words[heading]}>{escape(heading)}</th>' for heading, _ in found)
+def _html_table(columns: Sequence[Column], classes: Sequence[str] = ()) -> str:
+    """`classes`: of each row, '' where it has none."""
+    if not columns:
+        return ""
+    words = [' class="words"' if column.words else "" for column in columns]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column.heading)}</th>' for column, kind in zip(columns, words, strict=True)
+    )
     lines = []
-    for place in range(len(found[0][1])):
-        cells = []
-        for heading, column in found:
-            cell = column[place]
-            text = (
-                _runs(rows[place])
-                if heading == "run"
-                else _linked(cell.text)
-                if heading == "source"
-                else escape(cell.text)
-            )
-            small = "".join(f"<small>{escape(part)}</small>" for part in cell.small.split(", ") if part)
-            cells.append(f"<td{words[heading]}>{text}{small}</td>")
-        kind = rows[place].claim.kind if rows else ""
-        shown = f' class="{kind}"' if kind in ("reference", "tainted") else ""
-        lines.append(f"<tr{shown}>{''.join(cells)}</tr>")
+    for place in range(len(columns[0].cells)):
+        cells = [f"<td{kind}>{_cell(column.cells[place])}</td>" for column, kind in zip(columns, words, strict=True)]
+        kind = f' class="{classes[place]}"' if classes and classes[place] else ""
+        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _runs(row: Row) -> str:
-    """Links to the most typical run by its id, and to all others by their numbers."""
-    first = f'<a href="{escape(row.shown["link"])}">{escape(row.shown["id"][:8])}</a>'
-    others = [run for run in row.runs if run["id"] != row.shown["id"]]
-    numbered = [f'<a href="{escape(run["link"])}">{number}</a>' for number, run in enumerate(others, 2)]
-    return first + (f"<small>{' '.join(numbered)}</small>" if numbered else "")
-
-
-def _linked(text: str) -> str:
-    shown = escape(text)
-    return f'<a href="{shown}">{shown}</a>' if text.startswith(("https://", "http://")) else shown
+def _cell(cell: Cell) -> str:
+    linked = [f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in cell.links]
+    notes = "".join(f"<small>{escape(note)}</small>" for note in cell.notes)
+    return (" ".join(linked) or escape(cell.text)) + notes
 
 
 def _paragraph(text: str) -> str:

@@ -35,16 +35,16 @@ MARKED_EPOCHS = 25  # with more epochs, a marker on each would hide the line
 NUMBERED_CLASSES = 20  # with more classes, a number doesn't fit in its cell
 LABELLED_CLASSES = 100  # with more classes, only every second, third, ... has a label
 
-# DejaVu comes with matplotlib; the others have Chinese, Japanese and Korean on Linux, macOS and Windows.
-# Of a comparison's bars: colour, hatch and edge say the same, so that any one of them does.
+# The bars of a comparison: colour, hatch and edge say the same, so that each one of them is enough.
 BARS: dict[str, dict[str, Any]] = {
     "plain": {"facecolor": BLUE},
     "faster": {"facecolor": BLUE},
     "slower": {"facecolor": VERMILLION, "hatch": "////"},
     "none": {"facecolor": "white", "edgecolor": GREY, "linewidth": 1.2},
+    "small": {"facecolor": "white", "edgecolor": GREY, "linewidth": 1.2, "linestyle": "--"},
     "few": {"facecolor": "white", "edgecolor": GREY, "linewidth": 1.2, "linestyle": ":"},
     "reference": {"facecolor": GREY},
-    "tainted": {"facecolor": "#DDDDDD", "hatch": "xxxx"},
+    "problem": {"facecolor": "#DDDDDD", "hatch": "xxxx"},
 }
 CURVES = (
     ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", "-", "v"),
@@ -56,6 +56,12 @@ CHART_WIDTH = 4.1  # inches: a chart of a comparison is as wide as a phone, wher
 ROW_HEIGHT = 0.42
 SMALL = 8.5  # points
 
+FAR_APART = 100.0
+"""From this ratio of the largest value to the smallest on, an axis is logarithmic."""
+
+LOGARITHMIC = "(logarithmic axis)"
+
+# DejaVu comes with matplotlib; the others have Chinese, Japanese and Korean on Linux, macOS and Windows.
 FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Arial Unicode MS", "Microsoft YaHei"]
 
 # "default" first, so that a person's own matplotlibrc doesn't change the pictures.
@@ -231,13 +237,29 @@ class Curve:
 
 @_styled
 def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
-    """Draws a bar from 0 for each machine, under its name, in the order given, with its interval."""
-    figure, axes = _chart(rows, title, unit)
-    values = [_within(row.high, row.value) for row in rows if row.value is not None]
-    axes.set_xlim(0, 1.05 * max(values, default=1))
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    """Draws a bar from 0 for each machine, under its name, in the order given, with its interval. Where values lie far
+    apart the axis is logarithmic, and the bars start at the power of ten below the smallest value."""
+    values = [row.value for row in rows if row.value is not None]
+    far_apart = bool(values) and max(values) >= FAR_APART * min(values) > 0
+    figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}" if far_apart else unit)
+    highest = max((_within(row.high, row.value) for row in rows if row.value is not None), default=1.0)
+    start = 0.0
+    if far_apart:
+        lowest = math.floor(math.log10(min(values)) - 0.05)  # the shortest bar is still one
+        start = 10.0**lowest
+        decades = 1.04 * (math.log10(highest) - lowest)
+        axes.set_xscale("log")
+        axes.set_xlim(start, 10.0 ** (lowest + decades))
+        # No label at the right edge, where it would be cut.
+        powers = range(lowest, math.floor(lowest + 0.93 * decades) + 1, math.ceil(decades / 5))
+        axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in powers]))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, 1.05 * highest)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    _bars(axes, rows, 0)
+    axes.get_xticklabels()[0].set_horizontalalignment("left")
+    _bars(axes, rows, start)
     return figure
 
 
@@ -245,7 +267,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
 def ratios(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
     """Draws a bar from 1 for each machine, to the right where its ratio is larger, with its interval. The axis is
     logarithmic: twice as fast is as long as half as fast."""
-    figure, axes = _chart(rows, title, unit)
+    figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}")
     values = [1.0]
     for row in rows:
         if row.value is not None:
@@ -388,7 +410,7 @@ def _course_chart(curves: Sequence[Curve], title: str, limits: Mapping[str, Any]
     figure, whole = _sheet(2.9 + named, title)
     axes = figure.add_axes((0.13, (0.55 + named) / whole, 0.84, 2.3 / whole))
     _course_axes(axes, limits, target)
-    axes.set_xlabel("seconds", fontsize=SMALL)
+    axes.set_xlabel(_seconds(limits), fontsize=SMALL)
     names = figure.add_axes((0.02, 0.02 / whole, 0.96, named / whole))
     names.set(xlim=(0, 1), ylim=(len(curves), 0))
     names.set_axis_off()
@@ -417,8 +439,13 @@ def _course_charts(curves: Sequence[Curve], title: str, limits: Mapping[str, Any
         axes.plot(*zip(*first.points, strict=True), color=GREY, linestyle=":", linewidth=1)
         axes.plot(*zip(*curve.points, strict=True), color=BLUE, linewidth=1.5)
         axes.tick_params(labelsize=SMALL - 2)
-    figure.text(0.5, 0.06 / whole, f"seconds; dotted: {_label(first.label, 36)}", fontsize=SMALL, ha="center")
+    key = f"{_seconds(limits)}; dotted: {_label(first.label, 36 if limits['xscale'] == 'linear' else 20)}"
+    figure.text(0.5, 0.06 / whole, key, fontsize=SMALL, ha="center")
     return figure
+
+
+def _seconds(limits: Mapping[str, Any]) -> str:
+    return "seconds" if limits["xscale"] == "linear" else f"seconds {LOGARITHMIC}"
 
 
 def _course_axes(axes: Axes, limits: Mapping[str, Any], target: float | None) -> None:

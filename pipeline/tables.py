@@ -139,8 +139,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the report says. `runs`: how many were read, each training once; `copies`: how many more were read of the
-    same trainings, from other experiments; `first`, `last`: when the oldest and the newest began, in milliseconds since
+    """All that the report says. `runs`: how many were read, each training once; `copies`: how many more were read of
+    the same trainings in other experiments; `first`, `last`: when the oldest and the newest began, milliseconds since
     1970; `rules`: the settings that claims follow; `unused_prices`: names in the file of prices that no run has as its
     hardware; `advice`: what to do next, where there is nothing to compare."""
 

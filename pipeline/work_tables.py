@@ -78,7 +78,7 @@ def section_of(context: Context, workload: str, version: str, runs: Sequence[Run
     tables = [_table(context, everyone, chosen, settings, target) for chosen, settings in _choices(everyone)]
     shown = {run["id"] for table in tables for row in table.rows for run in row.head.runs}
     others = [
-        other_of(context, group, TOTAL, group.problem or "other settings than a table's")
+        other_of(context, group, TOTAL, group.problem or "its settings are in no table")
         for group in everyone
         if group.runs[0]["run_id"] not in shown
     ]

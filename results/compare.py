@@ -6,7 +6,7 @@ import tempfile
 from contextlib import chdir
 from pathlib import Path
 
-from pipeline import bundle, cli, compare, comparison, config, noise, publish, report, terminal, tracking
+from pipeline import bundle, cli, compare, comparison, config, publish, report, terminal, tracking
 from pipeline.errors import StageError
 
 RESULTS = Path(__file__).resolve().parent
@@ -35,7 +35,6 @@ def run(folder: Path = RESULTS) -> comparison.Comparison:
             lambda _, run_id: home[there[run_id]],
             config.load().compare,
             None,
-            noise.between(noise.read()),
         )
     compare.write(found, folder)
     terminal.say("\n" + report.on_terminal(found) + "\n")

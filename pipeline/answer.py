@@ -1,0 +1,143 @@
+"""The answer that opens a report: what may be said of the machines, in one to three sentences that can be printed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline import score
+from pipeline.claims import Claim, factor, factors
+from pipeline.groups import CURRENT
+from pipeline.tables import Comparison, Head, Part, Score, Section, Table
+
+NAMED = 3
+"""So many machines of a kind are named; the table has all."""
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What is compared: the claims of machines against `reference`, `where` (`at convnet fp32`)."""
+
+    reference: str
+    rows: Sequence[tuple[Head, Claim]]
+    where: str
+
+
+def answer(comparison: Comparison) -> str:
+    """The strongest claims of the real runs, then who is not compared and why; else the nearest thing to it, and how
+    to get a claim."""
+    part = next((part for part in comparison.parts if not part.demo), None)
+    if part is None:
+        return comparison.advice
+    compared = _of_score(part.score) if part.score else None
+    for section in part.sections if compared is None and not comparison.advice else ():
+        compared = compared or next(filter(None, (_of_work(section, table) for table in section.tables)), None)
+    if compared is None:
+        return " ".join(text for text in (_single(part), comparison.advice) if text)
+    return " ".join(_sentences(compared, _unscored(part) if part.score else {}))
+
+
+def _of_score(table: Score) -> _Compared | None:
+    """By the first step that more than one machine ran."""
+    for step in score.STEPS:
+        having = [(row.head, row.steps[step.name].claim) for row in table.rows if step.name in row.steps]
+        if table.reference is not None and len(having) > 1 and any(claim.kind == "reference" for _, claim in having):
+            return _Compared(table.reference, having, f"at {step.title}")
+    return None
+
+
+def _of_work(section: Section, table: Table) -> _Compared | None:
+    if table.reference is None or len(table.rows) < 2:
+        return None
+    return _Compared(table.reference, [(row.head, row.claim) for row in table.rows], f"at {section.title}")
+
+
+def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
+    named = [(head.name, claim) for head, claim in compared.rows]
+    claimed = [item for item in named if item[1].kind in ("faster", "slower")]
+    others = [item for item in named if item[1].kind not in ("faster", "slower", "reference")]
+    claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
+    sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
+    if len(claimed) > NAMED:
+        sentences.append(f"{len(claimed) - NAMED} more are in the table.")
+    if not claimed:
+        first = next((item for item in others if item[1].kind in ("none", "small")), None)
+        first = first or next((item for item in others if _ratio(item[1])), None)
+        if first is not None:
+            others.remove(first)
+            sentences += _unclaimed(compared, *first)
+    undecided = [name for name, claim in others if claim.kind in ("none", "small")]
+    if undecided:
+        sentences.append(f"No difference from {compared.reference} is established for {_listed(undecided)}.")
+    reasons = {name: claim.reason for name, claim in others if claim.kind not in ("none", "small")} | dict(unscored)
+    if reasons:
+        sentences.append(f"Not compared: {_listed([f'{name} ({why})' for name, why in reasons.items() if why])}.")
+    return sentences
+
+
+def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
+    """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).`, the faster one first."""
+    contrast = claim.speedup
+    assert contrast is not None and contrast.low is not None and contrast.high is not None
+    faster = contrast.value >= 1
+    ends = factors(*((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True)
+    interval = [f"{ends[0]} to {ends[1]}"] if ends[0] != ends[1] else []
+    return f"{_pair(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
+
+
+def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
+    if claim.kind in ("none", "small"):
+        return [claim.sentence]
+    # A set that is planned anew stands beside one that failed only under another label.
+    label = " -S label=NAME" if any(head.planned > 1 for head, _ in compared.rows) else ""
+    more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
+    return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}.", more]
+
+
+def _pair(compared: _Compared, name: str, claim: Claim) -> str:
+    ratio = _ratio(claim) or 1.0
+    first, second = (name, compared.reference) if ratio >= 1 else (compared.reference, name)
+    return f"{first}: {factor(max(ratio, 1 / ratio))} times {second} {compared.where}"
+
+
+def _ratio(claim: Claim) -> float | None:
+    return claim.speedup.value if claim.speedup else None
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = [f"{len(words) - NAMED} more"] if len(words) > NAMED else []
+    return ", ".join([*words[:NAMED], *more])
+
+
+def _unscored(part: Part) -> dict[str, str]:
+    """Machines that have runs and no score, with the reason."""
+    assert part.score is not None
+    scored = {each.head.name for each in part.score.rows} | {other.name for other in part.score.others}
+    missing: dict[str, str] = {}
+    for section in part.sections:
+        reason = "no score" if section.version == CURRENT else f"measured by version {section.version} of the code"
+        heads: list[Head] = [row.head for table in section.tables for row in table.rows]
+        for name in (*(head.name for head in heads), *(other.name for other in section.others)):
+            if name not in scored:
+                missing.setdefault(name, reason)
+    return missing
+
+
+def _single(part: Part) -> str:
+    """The figure of a machine that stands alone."""
+    for row in part.score.rows if part.score else ():
+        for step in score.STEPS:
+            if step.name in row.steps:
+                speed = factor(row.steps[step.name].speed.value)
+                return f"{row.head.name}: {speed} images/s at {step.title} ({_runs(row.head)})."
+    for section in part.sections:
+        for table in section.tables:
+            for work in table.rows:
+                if "total_seconds" in work.figures:
+                    seconds = factor(work.figures["total_seconds"].value)
+                    return f"{work.head.name}: {seconds} s for {section.title} ({_runs(work.head)})."
+    return ""
+
+
+def _runs(head: Head) -> str:
+    count = len(head.runs)
+    return f"{count} run{'s' * (count != 1)}"
