@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from pipeline import cli, config, files, publish, records, terminal, tracking, vetting
 from pipeline.errors import StageError, UsageError
 
-FORMAT, SCHEMA = "trainmark-bundle", 2
+FORMAT, SCHEMA = "trainmark-bundle", 3
 """What `bundle.json` says it is. SCHEMA is raised when a bundle, or a record in it, changes its structure."""
 
 OUT = config.ROOT / "reports" / "bundle.zip"
@@ -101,14 +101,14 @@ class Run:
 # --- export
 
 
-def export(out: Path, with_models: bool = False, experiment: str | None = None) -> None:
+def export(out: Path, with_models: bool = False, experiment: str | None = None, *, pictures: bool = True) -> None:
     """Writes all finished runs of the current store, or of one experiment in it, to the bundle `out`, whole or not at
-    all.
+    all; with their pictures or without.
 
     Raises StageError where there is none, or where one names this machine, its user or their home folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found = _fetched(Path(scratch), with_models, experiment)
+        found = _fetched(Path(scratch), with_models, experiment, pictures=pictures)
         if not found:
             place = tracking.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
             raise StageError(f"no finished run to export in {place}: make run")
@@ -130,7 +130,7 @@ def export(out: Path, with_models: bool = False, experiment: str | None = None) 
     terminal.say(f"bundle   {out}: {len(found)} run{'s' * (len(found) != 1)}, {out.stat().st_size / MIB:.2f} MiB")
 
 
-def _fetched(scratch: Path, with_models: bool, experiment: str | None) -> list[Run]:
+def _fetched(scratch: Path, with_models: bool, experiment: str | None, *, pictures: bool) -> list[Run]:
     """Every finished run of the store, or of one experiment in it, with what it was made from, the newest first; says
     which are left out."""
     trainings: dict[str, dict[str, Any]] = {}
@@ -146,7 +146,7 @@ def _fetched(scratch: Path, with_models: bool, experiment: str | None) -> list[R
     found = []
     for index, row in enumerate(trainings.values()):
         folder = scratch / str(index)
-        _fetch(row, folder, scratch, with_models)
+        _fetch(row, folder, scratch, with_models, pictures=pictures)
         try:
             record, results = vetted(folder, f"{row['name']} ({row['run_id'][:8]})")
         except UsageError as error:
@@ -160,7 +160,7 @@ def _fullness(tags: Mapping[str, str]) -> tuple[int, bool]:
     return sum(publish.digest_tag(stage) in tags for stage in publish.LATER), "restored" not in tags
 
 
-def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: bool) -> None:
+def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: bool, *, pictures: bool) -> None:
     """Puts a run's artifacts into `folder`, as the stages left them."""
     run_id, tags = row["run_id"], row["tags"]
     wanted = {"hardware.json": HARDWARE, "params.yaml": PARAMS}
@@ -169,7 +169,8 @@ def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: boo
             wanted[publish.record_file(stage)] = f"{stage}/record.json"
     if with_models:
         wanted[publish.CHECKPOINT] = CHECKPOINT
-    there = [path for part in ("", "records", "plots", "checkpoints") for path in tracking.artifacts(run_id, part)]
+    parts = ["", "records", "checkpoints"] + ["plots"] * pictures
+    there = [path for part in parts for path in tracking.artifacts(run_id, part)]
     for path in there:
         part, _, name = path.rpartition("/")
         if part == "plots" and _limit(drawn := f"{'evaluate' if name in EVALUATED else 'train'}/plots/{name}"):
@@ -390,8 +391,8 @@ def _vet_manifest(value: Any, where: str) -> None:
         raise vetting.refusal(
             where, f"it was made by a newer Trainmark (schema {schema}; this one reads up to {SCHEMA}): update this one"
         )
-    # A run of schema 1 is one of schema 2 that is not repeated. Where a schema changes what there was before, `_read`
-    # unpacks the older one's files and turns them into the newer one's before they are looked at.
+    # What older schemas have is allowed still (see docs/bundle.md). Where a schema changes what there was before,
+    # `_read` unpacks the older one's files and turns them into the newer one's before they are looked at.
     vetting.members(value, where, ("format", "schema", "created", "runs"))
     vetting.moment(value["created"], f"{where}: created")
     seen: set[str] = set()
@@ -439,10 +440,10 @@ def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str
     if vetting.parse((folder / HARDWARE).read_bytes(), f"{where}/{HARDWARE}") != record["hardware"]:
         raise vetting.refusal(f"{where}/{HARDWARE}", "it is not what the record says of the hardware")
     _vet_text((folder / PARAMS).read_bytes(), f"{where}/{PARAMS}")
-    for stage, drawn in (("train", True), ("evaluate", "evaluate" in results)):
+    for stage in ("train", "evaluate"):
         pictures = sorted((folder / stage / "plots").glob("*"))
-        if bool(pictures) != drawn:
-            raise vetting.refusal(f"{where}/{stage}/plots", "a stage has pictures if it has a record")
+        if pictures and not (folder / stage / "record.json").exists():
+            raise vetting.refusal(f"{where}/{stage}/plots", "a stage without a record has no pictures")
         for picture in pictures:
             with picture.open("rb") as file:
                 if file.read(len(PNG)) != PNG:
@@ -610,11 +611,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exported.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="(default: reports/bundle.zip)")
     exported.add_argument("--experiment", metavar="NAME", help="of this experiment alone")
     exported.add_argument("--with-models", action="store_true", help="checkpoints, too: some 45 MB a run")
+    exported.add_argument("--without-pictures", action="store_true", help="some 10 KB a run, not 300")
     imported = commands.add_parser("import", help="put the runs of bundles into the store")
     imported.add_argument("files", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args(arguments)
     if options.command == "export":
-        export(options.out, options.with_models, options.experiment)
+        export(options.out, options.with_models, options.experiment, pictures=not options.without_pictures)
     else:
         import_runs(options.files)
 

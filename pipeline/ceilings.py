@@ -1,12 +1,9 @@
 """What this machine can do at most, measured in seconds before a training, and what the training made of it."""
 
 import copy
-import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +17,6 @@ WINDOW_SECONDS = 0.05
 
 SHORTEST_WINDOW = 1e-6
 """What the first window, of one call, is taken to last at least: a coarse clock may tell none."""
-
-QUEUEINGS = 5
-"""How many calls `queueing_share` takes the median of."""
-
-BUSY_CALLS = 3
-"""How many calls the device is kept busy for to see whether a call waits for it. Queueing alone takes one at most, so
-that what takes more than two has waited."""
-
-BUSY_SIDE = 4096
-"""Side of the matrices that `busy` multiplies: 192 MiB, and 3 ms on an H200."""
 
 SMALLEST_SIDE, LARGEST_SIDE = 512, 8192
 """Sides of the matrices that `matmul_flops` multiplies: the smallest, doubled up to the largest."""
@@ -52,29 +39,13 @@ STEP_SECONDS, STEP_WINDOWS = 0.5, 3
 long. A training that was timed for less is held against none of it: it may have had calmer moments than any window, and
 first steps are slow."""
 
-DATA_BELOW = 0.95
-"""Real images that pass at less than this share of the speed that one fixed batch mostly has were waited for. Not of
-its fastest: two cores of a rented Xeon passed any batch, fixed or not, at 590 to 1,080 images/s within a minute."""
-
-LAUNCHES_ABOVE = 0.9
-"""A step whose queueing takes more than this share of its time is queued no faster than the device does it."""
-
 TRUST = 1.05
-"""How many times the speed of one fixed batch a training may seem to reach; above it is the clock's doing."""
-
-UNQUEUED = 2.0
-"""Where nothing is queued, no clock can be read before the work is done, and a machine that seems faster than its
-ceilings has others on it that no load shows: two cores of a rented Xeon did 1.2 times what they had done within three
-minutes before and after, and from hour to hour 1.4. Above so many times TRUST, or TRUST_PRODUCTS, the clock is
-wrong all the same."""
+"""How many times the speed of one fixed batch a training may reach before its clock is doubted."""
 
 TRUST_PRODUCTS = 4 * TRUST
 """As TRUST, of the rate of products. No such bound is sharp: Winograd's convolutions save up to 3 of 4 of the
 multiplications that are counted (Lavin and Gray 2015), and convolutions may come from a better library: ResNet-18's
 forward pass took 0.96 to 1.06 of it on an AMD EPYC (float32, channels last)."""
-
-LIMITED = ("data", "launches", "compute")
-"""What `limit` may answer."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +61,13 @@ class Measured:
     images_per_second: float
     """Of the training's own step, again and again on one fixed batch that lies on the device: its fastest window."""
 
-    median_images_per_second: float
-    """Its median window."""
+    slowest_images_per_second: float
+    """Its slowest window."""
 
-    queueing_share: float | None
-    """Of that step; see the function of this name. None, too, on a device that queues nothing."""
+    @property
+    def spread(self) -> float:
+        """How much faster the fastest window of the step was than its slowest one, as a fraction."""
+        return self.images_per_second / self.slowest_images_per_second - 1
 
 
 def fastest(
@@ -140,60 +113,6 @@ def windows(
         found.append(took / calls)
         passed += took
     return found
-
-
-def queueing_share(
-    work: Callable[[], object],
-    synchronise: Callable[[], None],
-    busy: Callable[[float], Callable[[], object]],
-    *,
-    now: Callable[[], float] = time.perf_counter,
-) -> float | None:
-    """Share (0..1) of a call's time, until an asynchronous device is done, that the host needed to queue it; median of
-    five. Near 1, the device waits for launches.
-
-    None where `work` itself waits for the device (`.item()`, a GradScaler's step), so that the share would be 1 and
-    tell nothing. `busy(seconds)` gives a function that queues so much work beside: behind it, queueing takes as long as
-    ever, and waiting takes longer. One call at a time, because a device that has about a thousand launches queued
-    blocks the host, which would then look busy.
-    """
-
-    def call() -> tuple[float, float]:
-        """Seconds of queueing, and until the device is done."""
-        start = now()
-        work()
-        queued = now()  # without waiting, here alone and on purpose: the time of queueing is what is asked
-        synchronise()
-        return queued - start, now() - start
-
-    calls = []
-    for _ in range(QUEUEINGS):
-        synchronise()
-        calls.append(call())
-    share = statistics.median(queueing / whole for queueing, whole in calls)
-    if share > LAUNCHES_ABOVE:
-        seconds = statistics.median(whole for _, whole in calls)
-        ahead = busy(BUSY_CALLS * seconds)
-        synchronise()
-        ahead()
-        queueing, _ = call()
-        if queueing > (BUSY_CALLS - 1) * seconds:
-            return None
-    return share
-
-
-def busy(backend: Backend, seconds: float) -> Callable[[], None]:
-    """A function that queues products for `seconds` at least, and does not wait for them."""
-    left, right = (_normal(backend, torch.float32, BUSY_SIDE, seed) for seed in range(2))
-    product = torch.empty_like(left)
-    once = partial(torch.mm, left, right, out=product)
-    times = math.ceil(seconds / fastest(once, backend.synchronise, seconds=SIDE_SECONDS))
-
-    def queue() -> None:
-        for _ in range(times):
-            once()
-
-    return queue
 
 
 def matmul_flops(backend: Backend, precision: str) -> float:
@@ -276,50 +195,58 @@ def efficiency(images_per_second: float, ceilings: Measured, flops_per_image: fl
     return figures
 
 
-def limit(figures: Mapping[str, float], ceilings: Measured) -> str:
-    """What kept a training with these figures (`efficiency`'s) from being faster: data | launches | compute."""
-    if _share_of_median(figures, ceilings) < DATA_BELOW:
-        return "data"
-    return "launches" if (ceilings.queueing_share or 0.0) > LAUNCHES_ABOVE else "compute"
+def best(taken: Sequence[Measured]) -> Measured:
+    """The ceilings that several measurements found together: the fastest of each, and the slowest window of all."""
+    return Measured(
+        matmul_flops=max(each.matmul_flops for each in taken),
+        memory_bytes_per_second=max(each.memory_bytes_per_second for each in taken),
+        images_per_second=max(each.images_per_second for each in taken),
+        slowest_images_per_second=min(each.slowest_images_per_second for each in taken),
+    )
 
 
 def verdict(figures: Mapping[str, float], ceilings: Measured) -> str:
-    """`limit` in a sentence for people, with what it rests on."""
-    limited = limit(figures, ceilings)
-    share = f"{figures['efficiency/vs_synthetic']:.0%} of the speed of one fixed batch"
-    if figures["efficiency/vs_synthetic"] < DATA_BELOW:
-        share += f" at its fastest, {_share_of_median(figures, ceilings):.1%} at its median"
-    if limited == "data":
-        return f"limited by data: real images passed at {share}"
-    if limited == "launches":
-        queueing = f"queueing a step took {ceilings.queueing_share:.0%} of its time"
-        return f"limited by launches: {queueing}, so that the device waited for the host"
+    """These figures (`efficiency`'s) in a sentence for people. It names the cause of what is above 1."""
+    share = figures["efficiency/vs_synthetic"]
+    said = f"images passed at {_percent(share)} of the speed of one fixed batch"
+    if share > 1:
+        said += (
+            f", because the machine was slower while that was measured (its windows were {ceilings.spread:.1%} apart)"
+        )
     utilisation = figures.get("efficiency/model_flops_utilisation")
-    if utilisation is None:
-        return f"limited by compute: {share}"
-    return f"limited by compute: {share}, {utilisation:.0%} of the rate of this machine's own matrix products"
+    if utilisation is not None:
+        said += f"; the model's operations took {_percent(utilisation)} of the rate of this machine's matrix products"
+        if utilisation > 1:
+            said += (
+                ", because its convolutions need fewer operations than are counted, or it was slower while products "
+                "were measured"
+            )
+    return said
 
 
-def impossible(figures: Mapping[str, float], spread: float = 1.0) -> str | None:
-    """Why these figures (`efficiency`'s) can't be true, for people; None where they can.
+def impossible(figures: Mapping[str, float], ceilings: Measured) -> str | None:
+    """Why these figures (`efficiency`'s) can't be this machine's, in a sentence for people; None where they can.
 
-    Other load while the ceilings were measured makes them look low, so measure those again before accusing a clock.
-    `spread`: how many times as fast as measured the machine may have been in between; where two measurements differ, by
-    as much again.
+    Other load while the ceilings were measured makes them look low, so measure them again before accusing a clock.
     """
     share = figures["efficiency/vs_synthetic"]
     utilisation = figures.get("efficiency/model_flops_utilisation", 0.0)
-    accused = f"clock not trusted: {share * figures['ceiling/synthetic_images_per_second']:,.0f} images/s is"
-    if share > TRUST * spread:
-        return f"{accused} {share:.2f} times what this machine did with one fixed batch"
-    if utilisation > TRUST_PRODUCTS * spread:
-        return f"{accused} {utilisation:.2f} times what the rate of its matrix products allows"
-    return None
+    speed = share * figures["ceiling/synthetic_images_per_second"]
+    if share > TRUST:
+        against = f"{share:.2f} times what this machine did with one fixed batch"
+    elif utilisation > TRUST_PRODUCTS:
+        against = f"{utilisation:.2f} times what the rate of its matrix products allows"
+    else:
+        return None
+    return (
+        f"{speed:,.0f} images/s is {against}: the clock was read too early, or the machine was slower whenever that "
+        f"was measured (its windows were {ceilings.spread:.0%} apart)"
+    )
 
 
-def _share_of_median(figures: Mapping[str, float], ceilings: Measured) -> float:
-    """As `efficiency/vs_synthetic`, of the fixed batch's median speed."""
-    return figures["efficiency/vs_synthetic"] * ceilings.images_per_second / ceilings.median_images_per_second
+def _percent(share: float) -> str:
+    """Of a share just above 1 it shows that it is."""
+    return f"{share:.1%}" if share > 1 else f"{share:.0%}"
 
 
 def _product_flops(backend: Backend, dtype: torch.dtype) -> float:

@@ -1,158 +1,312 @@
-"""Repeats one step of training, the same whatever the recipe: the speed that a machine keeps up."""
+"""Repeats fixed steps of training, the same whatever the recipe: the speeds that a machine keeps up."""
 
-from pipeline import cli
+from pipeline import repeats
 
 if __name__ == "__main__":
-    cli.answer_early(__doc__)
+    repeats.enter(__doc__, "sustain")
 
 import dataclasses
 import itertools
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from pipeline import backends, conditions, config, data, files, publish, records, terminal, tracking, training
+from pipeline import backends, conditions, config, data, files, publish, records, score, terminal, tracking, training
 from pipeline.clock import Clock
+from pipeline.errors import OutOfMemoryError
 
-IMAGES_SHAPE, CLASSES = (32, 32, 3), 10
-"""Of the images that are trained on: like CIFAR-10's, whatever the run's own are."""
+CLASSES = 10
+"""Of the images that are made."""
 
-BATCHES = 16
-"""How many batches of them lie on the device."""
+BATCHES = 4
+"""How many batches of made images lie on the device: 36 MiB of the largest step's."""
+
+SEED = 0
+"""Of images, labels and weights."""
 
 SLICE_SECONDS = 1.0
-"""How often the speed is read, the device being waited for; a slow machine's single step may take longer."""
+"""How often the speed is read, the device being waited for. A single step may take longer, and where all the time is
+less than three of these, a slice is a third of it."""
+
+LEAST_SLICES = 3
+"""One for each third of the time."""
+
+MEMORY_MARGIN = 2
+"""How many times what it saves for its backward pass a step takes at most: gradients, copies in other layouts, and
+what the allocator keeps."""
+
+Slice = tuple[int, float]
+"""Images, and the seconds they took."""
 
 
-def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Measures for `sustain_seconds`, as part of the run that `train` made, the first of repeats; leaves
-    `folder/sustain`. For 0 seconds the run stays as it is: what was measured for it before is as true as it was."""
-    folders = records.folders(folder)
+@dataclass(frozen=True)
+class Course:
+    """How a repeated step went."""
+
+    batch_size: int
+    slices: list[Slice]
+    energy: tuple[str, float] | None
+    """Where the device's energy was read, and the joules of all slices; None where it does not tell."""
+
+    def figures(self) -> dict[str, float]:
+        """By the names that `score.metric` lists."""
+        first, last = thirds(self.slices)
+        seconds = math.fsum(taken for _, taken in self.slices)
+        found = {
+            "images_per_second": median(count / taken for count, taken in last),
+            "first_third_images_per_second": median(count / taken for count, taken in first),
+            "seconds": seconds,
+            "batch_size": float(self.batch_size),
+        }
+        if self.energy is not None:
+            joules = self.energy[1]
+            found["images_per_joule"] = sum(count for count, _ in self.slices) / joules
+            found["watts"] = joules / seconds
+        return found
+
+
+def run(
+    settings: config.Settings, folder: Path, number: int = 1, steps: Sequence[score.Step] = score.STEPS
+) -> dict[str, Any]:
+    """Measures `steps` for `sustain_seconds` each, as part of the run of repeat `number` (from 1) that `train` made;
+    leaves its part of `folder/sustain`. For 0 seconds nothing is measured, and the run keeps what it has. Returns the
+    record.
+
+    The largest batch of the first step is sought when all else is written: that search may end the process.
+    """
+    folders = records.folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
-    result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": [], "warnings": []}
+    result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
-        recipe = config.sustained(settings)
-        backend = training.device_for(settings.device, recipe)
-        with backend.memory_errors():
-            result |= _measured(recipe, settings, backend)
-            backend.release_memory()
-            if settings.largest_batch and backend.refuses_memory:
-                result["metrics"]["memory/largest_batch_size"] = _largest_batch(recipe, settings, backend)
-        _announce(result["metrics"], recipe.precision)
+        result |= _measured(settings, steps)
     result["ended"] = tracking.now()
-    out = folders["sustain"]
-    shutil.rmtree(out, ignore_errors=True)
-    files.write_json(out / "metrics.json", result["metrics"])
-    files.write_json(out / "record.json", result)
-    if result["metrics"]:
-        experiment = records.experiment(settings, record["tags"])
-        publish.complete("sustain", record, result, experiment, folders)
-        publish.gather(record, experiment)
+    repeats.emptied(folder, "sustain", number, records.planned(folder))
+    _leave(result, record, settings, folders)
+    if settings.sustain_seconds and settings.largest_batch:
+        largest = _largest_batch(settings.device, steps[0])
+        if largest is not None:
+            terminal.say(f"sustain  {steps[0].title}: the largest batch that fits is {largest:,}")
+            result["metrics"]["memory/largest_batch_size"] = largest
+            _leave(result, record, settings, folders)
     return result
 
 
-def _measured(recipe: config.Recipe, settings: config.Settings, backend: backends.Backend) -> dict[str, Any]:
-    before = conditions.sample(backend.gpu_uuid())
-    splits = {"train": _noise(BATCHES * recipe.batch_size), "validation": _noise(recipe.batch_size)}
-    work = training.build(recipe, settings.seed, CLASSES, None, splits, backend, Clock(backend.synchronise))
-    training.warm_up(work, splits)
-    images = splits["train"].to(backend.device)
-    begun = backend.energy()
-    slices = _slices(work, images, settings.sustain_seconds, settings.seed)
-    ended = backend.energy()
-    taints = conditions.taints(
-        before, conditions.sample(backend.gpu_uuid()), [seconds / count for count, seconds in slices]
-    )
-    figures = speeds(slices)
-    source = None
-    if begun and ended and ended[1] > begun[1]:
-        images_done = recipe.batch_size + sum(count for count, _ in slices)  # with the step before the slices
-        source = begun[0]
-        figures["energy/sustained_images_per_joule"] = images_done / (ended[1] - begun[1])
-    return {
-        "metrics": figures,
-        "tags": {
-            "sustained.workload": config.sustained_workload(recipe, settings.sustain_seconds),
-            "sustained.taints": " ".join(taints) or None,
-            "sustained.energy_source": source,
-        },
-        "series": [count / seconds for count, seconds in slices],
-        "warnings": [
-            f"while one step was repeated, {sentence.replace('epochs', 'slices')}" for sentence in taints.values()
-        ],
+def _leave(
+    result: Mapping[str, Any], record: Mapping[str, Any], settings: config.Settings, folders: Mapping[str, Path]
+) -> None:
+    """Writes the record, and puts it into the training's run. A second time adds nothing but what is new."""
+    out = folders["sustain"]
+    files.write_json(out / "metrics.json", result["metrics"])
+    files.write_json(out / "record.json", result)
+    if result["metrics"]:
+        publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folders)
+
+
+def _measured(settings: config.Settings, steps: Sequence[score.Step]) -> dict[str, Any]:
+    """The record's part that is measured. A step that is the same work as one before it takes that one's figures."""
+    backend = backends.select(settings.device)
+    best, gpu = backend.best_precision(), backend.gpu_uuid()
+    before = conditions.sample(gpu)  # nothing of ours has run on the device for a second
+    metrics: dict[str, float] = {}
+    tags: dict[str, str | None] = {}
+    series: dict[str, list[float]] = {}
+    taints: dict[str, str] = {}
+    behavior: dict[str, list[str]] = {}
+    unfit: list[str] = []
+    known: dict[tuple[str, int, int, str], Course | None] = {}
+    for step in steps:
+        precision = best if step.best_precision else "fp32"
+        work = (step.model, step.image_size, step.batch_size, precision)
+        if work not in known:
+            known[work] = course = _course(step, precision, settings)
+            after = conditions.sample(gpu)
+            taints = conditions.taints(before, after) | taints
+            seconds = [taken for _, taken in course.slices] if course else []
+            for word, sentence in conditions.behavior(before, after, seconds).items():
+                behavior.setdefault(word, []).append(f"{step.title}: {sentence}")
+        course = known[work]
+        if course is None:
+            unfit.append(f"{step.title} was not measured: not even a batch of one image fits the memory")
+            continue
+        metrics |= {score.metric(step.name, figure): value for figure, value in course.figures().items()}
+        series[score.metric(step.name, "course")] = [count / taken for count, taken in course.slices]
+        tags[score.tag(step.name, "workload")] = score.workload(step, course.batch_size, settings.sustain_seconds)
+        tags[score.tag(step.name, "precision")] = precision
+        _announce(step, precision, course)
+    sources = {course.energy[0] for course in known.values() if course and course.energy}
+    tags |= {
+        "sustained.taints": " ".join(taints) or None,
+        "sustained.behavior": " ".join(behavior) or None,
+        "sustained.energy_source": " ".join(sources) or None,
     }
+    warnings = [*unfit, *(f"while steps were repeated, {sentence}" for sentence in taints.values())]
+    warnings += itertools.chain.from_iterable(behavior.values())
+    for sentence in warnings:
+        terminal.say(f"note     {sentence}")
+    return {"metrics": metrics, "tags": tags, "series": series, "warnings": warnings}
 
 
-def _largest_batch(recipe: config.Recipe, settings: config.Settings, backend: backends.Backend) -> int:
-    """With nothing recorded, whose memory would be in the way."""
-    plain = dataclasses.replace(recipe, graph=False, compile="off")
-    splits = {"train": _noise(recipe.batch_size), "validation": _noise(recipe.batch_size)}
-    work = training.build(plain, settings.seed, CLASSES, None, splits, backend, Clock(backend.synchronise))
-    return training.largest_batch(work, IMAGES_SHAPE)
+def _course(step: score.Step, precision: str, settings: config.Settings) -> Course | None:
+    """Repeats the step with its batch, or the largest half, quarter, ... that fits the memory; None where not even one
+    image does. Its memory is free again afterwards."""
+    batch_size = step.batch_size
+    while batch_size:
+        recipe = _recipe(step, precision, batch_size)
+        backend = training.device_for(settings.device, recipe)
+        try:
+            with backend.memory_errors():
+                return _repeated(step, recipe, settings.sustain_seconds, backend)
+        except OutOfMemoryError:
+            batch_size //= 2  # tried outside: what the error holds would be in the way
+        finally:
+            backend.release_memory()
+    return None
 
 
-def _announce(figures: Mapping[str, float], precision: str) -> None:
-    kept = figures.get("speed/sustained_last_to_first")
-    largest = figures.get("memory/largest_batch_size")
-    terminal.say(
-        f"sustain  {figures['speed/sustained_images_per_second']:,.0f} images/s of finetune's step, {precision}, "
-        f"for {figures['time/sustain_seconds']:.0f} s"
-        + (f"; the last third of them at {kept:.1%} of the first's speed" if kept else "")
-        + (f"; largest batch {largest:,.0f}" if largest else "")
+def _recipe(step: score.Step, precision: str, batch_size: int) -> config.Recipe:
+    """The step as a recipe. No setting has a part in it."""
+    return config.Recipe(
+        model=step.model,
+        weights="random",
+        trainable="all",
+        head_init="default",
+        frozen_batch_norm="eval",
+        normalize=True,
+        flip=False,
+        image_size=step.image_size,
+        validation="split",
+        batch_size=batch_size,
+        epochs=1,
+        optimizer="adamw",
+        lr=1e-4,
+        optimizer_options={"adamw": {"weight_decay": 0.05}},
+        scheduler="constant",
+        scheduler_options={},
+        scheduler_step="epoch",
+        warmup_epochs=0.0,
+        precision=precision,
+        channels_last="auto",
+        compile="off",
+        graph="auto",
+        features="auto",
+        threads=None,
+        target_accuracy=None,
     )
 
 
-def speeds(slices: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """The figures of slices of (images, seconds): images a second over all, and of the last third over the first's,
-    where there are three."""
-    third = len(slices) // 3
-
-    def speed(some: Sequence[tuple[int, float]]) -> float:
-        return sum(count for count, _ in some) / math.fsum(seconds for _, seconds in some)
-
-    figures = {
-        "speed/sustained_images_per_second": speed(slices),
-        "time/sustain_seconds": math.fsum(seconds for _, seconds in slices),
-    }
-    if third:
-        figures["speed/sustained_last_to_first"] = speed(slices[-third:]) / speed(slices[:third])
-    return figures
+def _repeated(step: score.Step, recipe: config.Recipe, seconds: float, backend: backends.Backend) -> Course:
+    """Raises OutOfMemoryError where the batch does not fit."""
+    images = _made(BATCHES * recipe.batch_size, recipe.image_size)
+    work = _built(recipe, images, backend)
+    if not backend.refuses_memory:
+        _refuse_too_large(work, images)
+    batches = _forever(images.to(backend.device), recipe.batch_size)
+    steps = _steps_a_slice(work, batches, seconds)
+    before = backend.energy()
+    slices = _slices(step.title, work, batches, steps, seconds)
+    after = backend.energy()
+    spent = (before[0], after[1] - before[1]) if before and after and after[1] > before[1] else None
+    return Course(recipe.batch_size, slices, spent)
 
 
-def _slices(work: training.Work, images: data.Split, seconds: float, seed: int) -> list[tuple[int, float]]:
-    """(images, seconds) of slices of about SLICE_SECONDS, until `seconds` have passed."""
+def _built(recipe: config.Recipe, images: data.Split, backend: backends.Backend) -> training.Work:
+    """The step's model on the device, in training mode."""
+    splits = {"train": images, "validation": images}
+    work = training.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronise))
+    work.job.set_mode()
+    return work
+
+
+def _refuse_too_large(work: training.Work, images: data.Split) -> None:
+    """Raises OutOfMemoryError where a step would take more memory than is free. A CPU does not refuse: it swaps, or the
+    system kills the process."""
+    backend = work.job.backend
+    free, needed = backend.free_bytes(), MEMORY_MARGIN * training.saved_bytes_per_image(work, images)
+    if free is not None and needed * work.recipe.batch_size > free:
+        raise OutOfMemoryError(f"{backend.kind} has {free / 2**30:.1f} GiB free: lower batch_size")
+
+
+def _forever(images: data.Split, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images, (batch_size, H, W, 3) uint8, and their labels, batch by batch, again and again."""
+    cut = zip(torch.split(images.inputs, batch_size), torch.split(images.labels, batch_size), strict=True)
+    return itertools.cycle(list(cut))
+
+
+def _steps_a_slice(work: training.Work, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float) -> int:
+    """How many steps make a slice, by the second step: the first one also does what is done once."""
     job, clock = work.job, work.job.clock
-    job.set_mode()
-    batches = _forever(work, images, seed)
-    with clock.span("one step") as span:
+    with clock.span("first step"):
         job.step(*next(batches))
-    steps = max(1, round(SLICE_SECONDS / span.seconds))
-    slices: list[tuple[int, float]] = []
-    with terminal.progress("sustain", steps * work.recipe.batch_size * round(seconds / SLICE_SECONDS)) as advance:
-        while clock.total("sustain") < seconds:
-            with clock.span("sustain") as span:
+    with clock.span("second step") as span:
+        job.step(*next(batches))
+    return max(1, round(min(SLICE_SECONDS, seconds / LEAST_SLICES) / span.seconds))
+
+
+def _slices(
+    title: str,
+    work: training.Work,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    seconds: float,
+) -> list[Slice]:
+    """Slices of so many steps until `seconds` have passed, LEAST_SLICES at least."""
+    job, clock = work.job, work.job.clock
+    images = steps * work.recipe.batch_size
+    slices: list[Slice] = []
+    with terminal.progress(title, images * math.ceil(seconds / SLICE_SECONDS)) as advance:
+        while clock.total("slices") < seconds or len(slices) < LEAST_SLICES:
+            with clock.span("slices") as span:
                 for _ in range(steps):
                     job.step(*next(batches))
-            slices.append((steps * work.recipe.batch_size, span.seconds))
-            advance(slices[-1][0])
+            slices.append((images, span.seconds))
+            advance(images)
     return slices
 
 
-def _forever(work: training.Work, images: data.Split, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for epoch in itertools.count(1):
-        yield from training.shuffled(work, images, seed, epoch)
+def thirds(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
+    """The slices whose middle lies in the first third of all the time, and those whose middle lies in the last; where
+    there is none, the first slice, and the last."""
+    ends = list(itertools.accumulate(seconds for _, seconds in slices))
+    middles = [end - seconds / 2 for end, (_, seconds) in zip(ends, slices, strict=True)]
+    placed = list(zip(slices, middles, strict=True))
+    first = [each for each, middle in placed if middle < ends[-1] / 3]
+    last = [each for each, middle in placed if middle > ends[-1] * 2 / 3]
+    return first or [slices[0]], last or [slices[-1]]
 
 
-def _noise(count: int) -> data.Split:
-    """Random images and labels: a step takes as long on them as on real ones."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(0, 256, (count, *IMAGES_SHAPE), dtype=torch.uint8, generator=generator)
+def _made(count: int, side: int) -> data.Split:
+    """Random images (count, side, side, 3) uint8 and labels: a step takes as long on them as on real ones."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     return data.Split(inputs, torch.randint(CLASSES, (count,), generator=generator))
 
 
+def _largest_batch(device: str, step: score.Step) -> int | None:
+    """The largest power of two that fits as the step's batch, launched without recording; None where that can't be
+    found."""
+    recipe = dataclasses.replace(_recipe(step, "fp32", step.batch_size), graph=False)
+    backend = training.device_for(device, recipe)
+    if not backend.refuses_memory:
+        return None
+    with backend.memory_errors():
+        work = _built(recipe, _made(2, step.image_size), backend)
+        return training.largest_batch(work, (step.image_size, step.image_size, 3))
+
+
+def _announce(step: score.Step, precision: str, course: Course) -> None:
+    figures = course.figures()
+    power = f", {figures['watts']:,.0f} W" if "watts" in figures else ""
+    terminal.say(
+        f"sustain  {step.title} ({precision}, batch {course.batch_size}): {figures['images_per_second']:,.1f} images/s "
+        f"in the last third of {figures['seconds']:.0f} s, {figures['first_third_images_per_second']:,.1f} in the "
+        f"first{power}"
+    )
+
+
 if __name__ == "__main__":
-    cli.main(run, __doc__)
+    repeats.main("sustain", run, __doc__)

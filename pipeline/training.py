@@ -1,10 +1,8 @@
 """What a training needs on its device: model, loop, batches, memory, and this machine's own ceilings for it."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +25,8 @@ TOTAL = ("upload", "features", "train", "validate")
 FREE_SHARE = 0.9
 """Of the memory that is free beside a step's own: the rest is for what fragmentation and other programs take."""
 
+THREADS = torch.get_num_threads()
+"""What torch takes by itself, before any recipe sets another number."""
 
 LARGEST_BATCH = 2**20
 """As far as `batch_size` goes."""
@@ -64,8 +64,7 @@ def device_for(device: str, recipe: config.Recipe) -> Backend:
     backend = backends.select(device)
     backend.tune()
     backend.set_precision(recipe.precision)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(recipe.threads or THREADS)  # one process may run stages with several recipes
     return backend
 
 
@@ -252,10 +251,7 @@ def measure_ceilings(work: Work, splits: Splits) -> ceilings.Measured:
     steps = ceilings.windows(once, backend.synchronise, seconds=ceilings.STEP_SECONDS, least=ceilings.STEP_WINDOWS)
     measured = ceilings.Measured(
         images_per_second=size / min(steps),
-        median_images_per_second=size / statistics.median(steps),
-        queueing_share=ceilings.queueing_share(once, backend.synchronise, partial(ceilings.busy, backend))
-        if backend.asynchronous
-        else None,
+        slowest_images_per_second=size / max(steps),
         matmul_flops=ceilings.matmul_flops(backend, work.recipe.precision),
         memory_bytes_per_second=ceilings.memory_bytes_per_second(backend),
     )
@@ -286,17 +282,21 @@ def place(work: Work, splits: Splits, working: float, device_gib: float | None) 
     return {name: split.to(backend.device) for name, split in splits.items()}, "device"
 
 
-def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None = None) -> int:
+def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None = None) -> int | None:
     """The largest power of two whose step fits the device's memory, by taking steps: downwards from under `below`, or
-    upwards from 2; 0 where none fits. Images are (N, *image_shape) uint8. The model learns from it. A single image is
-    not tried: BatchNorm refuses one whose maps are a pixel.
+    upwards from 2; None where none fits. Images are (N, *image_shape) uint8. The model learns from it. A single image
+    is not tried: BatchNorm refuses one whose maps are a pixel.
 
     One that takes more than the device's capacity (where the system would swap) does not fit, and what would need
-    half as much again is not tried.
+    half as much again is not tried. Upwards, a device whose capacity is not known is not searched: None.
     """
     backend = work.job.backend
-    capacity = backend.capacity_mib() or math.inf
-    largest, size = 0, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
+    capacity = backend.capacity_mib()
+    if capacity is None:
+        if below is None:
+            return None
+        capacity = math.inf
+    largest, size = None, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
     while size >= 2:
         backend.reset_peak_memory()
         done = _takes_step(work, size, image_shape)
@@ -310,7 +310,26 @@ def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None
             return size if fits else largest
         else:
             largest, size = size, 2 * size
-    return 0
+    return None
+
+
+def saved_bytes_per_image(work: Work, images: data.Split) -> float:
+    """Bytes that a step saves of each image for its backward pass, from steps of two and of four of `images`. The model
+    learns from them."""
+
+    def saved(size: int) -> int:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            step(*first(images, size, work.job.backend))
+        return sum(storages.values())
+
+    step = work.stepper(raw=True, recorded=False)
+    return (saved(4) - saved(2)) / 2
 
 
 def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from pipeline import config
+from pipeline import config, score
 from pipeline.errors import UsageError
 
 HEX = r"[0-9a-f]{8,64}"
@@ -47,7 +47,7 @@ LARGEST = 3.5e38
 EARLIEST, AHEAD = 1_577_836_800_000, 86_400_000
 """Milliseconds: 2020, before the first run; and how far another machine's clock may be ahead of this one's."""
 
-NOT_NEGATIVE = ("time/", "speed/", "memory/", "energy/", "ceiling/")
+NOT_NEGATIVE = ("time/", "speed/", "sustained/", "memory/", "energy/", "ceiling/")
 """Figures that begin so are durations, rates and amounts."""
 
 PER_EPOCH = frozenset({
@@ -257,20 +257,31 @@ def evaluation(value: Any, where: str) -> int:
 
 
 def sustained(value: Any, where: str) -> int:
-    """What `sustain` left: `record.json`; how many values its metrics have."""
+    """What `sustain` left: `record.json`; how many values its metrics have. Before schema 3 `series` is the course of
+    the only step."""
     members(value, where, ("id", "metrics", "tags", "series", "warnings", "ended"))
     matching(value["id"], f"{where}: id", RECORD_ID)
     moment(value["ended"], f"{where}: ended")
     values = figures(value["metrics"], f"{where}: metrics")
-    for place, speed in items(value["series"], f"{where}: series", VALUES):
-        values += 1
-        number(speed, place, 0.0)
+    series, place = value["series"], f"{where}: series"
+    if isinstance(series, list):
+        courses = {place: series}
+    else:
+        known = [score.metric(step.name, "course") for step in score.STEPS]
+        courses = {f"{place}: {key}": course for key, course in members(series, place, (), known).items()}
+    for course_place, course in courses.items():
+        for speed_place, speed in items(course, course_place, VALUES):
+            values += 1
+            number(speed, speed_place, 0.0)
     _later_tags(value["tags"], f"{where}: tags", lambda key: key.startswith("sustained."))
     _sentences(value["warnings"], f"{where}: warnings")
     if "speed/sustained_images_per_second" in value["metrics"]:
         figures(value["metrics"], f"{where}: metrics", ("time/sustain_seconds",))
         members(value["tags"], f"{where}: tags", ("sustained.workload",), None)
         matching(value["tags"]["sustained.workload"], f"{where}: tags: sustained.workload", HEX)
+    for step in score.STEPS:
+        if score.metric(step.name, "images_per_second") in value["metrics"]:
+            _step(value, step.name, where)
     return values
 
 
@@ -327,6 +338,16 @@ def _later_tags(value: Any, where: str, known: Callable[[str], bool]) -> None:
             raise refusal(where, f'"{key}" is no tag of this stage')
         if tag is not None:
             text(tag, f"{where}: {key}", TAG_LENGTH)
+
+
+def _step(value: Mapping[str, Any], step: str, where: str) -> None:
+    """What a record with the speed of a sustained step says of it, too."""
+    told = [score.metric(step, figure) for figure in ("first_third_images_per_second", "seconds", "batch_size")]
+    figures(value["metrics"], f"{where}: metrics", told)
+    for fact, form in (("workload", HEX), ("precision", "fp32|tf32|bf16|fp16")):
+        tag = score.tag(step, fact)
+        members(value["tags"], f"{where}: tags", (tag,), None)
+        matching(value["tags"][tag], f"{where}: tags: {tag}", form)
 
 
 def _datasets(value: Any, where: str) -> None:

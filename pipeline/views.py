@@ -8,6 +8,8 @@ in an experiment tag mends that, with the links below. It has the form that the 
 import json
 from typing import Any
 
+from pipeline import score
+
 KEY = "trainmark"
 """Names the view in its tag and in links; constant, so that an old link shows the view as it is now."""
 
@@ -19,69 +21,55 @@ _CREATED = "attributes.start_time"  # the one order in which the UI puts the run
 
 # With its side panels open the UI leaves 460 pixels beside name and date on a screen of 1600, with the assistant closed
 # 865: the figures that matter come first. What no run has gets no column.
-_COLUMNS = (
-    "metrics.`speed/sustained_images_per_second`",
-    "metrics.`time/total_seconds`",
-    "metrics.`test/accuracy`",
-    "metrics.`memory/peak_mib`",
-    "metrics.`speed/train_images_per_second`",
-    "metrics.`speed/feature_images_per_second`",
-    "metrics.`energy/images_per_joule`",
-    "tags.`repeats`",
-    "tags.`taints`",
-    "tags.`limited_by`",
-    "tags.`fallback`",
-    "tags.`workload`",
-    "tags.`hardware`",
-    "tags.`label`",
-    "tags.`recipe`",
-    "tags.`precision`",
-)
-_WIDTHS = {_NAME_COLUMN: 330, _DATE_COLUMN: 135, "tags.`repeats`": 75, "tags.`hardware`": 165}  # of others: 100 pixels
-
-_BARS = (
-    "speed/sustained_images_per_second",
-    "time/total_seconds",
-    "test/accuracy",
-    "memory/peak_mib",
+_SCORE = {step.name: score.metric(step.name, "images_per_second") for step in score.STEPS}
+_BARS = (*_SCORE.values(), "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib")
+_METRICS = (
+    *_BARS,
     "speed/train_images_per_second",
     "speed/feature_images_per_second",
     "energy/images_per_joule",
 )
-_LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "sustained/images_per_second")
+_TAGS = ("repeats", "taints", "behavior", "fallback", "workload", "hardware", "label", "recipe", "precision")
+_COLUMNS = (*(f"metrics.`{metric}`" for metric in _METRICS), *(f"tags.`{tag}`" for tag in _TAGS))
+_WIDTHS = {_NAME_COLUMN: 330, _DATE_COLUMN: 135, "tags.`repeats`": 75, "tags.`hardware`": 165}  # of others: 100 pixels
+
+_LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
 _TRADE = ("time/total_seconds", "test/accuracy")  # across, up
 
 # The UI adds a chart of every other metric to the section named as all of the metric but its last part: kept, but
-# folded. Those of repeats have a standard deviation, too, but for the machine's ceilings.
-_SPREAD = ("best", "efficiency", "energy", "memory", "speed", "sustained", "test", "time", "train", "val")
-_FOLDED = ("ceiling", *_SPREAD, "System metrics", *(f"std/{kind}" for kind in _SPREAD))
+# folded. Those above repeats have a standard deviation, too.
+_KINDS = ("best", "ceiling", "efficiency", "energy", "memory", "speed", "sustained", "test", "time", "train", "val")
+_FOLDED = (*_KINDS, "System metrics", *(f"std/{kind}" for kind in _KINDS))
 
 _NOTE = """\
 **What is a machine worth for training?** {links}
-Each run is one training, timed; its name says hardware, recipe and precision. With **× 5** at its end it stands for \
-five trainings, which the + beside it unfolds: their medians.
+Each run is one training on one machine. Its name says the hardware, the recipe and the precision. A run whose name \
+ends with **× 5** stands for five trainings: it shows their medians, and the + beside it shows them one by one.
 
-- **Compare two machines:** tick a run of each, then *Compare*: settings and figures side by side. A click on a metric \
-shows its curves. Only runs of one `workload` did the same work.
-- **All machines at once:** *Report* above, where runs were compared (it is in the run `comparison`): who is faster, \
-and how sure that is. *Charts*: bars and curves.
+- **Compare two machines:** tick a run of each, then *Compare* shows settings and figures side by side. A click on a \
+metric shows its curves. Only runs of one `workload` did the same work.
+- **All machines at once:** *Report* above says who is faster and how sure that is, once runs were compared (it is in \
+the run `comparison`). *Charts* shows bars and curves.
 - **Search:** `tags.hardware = 'NVIDIA H200'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
-- **Best first:** click a column's name, which unfolds all; a click on *Created* folds them again.
+- **Sort:** a click on a column's name sorts by it and unfolds all runs; a click on *Created* folds them again.
 
-These columns belong on show; *Columns* has more, and the menu *Views* has *{name}* to go back:
+The view *{name}* in the menu *Views* brings these columns back. *Columns* offers more.
 
 | Column | Meaning |
 |---|---|
-| `speed/sustained_images_per_second` | of `finetune`'s step, repeated for a minute: **machines are ranked by it** |
+| `{convnet_fp32}` | **the score**: images/s of a convolutional network at fp32, in the last third of a minute |
+| `{convnet_best}` | the same at the best precision of the hardware: bf16, fp16 or fp32 |
+| `{transformer_best}` | images/s of a vision transformer at that precision |
 | `time/total_seconds` | copying to the device, training and validation; not decoding and setup |
-| `test/accuracy` | share of the test images named right |
-| `memory/peak_mib` | the most memory the training held on the device |
-| `speed/train_images_per_second` | images trained on in a second, in the last epoch |
-| `speed/feature_images_per_second` | instead, where a frozen network's features are computed once |
-| `energy/images_per_joule` | images trained on and validated for a joule, where the machine tells |
-| `repeats` | how many trainings stand behind the figures |
-| `taints` | what disturbed the machine meanwhile: battery, load, throttling ... |
-| `limited_by` | what kept the training from being faster: `compute`, `data` or `launches` |
+| `time/process_seconds` | the whole process from its start to the training's result: imports, setup and compiling too |
+| `test/accuracy` | share of the test images that were classified correctly |
+| `memory/peak_mib` | the most memory that the training held on the device |
+| `speed/train_images_per_second` | images trained on per second, in the last epoch |
+| `speed/feature_images_per_second` | the same where the features of a frozen network are computed once |
+| `energy/images_per_joule` | images trained on and validated per joule, where the machine measures energy |
+| `repeats` | how many trainings are planned in this set |
+| `taints` | what disturbed the machine from outside: battery, load, swapping ... |
+| `behavior` | what the machine itself did under the load: it throttled, got hot or drifted |
 | `fallback` | what a stand-in replaced: **a run named DEMO is no measurement** |
 | `workload` | **only runs of one `workload` did the same work and can be compared** |
 | `label` | the owner's name for the machine |
@@ -100,7 +88,7 @@ def experiment_tags(experiment_id: str, comparison: str | None = None) -> dict[s
     view = {"name": _NAME, "createdAt": _SAVED, "updatedAt": _SAVED, "state": _json(_state())}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        "mlflow.note.content": _NOTE.format(links=" · ".join(links), name=_NAME),
+        "mlflow.note.content": _NOTE.format(links=" · ".join(links), name=_NAME, **_SCORE),
         f"mlflow.sharedViewState.{KEY}": _json(view),
     }
 
@@ -134,9 +122,9 @@ def _state() -> dict[str, Any]:
         "runsHiddenMode": "FIRST_20_RUNS",  # what charts show; the UI's own choice is 10
         "compareRunCharts": _charts(),
         "compareRunSections": [
-            {"uuid": "results", "name": "Results", "display": True, "columns": 2, "cardHeight": 300},
-            {"uuid": "curves", "name": "Curves by epoch", "display": True, "columns": 2, "cardHeight": 300},
-            *({"uuid": name, "name": name, "display": False} for name in _FOLDED),
+            {"uuid": "r", "name": "Results", "display": True, "columns": 2, "cardHeight": 300},
+            {"uuid": "c", "name": "Curves by epoch", "display": True, "columns": 2, "cardHeight": 300},
+            *({"uuid": str(number), "name": name, "display": False} for number, name in enumerate(_FOLDED)),
         ],
         "isAccordionReordered": True,  # else the UI sorts the sections by name
     }
@@ -147,9 +135,9 @@ def _charts() -> list[dict[str, Any]]:
     # The UI smooths a curve that doesn't say otherwise; "Global": by the settings behind the cog wheel.
     raw = {"xAxisKey": "step", "lineSmoothness": 0, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
     charts: list[dict[str, Any]] = [
-        *({"type": "BAR", "metricSectionId": "results", "metricKey": metric} for metric in _BARS),
-        {"type": "SCATTER", "metricSectionId": "results", "xaxis": across, "yaxis": up},
-        *({"type": "LINE", "metricSectionId": "curves", "metricKey": metric} | raw for metric in _LINES),
+        *({"type": "BAR", "metricSectionId": "r", "metricKey": metric} for metric in _BARS),
+        {"type": "SCATTER", "metricSectionId": "r", "xaxis": across, "yaxis": up},
+        *({"type": "LINE", "metricSectionId": "c", "metricKey": metric} | raw for metric in _LINES),
     ]
     return [chart | {"uuid": str(number)} for number, chart in enumerate(charts)]
 

@@ -144,6 +144,11 @@ class Backend:
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
 
+    def best_precision(self) -> str:
+        """The precision of mixed training that the hardware itself computes in: bf16, else fp16, else fp32. One that is
+        only emulated does not count."""
+        return "fp32"
+
     def tune(self, *, repeated: bool = True) -> None:
         """Has the libraries below torch take steps fast, from now on. `repeated`: of the same shape again and again, so
         that it pays to try how each is taken fastest."""

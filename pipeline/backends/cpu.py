@@ -106,6 +106,14 @@ class Cpu(Backend):
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
 
+    def best_precision(self) -> str:
+        """bf16 where the processor has instructions for its products (AVX512-BF16, AMX-BF16, Arm's BF16, by
+        `torch.cpu.get_capabilities`) and torch has oneDNN, which uses them. Elsewhere oneDNN emulates it."""
+        flags = torch.cpu.get_capabilities()
+        native = any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return "bf16" if native and available else "fp32"
+
     def set_precision(self, precision: str) -> None:
         """oneDNN may use bf16 inside float32 products on some CPUs when asked to; fp32 means it is not."""
         super().set_precision(precision)

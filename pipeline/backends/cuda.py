@@ -1,6 +1,7 @@
 """NVIDIA's GPUs by CUDA and AMD's by ROCm, which torch drives by the same calls."""
 
 import gc
+import re
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
@@ -12,6 +13,10 @@ from pipeline import machine
 from pipeline.backends.base import Backend
 from pipeline.backends.energy import NvmlEnergy
 from pipeline.backends.graphs import Captured, Recorder
+
+BF16_ARCHITECTURES = re.compile(r"gfx(908|90a|94|95|11|12)")
+"""AMD's GPUs with matrix instructions for bf16: CDNA, and RDNA from its third generation on (rocWMMA's API reference,
+"Supported GPU architectures")."""
 
 
 class Cuda(Backend):
@@ -38,6 +43,7 @@ class Cuda(Backend):
         self.precisions = ("fp32", "tf32", "bf16", "fp16") if ampere else ("fp32", "fp16")
         if self.name == "rocm":
             self.precisions = ("fp32", "bf16", "fp16")
+        self._capability = capability
         self._tensor_cores = self.name == "cuda" and capability >= (7, 0)
 
     @classmethod
@@ -51,6 +57,18 @@ class Cuda(Backend):
         takes 2.1 of the 6.0 ms that `blog` needs for 1,024 images in bf16 for the first convolution alone; so chosen,
         the step takes 4.8. Not on ROCm, where MIOpen may try for minutes."""
         torch.backends.cudnn.benchmark = repeated and self.name == "cuda"
+
+    def best_precision(self) -> str:
+        """NVIDIA: bf16 from Ampere (8.0) on; fp16 on Pascal's P100 (6.0) and from Volta (7.0) on, which do at least
+        twice as many operations in it as in fp32, where the other Pascals do a 64th (CUDA C++ Programming Guide,
+        "Arithmetic Instructions", table of throughput). AMD: bf16 where there are matrix instructions for it, else
+        fp16, which Vega and later compute two at a time."""
+        if self.name == "rocm":
+            architecture = getattr(torch.cuda.get_device_properties(self.index), "gcnArchName", "")
+            return "bf16" if BF16_ARCHITECTURES.match(architecture) else "fp16"
+        if self._capability >= (8, 0):
+            return "bf16"
+        return "fp16" if self._capability >= (7, 0) or self._capability == (6, 0) else "fp32"
 
     def channels_last(self, precision: str) -> bool:
         """The layout of tensor cores. Without them, and so at fp32, it is slower: 21,900 images/s against 23,000 on

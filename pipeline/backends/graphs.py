@@ -4,6 +4,7 @@ A small network's kernels are done sooner than Python can launch the next. PyTor
 what a recorded function may not do: wait for the device, decide by a tensor's value, change shapes.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,9 +23,13 @@ class Recorder:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool: Any = None
-        self.hidden_bytes = 0
-        """Most that a replay takes beside what torch's allocator counts: what is freed within a graph was counted
-        while it was recorded alone."""
+        self._hidden: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Most that a replay of the graphs that are still there takes beside what torch's allocator counts: what is
+        freed within a graph was counted only while it was recorded."""
+        return max(self._hidden.values(), default=0)
 
     def record(self, function: Callable[..., Result], tensors: tuple[Tensor, ...]) -> Callable[..., Result]:
         """Calls `function` with `tensors` some times, records it, and gives a function of tensors like them, whose
@@ -47,7 +52,7 @@ class Recorder:
             raise
         self._pool = graph.pool()
         within = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
-        self.hidden_bytes = max(self.hidden_bytes, within)
+        self._hidden[graph] = within
 
         def replay(*tensors: Tensor) -> Result:
             for here, tensor in zip(given, tensors, strict=True):

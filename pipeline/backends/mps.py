@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import re
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ class Mps(Backend):
     """Asynchronous; no float64, no page-locked memory, one device; channels_last is slower than the default."""
 
     kind = name = "mps"
-    precisions = ("fp32", "bf16")
+    precisions = ("fp32", "bf16", "fp16")
 
     def __init__(self, index: int = 0):
         super().__init__(index)
@@ -31,6 +32,12 @@ class Mps(Backend):
     def count(cls) -> int:
         """One, where the build has MPS and macOS offers it."""
         return int(torch.backends.mps.is_available())
+
+    def best_precision(self) -> str:
+        """bf16 from the M3 on; the GPUs of M1 and M2 compute it as float32, and fp16 by themselves (transformers' pull
+        request 40458). torch's autocast does both here, and its GradScaler fp16 (PyTorch's pull requests 99272 and
+        150255)."""
+        return "fp16" if re.match(r"Apple M[12]\b", str(self.facts()["name"])) else "bf16"
 
     def channels_last(self, precision: str) -> bool:
         """Metal's convolutions want their images contiguous."""

@@ -63,6 +63,11 @@ class Xpu(Backend):
             "driver": properties.driver_version,
         }
 
+    def best_precision(self) -> str:
+        """bf16 where the GPU has matrix units (XMX), which take it (SYCL's joint_matrix extension); others convert."""
+        properties = torch.xpu.get_device_properties(self.index)
+        return "bf16" if properties.has_subgroup_matrix_multiply_accumulate else "fp32"
+
     def set_precision(self, precision: str) -> None:
         """oneDNN may use TF32 inside float32 products where allowed; fp32 means it is not."""
         super().set_precision(precision)
