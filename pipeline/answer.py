@@ -12,6 +12,8 @@ from pipeline.tables import Comparison, Head, Part, Score, Section, Table
 NAMED = 3
 """So many machines of a kind are named; the table has all."""
 
+CLAIMED = ("faster", "slower")
+
 
 @dataclass(frozen=True)
 class _Compared:
@@ -29,8 +31,8 @@ def answer(comparison: Comparison) -> str:
     if part is None:
         return comparison.advice
     compared = _of_score(part.score) if part.score else None
-    for section in part.sections if compared is None and not comparison.advice else ():
-        compared = compared or next(filter(None, (_of_work(section, table) for table in section.tables)), None)
+    if compared is None and not comparison.advice:
+        compared = _of_work(part.sections)
     if compared is None:
         return " ".join(text for text in (_single(part), comparison.advice) if text)
     return " ".join(_sentences(compared, _unscored(part) if part.score else {}))
@@ -45,16 +47,24 @@ def _of_score(table: Score) -> _Compared | None:
     return None
 
 
-def _of_work(section: Section, table: Table) -> _Compared | None:
-    if table.reference is None or len(table.rows) < 2:
-        return None
-    return _Compared(table.reference, [(row.head, row.claim) for row in table.rows], f"at {section.title}")
+def _of_work(sections: Sequence[Section]) -> _Compared | None:
+    """By the first table of several machines: one with a claim before others, the same settings before the bests."""
+    tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
+
+    def rank(item: tuple[Section, Table]) -> tuple[bool, bool]:
+        table = item[1]
+        return not any(row.claim.kind in CLAIMED for row in table.rows), table.settings is None
+
+    for section, table in sorted(tables, key=rank):
+        if table.reference is not None:
+            return _Compared(table.reference, [(row.head, row.claim) for row in table.rows], f"at {section.title}")
+    return None
 
 
 def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
     named = [(head.name, claim) for head, claim in compared.rows]
-    claimed = [item for item in named if item[1].kind in ("faster", "slower")]
-    others = [item for item in named if item[1].kind not in ("faster", "slower", "reference")]
+    claimed = [item for item in named if item[1].kind in CLAIMED]
+    others = [item for item in named if item[1].kind not in (*CLAIMED, "reference")]
     claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
     sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
     if len(claimed) > NAMED:

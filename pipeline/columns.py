@@ -156,7 +156,7 @@ def work_columns(section: Section, table: Table) -> list[Column]:
     }
     cells |= {"speed-up": lambda row: ratio_cell(row.claim)} if several else {}
     cells |= {"n": lambda row: _count(row.head), "process s": lambda row: _figure(row, "process_seconds")}
-    cells |= {"process speed-up": lambda row: ratio_cell(row.whole)} if several else {}
+    cells |= {"process speed-up": _process_ratio} if several else {}
     cells["s/epoch"] = lambda row: _figure(row, "epoch_seconds")
     if section.target is not None:
         cells[f"s to {100 * section.target:.3g}%"] = _to_target
@@ -189,6 +189,10 @@ def ratio_cell(claim: Claim) -> Cell:
         return Cell("not compared", (claim.reason,)) if claim.kind == "other" else Cell()
     notes = [_interval(claim.speedup), KINDS.get(claim.kind, "")]
     return Cell(ratio_words(claim.speedup.value), [note for note in dict.fromkeys(notes) if note])
+
+
+def _process_ratio(row: Row) -> Cell:
+    return ratio_cell(row.whole) if "process_seconds" in row.figures else Cell()
 
 
 def _figure(row: Row, key: str, *notes: str) -> Cell:

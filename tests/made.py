@@ -103,6 +103,12 @@ class Store:
         return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
 
 
+def price(**given):
+    """A price in EUR."""
+    fields = {"currency": "EUR", "date": "2000-01-01", "source": "https://example.org"}
+    return config.Price(**dict.fromkeys(("buy", "per_hour", "per_kwh", "hours_per_day", "machine")) | fields | given)
+
+
 def link(experiment_id, run_id):
     return f"http://127.0.0.1:5000/#/experiments/{experiment_id}/runs/{run_id}"
 
