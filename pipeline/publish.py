@@ -90,10 +90,15 @@ def digest(record: Mapping[str, Any]) -> str:
 
 
 def results(record: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
-    """The records that later stages left for this training, by stage; one without a figure says nothing of it."""
+    """The records that later stages left for this training, by stage; one without a figure or a warning says
+    nothing of it."""
     there = {stage: folders[stage] / "record.json" for stage in LATER}
     found = {stage: files.read_json(path) for stage, path in there.items() if path.exists()}
-    return {stage: result for stage, result in found.items() if result["id"] == record["id"] and result["metrics"]}
+    return {
+        stage: result
+        for stage, result in found.items()
+        if result["id"] == record["id"] and (result["metrics"] or result.get("warnings"))
+    }
 
 
 def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:

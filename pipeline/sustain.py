@@ -103,7 +103,7 @@ def _leave(
     out = folders["sustain"]
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
-    if result["metrics"]:
+    if result["metrics"] or result["warnings"]:
         publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folders)
 
 

@@ -39,13 +39,16 @@ from pipeline import (
 from pipeline.backends.cpu import Cpu
 from pipeline.clock import Clock
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
+from pipeline.score import Step
 
 SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
-REPEATED = (
-    "sustain_seconds=0.3", "recipes.finetune.model=test_resnet.r160_in1k", "recipes.finetune.image_size=32",
-    "recipes.finetune.batch_size=8",
-)  # fmt: skip
-"""A small step to repeat, for a while."""
+REPEATED = ("sustain_seconds=0.1",)
+STEPS = (
+    Step("convnet_fp32", "convnet fp32", "test_resnet.r160_in1k", 32, 8, best_precision=False),
+    Step("convnet_best", "convnet best", "test_resnet.r160_in1k", 32, 8, best_precision=True),
+    Step("transformer_best", "transformer best", "test_vit.r160_in1k", 160, 2, best_precision=True),
+)
+"""Small steps to repeat, for a while."""
 
 CEILINGS = {"ceiling/matmul_tflops", "ceiling/memory_gb_per_second", "ceiling/synthetic_images_per_second"}
 ONCE = {
@@ -64,9 +67,10 @@ LEFT = {
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def threads(monkeypatch):
     """One thread does so little work fastest; what a test sets does not last."""
     before = torch.get_num_threads()
+    monkeypatch.setattr(training, "THREADS", 1)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -104,8 +108,7 @@ def trained_once(factory):
             train.run(made.settings, made.outputs)
             shutil.copy(root / "store.db", made.trained)
             evaluate.run(made.settings, made.outputs)
-            patch.setattr(sustain, "SLICE_SECONDS", 1e-3)
-            sustain.run(made.settings, made.outputs)
+            sustain.run(made.settings, made.outputs, steps=STEPS)
             shutil.copytree(root / "mlruns", root / "kept")  # stores copied from these two write into mlruns, too
             (root / "store.db").rename(made.completed)
     return made
@@ -314,7 +317,7 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     # Two steps have a median; of what one in ten took they tell nothing.
     assert set(record["metrics"]) == ONCE | {"speed/feature_images_per_second", "time/step_p50_seconds"}
     assert record["tags"]["data.placement"] == "device"
-    assert facts["verdict"].startswith(f"limited by {record['tags']['limited_by']}: ") and not facts["recorded"]
+    assert facts["verdict"].startswith("images passed at ") and not facts["recorded"]
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{once.trained.as_posix()}")
     (run,) = runs()
@@ -577,9 +580,8 @@ def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, ste
 # --- what the machine could have done
 
 
-def ceilings_of(images_per_second, matmul_flops=1e15, queueing_share=0.5, median=1.0):
-    """`median`: the median window's share of the fastest one's speed."""
-    return ceilings.Measured(matmul_flops, 5e10, images_per_second, median * images_per_second, queueing_share)
+def ceilings_of(images_per_second, matmul_flops=1e15):
+    return ceilings.Measured(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
 
 
 SPEED = 54 / 10_000
@@ -607,91 +609,76 @@ def measuring(monkeypatch, scripted, clocks):
 
 
 @pytest.mark.parametrize(
-    ("shares", "limited"),
+    ("shares", "best"),
     [
-        ([1.0], "compute"),
-        ([0.96], "compute"),
-        ([1.04], "compute"),
-        ([0.9, 0.9], "data"),
-        ([0.9, 1.0], "compute"),  # slower by now, too: no fault of the data's
-        ([1.1, 1.0], "compute"),  # held down while it was measured first
-        ([1.1, 1.1, 1.2, 1.0], "compute"),  # and for longer
-        ([1.1, 0.9], "data"),
+        ([1.0], 1.0),
+        ([0.7], 0.7),
+        ([1.04], 1.04),
+        ([1.1, 1.0], 1.0),  # held down while it was measured first
+        ([1.1, 1.2, 1.0], 1.0),  # and for longer
+        ([2.0, 0.9], 0.9),
     ],
 )
-def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(trained, measuring, shares, limited):
+def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(trained, measuring, shares, best):
     left = measuring(*(ceilings_of(SPEED / share) for share in shares))
     record = trained("features=recompute")
     assert left == []
-    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(shares[-1])
-    assert record["metrics"]["ceiling/synthetic_images_per_second"] == SPEED / shares[-1]
+    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(best)
+    assert record["metrics"]["ceiling/synthetic_images_per_second"] == SPEED / best
     assert record["metrics"]["ceiling/matmul_tflops"] == 1000
     assert record["metrics"]["time/ceilings_seconds"] == 50 * len(shares)
+    assert "taints" not in record["tags"] and record["warnings"] == []
     (run,) = runs()
-    assert run.data.tags["limited_by"] == record["tags"]["limited_by"] == limited
-    assert record["facts"]["verdict"].startswith(f"limited by {limited}: ")
     assert record["facts"]["verdict"] in run.data.tags["mlflow.note.content"]
+    assert ("slower while that was measured" in record["facts"]["verdict"]) == (best > 1)
 
 
-def test_real_images_that_pass_as_a_fixed_batch_mostly_does_were_not_waited_for(trained, measuring):
-    left = measuring(ceilings_of(SPEED / 0.7, median=0.72))
-    record = trained("features=recompute")
-    assert left == [] and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(0.7)
-    assert record["tags"]["limited_by"] == "compute"
-    said = "limited by compute: 70% of the speed of one fixed batch at its fastest, 97.2% at its median"
-    assert record["facts"]["verdict"].startswith(said)
-
-
+@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize(
-    ("measured", "said"),
+    ("measured", "share", "said"),
     [
-        ([SPEED / 1.1] * 4, "1.10 times what this machine did with one fixed batch"),
-        ([SPEED / 2.2, SPEED / 2, SPEED / 2.1, SPEED / 2.1], "2.00 times what this machine did with one fixed batch"),
-        ([SPEED] * 4, "times what the rate of its matrix products allows"),
+        ([SPEED / 1.1] * 3, 1.1, "1.10 times what this machine did with one fixed batch"),
+        ([SPEED / 2.2, SPEED / 2, SPEED / 2.1], 2.0, "2.00 times what this machine did with one fixed batch"),
+        ([SPEED] * 3, 1.0, "times what the rate of its matrix products allows"),
     ],
 )
-def test_a_speed_that_stays_impossible_fails_the_run(trained, measuring, monkeypatch, out, measured, said):
-    monkeypatch.setattr(Cpu, "asynchronous", True)
+def test_a_speed_that_stays_impossible_taints_the_run(
+    trained, measuring, monkeypatch, out, asynchronous, measured, share, said
+):
+    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
     flops = 1.0 if "products" in said else 1e15
     left = measuring(*(ceilings_of(speed, matmul_flops=flops) for speed in measured))
-    line = fails(StageError, trained, "features=recompute")
-    assert line.startswith("clock not trusted: ") and said in line and left == []
-    (run,) = runs()
-    assert run.info.status == "FAILED" and "limited_by" not in run.data.tags
-    assert left_in(out) == {"best.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("shares", "load", "said"),
-    [
-        ([0.9, 1.1, 1.1, 1.1], 0.0, "22% apart before and after it, while others used 0%"),  # slower by now: hot
-        ([1.2, 1.1, 1.1, 1.1], 0.0, "9% apart"),  # in between it may have been as much faster still
-        ([1.1, 1.1, 1.1, 1.1], 0.4, "0% apart before and after it, while others used 40%"),
-    ],
-)
-def test_of_a_machine_whose_speed_changes_no_clock_is_accused(trained, measuring, monkeypatch, shares, load, said):
-    monkeypatch.setattr(Cpu, "asynchronous", True)
-    monkeypatch.setattr(conditions, "sample", lambda *_: {"cpu_load": load})
-    left = measuring(*(ceilings_of(SPEED / share) for share in shares))
     record = trained("features=recompute")
-    assert left == [] and runs()[0].info.status == "FINISHED"
-    (sentence,) = (sentence for sentence in record["warnings"] if "ceilings" in sentence)
-    assert sentence.startswith("too fast for this machine's ceilings, which were ") and said in sentence
-    assert record["tags"]["taints"].split()[0] == "ceilings"
-    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(shares[-1])
+    assert left == [] and record["tags"]["taints"] == "clock"
+    (sentence,) = record["warnings"]
+    assert said in sentence and "the clock was read too early" in sentence
+    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(share)
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and run.data.tags["taints"] == "clock"
+    assert f"- {sentence}" in run.data.tags["mlflow.note.content"]
+    assert left_in(out) >= {"best.safetensors", "record.json"}
 
 
-@pytest.mark.parametrize(("share", "accused"), [(2.0, False), (2.2, True)])
-def test_where_nothing_is_queued_a_clock_is_accused_of_twice_the_ceilings_alone(trained, measuring, share, accused):
-    measuring(*[ceilings_of(SPEED / share)] * 4)
-    if accused:
-        assert fails(StageError, trained, "features=recompute").startswith("clock not trusted: ")
-        assert runs()[0].info.status == "FAILED"
-    else:
-        record = trained("features=recompute")
-        assert record["tags"]["taints"].split()[0] == "ceilings"
-        (sentence,) = (sentence for sentence in record["warnings"] if "ceilings" in sentence)
-        assert sentence.endswith("; nothing is queued here, where a clock could be read too early")
+def test_what_else_disturbs_a_run_with_a_doubted_clock_is_said_too(trained, measuring, monkeypatch):
+    monkeypatch.setattr(conditions, "sample", lambda *_: {"power_source": "battery"})
+    measuring(*[ceilings_of(SPEED / 2)] * 3)
+    assert trained("features=recompute")["tags"]["taints"] == "clock battery"
+
+
+def test_too_little_memory_to_measure_again_leaves_the_first_measurement(trained, measuring, monkeypatch):
+    measuring(ceilings_of(SPEED / 2))
+    first = training.measure_ceilings
+
+    def once(work, splits):
+        monkeypatch.setattr(training, "measure_ceilings", fail)
+        return first(work, splits)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(training, "measure_ceilings", once)
+    record = trained("features=recompute")
+    assert record["tags"]["taints"] == "clock" and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(2)
 
 
 def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeypatch, capsys):
@@ -699,32 +686,25 @@ def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeyp
     left = measuring(ceilings_of(SPEED))
     record = trained("features=recompute")
     assert left == [] and runs()[0].info.status == "FINISHED"
-    assert set(record["metrics"]) >= CEILINGS and "limited_by" not in record["tags"]
+    assert set(record["metrics"]) >= CEILINGS
     assert not [key for key in record["metrics"] if key.startswith("efficiency/")]
     said = "not judged: 20000.00 s are too short to be held against its ceilings"
     assert record["facts"]["verdict"] == said
     assert said in runs()[0].data.tags["mlflow.note.content"] and f"machine  {said}" in capsys.readouterr().out
 
 
-def test_a_clock_that_makes_a_training_short_is_accused_all_the_same(trained, measuring, monkeypatch):
+def test_a_clock_that_makes_a_training_short_is_doubted_all_the_same(trained, measuring, monkeypatch):
     monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
-    measuring(*[ceilings_of(SPEED / 12)] * 4)
-    line = fails(StageError, trained, "features=recompute")
-    assert line.startswith("clock not trusted") and runs()[0].info.status == "FAILED"
+    measuring(*[ceilings_of(SPEED / 12)] * 3)
+    assert trained("features=recompute")["tags"]["taints"] == "clock"
 
 
 @pytest.mark.parametrize("most", ["null", "0"])
 def test_features_are_held_against_their_own_ceiling(trained, measuring, most):
     speed = 60 / 1000  # training's and validation's images in the span's seconds
-    left = measuring(ceilings_of(speed / 0.9), ceilings_of(speed))
+    left = measuring(ceilings_of(speed))
     assert trained("features=cache", f"data.device_gib={most}")["metrics"]["efficiency/vs_synthetic"] == 1
     assert left == []
-
-
-@pytest.mark.parametrize(("share", "limited"), [(0.95, "launches"), (None, "compute")])
-def test_a_step_that_is_waited_for_is_limited_by_no_launches(trained, measuring, share, limited):
-    measuring(ceilings_of(SPEED, queueing_share=share))
-    assert trained("features=recompute")["tags"]["limited_by"] == limited
 
 
 def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
