@@ -84,7 +84,7 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
             reason = f"{side.name}: {side.problem}"
             return Claim("problem", f"{names}: no claim. {reason}.", bare, reason=reason)
     low, high, detectable = speedup.low, speedup.high, speedup.detectable
-    if low is None or high is None or detectable is None or high > WIDEST * low:
+    if low is None or high is None or detectable is None or too_wide(low, high):
         ratio = times_as_fast(candidate, reference, speedup.value)
         basis = evidence(candidate, reference)
         few = f"{ratio} {rules.where}; too few runs for a claim ({basis}): -S repeats=5 on both."
@@ -109,6 +109,11 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
         return Claim("small", small, speedup, accuracy, basis, least)
     sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} ({basis})."
     return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy, basis)
+
+
+def too_wide(low: float, high: float) -> bool:
+    """Whether an interval of positive values tells nothing."""
+    return low <= 0 or high > WIDEST * low
 
 
 def _equivalence(candidate: Side, reference: Side, margin: float) -> stats.Equivalence | None:

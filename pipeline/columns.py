@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline import config, costs, score, stats
-from pipeline.claims import WIDEST, Claim, duration, factor, factors, large, ratio_words
+from pipeline.claims import Claim, duration, factor, factors, large, ratio_words, too_wide
 from pipeline.groups import CONDITIONS, DISTURBED
 from pipeline.tables import Comparison, Head, Other, Row, Score, ScoreRow, Section, StepFigures, Table
 
@@ -279,7 +279,7 @@ def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
     low, high = estimate.low, estimate.high
     if low is None or high is None:
         return ""
-    if high > WIDEST * low:
+    if too_wide(low, high):
         return KINDS["few"]
     ratio = isinstance(estimate, stats.Contrast)
     if ratio and high < 1:

@@ -6,6 +6,9 @@ EXECUTION = {
     "precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto",
     "threads": "null", "target_accuracy": "0.5",
 }  # fmt: skip
+OLDER = str(config.EXECUTION_VERSION - 1)
+"""The version of the code before today's."""
+
 EPOCHS = 4
 NOISE = (0.0, 0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.002, -0.002, 0.004)
 """By how much the seconds of the first, second, ... run differ from what is typical, as a share."""
@@ -101,6 +104,26 @@ class Store:
         chosen = {"reference": None, "prices": "prices.yaml", "tainted": False, "smallest": 0.03} | settings
         chosen = {"accuracy_margin": 0.01} | chosen
         return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
+
+
+def every_kind():
+    """Runs of all kinds that a store can have."""
+    store = two(5, 3).add(1).add(2, machine="b" * 12, hardware="GPU B", taints="load")  # added afterwards
+    store.add(1, hardware="C", machine="c" * 12).add(1, hardware="C", machine="c" * 12)  # not planned
+    store.add(1, hardware="D", machine="d" * 12).add(3, planned=5, hardware="D", machine="d" * 12)  # cut off
+    for precision in ("bf16", "fp16"):
+        store.add(3, params={"precision": precision}, seconds=3.0)
+    store.add(3, params={"threads": "4"}, seconds=30.0).add(2, params={"compile": "default"}, taints="battery")
+    store.add(4, software__execution=OLDER).add(1, software__execution=None, hardware="C", machine="c" * 12)
+    store.add(3, fallback="data").add(1, fallback="device", hardware="C", machine="c" * 12)
+    store.add(3, workload="w2", recipe="blog").add(2, workload=None, hardware="E", machine="e" * 12)
+    store.add(3, metrics={"time/total_seconds": None}, hardware="F", machine="f" * 12)
+    store.add(1, record="r1").add(1, record="r1")  # one training in two experiments
+    store.sustained(5, hardware="G", machine="9" * 12).sustained(2, hardware="G", machine="9" * 12)
+    store.sustained(3, hardware="G", machine="9" * 12, recipe="blog", workload="w2", batch=128)
+    store.sustained(3, hardware="H", machine="8" * 12, taints="load", start=1)
+    store.runs[-1]["tags"]["taints"] = "load"
+    return store
 
 
 def price(**given):

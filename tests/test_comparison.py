@@ -1,58 +1,98 @@
-"""Runs into groups, groups into tables: what is compared with what, and the figures of a row."""
+"""Groups into tables: what is compared with what, the figures of a row, the score, and that no run is lost."""
 
 import json
 import math
-from dataclasses import replace
+from collections import Counter
 
 import pytest
 from conftest import fails
-from made import BETWEEN, EPOCHS, Store, link, row, sections, table, two
+from made import EPOCHS, OLDER, SESSION, Store, every_kind, link, price, row, score_row, sections, table, two
 
-from pipeline import config, noise, report, stats
+from pipeline import comparison, config, report, score, stats
 from pipeline.errors import UsageError
 
-PRICE = config.Price(buy=None, per_hour=None, currency="EUR", date="2000-01-01", source="https://example.org")
+MINUTE = 60_000
 
 
-def names(found, place=0, kind="work"):
-    return [each.name for each in table(found, place, kind).rows]
+def names(found, place=0):
+    return [each.head.name for each in table(found, place).rows]
 
 
-def kinds(found, place=0, kind="work"):
-    return {each.name: each.claim.kind for each in table(found, place, kind).rows}
+def kinds(found, place=0):
+    return {each.head.name: each.claim.kind for each in table(found, place).rows}
 
 
-# --- groups
+def step_kinds(found, step=0):
+    (part,) = [part for part in found.parts if not part.demo]
+    return {each.head.name: each.steps[score.STEPS[step].name].claim.kind for each in part.score.rows}
 
 
-def test_runs_of_one_machine_work_and_settings_are_a_group():
+# --- nothing disappears
+
+
+@pytest.mark.parametrize("tainted", [False, True])
+def test_every_run_that_was_read_is_accounted_for(tainted):
+    store = every_kind()
+    found = store.compare(tainted=tainted)
+    once = {run["tags"].get("record", run["run_id"]): run["run_id"] for run in store.runs}
+    assert comparison.listed(found) == set(once.values())
+    assert (found.runs, found.copies) == (len(once), 1) and len(once) == len(store.runs) - 1
+    for part in found.parts:
+        for section in part.sections:  # and no run in a row and in a list
+            rows = {run["id"] for table in section.tables for each in table.rows for run in each.head.runs}
+            others = {run["id"] for other in section.others for run in other.runs}
+            assert not rows & others
+
+
+def test_every_run_with_a_score_is_in_its_table_or_listed_below():
+    store = every_kind()
+    found = store.compare().parts[0].score
+    told = Counter(run["id"] for each in found.rows for run in (*each.head.runs, *each.head.left_out))
+    told += Counter(run["id"] for other in found.others for run in other.runs)
+    key = score.metric("convnet_fp32", "images_per_second")
+    assert told == Counter(run["run_id"] for run in store.runs if key in run["metrics"])
+
+
+def test_what_is_in_no_table_says_why():
+    (work, *_) = sections(every_kind().compare())
+    reasons = {(other.settings["precision"], other.settings["compile"]): other.reason for other in work.others}
+    assert reasons["fp16", "auto"] == "its settings are in no table"
+    assert reasons["fp32", "default"] == "disturbed (battery)"
+    assert all(other.reason for other in work.others)
+
+
+# --- groups into sections
+
+
+def test_runs_of_one_machine_work_and_settings_are_a_row():
     found = Store().add(3).compare()
     only = row(found, "GPU A")
-    assert len(only.runs) == 3 and only.figures["total_seconds"].n == 3
-    assert (found.runs, found.machines) == (3, 1)
+    assert len(only.head.runs) == 3 and only.figures["total_seconds"].n == 3
+    assert (found.runs, found.machines, found.copies) == (3, 1, 0)
 
 
 @pytest.mark.parametrize("key", ["precision", "channels_last", "compile", "graph", "features", "threads"])
-def test_another_execution_setting_is_another_group(key):
+def test_another_execution_setting_is_another_row(key):
     found = Store().add(3).add(2, params={key: "other"}, seconds=1.0).compare()
     same, best = sections(found)[0].tables
-    assert [len(each.runs) for each in same.rows] == [3] and [len(each.runs) for each in best.rows] == [2]
+    assert [len(each.head.runs) for each in same.rows] == [3]
+    assert [len(each.head.runs) for each in best.rows] == [2]
     assert same.settings["precision"] == "fp32" and best.settings is None
 
 
-def test_each_device_of_a_machine_is_a_row():
-    found = Store().add(2).add(2, device="cuda:1").add(2, device="cpu", hardware="CPU", seconds=90.0).compare()
-    assert names(found) == ["GPU A [aaaaaa cuda:1]", "GPU A [aaaaaa cuda]", "CPU"]
-
-
-def test_another_version_of_torch_is_shown_and_no_other_group():
-    found = Store().add(2).add(1, software__torch="2.11.0").compare()
-    assert row(found, "GPU A").torch == "2.11.0, 2.14.1"
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [("device", "cuda:1"), ("label", "mine"), ("hardware__usable_cores", "2"), ("software__torch", "2.11.0"),
+     ("hardware__power_limit_watts", "350")],
+)  # fmt: skip
+def test_other_conditions_are_another_row_of_the_table(tag, value):
+    found = Store().add(3).add(3, **{tag: value}).compare()
+    assert len(set(names(found))) == 2 and found.machines == 1
 
 
 def test_a_training_in_two_experiments_is_one_run():
-    store = Store().add(1, record="r1").add(1, record="r1").add(1, record="r2")
-    assert len(row(store.compare(), "GPU A").runs) == 2
+    found = Store().add(1, record="r1").add(1, record="r1").add(1, record="r2").compare()
+    assert (found.runs, found.copies) == (2, 1) and len(row(found, "GPU A").head.runs) == 2
 
 
 def test_unlike_workloads_are_never_in_one_table():
@@ -63,44 +103,26 @@ def test_unlike_workloads_are_never_in_one_table():
     assert [len(each.tables[0].rows) for each in sections(found)] == [2, 1]
 
 
-def test_what_another_version_of_the_code_executed_is_in_no_table_with_the_rest():
-    older, own, newer = (str(config.EXECUTION_VERSION + step) for step in (-1, 0, 1))
-    store = Store().add(3, seconds=20.0, software__execution=older).add(3, software__execution=own)
-    store = store.add(2, machine="b" * 12, hardware="GPU B", software__execution=own).add(1, software__execution=newer)
+def test_what_another_version_of_the_code_measured_stands_apart_without_claims():
+    store = two().add(3, software__execution=OLDER).add(3, software__execution=OLDER, machine="b" * 12, seconds=5.0)
+    current, older = sections(store.add(1, software__execution=None).compare())[:2]
+    assert (current.version, older.version) == (str(config.EXECUTION_VERSION), OLDER)
+    assert [len(each.head.runs) for each in older.tables[0].rows] == [3, 3]
+    assert {each.claim.kind for each in older.tables[0].rows} == {"reference", "problem"}
+    assert {each.claim.kind for each in current.tables[0].rows} == {"reference", "faster"}
+    assert sections(store.compare())[2].version == "1"
+
+
+def test_demos_stand_apart_and_nothing_is_claimed_of_them():
+    store = two().add(3, fallback="device", seconds=1.0).add(3, fallback="device", machine="b" * 12, hardware="GPU B")
     found = store.compare()
-    title = "finetune on cifar10 with pretrained weights"
-    assert [(each.version, report.heading(each)) for each in sections(found)] == [
-        (own, title),
-        (older, f"{title}, executed by version {older} of the code"),
-        (newer, f"{title}, executed by version {newer} of the code"),
-    ]
-    assert [[len(each.runs) for each in section.tables[0].rows] for section in sections(found)] == [[3, 2], [3], [1]]
-    places = [report.place(*each) for each in report.tables(found)]
-    assert places == [
-        "work-w1/same-settings",
-        f"work-w1-version-{older}/same-settings",
-        f"work-w1-version-{newer}/same-settings",
-    ]
-
-
-def test_runs_from_before_it_was_told_are_the_first_versions():
-    found = Store().add(1, software__execution=None).add(1, machine="b" * 12, software__execution="1").compare()
-    assert [(each.version, len(each.tables[0].rows)) for each in sections(found)] == [("1", 2)]
-
-
-def test_machines_are_named_by_hardware_and_the_newest_label():
-    found = Store().add(1, label="old").add(1, label="under the desk").add(1).add(1, machine="b" * 12).compare()
-    assert set(names(found)) == {"GPU A (under the desk)", "GPU A"}
-
-
-def test_what_is_named_alike_is_told_apart():
-    found = Store().add(1).add(1, machine="b" * 12).compare()
-    assert set(names(found)) == {"GPU A [aaaaaa cuda]", "GPU A [bbbbbb cuda]"}
-
-
-def test_no_text_of_a_user_breaks_a_line():
-    only = row(Store().add(1, hardware="GPU\nA\x00\x1b[1m", label="left | right\t<b>").compare(), "GPU A")
-    assert only.name == "GPU A [1m (left | right <b>)"
+    assert kinds(found) == {"GPU B": "faster", "GPU A": "reference"}
+    assert [part.demo for part in found.parts] == [False, True]
+    assert {(each.claim.kind, each.head.problem) for each in table(found, demo=True).rows} == {
+        ("reference", "no real device"), ("problem", "no real device"),
+    }  # fmt: skip
+    demo = table(store.compare(tainted=True), demo=True)
+    assert {each.claim.kind for each in demo.rows} == {"reference", "slower"}
 
 
 # --- the two kinds of tables
@@ -110,9 +132,8 @@ def test_the_same_settings_are_those_that_most_machines_ran_at_fp32():
     store = two().add(5, machine="c" * 12, params={"threads": "4"}, hardware="C")
     found = store.add(9, machine="a" * 12, params={"precision": "bf16"}, seconds=3.0).compare()
     same, best = sections(found)[0].tables
-    assert {each.hardware for each in same.rows} == {"GPU A", "GPU B"} and same.settings["threads"] == "null"
-    assert same.absent == ["C"] and best.absent == []
-    assert [(each.hardware, each.settings["precision"], each.settings["threads"]) for each in best.rows] == [
+    assert {each.head.hardware for each in same.rows} == {"GPU A", "GPU B"} and same.settings["threads"] == "null"
+    assert [(each.head.hardware, each.settings["precision"], each.settings["threads"]) for each in best.rows] == [
         ("GPU A", "bf16", "null"), ("GPU B", "fp32", "null"), ("C", "fp32", "4"),
     ]  # fmt: skip
 
@@ -129,17 +150,27 @@ def test_without_fp32_each_is_at_its_best_alone():
     assert only.settings is None and len(only.rows) == 2
 
 
-def test_a_sentence_of_bests_names_their_precisions():
-    found = two(3, 4).add(3, params={"precision": "bf16"}, seconds=2.0).compare()
-    assert "GPU A at bf16 is 2.4" in row(found, "GPU A", 1).claim.sentence
-    assert "times as fast as GPU B at fp32" in row(found, "GPU A", 1).claim.sentence
-    assert table(found, 1).reference == "GPU B at fp32"
+def test_a_best_that_the_other_machine_did_not_run_is_not_compared():
+    store = two(3, 4).add(3, params={"precision": "bf16"}, seconds=2.0)
+    claim = row(store.compare(), "GPU A", 1).claim
+    assert claim.kind == "other" and claim.reason == "GPU B was not run in bf16"
+    store.add(3, machine="b" * 12, hardware="GPU B", params={"precision": "bf16"}, seconds=50.0)
+    claim = row(store.compare(), "GPU A", 1).claim
+    assert claim.kind == "faster" and claim.sentence.startswith("GPU A at bf16 is 2.")
+    assert "times as fast as GPU B at fp32" in claim.sentence
+
+
+def test_a_best_is_no_disturbed_one_where_there_is_another():
+    store = two().add(3, params={"precision": "bf16"}, seconds=3.0)
+    found = store.add(3, params={"precision": "fp16"}, seconds=1.0, taints="load").compare()
+    assert {each.head.name: each.settings["precision"] for each in table(found, 1).rows} == {
+        "GPU A": "bf16", "GPU B": "fp32",
+    }  # fmt: skip
 
 
 def test_rows_stand_best_first_and_those_without_a_time_last():
-    store = two().add(2, machine="c" * 12, hardware="C", metrics={"time/total_seconds": None})
-    assert names(store.compare()) == ["GPU B", "GPU A", "C"]
-    assert kinds(store.compare())["C"] == "alone"
+    found = two().add(2, machine="c" * 12, hardware="C", metrics={"time/total_seconds": None}).compare()
+    assert names(found) == ["GPU B", "GPU A", "C"] and kinds(found)["C"] == "alone"
 
 
 # --- the reference
@@ -148,6 +179,11 @@ def test_rows_stand_best_first_and_those_without_a_time_last():
 def test_the_reference_is_the_machine_with_the_most_runs_then_the_first_by_name():
     assert table(two(3, 4).compare()).reference == "GPU B"
     assert table(two(3, 3).compare()).reference == "GPU A"
+
+
+def test_a_machine_that_nothing_is_claimed_of_is_no_reference_where_there_is_another():
+    store = Store().add(9, taints="load").add(1, machine="b" * 12, hardware="GPU B")
+    assert table(store.compare()).reference == "GPU B"
 
 
 @pytest.mark.parametrize("asked", ["b" * 12, "under the desk", "GPU B"])
@@ -185,23 +221,37 @@ def test_where_the_reference_did_not_do_the_work_nothing_is_compared():
 # --- claims
 
 
-def test_a_row_is_compared_by_its_total_time():
+def test_a_row_is_compared_by_its_total_time_and_by_its_process():
     found = two().compare()
     assert kinds(found) == {"GPU B": "faster", "GPU A": "reference"}
     a, b = row(found, "GPU A"), row(found, "GPU B")
-    assert b.claim.speedup == stats.ratio(a.values["total_seconds"], b.values["total_seconds"])
-    assert b.claim.speedup.value == pytest.approx(2)
-    assert "GPU B is 1.9" in b.claim.sentence and "(n = 3 and 3, same accuracy" in b.claim.sentence
+    for claim, key, value in ((b.claim, "total_seconds", 2), (b.whole, "process_seconds", 30 / 25)):
+        assert claim.speedup[:3] == pytest.approx(stats.ratio(a.values[key], b.values[key])[:3])
+        assert claim.speedup.value == pytest.approx(value, rel=1e-3)
+    assert "GPU B is 1.9" in b.claim.sentence and "from process start to result" in b.whole.sentence
+    assert a.whole.kind == "reference"
 
 
-def test_intervals_are_shared_among_the_machines_that_have_one():
-    store = two(3, 3)
-    for machine in "cd":
-        store.add(2, machine=machine * 12, hardware=machine)
-    store.add(1, machine="e" * 12, hardware="e").add(3, machine="f" * 12, hardware="f", taints="load")
+def test_the_faster_work_may_be_the_slower_process():
+    """What compiling wins in the work it may lose before it."""
+    store = (
+        Store().add(3).add(3, machine="b" * 12, hardware="GPU B", seconds=5.0, metrics={"time/process_seconds": 99.0})
+    )
+    b = row(store.compare(), "GPU B")
+    assert (b.claim.kind, b.whole.kind) == ("faster", "slower")
+
+
+def test_a_process_whose_time_is_not_known_is_not_compared():
+    b = row(two(metrics={"time/process_seconds": None}).compare(), "GPU B")
+    assert (b.claim.kind, b.whole.kind) == ("faster", "alone")
+
+
+def test_intervals_are_shared_among_the_machines_that_may_be_claimed_of():
+    store = two(3, 3).add(3, machine="c" * 12, hardware="c").add(2, machine="d" * 12, hardware="d")
+    store.add(3, machine="f" * 12, hardware="f", taints="load")
     found = table(store.compare())
-    assert found.comparisons == 3  # B, c and d; e has one run, f is tainted
-    assert found.level == pytest.approx(1 - 0.05 / 3)
+    assert found.comparisons == 2  # with B and c; d has too few runs, f is disturbed
+    assert found.level == pytest.approx(1 - 0.05 / 2)
 
 
 def test_a_best_picked_among_several_counts_every_pair_it_might_have_been():
@@ -213,14 +263,39 @@ def test_a_best_picked_among_several_counts_every_pair_it_might_have_been():
     assert (same.comparisons, best.comparisons) == (1, 9)
 
 
-@pytest.mark.parametrize(("first", "second", "kind"), [(3, 1, "single"), (3, 2, "few"), (3, 3, "faster")])
+@pytest.mark.parametrize(("first", "second", "kind"), [(3, 1, "few"), (3, 2, "few"), (3, 3, "faster")])
 def test_a_claim_needs_three_runs_of_either(first, second, kind):
     assert kinds(two(first, second).compare())["GPU B"] == kind
 
 
-def test_where_accuracies_differ_no_speed_up_is_claimed():
-    found = two(accuracy=0.70).compare()
-    assert kinds(found)["GPU B"] == "parity" and row(found, "GPU B").claim.speedup is None
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({}, "faster"), ({"planned": 5}, "problem"), ({"taints": "load"}, "problem"), ({"accuracy": 0.70}, "parity"),
+     ({"behavior": "throttled"}, "faster")],
+)  # fmt: skip
+def test_what_makes_and_what_ends_a_claim(change, kind):
+    assert kinds(two(**change).compare())["GPU B"] == kind
+
+
+def test_runs_added_afterwards_end_a_claim():
+    store = two().add(1, machine="b" * 12, hardware="GPU B", seconds=5.0)
+    b = row(store.compare(), "GPU B")
+    assert b.claim.kind == "problem" and len(b.head.runs) == 3 and len(b.head.left_out) == 1
+
+
+def test_disturbed_runs_are_let_into_claims_where_asked_for():
+    store = two(taints="load")
+    assert kinds(store.compare())["GPU B"] == "problem"
+    assert kinds(store.compare(tainted=True))["GPU B"] == "faster"
+
+
+def test_sessions_are_the_unit_and_few_of_them_claim_nothing_small():
+    def claim(step):
+        store = Store().add(5, step=step).add(5, machine="b" * 12, hardware="GPU B", seconds=9.8, step=step)
+        return row(store.compare(), "GPU B").claim
+
+    assert claim(SESSION).kind == "faster" and "in 5 sessions" in claim(SESSION).sentence
+    assert claim(MINUTE).kind == "small" and "all within 4 minutes" in claim(MINUTE).sentence
 
 
 def test_the_final_accuracy_is_that_on_test_images_else_on_validation_images():
@@ -228,7 +303,7 @@ def test_the_final_accuracy_is_that_on_test_images_else_on_validation_images():
     assert kinds(two(metrics=untested).compare())["GPU B"] == "faster"
     assert kinds(two(metrics=untested | {"best/val_accuracy": 0.7}).compare())["GPU B"] == "parity"
     nothing = untested | {"best/val_accuracy": None}
-    assert "not known" in row(two(metrics=nothing).compare(), "GPU B").claim.sentence
+    assert "not known" in row(two(metrics=nothing).compare(), "GPU B").claim.reason
 
 
 def test_an_accuracy_of_0_is_one():
@@ -236,185 +311,100 @@ def test_an_accuracy_of_0_is_one():
     assert row(found, "GPU B").figures["test_accuracy"].value == 0 and kinds(found)["GPU B"] == "parity"
 
 
-# --- runs that share a process
+def test_a_seed_that_ran_twice_is_one_accuracy():
+    store = (
+        Store().add(4, seeds=[0, 0, 1, 1]).add(4, machine="b" * 12, hardware="GPU B", seconds=5.0, seeds=[0, 0, 1, 1])
+    )
+    claim = row(store.compare(), "GPU B").claim
+    assert claim.kind == "parity" and "too few seeds" in claim.reason
 
 
-def unseen(sizes, deviation=BETWEEN["cuda"].deviation, degrees=BETWEEN["cuda"].degrees):
-    return stats.between_processes(sizes, deviation**2, degrees)
+# --- the head of a row
 
 
-def test_repeats_of_one_process_are_runs_whose_intervals_hold_what_they_can_not_show():
-    only = row(Store().repeats(5, 1).compare(), "GPU A")
-    assert only.processes == [5] and only.spread == "within one process"
-    for key in ("total_seconds", "epoch_seconds", "images_per_second"):
-        expected = stats.typical(only.values[key], unseen=unseen([5]))
-        assert only.figures[key] == pytest.approx(expected)
-        assert only.figures[key].high > stats.typical(only.values[key]).high
-    assert only.figures["seconds_to_target"][:3] == pytest.approx(only.figures["total_seconds"][:3])  # the last epoch's
-    for key in ("peak_mib", "test_accuracy"):  # of which nothing was measured
-        calculate = stats.mean if key == "test_accuracy" else stats.typical
-        assert only.figures[key] == calculate(only.values[key])
-
-
-def test_a_speed_up_holds_what_processes_of_both_sides_can_not_show():
-    store = Store().repeats(5, 1).add(3, machine="b" * 12, hardware="GPU B", seconds=5.0)
-    b, a = table(store.compare()).rows
-    times = a.values["total_seconds"], b.values["total_seconds"]
-    expected = stats.ratio(*times, unseen=[unseen([5]), stats.NONE])
-    assert b.claim.speedup == pytest.approx(expected) and expected.high > stats.ratio(*times).high
-    assert "(n = 3 in 3 processes and 5 in one process, same accuracy" in b.claim.sentence
-
-
-def test_what_is_within_the_spread_of_processes_is_no_difference():
-    """Between processes of this kind 2% were measured; within one these differ by less."""
-    store = Store().repeats(5, 1).repeats(5, 2, machine="b" * 12, hardware="GPU B", seconds=9.6)
-    assert kinds(store.compare()) == {"GPU B": "none", "GPU A": "reference"}
-    store = Store().add(5).add(5, machine="b" * 12, hardware="GPU B", seconds=9.6)
-    assert kinds(store.compare()) == {"GPU B": "faster", "GPU A": "reference"}
-
-
-def test_several_processes_of_several_repeats():
-    store = Store().repeats(5, 1).repeats(5, 2).repeats(3, 3, machine="b" * 12).add(2, machine="b" * 12)
-    a, b = (each for each in sorted(table(store.compare()).rows, key=lambda each: each.machine))
-    assert (a.processes, a.spread) == ([5, 5], "between 2 processes of 5, over 9.0 hours")
-    assert (sorted(b.processes), b.spread) == ([1, 1, 3], "between 3 processes of 1 to 3, over 4.0 hours")
-    assert a.figures["total_seconds"] == pytest.approx(stats.typical(a.values["total_seconds"], unseen=unseen([5, 5])))
-
-
-def test_processes_that_differ_by_more_than_was_measured_stand_for_themselves():
-    store = Store().repeats(5, 1).repeats(5, 2, seconds=20.0)
-    only = row(store.compare(), "GPU A")
-    own = noise.components([[math.log(run["metrics"]["time/total_seconds"]) for run in part] for part in
-                            (store.runs[:5], store.runs[5:])])  # fmt: skip
-    expected = stats.typical(only.values["total_seconds"], unseen=unseen([5, 5], own[1] ** 0.5))
-    assert own[1] > BETWEEN["cuda"].deviation ** 2
-    assert only.figures["total_seconds"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("backend", "like"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
-def test_what_was_measured_on_a_backend_stands_for_it_else_the_largest(backend, like):
-    only = row(Store().repeats(3, 1, backend=backend).compare(), "GPU A")
-    expected = stats.typical(only.values["total_seconds"], unseen=unseen([3], *BETWEEN[like]))
-    assert only.figures["total_seconds"] == pytest.approx(expected)
-
-
-def test_trainings_on_features_have_a_spread_of_their_own():
-    only = row(Store().repeats(3, 1, metrics={"speed/feature_images_per_second": 500.0}).compare(), "GPU A")
-    expected = stats.typical(only.values["total_seconds"], unseen=unseen([3], BETWEEN["cuda"].deviation / 2))
-    assert only.figures["total_seconds"] == pytest.approx(expected)
-
-
-def test_runs_of_their_own_say_over_how_many_hours():
-    assert row(Store().add(1).compare(), "GPU A").spread == ""
-    assert row(Store().add(3).compare(), "GPU A").spread == "between 3 processes, over 2.0 hours"
-    store = Store().add(2)
-    store.runs[1]["started"] += 25 * 3_600_000
-    assert row(store.compare(), "GPU A").spread == "between 2 processes, over 26 hours"
-
-
-def test_the_repeated_step_is_of_one_run_of_a_process():
-    store = Store().repeats(3, 1).repeats(3, 2)
-    for run in store.runs[::3]:
-        run["metrics"]["speed/sustained_images_per_second"] = 1000.0
-        run["tags"]["sustained.workload"] = "s1"
-    assert row(store.compare(), "GPU A", kind="step").processes == [1, 1]
-
-
-def test_what_is_left_of_repeats_is_tainted():
-    store = Store().repeats(3, 1, planned=5).repeats(3, 2, machine="b" * 12, hardware="GPU B").add(1)
-    found = store.compare()
-    assert {(each.name, len(each.runs), each.taints, each.claim.kind) for each in table(found).rows} == {
-        ("GPU A", 3, "incomplete", "tainted"), ("GPU A", 1, "", "single"), ("GPU B", 3, "", "reference"),
+def test_a_head_tells_what_counts_what_does_not_and_over_what_time():
+    store = Store().add(1).add(5, step=3 * MINUTE)
+    store.runs[2]["tags"]["taints"] = "load"
+    head = row(store.compare(), "GPU A").head
+    assert (len(head.runs), head.planned, head.sessions, head.problem) == (4, 5, 1, "")
+    assert Counter(run["reason"] for run in head.left_out) == {
+        "tried before the planned set": 1, "disturbed (load)": 1,
     }  # fmt: skip
-    assert "(incomplete)" in next(each.claim.sentence for each in table(found).rows if each.taints)
-    store = Store().repeats(5, 1)
-    store.runs.pop(2)
-    assert row(store.compare(), "GPU A").taints == "incomplete"
+    assert head.hours == pytest.approx(0.2)
 
 
-def test_a_number_of_repeats_that_is_none_is_no_plan():
-    assert row(Store().add(1, repeats="many").compare(), "GPU A").taints == ""
+# --- the score
 
 
-# --- taints
-
-
-def test_tainted_runs_have_a_row_of_their_own_and_no_claim():
-    found = two().add(2, machine="b" * 12, hardware="GPU B", seconds=7.0, taints="battery load").compare()
-    rows = table(found).rows
-    assert [(each.name, len(each.runs), each.taints, each.claim.kind) for each in rows] == [
-        ("GPU B", 3, "", "faster"), ("GPU B", 2, "battery, load", "tainted"), ("GPU A", 3, "", "reference"),
-    ]  # fmt: skip
-    assert "(battery, load)" in rows[1].claim.sentence
-
-
-def test_tainted_runs_are_let_into_claims_where_asked_for_and_stay_marked():
-    store = two().add(2, machine="b" * 12, hardware="GPU B", seconds=5.0, taints="load")
-    found = store.compare(tainted=True)
-    assert [(each.name, len(each.runs), each.taints, each.claim.kind) for each in table(found).rows] == [
-        ("GPU B", 5, "load", "reference"), ("GPU A", 3, "", "slower"),
-    ]  # fmt: skip
-    assert found.tainted
-
-
-def test_a_tainted_machine_is_no_reference():
-    found = Store().add(9, taints="load").add(1, machine="b" * 12, hardware="GPU B").compare()
-    assert table(found).reference == "GPU B"
-    found = Store().add(9, taints="load").compare()
-    assert table(found).reference is None and kinds(found) == {"GPU A": "tainted"}
-
-
-def test_a_best_is_no_tainted_one_where_there_is_another():
-    store = two().add(3, params={"precision": "bf16"}, seconds=3.0)
-    found = store.add(3, params={"precision": "fp16"}, seconds=1.0, taints="load").compare()
-    assert {each.name: each.settings["precision"] for each in table(found, 1).rows} == {
-        "GPU A": "bf16",
-        "GPU B": "fp32",
-    }
-
-
-def test_demos_stand_apart_and_nothing_is_claimed_of_them():
-    store = two().add(3, fallback="device", seconds=1.0).add(3, fallback="device", machine="b" * 12, hardware="GPU B")
-    found = store.compare()
-    assert kinds(found) == {"GPU B": "faster", "GPU A": "reference"}
-    assert [part.demo for part in found.parts] == [False, True]
-    assert {(each.claim.kind, each.taints) for each in table(found, demo=True).rows} == {("tainted", "no real device")}
-    found = store.compare(tainted=True)
-    assert {each.claim.kind for each in table(found, demo=True).rows} == {"reference", "slower"}
-
-
-# --- the sustained speed
-
-
-def test_machines_are_ranked_by_their_sustained_speed_whatever_the_recipe():
+def test_machines_are_ranked_by_their_score_whatever_the_recipe():
     store = Store().sustained(3).sustained(3, speed=1500.0, machine="b" * 12, hardware="GPU B", workload="w2")
     found = store.compare()
-    assert names(found, kind="step") == ["GPU B", "GPU A"]
-    b = row(found, "GPU B", kind="step")
-    assert b.claim.kind == "faster" and b.claim.speedup.value == pytest.approx(1.5)
-    assert "at this step (n = 3 and 3)" in b.claim.sentence
-    assert sections(found, "step")[0].title == "finetune's step, repeated for 60 s"
-    assert [section.kind for section in found.parts[0].sections] == ["step", "work", "work"]
+    (part,) = found.parts
+    assert [each.head.name for each in part.score.rows] == ["GPU B", "GPU A"] and part.score.reference == "GPU A"
+    b = score_row(found, "GPU B")
+    assert list(b.steps) == [step.name for step in score.STEPS]
+    for step in score.STEPS:
+        claim = b.steps[step.name].claim
+        assert claim.kind == "faster" and claim.speedup.value == pytest.approx(1.5)
+        assert f"at {step.title} (3 runs each in 3 sessions)" in claim.sentence
+    assert part.score.level == pytest.approx(1 - 0.05 / 3)
+    assert b.steps["convnet_fp32"].precision == "fp32" and b.steps["convnet_best"].precision == "bf16"
 
 
 def test_only_the_same_step_is_compared():
-    found = Store().sustained(2).sustained(2, machine="b" * 12).add(1, machine="c" * 12).compare()
-    assert len(names(found, kind="step")) == 2
-    store = Store().sustained(2).sustained(2, machine="b" * 12)
-    store.runs[-1]["tags"]["sustained.workload"] = store.runs[-2]["tags"]["sustained.workload"] = "s2"
-    assert [each.workload for each in sections(store.compare(), "step")] == ["s1", "s2"]
-
-
-def test_the_step_has_taints_of_its_own():
-    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B", taints="thermal")
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B", batch=128)
     found = store.compare()
-    assert kinds(found, kind="step") == {"GPU A": "reference", "GPU B": "tainted"}
-    assert "tainted" not in kinds(found).values()
+    assert step_kinds(found)["GPU B"] == "other" and step_kinds(found, 2)["GPU B"] == "none"
+    claim = score_row(found, "GPU B").steps["convnet_fp32"].claim
+    assert claim.reason == "batch 128 against 256" and claim.speedup is None
 
 
-def test_features_are_no_setting_of_the_step():
-    store = Store().sustained(2).sustained(2, params={"features": "recompute"})
-    assert len(row(store.compare(), "GPU A", kind="step").runs) == 4
+def test_a_step_that_the_reference_did_not_run_is_not_compared():
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B")
+    for run in store.runs[:3]:
+        del run["metrics"][score.metric("transformer_best", "images_per_second")]
+    claim = score_row(store.compare(), "GPU B").steps["transformer_best"].claim
+    assert claim.kind == "other" and claim.reason == "GPU A did not run it"
+
+
+def test_a_run_without_one_of_the_steps_figures_counts_at_the_others():
+    store = Store().sustained(4).sustained(4, machine="b" * 12, hardware="GPU B", speed=1500.0)
+    store.runs[0]["metrics"][score.metric("convnet_best", "images_per_second")] = math.nan
+    found = score_row(store.compare(), "GPU B").steps
+    assert "4 and 3 runs" in found["convnet_best"].claim.sentence
+    assert "4 runs each" in found["convnet_fp32"].claim.sentence
+
+
+def test_the_score_has_taints_and_behavior_of_its_own():
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B", speed=1500.0, taints="load")
+    found = store.compare()
+    assert step_kinds(found) == {"GPU A": "reference", "GPU B": "problem"} and "problem" not in kinds(found).values()
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B", speed=1500.0,
+                                           sustained__behavior="throttled")  # fmt: skip
+    assert step_kinds(store.compare())["GPU B"] == "faster"
+    assert score_row(store.compare(), "GPU B").head.behavior == ["throttled"]
+
+
+def test_a_machine_has_one_score_that_of_the_most_runs():
+    store = Store().sustained(3).sustained(5, recipe="blog", workload="w2")
+    found = store.compare().parts[0].score
+    assert [(each.recipe, len(each.head.runs)) for each in found.rows] == [("blog", 5)]
+    assert [len(other.runs) for other in found.others] == [3]
+
+
+def test_a_score_tells_the_energy_only_with_its_source():
+    only = score_row(Store().sustained(3, watts=500.0).compare(), "GPU A")
+    assert (only.watts, only.energy_source) == (500.0, "nvml")
+    assert only.steps["convnet_fp32"].images_per_joule.value == pytest.approx(2.0)
+    store = Store().sustained(3, watts=500.0)
+    for run in store.runs:
+        del run["tags"]["sustained.energy_source"]
+    only = score_row(store.compare(), "GPU A")
+    assert only.watts is None and only.steps["convnet_fp32"].images_per_joule is None
+
+
+def test_without_a_score_there_is_none():
+    assert two().compare().parts[0].score is None
 
 
 # --- the figures of a row
@@ -438,123 +428,84 @@ def test_features_computed_once_stand_in_place_of_images_trained():
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, 0.0, 1.7976931348623157e308])
 def test_what_is_no_measurement_is_left_out(wrong):
-    store = two().add(1, metrics={"time/total_seconds": wrong, "memory/peak_mib": wrong})
+    store = Store().add(4)
+    store.runs[0]["metrics"] |= {"time/total_seconds": wrong, "memory/peak_mib": wrong}
     a = row(store.compare(), "GPU A")
-    assert len(a.runs) == 4 and a.figures["total_seconds"].n == a.figures["peak_mib"].n == 3
+    assert len(a.head.runs) == 4 and a.figures["total_seconds"].n == a.figures["peak_mib"].n == 3
     json.dumps(report.as_json(store.compare()), allow_nan=False)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1, 1e200])
 def test_what_is_no_accuracy_is_left_out(wrong):
-    store = two().add(1, metrics={"test/accuracy": wrong})
+    store = Store().add(4)
+    store.runs[0]["metrics"]["test/accuracy"] = wrong
     assert row(store.compare(), "GPU A").figures["test_accuracy"].n == 3
 
 
 def test_numbers_of_any_size_make_a_report():
     store = two()
     for size in (1e-300, 1e299):
-        store.add(2, seconds=size, machine=f"{size}", metrics={"memory/peak_mib": size, "test/accuracy": 0.75})
+        store.add(3, seconds=size, machine=f"{size}", metrics={"memory/peak_mib": size, "test/accuracy": 0.75})
         store.sustained(3, speed=size, seconds=1 / size, machine=f"step {size}")
     json.dumps(report.as_json(store.compare()), allow_nan=False)
     report.markdown(store.compare())
 
 
 def test_the_run_that_is_shown_is_the_most_typical_one():
-    found = Store().add(5, seconds=10.0).compare()
-    only = row(found, "GPU A")
+    only = row(Store().add(5, seconds=10.0).compare(), "GPU A")
     assert only.shown["id"].startswith("00000001")  # of 10.0 s, the median
     assert only.shown["link"] == link("7", only.shown["id"])
     assert len(only.course) == EPOCHS and only.course[-1] == (pytest.approx(10.0), 0.75)
 
 
 def test_energies_of_two_sources_are_no_figure():
-    metrics = {"energy/images_per_joule": 5.0}
-    store = Store().add(2, metrics=metrics, energy__source="nvml")
+    store = Store().add(2, metrics={"energy/images_per_joule": 5.0}, energy__source="nvml")
     assert row(store.compare(), "GPU A").figures["images_per_joule"].value == 5
-    store.add(1, metrics=metrics, energy__source="meter")
+    store.runs[0]["tags"]["energy.source"] = "meter"
     only = row(store.compare(), "GPU A")
-    assert "images_per_joule" not in only.figures and only.energy_source == "meter and nvml"
+    assert "images_per_joule" not in only.figures and only.energy_source == ""
 
 
-def test_an_energy_of_nobody_knows_what_is_no_figure():
-    store = Store().sustained(2)
-    for run in store.runs:
-        run["metrics"]["energy/sustained_images_per_joule"] = 5.0
-    assert "images_per_joule" not in row(store.compare(), "GPU A", kind="step").figures
-    for run in store.runs:
-        run["tags"]["sustained.energy_source"] = "nvml"
-    only = row(store.compare(), "GPU A", kind="step")
-    assert (only.figures["images_per_joule"].value, only.energy_source) == (5, "nvml")
-
-
-def test_energy_is_told_where_both_have_the_same_source():
-    store = Store().add(3, metrics={"energy/images_per_joule": 5.0}, energy__source="nvml")
-    other = {"machine": "b" * 12, "hardware": "GPU B", "seconds": 5.0}
-    store.add(3, metrics={"energy/images_per_joule": 12.0}, energy__source="nvml", **other)
-    assert row(store.compare(), "GPU B").claim.sentence.endswith(", with 2.4 times its images per joule (nvml).")
-    for run in store.runs[:3]:
-        run["tags"]["energy.source"] = "meter"
-    assert "joule" not in row(store.compare(), "GPU B").claim.sentence
-
-
-def test_memory_of_a_process_is_not_compared_with_that_of_a_device():
-    metrics = {"memory/peak_mib": 500.0}
-    assert ", at 0.5 of its memory." in row(two(metrics=metrics).compare(), "GPU B").claim.sentence
-    assert "memory" not in row(two(metrics=metrics, device="cpu").compare(), "GPU B").claim.sentence
+@pytest.mark.parametrize(("device", "kind"), [("cuda:1", "tensors"), ("cpu", "process"), ("mps", "driver")])
+def test_memory_is_told_with_what_it_is_of(device, kind):
+    assert row(Store().add(1, device=device).compare(), "GPU A").memory_of == kind
 
 
 # --- the time to an accuracy
 
 
-def test_the_target_is_the_lowest_groups_final_accuracy_rounded_down():
-    found = two(accuracy=0.7392).compare()
-    assert sections(found)[0].target == 0.73
+def test_the_target_is_the_recipes():
+    found = two().compare()
+    assert sections(found)[0].target == 0.5
     b = row(found, "GPU B")
-    assert b.reached == (3, 3)
-    assert b.figures["seconds_to_target"].value == pytest.approx(5.0)  # in the last epoch
+    assert b.reached == (3, 3) and b.figures["seconds_to_target"].value == pytest.approx(2.5)
 
 
-def test_the_time_runs_from_the_beginning_to_the_end_of_the_epoch_that_reached_it():
-    store = Store().add(1).add(1, machine="b" * 12, accuracy=0.3, hardware="GPU B")
-    store.runs[0]["metrics"]["time/total_seconds"] = 14.0  # 4 of them before the first epoch
+def test_where_some_never_reached_it_there_is_no_median():
+    store = Store().add(5)
+    for run in store.runs[3:]:
+        del run["metrics"]["time/to_target_seconds"]
     only = row(store.compare(), "GPU A")
-    assert [seconds for seconds, _ in only.course] == pytest.approx([6.5, 9.0, 11.5, 14.0])
-    assert only.figures["seconds_to_target"].value == pytest.approx(9.0)  # 0.375 in the second
+    assert only.reached == (3, 5) and "seconds_to_target" not in only.figures
+    assert len(only.values["seconds_to_target"]) == 3
 
 
-def test_never_reached_is_said_and_not_imputed():
-    store = Store().add(3)
-    finals = (0.751, 0.749, 0.745)
-    for run, accuracy in zip(store.runs, finals, strict=True):
-        store.courses[run["run_id"]]["val/accuracy"] = [0.1, 0.2, 0.3, accuracy]
-    found = store.compare()
-    assert sections(found)[0].target == 0.74 and row(found, "GPU A").reached == (3, 3)
-    store.courses[store.runs[2]["run_id"]]["val/accuracy"][-1] = 0.739
-    found = store.compare()
-    only = row(found, "GPU A")
-    assert only.reached == (2, 3)
-    assert only.figures["seconds_to_target"] == (pytest.approx(10.1), None, None, 3)  # the third took longer than any
-
-
-def test_a_group_of_which_most_never_reached_it_has_no_time():
-    store = Store().add(3, accuracy=0.75).add(3, machine="b" * 12, hardware="GPU B", accuracy=0.7, taints="load")
-    b = row(store.compare(), "GPU B")  # tainted runs set no target
-    assert b.reached == (0, 3) and "seconds_to_target" not in b.figures
+def test_without_a_target_there_is_no_time_to_it():
+    found = Store().add(3, params={"target_accuracy": "null"}).compare()
+    assert sections(found)[0].target is None and row(found, "GPU A").reached is None
 
 
 def test_a_course_that_is_not_whole_is_not_guessed():
     store = Store().add(1)
     store.courses[store.runs[0]["run_id"]]["time/val_seconds"].pop()
-    found = store.compare()
-    assert row(found, "GPU A").course == [] and row(found, "GPU A").reached is None
-    store = Store().add(1, metrics={"time/total_seconds": 1.0})  # shorter than its epochs
-    found = store.compare()
-    assert row(found, "GPU A").course == [] and row(found, "GPU A").reached is None
-    assert sections(found)[0].target is None
+    assert row(store.compare(), "GPU A").course == []
+    store = Store().add(1)
+    store.runs[0]["metrics"]["time/total_seconds"] = 1.0  # shorter than its epochs
+    assert row(store.compare(), "GPU A").course == []
 
 
 def test_courses_are_read_once_and_only_of_runs_that_are_shown():
-    store = two().add(20, params={"precision": "bf16"}, seconds=99.0)
+    store = two().add(10, params={"precision": "bf16"}, seconds=99.0)
     store.compare()
     assert len(store.asked) == len(set(store.asked)) == 6
 
@@ -562,23 +513,30 @@ def test_courses_are_read_once_and_only_of_runs_that_are_shown():
 # --- prices
 
 
-def test_a_job_costs_its_hours():
-    prices = {"GPU A": replace(PRICE, per_hour=3.6, buy=26_298.0), "GPU B": replace(PRICE, buy=26_298.0)}
+def test_a_job_costs_its_process_in_the_currency_of_its_price():
+    prices = {"GPU A": price(per_hour=3.6), "GPU B": price(buy=26_298.0, machine="a desktop", currency="USD")}
     found = two().compare(prices)
-    assert row(found, "GPU A").costs == {"rented": pytest.approx(0.01), "bought": pytest.approx(10 / 3600)}
-    assert row(found, "GPU B").costs == {"bought": pytest.approx(5 / 3600)}
-    assert row(found, "GPU B").currency == "EUR"
+    a, b = row(found, "GPU A").costs, row(found, "GPU B").costs
+    assert (a.rented, a.bought, a.currency) == (pytest.approx(0.03), None, "EUR")
+    assert (b.rented, b.bought, b.currency) == (None, pytest.approx(25 / 3600), "USD")
 
 
-def test_images_for_money_are_of_the_sustained_speed():
-    found = Store().sustained(2, speed=1000.0).compare({"GPU A": replace(PRICE, per_hour=3.6)})
-    assert row(found, "GPU A", kind="step").costs == {"rented": pytest.approx(1_005_000)}
+def test_images_for_money_are_those_of_the_first_step():
+    found = Store().sustained(3, speed=1000.0).compare({"GPU A": price(per_hour=3.6)})
+    assert score_row(found, "GPU A").costs.rented == pytest.approx(1_000_000)
 
 
 def test_without_a_price_nothing_is_invented():
-    assert row(two().compare(), "GPU A").costs == {}
-    found = two().compare({"GPU a": replace(PRICE, per_hour=1.0)})
-    assert row(found, "GPU A").costs == {} and found.unused_prices == ["GPU a"]
+    assert row(two().compare(), "GPU A").costs is None
+    found = two().compare({"GPU a": price(per_hour=1.0)})
+    assert row(found, "GPU A").costs is None and found.unused_prices == ["GPU a"]
+
+
+def test_the_price_of_a_card_names_its_machine():
+    line = fails(UsageError, lambda: two().compare({"GPU A": price(buy=900.0)}))
+    assert line.startswith("prices: GPU A.machine: missing")
+    two().compare({"GPU A": price(buy=900.0, machine="a desktop"), "GPU B": price(per_hour=1.0)})
+    Store().add(1, backend="cpu", device="cpu").compare({"GPU A": price(buy=900.0)})
 
 
 # --- what to do next
