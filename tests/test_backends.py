@@ -176,6 +176,66 @@ def test_each_card_is_asked_for_its_own_generation(card):
     assert Cuda(1).device == torch.device("cuda:1")
 
 
+@pytest.mark.parametrize(
+    ("capability", "best"),
+    [((5, 2), "fp32"), ((6, 0), "fp16"), ((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"),
+     ((8, 6), "bf16"), ((12, 0), "bf16")],
+)  # fmt: skip
+def test_a_cards_best_precision_is_one_that_it_computes_in_itself(card, capability, best):
+    card(capability)
+    assert Cuda().best_precision() == best in Cuda().precisions
+
+
+@pytest.mark.parametrize(
+    ("architecture", "best"),
+    [("gfx900", "fp16"), ("gfx906:sramecc+:xnack-", "fp16"), ("gfx908", "bf16"), ("gfx90a:sramecc+:xnack-", "bf16"),
+     ("gfx90c", "fp16"), ("gfx942", "bf16"), ("gfx1030", "fp16"), ("gfx1100", "bf16"), ("gfx1201", "bf16")],
+)  # fmt: skip
+def test_amds_best_precision_goes_by_the_architecture(card, monkeypatch, architecture, best):
+    card((9, 0), hip="7.2")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert Cuda().best_precision() == best in Cuda().precisions
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_onednn", "best"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, True, "fp32"),
+        ({"avx512_bf16": True}, True, "bf16"),
+        ({"amx_bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, False, "fp32"),  # a Mac's processor: nothing in torch uses it there
+        ({}, True, "fp32"),
+    ],
+)
+def test_a_processors_best_precision_is_bf16_where_its_instructions_are_used(monkeypatch, flags, has_onednn, best):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    assert Cpu().best_precision() == best
+
+
+@pytest.mark.parametrize(
+    ("chip", "best"),
+    [("Apple M1", "fp16"), ("Apple M2 Ultra", "fp16"), ("Apple M3 Pro", "bf16"), ("Apple M4", "bf16"),
+     ("Apple M10", "bf16"), ("Apple GPU", "bf16")],
+)  # fmt: skip
+def test_apples_first_two_generations_only_emulate_bf16(metal, monkeypatch, chip, best):
+    monkeypatch.setattr(machine, "facts", lambda: {"gpus": [{"vendor": "Apple", "name": chip}]})
+    assert Mps().best_precision() == best in Mps.precisions
+
+
+@pytest.mark.parametrize(("has_matrix_units", "best"), [(True, "bf16"), (False, "fp32")])
+def test_intels_best_precision_is_that_of_its_matrix_units(monkeypatch, has_matrix_units, best):
+    properties = SimpleNamespace(has_subgroup_matrix_multiply_accumulate=has_matrix_units)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
+    assert Xpu().best_precision() == best in Xpu.precisions
+
+
+def test_a_backend_that_tells_nothing_has_fp32():
+    assert Standin().best_precision() == "fp32"
+
+
 @pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", True)])
 def test_autocast_is_for_bf16_alone(precision, enabled):
     with Cpu().autocast(precision):
@@ -400,7 +460,8 @@ def test_cudas_memory_and_waiting_are_of_the_device_itself(monkeypatch, card):
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(60 + index) * MIB)
     )
     second = Cuda(1)
-    second._recorder.hidden_bytes = 7 * MIB
+    graphs = [torch.nn.Identity() for _ in range(2)]
+    second._recorder._hidden |= {graphs[0]: 3 * MIB, graphs[1]: 7 * MIB}
     second.reset_peak_memory()
     second.synchronise()
     assert asked == [(what, torch.device("cuda:1")) for what in ("reset", "wait")]
@@ -409,6 +470,10 @@ def test_cudas_memory_and_waiting_are_of_the_device_itself(monkeypatch, card):
     assert second.free_bytes() == 13 * MIB  # 10 on the card, 3 in the allocator
     assert set(asked) == {torch.device("cuda:1")}
     assert second.capacity_mib() == 61.0
+    del graphs[1]
+    assert second.memory_mib()["peak"] == 2.0 + 3.0
+    del graphs[:]
+    assert second.memory_mib()["peak"] == 2.0
 
 
 class Queues:
@@ -628,7 +693,7 @@ def test_metal_is_one_device_without_an_index(metal, monkeypatch):
     chosen = Mps()
     assert chosen.device == torch.device("mps")
     assert chosen.device.index is None
-    assert (chosen.channels_last("bf16"), chosen.asynchronous, chosen.precisions) == (False, True, ("fp32", "bf16"))
+    assert (chosen.channels_last("bf16"), chosen.asynchronous, chosen.precisions) == (False, True, Mps.precisions)
     for is_there in (True, False):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda is_there=is_there: is_there)
         assert Mps.count() == int(is_there)
