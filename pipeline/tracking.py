@@ -141,7 +141,7 @@ def repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, 
 
 def end_repeats(repeats_id: str, status: str, finished: Collection[str] = ()) -> None:
     """Ends what still runs of these repeats, the run above them included, in whatever experiment: FAILED or KILLED,
-    but FINISHED a training whose record is among `finished`."""
+    but FINISHED a training whose record is among `finished`. (`mlflow run` calls its own run FAILED all the same.)"""
     with _store_errors():
         client = _client()
         everywhere = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from test_tracking import QUIET, client, runs, store  # noqa: F401 (store: each test has its own)
 from test_train import light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import bundle, files, publish, records, tracking
+from pipeline import bundle, files, publish, records, score, tracking
 from pipeline.errors import StageError
 
 OTHER = {"restored", "mlflow.log-model.history"}
@@ -68,10 +68,11 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
         "time/total_seconds",
         "test/accuracy",
         "speed/test_images_per_second",
-        "speed/sustained_images_per_second",
+        "time/process_seconds",
+        score.metric("transformer_best", "images_per_second"),
     }
-    assert len(before["metrics"]["sustained/images_per_second"]) >= 3
-    assert {"sustained.workload", "limited_by", "data.placement"} <= set(before["tags"])
+    assert len(before["metrics"][score.metric("convnet_fp32", "course")]) >= 3
+    assert {score.tag("convnet_fp32", "workload"), "data.placement"} <= set(before["tags"])
     assert "**Sustained**" in before["tags"]["mlflow.note.content"]
     assert len(before["metrics"]["val/loss"]) == 2 and len(before["datasets"]) == 3
     assert before["models"] == 1 and "checkpoints/best.safetensors" in before["artifacts"]
@@ -95,7 +96,7 @@ def test_a_training_is_restored_without_what_was_never_found(left, gone):
     note = run.data.tags["mlflow.note.content"]
     for stage, metric, word in (
         ("evaluate", "test/accuracy", "test accuracy"),
-        ("sustain", "sustained/images_per_second", "**Sustained**"),
+        ("sustain", score.metric("convnet_fp32", "course"), "**Sustained**"),
     ):
         assert (metric in run.data.metrics) == (word in note) == (stage not in gone)
     tested = [] if "evaluate" in gone else ["test"]
@@ -121,7 +122,7 @@ def test_what_was_found_for_another_training_is_left_alone(left, stage):
     (handle,) = publish.restore(record, "trainmark", records.folders(folder))
     metrics = client().get_run(handle.run_id).data.metrics
     assert ("test/accuracy" in metrics) == (stage == "sustain")
-    assert ("speed/sustained_images_per_second" in metrics) == (stage == "evaluate")
+    assert (score.metric("convnet_fp32", "images_per_second") in metrics) == (stage == "evaluate")
 
 
 @pytest.mark.usefixtures("light")
@@ -144,6 +145,37 @@ def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(lef
     )  # by whichever stage was last in time
     assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
     assert len(runs()) == 1
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("gone", [["evaluate"], ["sustain"], ["evaluate", "sustain"], []], ids=" ".join)
+def test_what_a_run_lacks_of_later_stages_is_added_to_it_once(left, gone):
+    record, folder = left
+    for stage in gone:
+        shutil.move(folder / stage, folder / f"{stage} later")
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
+    for stage in gone:
+        shutil.move(folder / f"{stage} later", folder / stage)
+    assert publish.supplement(record, "trainmark", records.folders(folder)) is bool(gone)
+    run = client().get_run(handle.run_id)
+    for stage in ("evaluate", "sustain"):
+        result = result_of(stage, folder)
+        assert result["metrics"].items() <= run.data.metrics.items()
+        assert run.data.tags[publish.digest_tag(stage)] == publish.digest(result)
+    assert run.info.status == "FINISHED"
+    assert publish.supplement(record, "trainmark", records.folders(folder)) is False
+
+
+@pytest.mark.usefixtures("light")
+def test_to_a_run_that_is_not_there_or_was_deleted_nothing_is_added(left):
+    record, folder = left
+    assert publish.supplement(record, "trainmark", records.folders(folder)) is False and runs() == []
+    (folder / "evaluate" / "record.json").rename(folder / "later")
+    (handle,) = publish.restore(record, "trainmark", records.folders(folder))
+    (folder / "later").rename(folder / "evaluate" / "record.json")
+    client().delete_run(handle.run_id)
+    assert publish.supplement(record, "trainmark", records.folders(folder)) is False
+    assert "test/accuracy" not in client().get_run(handle.run_id).data.metrics
 
 
 @pytest.mark.usefixtures("light")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import config, files, records
-from pipeline.errors import UsageError
+from pipeline import config, files, records, score
+from pipeline.errors import StageError, UsageError
 
 HARDWARE = {
     "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "logical_cores": 4,
@@ -21,6 +21,10 @@ GPU = {
     "driver": "580.65",
     "threads": 3,
 }
+
+
+SPEED = score.metric("convnet_fp32", "images_per_second")
+"""The figure of a sustained step."""
 
 
 def backend(kind="cuda", index=0, name=None):
@@ -383,22 +387,21 @@ def test_the_description_of_features_computed_once_says_their_speed(record):
 @pytest.fixture
 def sustained():
     """What `sustain` found."""
-    figures = {"speed/sustained_images_per_second": 8765.4, "time/sustain_seconds": 60.4}
-    return {"metrics": figures, "tags": {"sustained.workload": "0123456789"}, "warnings": []}
+    figures = {SPEED: 8765.4, score.metric("convnet_fp32", "batch_size"): 128.0}
+    return {"metrics": figures, "tags": {score.tag("convnet_fp32", "precision"): "fp32"}, "warnings": []}
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [({}, ""), ({"speed/sustained_last_to_first": 0.9234}, ", the last third of them at 92.3% of the first's speed")],
-)
-def test_the_description_says_what_the_machine_keeps_up(record, sustained, more, said):
+def test_the_description_says_what_the_machine_keeps_up(record, sustained):
     before = records.description(record, {})
-    sustained["metrics"] |= more
     text = records.description(record, {"sustain": sustained})
-    assert text == before + (
-        f"\n**Sustained** 8,765 images/s of finetune's step (workload `0123456789`) for 60 s{said}\n"
-    )
-    assert "**test accuracy" not in text
+    assert text == f"{before}\n**Sustained** convnet fp32 8,765.4 images/s (fp32, batch 128)\n"
+    older = {
+        "metrics": {"speed/sustained_images_per_second": 8765.4},
+        "tags": {"sustained.workload": "0123456789"},
+        "warnings": [],
+    }
+    text = records.description(record, {"sustain": older})
+    assert text.startswith(before) and "8,765 images/s" in text and "`0123456789`" in text
 
 
 def test_the_description_says_nothing_of_what_was_not_sustained(record):
@@ -441,8 +444,18 @@ def test_all_repeats_that_were_trained_are_read_in_their_order(tmp_path):
         folder = records.folders(tmp_path, repeat)["train"]
         files.write_json(folder / "record.json", {"tags": {"repeat": str(repeat), "repeats": "11"}})
     assert [records.repeat_of(each) for each in records.trained(tmp_path)] == list(range(1, 12))
+    (records.folders(tmp_path, 7)["train"] / "record.json").unlink()
+    assert [records.repeat_of(each) for each in records.present(tmp_path)] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    with pytest.raises(StageError, match=r"7.record\.json is missing"):
+        records.trained(tmp_path)
     files.write_json(tmp_path / "train" / "record.json", {"tags": {}})
-    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == [1]
+    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == [1] and records.planned(tmp_path) == 1
+
+
+def test_where_nothing_was_trained_a_single_training_is_missing(tmp_path):
+    assert records.planned(tmp_path) == 1 and records.present(tmp_path) == []
+    with pytest.raises(StageError, match=r"record\.json is missing"):
+        records.trained(tmp_path)
 
 
 @pytest.mark.parametrize(("fallback", "demo"), [({}, ""), ({"fallback": "data"}, "DEMO · ")])
@@ -455,17 +468,14 @@ def test_repeats_are_numbered_and_the_run_above_says_how_many(fallback, demo):
 def test_the_summary_is_median_and_sample_deviation_of_what_all_have():
     found = records.summary(
         [
-            {"test/accuracy": 0.5, "time/total_seconds": 9.0, "time/setup_seconds": 7.0, "time/startup_seconds": 2.0}
-            | {"ceiling/matmul_tflops": 3.0, "energy/joules": 5.0},
-            {"test/accuracy": 0.75, "time/total_seconds": 1.0, "time/setup_seconds": 0.5, "ceiling/matmul_tflops": 3.0},
-            {"test/accuracy": 1.0, "time/total_seconds": 2.0, "time/setup_seconds": 0.5, "ceiling/matmul_tflops": 3.0},
+            {"test/accuracy": 0.5, "time/total_seconds": 9.0, "time/to_target_seconds": 5.0},
+            {"test/accuracy": 0.75, "time/total_seconds": 1.0},
+            {"test/accuracy": 1.0, "time/total_seconds": 2.0, "time/to_target_seconds": 1.0},
         ]
     )
     assert found == {
         "test/accuracy": 0.75, "std/test/accuracy": 0.25,
         "time/total_seconds": 2.0, "std/time/total_seconds": pytest.approx(19**0.5),
-        "time/setup_seconds": 8.0, "time/startup_seconds": 2.0,  # done once: what it took in all
-        "ceiling/matmul_tflops": 3.0,  # measured once: it has no spread
     }  # fmt: skip
 
 
@@ -484,11 +494,13 @@ def test_the_course_is_the_median_of_each_epoch(record):
     assert [type(epoch["figures"]["epoch"]) for epoch in records.course(three[:2])] == [int, int]
 
 
-def test_tags_above_repeats_are_those_that_all_share_and_every_taint():
-    first = {"hardware": "M1", "repeats": "2", "repeat": "1", "limited_by": "data", "taints": "load", "label": None}
-    other = {"hardware": "M1", "repeats": "2", "repeat": "2", "limited_by": "compute", "taints": "swap load"}
+def test_tags_above_repeats_are_those_that_all_share_and_every_word_of_any():
+    first = {"hardware": "M1", "repeats": "2", "repeat": "1", "energy.source": "rapl", "taints": "load", "label": None}
+    other = {"hardware": "M1", "repeats": "2", "repeat": "2", "repeat.pause_seconds": "3.0", "energy.source": "nvml"}
+    other |= {"taints": "swap load", "behavior": "thermal", "sustained.taints": "load"}
     assert records.shared_tags([first, other]) == {
-        "hardware": "M1", "repeats": "2", "limited_by": None, "taints": "load swap", "label": None
+        "hardware": "M1", "repeats": "2", "energy.source": None, "taints": "load swap", "label": None,
+        "behavior": "thermal", "sustained.taints": "load",
     }  # fmt: skip
     assert records.shared_tags([first | {"taints": None}, {"hardware": "M2"}])["taints"] is None
 
@@ -506,7 +518,7 @@ def repeats_of(record, count=3):
 
 def test_what_stands_above_repeats_begins_with_what_they_share(record):
     (_, second, _) = repeats_of(record)
-    second["train"]["tags"] |= {"taints": "load", "limited_by": "data"}
+    second["train"]["tags"] |= {"taints": "load", "behavior": "drift", "repeat.pause_seconds": "3.0"}
     second["train"]["params"] |= {"train.lr": "0.1"}
     found = records.parent(second["train"])
     assert found["name"].endswith(" × 3") and found["params"] == {"train.lr": "0.1"} and found["datasets"] == []
@@ -515,17 +527,26 @@ def test_what_stands_above_repeats_begins_with_what_they_share(record):
 
 def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(record, sustained):
     three = repeats_of(record)
-    three[0]["sustain"] = sustained
+    for each, speed in zip(three, (100.0, 104.0, 102.0), strict=True):
+        each["sustain"] = copy.deepcopy(sustained)
+        each["sustain"]["metrics"][SPEED] = speed
     three[1]["train"]["warnings"] = three[2]["train"]["warnings"] = ["it was hot"]
     text = records.parent_description(three)
     for words in (
-        "**Machine**", "**Work**", "**Sustained**", "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
+        "**Machine**", "**Work**", "**Sustained** convnet fp32 102.0 images/s (fp32, batch 128)",
+        "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
         "test accuracy 50.00% (25.00% to 75.00%), best validation accuracy 25.00% (12.50% to 37.50%)",
-        "| 1 | 7 | 25.00% | 12.50% | 11.00 |", "| 3 | 9 | 75.00% | 37.50% | 13.00 |", "- it was hot (repeat 2, 3)",
+        "| Seconds in all | convnet fp32 |", "| 1 | 7 | 25.00% | 12.50% | 11.00 | 100.0 |",
+        "| 3 | 9 | 75.00% | 37.50% | 13.00 | 102.0 |", "- it was hot (repeat 2, 3)",
     ):  # fmt: skip
         assert words in text, words
-    del three[1]["evaluate"]
-    assert "| 2 | 8 |  | 25.00% | 12.00 |" in records.parent_description(three)
+    del three[1]["evaluate"], three[1]["sustain"]
+    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in records.parent_description(three)
+
+
+def test_above_repeats_that_nothing_was_sustained_beside_stands_nothing_of_it(record):
+    text = records.parent_description(repeats_of(record))
+    assert "**Sustained**" not in text and "| 1 | 7 | 25.00% | 12.50% | 11.00 |\n" in text
 
 
 def test_a_description_ends_where_mlflow_has_no_more_room(record):

@@ -395,19 +395,45 @@ def test_a_deleted_run_above_repeats_is_found_unless_it_was_discarded():
     assert tracking.repeats(REPEATS_ID, "trainmark") == (None, {})
 
 
-@pytest.mark.parametrize(
-    ("status", "counts"), [("FINISHED", True), ("FAILED", False), ("KILLED", False), (None, False)]
-)
-def test_repeats_count_once_the_run_above_them_is_finished_and_that_never(status, counts):
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED", None])
+def test_every_finished_repeat_counts_whatever_became_of_the_run_above_and_that_never(status):
     finished("alone", started=AT - 1)
     parent = parent_of()
     repeat_of(parent, 1)
     repeat_of(parent, 2, status="FAILED")
     if status:
         tracking.end(parent, status)
-    assert {run["name"] for run in tracking.finished_runs()} == ({"repeat 1", "alone"} if counts else {"alone"})
+    assert [run["name"] for run in tracking.finished_runs()] == ["repeat 1", "alone"]
     client().delete_run(parent.run_id)
-    assert [run["name"] for run in tracking.finished_runs()] == ["alone"]
+    assert [run["name"] for run in tracking.finished_runs()] == ["repeat 1", "alone"]
+
+
+def test_what_still_runs_of_repeats_is_ended_and_nothing_else():
+    parent = parent_of(experiment="elsewhere")
+    done, failed = repeat_of(parent, 1), repeat_of(parent, 2, status="FAILED")
+    cut_off, logged = repeat_of(parent, 3, status=None), repeat_of(parent, 4, status=None)
+    tracking.mark(logged, record_of(id="c" * 32))
+    other = tracking.start(record_of(tags={"repeats.id": "b" * 32}))
+    tracking.end_repeats(REPEATS_ID, "KILLED", ["c" * 32])
+    status = [run_of(each).info.status for each in (parent, done, failed, cut_off, logged, other)]
+    assert status == ["KILLED", "FINISHED", "FAILED", "KILLED", "FINISHED", "RUNNING"]
+
+
+def test_a_given_run_says_where_the_repeats_stand_that_go_on(given, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delenv("MLFLOW_RUN_ID")
+        parent = parent_of(experiment=client().get_experiment(given.experiment_id).name)
+        tracking.refer_to(REPEATS_ID)
+    assert "mlflow.note.content" not in client().get_run(given.run_id).data.tags
+    tracking.refer_to(REPEATS_ID)
+    assert parent.run_id in client().get_run(given.run_id).data.tags["mlflow.note.content"]
+    assert "mlflow.note.content" not in run_of(parent).data.tags
+
+
+def test_the_given_run_that_is_above_the_repeats_refers_to_none(given):
+    parent = parent_of()
+    tracking.refer_to(REPEATS_ID)
+    assert parent.run_id == given.run_id and "mlflow.note.content" not in run_of(parent).data.tags
 
 
 def test_a_single_training_may_stand_below_a_run_of_somebody_elses():
