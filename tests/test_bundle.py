@@ -25,10 +25,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tracking import AT, DATASET, client, fresh_store, runs, store  # noqa: F401 (store: each has its own)
 
-from pipeline import bundle, config, files, publish, records, tracking, vetting
+from pipeline import bundle, config, files, publish, records, score, tracking, vetting
 from pipeline.errors import StageError, UsageError
 
 PICTURE = bundle.PNG + b"a picture"
+SPEED, COURSE = (score.metric("convnet_fp32", figure) for figure in ("images_per_second", "course"))
 OTHER = {"restored", "imported", "imported.run_id"}
 """Tags in which an imported run may differ from the live one."""
 
@@ -84,10 +85,22 @@ def evaluation_of(record, at=5000, **changes):
 
 
 def sustained_of(record, at=7000, **changes):
+    figures = {
+        "images_per_second": 750.0, "first_third_images_per_second": 800.0, "seconds": 2.0, "batch_size": 256.0,
+    }  # fmt: skip
+    metrics = {score.metric("convnet_fp32", figure): value for figure, value in figures.items()}
+    tags = {"sustained.convnet_fp32.workload": "001a9f8a3f", "sustained.convnet_fp32.precision": "fp32"}
+    found = {
+        "id": record["id"], "metrics": metrics, "tags": tags | {"sustained.taints": None},
+        "series": {COURSE: [800.0, 700.0]}, "warnings": ["hot"],
+    }  # fmt: skip
+    return found | {"ended": record["started"] + at} | changes
+
+
+def sustained_before_schema_3(record):
     metrics = {"speed/sustained_images_per_second": 750.0, "time/sustain_seconds": 2.0}
     tags = {"sustained.workload": "001a9f8a3f", "sustained.taints": None}
-    found = {"id": record["id"], "metrics": metrics, "tags": tags, "series": [800.0, 700.0], "warnings": ["hot"]}
-    return found | {"ended": record["started"] + at} | changes
+    return sustained_of(record, metrics=metrics, tags=tags, series=[800.0, 700.0])
 
 
 def parts_of(record, evaluation=None, sustained=None):
@@ -261,10 +274,11 @@ def repeat_of(number, count=3, **tags):
 
 
 def repeat_parts(number, count=3, **tags):
-    """A repeat and its later stages; sustained is the first one alone."""
+    """A repeat and its later stages."""
     record = repeat_of(number, count, **tags)
     found = {"test/accuracy": number / 8, "test/loss": 1.5}
-    sustained = sustained_of(record, 7000 + number) if number == 1 else None
+    sustained = sustained_of(record, 7000 + number)
+    sustained["metrics"][SPEED] += number
     return parts_of(record, evaluation_of(record, 5000 + number, metrics=found), sustained)
 
 
@@ -300,16 +314,15 @@ def above(tmp_path):
 def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
     run = client().get_run(live_repeats(tmp_path).run_id)
     assert (run.info.run_name, run.info.status) == ("AMD EPYC · blog · fp32 × 3", "FINISHED")
-    assert (run.info.start_time, run.info.end_time) == (AT + 10, AT + 10 + 7001)
+    assert (run.info.start_time, run.info.end_time) == (AT + 10, AT + 30 + 7003)
     metrics = run.data.metrics
     assert (metrics["time/total_seconds"], metrics["std/time/total_seconds"]) == (4.0, pytest.approx(4.0414518843))
     assert (metrics["test/accuracy"], metrics["std/test/accuracy"]) == (0.25, 0.125)
-    assert metrics["speed/sustained_images_per_second"] == 750 and "std/time/sustain_seconds" not in metrics
+    assert (metrics[SPEED], metrics[f"std/{SPEED}"]) == (752, 1)
     course = client().get_metric_history(run.info.run_id, "train/loss")
     assert [(each.step, each.value) for each in course] == [(1, 1.25), (2, 0.625)]
-    assert len(client().get_metric_history(run.info.run_id, "sustained/images_per_second")) == 2
     tags = run.data.tags
-    assert {"repeats.id", "repeats", "workload", "sustained.workload"} <= set(tags)
+    assert {"repeats.id", "repeats", "workload", "sustained.convnet_fp32.workload"} <= set(tags)
     assert not {"repeat", "record", "mlflow.parentRunId"} & set(tags)
     assert "| 2 | 1 | 25.00% | 25.00% | 4.00 |" in tags["mlflow.note.content"]
     assert "settings.seed" not in run.data.params and run.data.params["train.lr"] == "0.1"
@@ -335,7 +348,7 @@ def test_repeats_come_whole_into_another_store_and_from_there_into_a_third(tmp_p
         parents = {run["tags"]["mlflow.parentRunId"] for run in tracking.finished_runs()}
         assert [client().get_run(run_id).info.run_name for run_id in parents] == ["AMD EPYC · blog · fp32 × 3"]
         (run,) = [run for run in runs() if run.info.run_id in parents]
-        assert run.data.tags["imported"] == "from a bundle of schema 2" and "imported.run_id" not in run.data.tags
+        assert run.data.tags["imported"] == "from a bundle of schema 3" and "imported.run_id" not in run.data.tags
         assert run.info.start_time == AT + 10
     assert found[0] == found[1] == found[2]
     second, third = (bundle.read(tmp_path / f"{name}.zip", tmp_path / name) for name in ("second", "third"))
@@ -356,8 +369,8 @@ def test_whatever_the_order_the_run_above_waits_for_all_and_comes_to_the_same(tm
         found = above(tmp_path)
         if len(seen) < 3:
             assert found["tags"]["mlflow.note.content"] == f"{len(seen)} of 3 repeats are here"
-            assert found["metrics"] == {} and found["info"][1] == "SCHEDULED" and tracking.finished_runs() == []
-    assert len(tracking.finished_runs()) == 3
+            assert found["metrics"] == {} and found["info"][1] == "SCHEDULED"
+        assert len(tracking.finished_runs()) == len(seen)
     elsewhere("all")
     bundle.import_runs([pack(tmp_path / "all.zip", *(repeat_parts(number) for number in (3, 2, 1)))])
     assert above(tmp_path) == found
@@ -369,13 +382,13 @@ def test_whatever_the_order_the_run_above_waits_for_all_and_comes_to_the_same(tm
 def test_what_differs_between_repeats_does_not_stand_above_them_but_taints_do(tmp_path, elsewhere):
     elsewhere("other")
     paths = [
-        pack(tmp_path / f"{number}.zip", repeat_parts(number, 2, limited_by=limit, taints=taints))
-        for number, limit, taints in ((2, "data", "swap"), (1, "compute", "load"))
+        pack(tmp_path / f"{number}.zip", repeat_parts(number, 2, **{"data.placement": place, "taints": taints}))
+        for number, place, taints in ((2, "device", "swap"), (1, "host", "load"))
     ]
     for path in paths:
         bundle.import_runs([path])
     tags = above(tmp_path)["tags"]
-    assert "limited_by" not in tags and tags["taints"] == "load swap"
+    assert "data.placement" not in tags and tags["taints"] == "load swap"
 
 
 @pytest.mark.parametrize("gone", ["above", "below"])
@@ -392,7 +405,7 @@ def test_of_repeats_what_was_deleted_stays_deleted(tmp_path, elsewhere, gone):
     assert client().get_run(deleted.info.run_id).info.lifecycle_stage == "deleted"
     note = client().get_run(parent.info.run_id).data.tags["mlflow.note.content"]
     assert "median and range of 3" in note  # its figures are still of all three
-    assert len(tracking.finished_runs()) == (0 if gone == "above" else 2)
+    assert len(tracking.finished_runs()) == (3 if gone == "above" else 2)
 
 
 @pytest.mark.parametrize("in_store", [True, False])
@@ -417,7 +430,7 @@ def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, store, other, 
 
 @pytest.mark.parametrize("broken", ["start", "mark", "log_series"])
 def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, store, monkeypatch, broken):  # noqa: F811
-    """The second of the calls fails: a repeat's start, another one's mark, the series of the run above."""
+    """The second of the calls fails: a repeat's start, another one's mark or course."""
     path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
     calls, real = [], getattr(tracking, broken)
 
@@ -450,6 +463,51 @@ def test_a_bundle_of_schema_1_is_still_read(tmp_path, elsewhere):
     assert again["metrics"] == run["metrics"] and again["tags"]["imported.run_id"] == run["tags"]["imported.run_id"]
 
 
+def test_a_bundle_of_schema_2_is_still_read(tmp_path, elsewhere):
+    record = record_of()
+    parts = parts_of(record, evaluation_of(record), sustained_before_schema_3(record))
+    path = pack(tmp_path / "x.zip", parts, manifest=manifest_of(listed(parts), schema=2))
+    elsewhere("other")
+    bundle.import_runs([path])
+    (run,) = runs()
+    assert run.data.tags["imported"] == "from a bundle of schema 2"
+    assert run.data.metrics["speed/sustained_images_per_second"] == 750
+    course = client().get_metric_history(run.info.run_id, "sustained/images_per_second")
+    assert [each.value for each in course] == [800, 700]
+    assert (
+        "**Sustained** 750 images/s of the recipe finetune's step (workload `001a9f8a3f`)"
+        in (run.data.tags["mlflow.note.content"])
+    )
+    bundle.export(tmp_path / "again.zip")
+    (again,) = bundle.read(tmp_path / "again.zip", tmp_path / "unpacked")
+    assert again.schema == 3 and again.results["sustain"] == sustained_before_schema_3(record)
+
+
+# --- without pictures
+
+
+def test_pictures_are_left_out_where_asked_and_nothing_else_is(tmp_path, elsewhere):
+    live(tmp_path / "a")
+    for name, options in (("with", []), ("without", ["--without-pictures"])):
+        bundle.main(["export", "--out", str(tmp_path / f"{name}.zip"), *options])
+    found = {}
+    for name in ("with", "without"):
+        (run,) = bundle.read(tmp_path / f"{name}.zip", tmp_path / name)
+        found[name] = {path.relative_to(run.folder).as_posix(): path.read_bytes() for path in run.folder.rglob("*.*")}
+    pictures = {path for path in found["with"] if path.endswith(".png")}
+    assert len(pictures) == 4
+    assert found["without"] == {path: data for path, data in found["with"].items() if path not in pictures}
+
+    elsewhere("other")
+    bundle.import_runs([tmp_path / "without.zip"])
+    (run,) = runs()
+    assert run.info.status == "FINISHED" and run.data.metrics["test/accuracy"] == 0.5
+    assert client().list_artifacts(run.info.run_id, "plots") == []
+    bundle.export(tmp_path / "again.zip")
+    (again,) = bundle.read(tmp_path / "again.zip", tmp_path / "again")
+    assert set(again.stages) == {"train", "evaluate", "sustain"}
+
+
 # --- from store to store
 
 
@@ -478,10 +536,10 @@ def test_runs_come_whole_into_another_store(tmp_path, elsewhere, capsys):
             assert after[name][1][part] == before[name][1][part], part
         assert after[name][0] == before[name][0]
     assert len(after[record["id"]][1]["metrics"]["val/loss"]) == 2
-    assert len(after[record["id"]][1]["metrics"]["sustained/images_per_second"]) == 2
+    assert len(after[record["id"]][1]["metrics"][COURSE]) == 2
     assert "plots/confusion_matrix.png" in after[record["id"]][1]["artifacts"]
     tags = client().get_run(tracking.find(record["id"], "trainmark").run_id).data.tags
-    assert tags["imported"] == "from a bundle of schema 2" and "restored" not in tags
+    assert tags["imported"] == "from a bundle of schema 3" and "restored" not in tags
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
 
@@ -715,14 +773,11 @@ def test_the_run_that_holds_most_is_exported(tmp_path):
 def test_a_run_that_would_not_be_taken_is_left_out(tmp_path, capsys):
     live(tmp_path / "a", 1)
     live(tmp_path / "b", 2, warnings=["x" * 2000])
-    lost = live(tmp_path / "c", 3)[1]
-    shutil.rmtree(next(tmp_path.glob(f"mlruns/*/{lost.run_id}/artifacts/plots")))
     capsys.readouterr()
     bundle.export(tmp_path / "x.zip")
     assert [run.record["id"] for run in bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")] == [f"{1:032x}"]
     left = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert len(left) == 2 and any("train/record.json: warnings[0]" in line for line in left)
-    assert any("train/plots: a stage has pictures if it has a record" in line for line in left)
+    assert len(left) == 1 and "train/record.json: warnings[0]" in left[0]
 
 
 def test_a_strangers_picture_stays_where_it_is(tmp_path):
@@ -881,7 +936,7 @@ def other_format(path):
 
 
 def newer_schema(path):
-    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=3, more=1), extra=[("new.html", b"x")])
+    pack(path, whole_parts(), manifest=manifest_of(listed(whole_parts()), schema=4, more=1), extra=[("new.html", b"x")])
 
 
 def no_runs(path):
@@ -894,7 +949,7 @@ def many_metrics(path):
 
 
 def many_values(path):
-    pack(path, parts_of(record_of(), None, sustained_of(record_of(), series=[1.0] * 100_000)))
+    pack(path, parts_of(record_of(), None, sustained_of(record_of(), series={COURSE: [1.0] * 100_000})))
 
 
 def many_epochs(path):
@@ -1078,7 +1133,7 @@ BAD = {
     "another zip": (another_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "an empty zip": (empty_zip, "it is no bundle of Trainmark: bundle.json is missing"),
     "another format": (other_format, "it is no bundle of Trainmark: its format is not"),
-    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 3; this one reads up to 2): update this one"),
+    "a newer schema": (newer_schema, "made by a newer Trainmark (schema 4; this one reads up to 3): update this one"),
     "schema 0": (listing("schema", 0), f"schema: 0 {NOT_ALLOWED}"),
     "a schema of words": (listing("schema", "1"), f"schema: '1' {NOT_ALLOWED}"),
     "no runs": (no_runs, "runs: there are 0"),
@@ -1092,7 +1147,10 @@ BAD = {
     "true for a figure": (value("metrics|test", True), f"metrics: test: True {NOT_ALLOWED}"),
     "a negative duration": (value("metrics|time/total_seconds", -0.5), f"time/total_seconds: -0.5 {NOT_ALLOWED}"),
     "a negative epoch": (value("epochs|1|figures|time/train_seconds", -1), f"time/train_seconds: -1 {NOT_ALLOWED}"),
-    "a negative speed": (value("series|0", -1, S), f"series[0]: -1 {NOT_ALLOWED}"),
+    "a negative speed": (value(f"series|{COURSE}|0", -1, S), f"series: {COURSE}[0]: -1 {NOT_ALLOWED}"),
+    "a negative old speed": (value("series", [-1], S), f"series[0]: -1 {NOT_ALLOWED}"),
+    "a negative score": (value(f"metrics|{SPEED}", -1, S), f"metrics: {SPEED}: -1 {NOT_ALLOWED}"),
+    "another metric's course": (value("series", {"test/accuracy": [1.0]}, S), "'test/accuracy' is not known here"),
     "more than right": (value("metrics|test/accuracy", 1.5, E), f"test/accuracy: 1.5 {NOT_ALLOWED}"),
     "ended before it began": (value("ended", AT - 1), "ended: "),
     "evaluated before it began": (value("ended", AT - 1, E), "it is of another training, or of before it"),
@@ -1163,11 +1221,23 @@ BAD = {
     "speed without seconds": (
         value("metrics", {"speed/sustained_images_per_second": 1}, S), '"time/sustain_seconds" is missing'
     ),
+    "a score without its batch": (
+        value("metrics|sustained/convnet_fp32_batch_size", None, S), f"convnet_fp32_batch_size: None {NOT_ALLOWED}"
+    ),
+    "a score of another step": (
+        value("metrics", {score.metric("transformer_best", "images_per_second"): 1}, S),
+        '"sustained/transformer_best_first_third_images_per_second" is missing',
+    ),
+    "a score without its work": (
+        value("tags", {"sustained.convnet_fp32.precision": "fp32"}, S), '"sustained.convnet_fp32.workload" is missing'
+    ),
+    "a score at an odd precision": (
+        value("tags|sustained.convnet_fp32.precision", "fp8", S), "convnet_fp32.precision: 'fp8' is not allowed"
+    ),
     # files
     "no record": (without("train/record.json"), '"train/record.json" is missing'),
     "no hardware.json": (without("train/hardware.json"), '"train/hardware.json" is missing'),
-    "no picture": (without(*(f"train/plots/{name}.png" for name in ("loss", "accuracy", "samples"))), "has pictures"),
-    "a picture of nothing": (without(E), "evaluate/plots: a stage has pictures if it has a record"),
+    "a picture of nothing": (without(E), "evaluate/plots: a stage without a record has no pictures"),
     "an empty file": (as_json("train/plots/loss.png", b""), f"bytes: 0 {NOT_ALLOWED}"),
     "a run that is not listed": (with_extra(f"runs/{2:032x}/train/record.json"), "it is missing from bundle.json"),
     "a run that is not there": (listing("runs|0|files|train/plots/x.png", FACTS), "x.png: it is missing from the zip"),

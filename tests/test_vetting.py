@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_bundle import evaluation_of, record_of, sustained_of
+from test_bundle import evaluation_of, record_of, sustained_before_schema_3, sustained_of
 
 from pipeline import vetting
 from pipeline.errors import UsageError
@@ -84,9 +84,18 @@ def test_the_values_of_a_record_are_counted():
     record = record_of()
     assert vetting.record(record, "here") == 2 * (10 + 1) + 4
     assert vetting.evaluation(evaluation_of(record), "here") == 3
-    assert vetting.sustained(sustained_of(record), "here") == 2 + 2
-    nothing = {"metrics": {}, "tags": {}, "series": [], "warnings": []}  # with sustain_seconds=0
-    assert vetting.sustained(sustained_of(record, **nothing), "here") == 0
+    assert vetting.sustained(sustained_of(record), "here") == 4 + 2
+    assert vetting.sustained(sustained_before_schema_3(record), "here") == 2 + 2
+    for series in ([], {}):  # with sustain_seconds=0, before schema 3 and since
+        nothing = {"metrics": {}, "tags": {}, "series": series, "warnings": []}
+        assert vetting.sustained(sustained_of(record, **nothing), "here") == 0
+
+
+@pytest.mark.parametrize("figure", ["first_third_images_per_second", "seconds", "batch_size"])
+def test_the_speed_of_a_step_needs_what_belongs_to_it(figure):
+    sustained = sustained_of(record_of())
+    del sustained["metrics"][f"sustained/convnet_fp32_{figure}"]
+    assert f'"sustained/convnet_fp32_{figure}" is missing' in refused(vetting.sustained, sustained, "here")
 
 
 def test_on_features_an_epoch_needs_no_speed():
