@@ -18,7 +18,7 @@ from selenium.webdriver.support import expected_conditions as expected
 from selenium.webdriver.support.ui import WebDriverWait
 from test_tracking import fresh_store
 
-from pipeline import compare, config, tracking, ui, views
+from pipeline import compare, config, score, tracking, ui, views
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -34,8 +34,9 @@ SECONDS = {"Made GPU A": 10.25, "Made GPU B": 5.125}
 PARENTS = [f"{name} · finetune · fp32 × 3" for name in SECONDS]
 SINGLES = [f"{name} · linear-probe · fp32" for name in SECONDS]
 COLUMNS = [
-    "speed/sustained_images_per_second", "time/total_seconds", "test/accuracy", "memory/peak_mib",
-    "speed/train_images_per_second", "repeats", "limited_by", "workload", "hardware", "recipe", "precision",
+    *(score.metric(step.name, "images_per_second") for step in score.STEPS),
+    "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib", "speed/train_images_per_second",
+    "repeats", "behavior", "workload", "hardware", "recipe", "precision",
 ]  # fmt: skip
 """Those that the made runs have something for."""
 
@@ -58,8 +59,8 @@ def log_machines():
     for hardware, seconds in SECONDS.items():
         machine = {"hardware": hardware, "machine": hardware[-1] * 12, "precision": "fp32"}
         machine |= {"seconds": seconds, "speed": 10_000 / seconds}
-        store.sustained(3, limited_by="compute", **machine)
-        store.sustained(1, limited_by="data", recipe="linear-probe", workload="w2", **machine)
+        store.sustained(3, behavior="drift", **machine)
+        store.sustained(1, recipe="linear-probe", workload="w2", **machine)
         *repeats, single = store.runs[-4:]
         name = f"{hardware} · finetune · fp32"
         shared = {"repeats": "3", "repeats__id": machine["machine"]}
