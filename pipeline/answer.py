@@ -13,6 +13,7 @@ NAMED = 3
 """So many machines of a kind are named; the table has all."""
 
 CLAIMED = ("faster", "slower")
+UNDECIDED = ("none", "small")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,20 @@ def answer(comparison: Comparison) -> str:
 
 
 def _of_score(table: Score) -> _Compared | None:
-    """By the first step that more than one machine ran."""
+    """By the first step that several machines ran: one with a claim before one with a ratio alone before others."""
+    if table.reference is None:
+        return None
+    steps = []
     for step in score.STEPS:
-        having = [(row.head, row.steps[step.name].claim) for row in table.rows if step.name in row.steps]
-        if table.reference is not None and len(having) > 1 and any(claim.kind == "reference" for _, claim in having):
-            return _Compared(table.reference, having, f"at {step.title}")
-    return None
+        rows = [(row.head, row.steps[step.name].claim) for row in table.rows if step.name in row.steps]
+        if len(rows) > 1 and any(claim.kind == "reference" for _, claim in rows):
+            steps.append(_Compared(table.reference, rows, f"at {step.title}"))
+
+    def rank(compared: _Compared) -> tuple[bool, bool]:
+        claims = [claim for _, claim in compared.rows]
+        return not any(claim.kind in CLAIMED for claim in claims), not any(map(_ratio, claims))
+
+    return min(steps, key=rank, default=None)
 
 
 def _of_work(sections: Sequence[Section]) -> _Compared | None:
@@ -62,25 +71,26 @@ def _of_work(sections: Sequence[Section]) -> _Compared | None:
 
 
 def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
-    named = [(head.name, claim) for head, claim in compared.rows]
-    claimed = [item for item in named if item[1].kind in CLAIMED]
-    others = [item for item in named if item[1].kind not in (*CLAIMED, "reference")]
+    claimed = [(head.name, claim) for head, claim in compared.rows if claim.kind in CLAIMED]
     claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
     sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
     if len(claimed) > NAMED:
         sentences.append(f"{len(claimed) - NAMED} more are in the table.")
+    others = [(head, claim) for head, claim in compared.rows if claim.kind not in (*CLAIMED, "reference")]
     if not claimed:
-        first = next((item for item in others if item[1].kind in ("none", "small")), None)
+        first = next((item for item in others if item[1].kind in UNDECIDED), None)
         first = first or next((item for item in others if _ratio(item[1])), None)
         if first is not None:
             others.remove(first)
-            sentences += _unclaimed(compared, *first)
-    undecided = [name for name, claim in others if claim.kind in ("none", "small")]
+            sentences += _unclaimed(compared, first[0].name, first[1])
+    undecided = [head.name for head, claim in others if claim.kind in UNDECIDED]
     if undecided:
         sentences.append(f"No difference from {compared.reference} is established for {_listed(undecided)}.")
-    reasons = {name: claim.reason for name, claim in others if claim.kind not in ("none", "small")} | dict(unscored)
+    reasons = {head.name: head.problem or claim.reason for head, claim in others if claim.kind not in UNDECIDED}
+    reasons |= unscored
     if reasons:
-        sentences.append(f"Not compared: {_listed([f'{name} ({why})' for name, why in reasons.items() if why])}.")
+        absent = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
+        sentences.append(f"Not compared: {_listed(absent)}.")
     return sentences
 
 
@@ -95,7 +105,7 @@ def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
 
 
 def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
-    if claim.kind in ("none", "small"):
+    if claim.kind in UNDECIDED:
         return [claim.sentence]
     # A set that is planned anew stands beside one that failed only under another label.
     label = " -S label=NAME" if any(head.planned > 1 for head, _ in compared.rows) else ""

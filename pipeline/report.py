@@ -80,9 +80,7 @@ def span(comparison: Comparison) -> str:
     when = days[0] if days[0] == days[1] else f"{days[0]} to {days[1]}"
     text = f"{_counted(comparison.runs, 'run')} of {_counted(comparison.machines, 'machine')}, {when}."
     if comparison.copies:
-        text += (
-            f" {comparison.copies} more {'is a copy' if comparison.copies == 1 else 'are copies'} in other experiments."
-        )
+        text += f" {comparison.copies} cop{'y' if comparison.copies == 1 else 'ies'} in another experiment not counted."
     if comparison.rules.tainted:
         text += " Disturbed runs are in the figures (compare.tainted)."
     return text
