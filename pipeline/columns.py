@@ -68,7 +68,7 @@ def score_columns(table: Score) -> list[Column]:
     cells |= {step.title: lambda row, step=step: _step(step, row) for step in others}  # type: ignore[misc]
     cells |= {
         "memory": lambda row: _machine_memory(row.head),
-        "watts": lambda row: Cell(factor(row.watts), (row.energy_source,)) if row.watts else Cell(),
+        "watts": lambda row: Cell(factor(row.watts), [row.energy_source]) if row.watts else Cell(),
         "images/J": _efficiency,
         "images per money": _images_for_money,
     }
@@ -123,7 +123,7 @@ def _ratio_note(text: str, claim: Claim) -> str:
 def _machine_memory(head: Head) -> Cell:
     if not head.memory_gib:
         return Cell()
-    return Cell(f"{head.memory_gib} GiB", ("RAM" if head.backend in ("cpu", "mps") else "card",))
+    return Cell(f"{head.memory_gib} GiB", ["RAM" if head.backend in ("cpu", "mps") else "card"])
 
 
 def _efficiency(row: ScoreRow) -> Cell:
@@ -186,7 +186,7 @@ def ratio_cell(claim: Claim) -> Cell:
     if claim.kind == "reference":
         return Cell("1")
     if claim.speedup is None:
-        return Cell("not compared", (claim.reason,)) if claim.kind == "other" else Cell()
+        return Cell("not compared", [claim.reason]) if claim.kind == "other" else Cell()
     notes = [_interval(claim.speedup), KINDS.get(claim.kind, "")]
     return Cell(ratio_words(claim.speedup.value), [note for note in dict.fromkeys(notes) if note])
 
