@@ -31,6 +31,7 @@ from pipeline import (
     model,
     plots,
     records,
+    repeats,
     sustain,
     tracking,
     train,
@@ -54,6 +55,7 @@ CEILINGS = {"ceiling/matmul_tflops", "ceiling/memory_gb_per_second", "ceiling/sy
 ONCE = {
     "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
     "time/inspect_seconds", "time/checkpoint_seconds", "time/logging_seconds", "time/unaccounted_seconds",
+    "time/process_seconds",
     "efficiency/vs_synthetic", "efficiency/model_flops_utilisation", *CEILINGS, "best/epoch", "best/val_accuracy",
 }  # fmt: skip
 PER_EPOCH = {
@@ -62,7 +64,7 @@ PER_EPOCH = {
 }  # fmt: skip
 LEFT = {
     "best.safetensors", "curves.csv", "hardware.json", "metrics.json", "params.yaml", "record.json",
-    "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "repeats/figures.csv",
+    "plots/samples.png", "plots/loss.png", "plots/accuracy.png",
 }  # fmt: skip
 
 
@@ -139,6 +141,35 @@ def trained(settings_of, tmp_path, light):
 
 
 @pytest.fixture
+def driven(monkeypatch):
+    """Drives stages of repeats, each of which runs in this process."""
+    modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
+
+    def drive(settings, folder, *stages):
+        def child(command, number, where, lock):
+            for stage in stages:
+                modules[stage].run(settings, where, number)
+            return 0
+
+        monkeypatch.setattr(repeats, "_waited_for", child)
+        repeats.drive(settings, folder, stages, settings.repeats, [])
+
+    return drive
+
+
+@pytest.fixture
+def repeated(settings_of, tmp_path, light, driven):
+    """As `trained`, of several repeats; the seeds of the model are as those of processes."""
+
+    def run(*overrides):
+        settings = settings_of(*SMALL, *overrides)
+        prepare(settings, tmp_path / "outputs")
+        driven(settings, tmp_path / "outputs", "train")
+
+    return run
+
+
+@pytest.fixture
 def out(tmp_path):
     return tmp_path / "outputs" / "train"
 
@@ -180,90 +211,56 @@ WAYS = [("recipe=linear-probe",), ("recipe=finetune", "batch_size=16"), ("recipe
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, out, way):
-    trained(*way, "repeats=3", "seed=4")
-    repeats = records.trained(out.parent)
+def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, repeated, out, way):
+    repeated(*way, "repeats=3", "seed=4")
+    three = records.trained(out.parent)
     alone = [trained(*way, f"seed={seed}") for seed in (4, 5, 6)]
-    for repeat, single in zip(repeats, alone, strict=True):
+    for repeat, single in zip(three, alone, strict=True):
         assert untimed(repeat) == untimed(single)
         assert repeat["params"] == single["params"] | {"settings.repeats": "3"}
         assert repeat["datasets"] == single["datasets"]
     assert untimed(alone[0]) != untimed(alone[1]) != untimed(alone[2])
 
 
-def test_repeats_are_runs_below_one_that_tells_of_them_all(trained, out):
-    first = trained("repeats=3")
-    repeats = records.trained(out.parent)
-    assert repeats[0] == json.loads(json.dumps(first)) and len({each["id"] for each in repeats}) == 3
-    (shared,) = {each["tags"]["repeats.id"] for each in repeats}
-    assert [(each["tags"]["repeat"], each["tags"]["repeats"]) for each in repeats] == [(n, "3") for n in "123"]
-    others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT - {"repeats/figures.csv"}}
-    assert left_in(out) == LEFT | others
-    for number, record in enumerate(repeats, 1):
+def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
+    repeated("repeats=3")
+    three = records.trained(out.parent)
+    assert len({each["id"] for each in three}) == 3
+    (shared,) = {each["tags"]["repeats.id"] for each in three}
+    assert [(each["tags"]["repeat"], each["tags"]["repeats"]) for each in three] == [(n, "3") for n in "123"]
+    assert ["repeat.pause_seconds" in each["tags"] for each in three] == [False, True, True]
+    others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT}
+    assert left_in(out) == LEFT | others | {"repeats/figures.csv", "set.json"}
+    for number, record in enumerate(three, 1):
         _, facts = model.load_checkpoint(records.folders(out.parent, number)["train"] / "best.safetensors")
         assert facts.record == record["id"]
-    assert files.read_json(out / "metrics.json") == records.summary([records.figures(each) for each in repeats])
+    assert files.read_json(out / "metrics.json") == records.summary([records.figures(each) for each in three])
     with (out / "repeats" / "figures.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["repeat"], row["seed"]) for row in rows] == [("1", "0"), ("2", "1"), ("3", "2")]
-    assert [float(row["train/loss"]) for row in rows] == [records.figures(each)["train/loss"] for each in repeats]
-    assert rows[0]["time/startup_seconds"] and rows[1]["time/startup_seconds"] == ""
+    assert [float(row["train/loss"]) for row in rows] == [records.figures(each)["train/loss"] for each in three]
 
     parent, there = tracking.repeats(shared, "trainmark")
     run = client().get_run(parent.run_id)
-    assert (
-        run.info.status == "FINISHED" and run.info.run_name == f"{first['tags']['hardware']} · linear-probe · fp32 × 3"
-    )
-    assert run.data.metrics["time/total_seconds"] == sorted(r["metrics"]["time/total_seconds"] for r in repeats)[1]
+    hardware = three[0]["tags"]["hardware"]
+    assert run.info.status == "FINISHED" and run.info.run_name == f"{hardware} · linear-probe · fp32 × 3"
+    for key in ("time/total_seconds", "time/startup_seconds", "ceiling/matmul_tflops"):
+        assert run.data.metrics[key] == sorted(each["metrics"][key] for each in three)[1]
+        assert f"std/{key}" in run.data.metrics
+    assert not {"repeat", "repeat.pause_seconds"} & set(run.data.tags)
     for number, row in there.items():
         child = client().get_run(row["run_id"])
         assert child.info.status == "FINISHED" and child.data.tags["mlflow.parentRunId"] == parent.run_id
-        assert child.data.tags["record"] == repeats[number - 1]["id"]
-        assert child.info.run_name == f"{first['tags']['hardware']} · linear-probe · fp32 · {number}/3"
+        assert child.data.tags["record"] == three[number - 1]["id"]
+        assert child.info.run_name == f"{hardware} · linear-probe · fp32 · {number}/3"
     assert len(runs()) == 4
-
-
-def test_what_is_done_once_stands_in_the_first_repeat_alone(trained, out, monkeypatch):
-    done = []
-    for module, name in ((training, "warm_up"), (training, "measure_ceilings"), (conditions, "sample")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: done.append(name) or real(*a))
-    decode = training.sources.decode
-    monkeypatch.setattr(training.sources, "decode", lambda *args: done.append("decode") or decode(*args))
-    monkeypatch.setattr(ceilings, "DATA_BELOW", 0.0)
-    trained("repeats=3")
-    assert [done.count(name) for name in ("warm_up", "measure_ceilings", "decode")] == [1, 1, 1]
-    assert done.count("sample") == 1 + 3  # before all, and after each
-    once = {"time/startup_seconds", "time/data_seconds", "time/ceilings_seconds"}
-    first, *others = [set(record["metrics"]) for record in records.trained(out.parent)]
-    assert once <= first and all(first - each == once and each < first for each in others)
-
-
-def test_the_memory_of_one_repeat_is_free_before_the_next_one_needs_its_own(trained, monkeypatch):
-    placed, alive, place, features = [], [], training.place, engine.compute_features
-
-    def plain(split):  # of the warm-up, before anything is placed
-        return split
-
-    def noted(split):
-        placed.append(weakref.ref(split.inputs))
-        return split
-
-    def placing(work, splits, working, most):
-        alive.append(sum(ref() is not None for ref in placed))
-        copies = {name: data.Split(split.inputs.clone(), split.labels, split.rows) for name, split in splits.items()}
-        found, where = place(work, copies, working, most)
-        return {name: noted(split) for name, split in found.items()}, where
-
-    monkeypatch.setattr(training, "place", placing)
-    monkeypatch.setattr(engine, "compute_features", lambda *args: (noted if alive else plain)(features(*args)))
-    trained("repeats=3", "epochs=1")
-    assert alive == [0, 0, 0] and len(placed) == 3 * 4
 
 
 @pytest.mark.parametrize(("error", "status"), [(StageError("no more"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_repeat_that_fails_fails_them_all(trained, out, monkeypatch, error, status, failing):
+def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_later(
+    repeated, out, monkeypatch, error, status, failing
+):
     epochs, begun = engine.train, []
 
     def fails(*args):
@@ -274,20 +271,40 @@ def test_a_repeat_that_fails_fails_them_all(trained, out, monkeypatch, error, st
 
     monkeypatch.setattr(engine, "train", fails)
     with pytest.raises(type(error)):
-        trained("repeats=3", "epochs=1")
-    found = {run.info.run_name.split(" · ")[-1]: run.info.status for run in runs()}
-    assert found == {"fp32 × 3": status} | {
-        f"{number}/3": status if number == failing else "FINISHED" for number in range(1, failing + 1)
-    }
-    assert tracking.finished_runs() == []  # nor is what came out before
-    with pytest.raises(StageError, match=r"record\.json is missing"):
-        records.trained(out.parent)
+        repeated("repeats=3", "epochs=1")
+
+    def found():
+        return sorted((run.info.run_name.split(" · ")[-1], run.info.status) for run in runs())
+
+    ended = [(f"{number}/3", status if number == failing else "FINISHED") for number in range(1, failing + 1)]
+    assert found() == [*ended, ("fp32 × 3", status)]
+    assert len(tracking.finished_runs()) == failing - 1
+    first = [record["id"] for record in records.present(out.parent)]
+
+    repeated("repeats=3", "epochs=1")
+    assert len(begun) == 4  # the one that failed, and three
+    whole = [(f"{number}/3", "FINISHED") for number in (1, 2, 3)]
+    assert found() == sorted([*whole, (f"{failing}/3", status), ("fp32 × 3", "FINISHED")])
+    assert [record["id"] for record in records.trained(out.parent)][: failing - 1] == first
+    assert len({record["tags"]["repeats.id"] for record in records.trained(out.parent)}) == 1
 
 
-def test_a_single_training_stands_alone(trained, out):
+def test_repeats_below_a_run_that_was_deleted_meanwhile_come_to_their_end(repeated, out, monkeypatch):
+    start = tracking.start
+
+    def deletes(record, parent=None):
+        if parent is not None and not tracking.is_deleted(parent):
+            client().delete_run(parent.run_id)
+        return start(record, parent)
+
+    monkeypatch.setattr(tracking, "start", deletes)
+    repeated("repeats=2", "epochs=1")
+    assert sorted(run["name"].split(" · ")[-1] for run in tracking.finished_runs()) == ["1/2", "2/2"]
+
+
+def test_a_single_training_stands_alone(trained):
     record = trained("repeats=1")
-    assert not {"repeats.id", "repeat", "repeats"} & set(record["tags"])
-    assert left_in(out / "repeats") == {"figures.csv"} and len(runs()) == 1
+    assert not {"repeats.id", "repeat", "repeats"} & set(record["tags"]) and len(runs()) == 1
 
 
 # --- what it leaves
@@ -315,7 +332,10 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     times = [record["started"], *(epoch["at"] for epoch in record["epochs"]), record["ended"]]
     assert times == sorted(times)
     # Two steps have a median; of what one in ten took they tell nothing.
-    assert set(record["metrics"]) == ONCE | {"speed/feature_images_per_second", "time/step_p50_seconds"}
+    assert set(record["metrics"]) - {"time/to_target_seconds"} == ONCE | {
+        "speed/feature_images_per_second",
+        "time/step_p50_seconds",
+    }
     assert record["tags"]["data.placement"] == "device"
     assert facts["verdict"].startswith("images passed at ") and not facts["recorded"]
 
@@ -424,7 +444,7 @@ def test_a_store_that_is_not_there_ends_it_before_it_starts(trained, out, monkey
     (out / "record.json").write_text("stale")
     with pytest.raises(StageError, match=r"broken\.db can't be used"):
         trained()
-    assert not out.exists()
+    assert left_in(out) == set()
 
 
 @pytest.mark.parametrize("broken", ["log_epoch", "log_files", "log_model", "set_tags"])
@@ -446,9 +466,7 @@ def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, b
     (run,) = runs()
     assert run.info.status == "FAILED"
     # The record comes last, so that `evaluate` does not take a training that was not logged whole.
-    assert left_in(out) == (
-        {"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json", "repeats/figures.csv"}
-    )
+    assert left_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json"})
     assert model.load_checkpoint(out / "best.safetensors")[1].epoch == 1
 
 
@@ -546,11 +564,11 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
     assert metrics["time/data_seconds"] == 1
     assert metrics["time/setup_seconds"] == 3 * 10  # building, warming up, back to the beginning
     assert metrics["time/inspect_seconds"] == 2 * 3
-    assert metrics["time/ceilings_seconds"] == 2 * 50  # such a slow training makes it doubt the first
+    assert metrics["time/ceilings_seconds"] == 50
     assert metrics["time/logging_seconds"] == 4 * 8  # the start, the mark, two epochs
     checkpoints = metrics["time/checkpoint_seconds"] / 7
     assert checkpoints in (1, 2)  # the second epoch may be no better
-    spans = 3 + 1 + 2 + 2 + 4 + checkpoints + 1 + (features == "cache") + 4
+    spans = 3 + 1 + 2 + 1 + 4 + checkpoints + 1 + (features == "cache") + 4
     assert metrics["time/unaccounted_seconds"] == 0.25 * (spans - 1)
     assert [epoch["figures"]["time/train_seconds"] for epoch in record["epochs"]] == [10_000] * 2
     assert [epoch["figures"]["time/val_seconds"] for epoch in record["epochs"]] == [200_000] * 2
@@ -564,10 +582,38 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
         assert record["epochs"][0]["figures"]["speed/train_images_per_second"] == 54 / 10_000
 
 
-def test_the_time_of_starting_up_is_the_processs(trained, monkeypatch):
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("earlier", [0.0, 2.25])
+def test_the_times_of_starting_up_and_of_all_are_the_processs_without_earlier_stages(monkeypatch, tmp_path, earlier):
     script(monkeypatch, [0.5])
-    monkeypatch.setattr(train.time, "time", lambda: train.psutil.Process().create_time() + 12.5)
-    assert trained("epochs=1")["metrics"]["time/startup_seconds"] == 12.5
+    passed = [12.5]
+    monkeypatch.setattr(train.time, "time", lambda: train.psutil.Process().create_time() + passed[0])
+    mark = tracking.mark
+    monkeypatch.setattr(tracking, "mark", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
+    prepare(generated(), tmp_path / "outputs")
+    metrics = train.run(generated("epochs=1"), tmp_path / "outputs", earlier=earlier)["metrics"]
+    assert metrics["time/startup_seconds"] == pytest.approx(12.5 - earlier, abs=1e-3)
+    assert metrics["time/process_seconds"] == pytest.approx(42.5 - earlier, abs=1e-3)
+    assert runs()[0].data.metrics["time/process_seconds"] == metrics["time/process_seconds"]
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(("target", "epochs"), [("0.5", 2), ("0.25", 1), ("0.75", 3), ("0.8", None), ("null", None)])
+def test_the_time_to_the_target_is_that_of_the_first_epoch_that_reaches_it(trained, monkeypatch, target, epochs):
+    def paced(job, *args):
+        for epoch, accuracy in enumerate((0.25, 0.5, 0.75, 0.5), 1):
+            for name in ("train", "validate"):
+                with job.clock.span(name):
+                    pass
+            yield {
+                "epoch": epoch, "train/loss": 1.0, "train/accuracy": 0.5, "val/loss": 1.0, "val/accuracy": accuracy,
+                "train/lr": 0.1, "time/train_seconds": 10_000.0, "time/val_seconds": 200_000.0,
+            }  # fmt: skip
+
+    monkeypatch.setattr(engine, "train", paced)
+    metrics = trained("epochs=4", f"target_accuracy={target}", "features=cache")["metrics"]
+    assert metrics["time/total_seconds"] == 1100 + 4 * 210_000
+    assert metrics.get("time/to_target_seconds") == (epochs and 1100 + epochs * 210_000)
 
 
 @pytest.mark.parametrize(("steps", "told"), [(2, {"p50"}), (18, {"p50", "p90"})])
@@ -856,7 +902,7 @@ def test_the_cpu_that_was_asked_for_is_no_fallback(trained, monkeypatch, capsys)
 @pytest.mark.parametrize(("setting", "expected"), [("threads=1", 1), ("threads=null", 2)])
 def test_threads_are_those_of_the_setting(trained, monkeypatch, setting, expected):
     script(monkeypatch, [0.5])
-    torch.set_num_threads(2)
+    monkeypatch.setattr(training, "THREADS", 2)
     record = trained("epochs=1", setting)
     assert torch.get_num_threads() == expected
     assert record["hardware"]["torch"]["threads"] == expected
@@ -879,9 +925,18 @@ def test_what_taints_the_figures_is_said_and_tagged(trained, monkeypatch):
     assert "other processes" in run.data.tags["mlflow.note.content"]
 
 
+def test_how_the_machine_itself_behaved_is_no_taint(trained, monkeypatch):
+    samples = iter([{"cpu_load": 0.4}, {"gpu_throttle": "hw thermal slowdown"}])
+    monkeypatch.setattr(conditions, "sample", lambda *_: next(samples))
+    record = trained("epochs=1")
+    assert (record["tags"]["taints"], record["tags"]["behavior"]) == ("load", "throttled")
+    assert any("thermal slowdown" in sentence for sentence in record["warnings"])
+    assert runs()[0].data.tags["behavior"] == "throttled"
+
+
 def test_a_calm_machine_has_no_taint_and_no_energy(trained):
     record = trained("epochs=1")
-    assert "taints" not in record["tags"] and record["warnings"] == []
+    assert not {"taints", "behavior"} & set(record["tags"]) and record["warnings"] == []
     assert not [key for key in record["metrics"] if key.startswith("energy/")]
 
 
