@@ -329,6 +329,32 @@ def test_bars_begin_at_zero_and_ratios_at_one():
     assert 1 in figure.axes[0].get_xticks()
 
 
+@pytest.mark.parametrize(("smallest", "scale"), [(1.0, "log"), (1.1, "linear")])
+def test_values_a_hundredfold_apart_have_a_logarithmic_axis_that_says_so(smallest, scale):
+    figure = plots.bars([bar("A", 100.0), bar("B", smallest), bar("C")], title=TITLE, unit="images/s")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == scale and axes.get_xlabel().startswith("images/s")
+    assert ("logarithmic" in axes.get_xlabel()) == (scale == "log")
+    assert all(width > 0 for _, width in patches(figure))
+    low, high = axes.get_xlim()
+    assert low < smallest and high >= 100
+
+
+@pytest.mark.parametrize("values", [(1.0, 100.0), (1e-12, 1e12), (9.5, 7875.0), (999.0, 1e6)])
+def test_a_logarithmic_axis_of_bars_has_labels_that_stay_apart_and_inside(values):
+    figure = plots.bars([bar(f"M{value}", value) for value in values], title=TITLE, unit="s")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    shown = [tick for tick in figure.axes[0].xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in shown]
+    assert len(boxes) >= 2 and all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+    assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
+
+
+def test_an_axis_of_ratios_says_that_it_is_logarithmic():
+    assert "logarithmic" in plots.ratios([bar("A", 3.0)], title=TITLE, unit="times").axes[0].get_xlabel()
+
+
 def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():
     rows = [bar("A", 2.0, 1.9, 2.1), bar("B", 1.5, 1e-9, math.inf), bar("C", 1.2, 0.0, 1e12)]
     figure = plots.ratios(rows, title=TITLE, unit="times")
@@ -354,8 +380,8 @@ def test_ticks_of_ratios_stay_apart(values):
 def test_looks_differ_in_more_than_colour():
     looks = [(look["facecolor"], look.get("hatch"), look.get("linestyle")) for look in plots.BARS.values()]
     without_colour = {(face == "white", *rest) for (face, *rest), name in zip(looks, plots.BARS, strict=True) if name in
-                      ("faster", "slower", "none", "few", "tainted")}  # fmt: skip
-    assert len(without_colour) == 5
+                      ("faster", "slower", "none", "small", "few", "problem")}  # fmt: skip
+    assert len(without_colour) == 6
     assert len({dashes for _, dashes, _ in plots.CURVES[:4]}) == 4
     assert len({marker for *_, marker in plots.CURVES}) == len(plots.CURVES)
 
@@ -371,7 +397,8 @@ def test_few_courses_share_a_chart_and_many_have_one_each():
 
 def test_times_that_lie_far_apart_have_a_logarithmic_axis():
     assert plots.courses([curve("A", 1.0), curve("B", 19.0)], target=None, title=TITLE).axes[0].get_xscale() == "linear"
-    assert plots.courses([curve("A", 1.0), curve("B", 21.0)], target=None, title=TITLE).axes[0].get_xscale() == "log"
+    axes = plots.courses([curve("A", 1.0), curve("B", 21.0)], target=None, title=TITLE).axes[0]
+    assert axes.get_xscale() == "log" and "logarithmic" in axes.get_xlabel()
 
 
 def test_a_course_of_one_epoch_is_drawn():
