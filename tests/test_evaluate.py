@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mlflow.entities import ViewType
 from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
-from test_train import generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+from test_train import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import data, evaluate, files, model, plots, publish, records, sources, tracking, train
 from pipeline.errors import StageError, UsageError
 
-LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png", "repeats/figures.csv"}
+LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png"}
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def outputs(once, store, tmp_path, light):  # noqa: F811
     return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate", "sustain"))
 
 
-def line(settings, folder):
+def line(settings, folder, number=1):
     before = [(run.info.run_id, run.info.status, dict(run.data.metrics)) for run in runs()]
     with pytest.raises(UsageError) as caught:
-        evaluate.run(settings, folder)
+        evaluate.run(settings, folder, number)
     assert len(str(caught.value).splitlines()) == 1
     assert [(run.info.run_id, run.info.status, dict(run.data.metrics)) for run in runs()] == before
     assert not (folder / "evaluate").exists()
@@ -165,18 +165,14 @@ def test_the_test_split_is_an_input_of_the_run(outputs):
     assert [each["name"] for each in result["datasets"]] == ["synthetic-test"]
 
 
-def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path, light, monkeypatch, capsys):  # noqa: F811
+def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path, light, driven, capsys):  # noqa: F811
     settings, outputs = generated("repeats=3", "epochs=1"), tmp_path / "outputs"
     prepare(settings, outputs)
-    train.run(settings, outputs)
-    decoded, decode = [], sources.decode
-    monkeypatch.setattr(sources, "decode", lambda *args: decoded.append(args[2]) or decode(*args))
-    result = evaluate.run(settings, outputs)
-    assert decoded == ["test"]
+    driven(settings, outputs, "train")
+    driven(settings, outputs, "evaluate")
     results = [
         files.read_json(outputs / "evaluate" / place / "record.json") for place in (".", "repeats/2", "repeats/3")
     ]
-    assert result == results[0]
     for each, record in zip(results, records.trained(outputs), strict=True):
         run = client().get_run(tracking.find(record["id"], "trainmark").run_id)
         assert each["id"] == record["id"] and each["metrics"].items() <= run.data.metrics.items()
@@ -189,14 +185,28 @@ def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path
     assert summary.items() <= parent.data.metrics.items()
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("repeats  median and range of 3: ") and "test accuracy" in said[-1]
+    assert not [each for each in said if "-S repeats=3" in each]
 
 
-def test_of_repeats_with_a_damaged_checkpoint_nothing_is_written(tmp_path, light):  # noqa: F811
+def test_a_repeat_is_evaluated_beside_what_the_others_left(tmp_path, light, driven):  # noqa: F811
     settings, outputs = generated("repeats=2", "epochs=1"), tmp_path / "outputs"
     prepare(settings, outputs)
-    train.run(settings, outputs)
+    driven(settings, outputs, "train")
+    for number in (2, 1, 2):
+        stale = records.folders(outputs, number)["evaluate"] / "stale.txt"
+        files.write_text(stale, "stale")
+        evaluate.run(settings, outputs, number)
+        assert not stale.exists()
+    left = {path.relative_to(outputs / "evaluate").as_posix() for path in (outputs / "evaluate").rglob("*.json")}
+    assert left == {"record.json", "metrics.json", "repeats/2/record.json", "repeats/2/metrics.json"}
+
+
+def test_a_repeat_with_a_checkpoint_of_another_is_refused(tmp_path, light, driven):  # noqa: F811
+    settings, outputs = generated("repeats=2", "epochs=1"), tmp_path / "outputs"
+    prepare(settings, outputs)
+    driven(settings, outputs, "train")
     shutil.copy(outputs / "train" / "best.safetensors", outputs / "train" / "repeats" / "2" / "best.safetensors")
-    assert "it is a checkpoint of another training" in line(settings, outputs)
+    assert "it is a checkpoint of another training" in line(settings, outputs, 2)
 
 
 def test_a_single_run_is_told_how_to_get_an_interval(outputs, capsys):
