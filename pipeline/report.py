@@ -237,7 +237,8 @@ def _short_score(table: Score) -> str:
     whole = {column.heading: column.cells for column in score_columns(table)}
     columns = [Column(word, [Cell(cell.text) for cell in whole[word][: len(rows)]]) for word in ("machine", "n")]
     steps = [Column(step.title, [Cell(step_speed(row, step)) for row in rows]) for step in score.STEPS]
-    return _markdown_table([columns[0], *(column for column in steps if any(column.cells)), columns[1]])
+    measured = [column for column in steps if any(cell.text for cell in column.cells)]
+    return _markdown_table([columns[0], *measured, columns[1]])
 
 
 def _more(count: int) -> list[str]:

@@ -10,22 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import bundle, cli, config, fetch, records, terminal
+from pipeline import bundle, cli, config, fetch, records, score, terminal
 from pipeline.errors import StageError, UsageError
 
 RESULTS = Path(__file__).resolve().parent
 
 NAME = r"[a-z0-9]+(-[a-z0-9]+)*\.zip"
-MOST_BYTES = 16 * bundle.MIB
-"""Of a bundle: git keeps every one for ever. A run has some 0.3 MiB, and a model 45."""
+MOST_BYTES = bundle.MIB
+"""Of a bundle: git keeps every one for ever."""
 
 DATA = {
     f"md5:{fetch.ARCHIVE_MD5}": "CIFAR-10 as it was published",
     "sha256:9419ce0480866c3ae20df07945813dff2b619c2ade0af4d77c7ab957ad6e5904": "CIFAR-10 as JPEG of quality 75",
 }
 """What a result may be trained on, by the digest that `download` gives it. Nobody else has another's own images."""
-
-PICTURES = {"train": ("samples", "loss", "accuracy"), "evaluate": ("confusion_matrix",)}
 
 PRIVATE = {
     "a home folder": re.compile(r"(?:/home/|/Users/|\b[a-z]:[\\/]+Users[\\/]+)\w", re.IGNORECASE),
@@ -70,7 +68,7 @@ def _of_file(path: Path, runs: Sequence[bundle.Run], owners: dict[str, str]) -> 
     if not re.fullmatch(NAME, path.name):
         yield "expected a name of small letters, digits and hyphens, such as apple-m1.zip"
     if (size := path.stat().st_size) > MOST_BYTES:
-        yield f"it has {size:,} bytes, of at most {MOST_BYTES:,}: export it without models"
+        yield f"it has {size:,} bytes, of at most {MOST_BYTES:,}: export it --without-pictures and without models"
     machines = sorted({run.record["tags"]["machine"] for run in runs})
     if len(machines) > 1:
         yield f"it holds runs of {len(machines)} machines ({', '.join(machines)}): expected a bundle for each"
@@ -97,13 +95,8 @@ def _missing(run: bundle.Run) -> Iterator[str]:
     if "evaluate" not in run.results:
         yield "it was not evaluated"
     asked = run.record["params"].get("settings.sustain_seconds") != "0.0"
-    first = records.repeat_of(run.record) == 1  # with which it is measured for all repeats
-    if asked and first and "sustained.workload" not in _of_sustain(run):
-        yield "its sustained speed is missing"
-    for stage in run.stages.keys() & PICTURES:
-        for name in PICTURES[stage]:
-            if not (run.folder / stage / "plots" / f"{name}.png").exists():
-                yield f"{stage}/plots/{name}.png is missing"
+    if asked and not any(score.tag(step.name, "workload") in _of_sustain(run) for step in score.STEPS):
+        yield "its score is missing"
 
 
 def _unreal(run: bundle.Run) -> Iterator[str]:
@@ -133,11 +126,13 @@ def _other_work(run: bundle.Run, settings: config.Settings) -> Iterator[str]:
         others = _other_settings(run.record["params"], records.params(expected))
         reason = ", ".join(others[:3]) or f"other data than {' or '.join(DATA.values())}, weights or code"
         yield f"workload {tags['workload']} is not that of {recipe} in params.yaml: {reason}"
-    step = config.sustained_workload(config.sustained(expected), settings.sustain_seconds)
-    done = _of_sustain(run).get("sustained.workload", step)
-    if done != step:
-        repeated = f"{config.SUSTAINED}'s step for {settings.sustain_seconds:g} s"
-        yield f"sustained.workload {done} is not {step}, that of params.yaml: {repeated}"
+    for step in score.STEPS:
+        halves = [step.batch_size >> halved for halved in range(step.batch_size.bit_length())]
+        fitting = {score.workload(step, batch, settings.sustain_seconds) for batch in halves}
+        done = _of_sustain(run).get(score.tag(step.name, "workload"))
+        if done is not None and done not in fitting:
+            seconds = f"{settings.sustain_seconds:g} s"
+            yield f"{step.title} is not that of params.yaml: {seconds} with a batch of {step.batch_size}, or halved"
 
 
 def _other_settings(have: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

@@ -385,6 +385,13 @@ def test_the_terminal_has_the_answer_the_score_and_what_is_claimed():
     assert "from process start to result" in lines[-1]
 
 
+def test_a_step_that_none_ran_is_no_column_on_the_terminal():
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B")
+    for run in store.runs:
+        del run["metrics"][score.metric("transformer_best", "images_per_second")]
+    assert "| convnet best" in (text := report.on_terminal(store.compare())) and "transformer" not in text
+
+
 def test_the_terminal_stays_short_with_forty_machines():
     lines = report.on_terminal(many(40).compare()).splitlines()
     assert len(lines) < 60 and sum("more in the report" in line for line in lines) == 2

@@ -18,7 +18,7 @@ from test_bundle import (
 )
 from test_tracking import store  # noqa: F401 (each test has its own)
 
-from pipeline import bundle, config, records
+from pipeline import config, records, score
 from pipeline.errors import StageError, UsageError
 from results import check, compare
 
@@ -40,11 +40,11 @@ def result_of(number=1, *, recipe="blog", data=PUBLISHED, weights=None, settings
     return record_of(number, **changes)
 
 
-def later_of(record, seconds=60.0):
-    """What `evaluate` and `sustain` left for it, its step repeated for `seconds`."""
-    settings = config.load()
-    step = config.sustained_workload(config.sustained(settings), seconds)
-    tags = {"sustained.workload": step, "sustained.taints": None}
+def later_of(record, seconds=60.0, batch=256):
+    """What `evaluate` and `sustain` left for it, the convnet repeated for `seconds`."""
+    step = score.STEPS[0]
+    tags = {score.tag(step.name, "workload"): score.workload(step, batch, seconds), "sustained.taints": None}
+    tags[score.tag(step.name, "precision")] = "fp32"
     return evaluation_of(record), sustained_of(record, tags=tags, warnings=[])
 
 
@@ -117,11 +117,23 @@ def test_what_tells_of_nobody_is_no_fault(tmp_path, capsys, text):
 
 
 def test_repeats_that_are_all_there_are_no_fault(tmp_path, capsys):
-    first, *others = [result_of(n, repeats__id="5" * 32, repeats="3", repeat=str(n)) for n in (1, 2, 3)]
-    later = [parts_of(record, evaluation_of(record)) for record in others]
-    assert said(capsys, pack(tmp_path / "a.zip", whole(first), *later), status=None)
-    (line,) = said(capsys, pack(tmp_path / "a.zip", parts_of(first, evaluation_of(first)), *later))
-    assert line.endswith("its sustained speed is missing")
+    repeats = [result_of(n, repeats__id="5" * 32, repeats="3", repeat=str(n)) for n in (1, 2, 3)]
+    assert said(capsys, pack(tmp_path / "a.zip", *map(whole, repeats)), status=None)
+    without = parts_of(repeats[2], evaluation_of(repeats[2]))
+    (line,) = said(capsys, pack(tmp_path / "a.zip", *map(whole, repeats[:2]), without))
+    assert line.endswith("its score is missing")
+
+
+@pytest.mark.parametrize("batch", [128, 1])
+def test_a_batch_that_was_halved_is_no_fault(tmp_path, capsys, batch):
+    assert said(
+        capsys, pack(tmp_path / "a.zip", parts_of(result_of(), *later_of(result_of(), batch=batch))), status=None
+    )
+
+
+def test_pictures_may_be_left_out(tmp_path, capsys):
+    parts = {name: content for name, content in whole(result_of()).items() if not name.endswith(".png")}
+    assert said(capsys, pack(tmp_path / "a.zip", parts), status=None)
 
 
 # --- what may not
@@ -133,15 +145,6 @@ def only_trained():
 
 def without_step():
     return parts_of(result_of(), evaluation_of(result_of()))
-
-
-def without(name):
-    def make():
-        parts = whole(result_of())
-        del parts[name]
-        return parts | {f"{name.rpartition('/')[0]}/another.png": bundle.PNG}
-
-    return make
 
 
 def demo():
@@ -159,9 +162,7 @@ BLOG = {key: records.params(config.load(["recipe=blog"]))[f"train.{key}"] for ke
     ("make", "line"),
     [
         (only_trained, "it was not evaluated"),
-        (without_step, "its sustained speed is missing"),
-        (without("train/plots/samples.png"), "train/plots/samples.png is missing"),
-        (without("evaluate/plots/confusion_matrix.png"), "evaluate/plots/confusion_matrix.png is missing"),
+        (without_step, "its score is missing"),
         (demo, "it is a DEMO: stand-ins for data weights"),
         (lambda: whole(result_of(hardware="Apple M1 (simulated)")), "its hardware says that it is simulated"),
         (lambda: whole(result_of(label="SIMULATED desk")), "its label says that it is simulated"),
@@ -179,7 +180,7 @@ BLOG = {key: records.params(config.load(["recipe=blog"]))[f"train.{key}"] for ke
             lambda: whole(result_of(data="sha256:" + "0" * 64)),
             "in params.yaml: other data than CIFAR-10 as it was published or CIFAR-10 as JPEG",
         ),
-        (other_seconds, "that of params.yaml: finetune's step for 60 s"),
+        (other_seconds, "convnet fp32 is not that of params.yaml: 60 s"),
         (
             lambda: saying("train/record.json", "warnings|0", "read from /home/ada/pictures"),
             "train/record.json holds a home folder ('read from /home/ada/pictures')",
@@ -220,7 +221,7 @@ def test_all_that_is_wrong_is_said(tmp_path, capsys):
     for fault in (
         "expected a name of small letters",
         "not evaluated",
-        "sustained speed",
+        "its score is missing",
         "a DEMO",
         "an e-mail address",
     ):
@@ -250,7 +251,7 @@ def test_a_large_bundle_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "MOST_BYTES", path.stat().st_size)
     assert said(capsys, path, status=None)
     monkeypatch.setattr(check, "MOST_BYTES", path.stat().st_size - 1)
-    assert "export it without models" in said(capsys, path)[0]
+    assert "--without-pictures" in said(capsys, path)[0]
 
 
 def test_what_is_no_bundle_is_said_and_the_next_one_is_looked_at(tmp_path, capsys):
@@ -318,7 +319,9 @@ def two(tmp_path):
     for first, name, machine, seconds in ((1, "a", "a" * 12, 6.0), (4, "b", "b" * 12, 3.0)):
         runs = []
         for number in range(first, first + 3):
-            record = result_of(number, machine=machine, hardware=f"GPU {name.upper()}")
+            tags = {"repeats__id": name * 32, "repeats": "3", "repeat": str(number - first + 1)}
+            tags |= {"software__execution": str(config.EXECUTION_VERSION), "hardware": f"GPU {name.upper()}"}
+            record = result_of(number, machine=machine, settings=[f"seed={number - first}"], **tags)
             record["metrics"]["time/total_seconds"] = seconds + number / 100
             runs.append(whole(record))
         ids = [listed(parts, run_id=f"{first + place:032x}") for place, parts in enumerate(runs)]
@@ -342,7 +345,7 @@ def test_the_same_bundles_give_the_same_reports_and_no_store_is_touched(two, sto
     ]
     text = reports[0]["compare.html"].decode()
     assert 'href="a.zip">00000' in text and 'href="b.zip">00000' in text
-    assert "times as fast as GPU A" in reports[0]["compare.md"].decode()
+    assert "times as fast as GPU A on this work" in reports[0]["compare.md"].decode()
     for report in reports[0].values():
         assert b"127.0.0.1" not in report and str(two.parent).encode() not in report
 
