@@ -110,7 +110,8 @@ def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
     # A set that is planned anew stands beside one that failed only under another label.
     label = " -S label=NAME" if any(head.planned > 1 for head, _ in compared.rows) else ""
     more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
-    return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}.", more]
+    basis = f" ({claim.basis})" if claim.basis else ""
+    return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]
 
 
 def _pair(compared: _Compared, name: str, claim: Claim) -> str:

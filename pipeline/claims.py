@@ -88,7 +88,7 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
         ratio = times_as_fast(candidate, reference, speedup.value)
         basis = evidence(candidate, reference)
         few = f"{ratio} {rules.where}; too few runs for a claim ({basis}): -S repeats=5 on both."
-        return Claim("few", few, speedup, basis=basis, reason=f"too few runs ({basis})")
+        return Claim("few", few, speedup, basis=basis, reason="too few runs")
     accuracy = _equivalence(candidate, reference, rules.margin)
     if accuracy is not None and not accuracy.established:
         reason = parity_words(accuracy)

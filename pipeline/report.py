@@ -113,7 +113,7 @@ def work_claims(section: Section, table: Table) -> list[tuple[str, str]]:
         return []
     told = []
     for row in table.rows:
-        sentences = [row.claim.sentence] if row.claim.sentence else _problem(row.head)
+        sentences = _sentences(row.head, row.claim)
         if row.whole.kind in ("faster", "slower", "none", "small"):
             sentences.append(row.whole.sentence)
         told.append((row.claim.kind, " ".join(sentences)))
@@ -125,13 +125,16 @@ def score_claims(table: Score) -> list[tuple[str, str]]:
     told = []
     for row in table.rows:
         claim = next((figures.claim for figures in row.steps.values()), Claim("alone"))
-        told += [(claim.kind, text) for text in ([claim.sentence] if claim.sentence else _problem(row.head))]
-    return told
+        told.append((claim.kind, " ".join(_sentences(row.head, claim))))
+    return [(kind, text) for kind, text in told if text]
 
 
-def _problem(head: Head) -> list[str]:
-    """Why nothing is claimed of a row that no claim's sentence is about."""
-    return [f"{head.name}: no claim. {head.problem[0].upper()}{head.problem[1:]}."] if head.problem else []
+def _sentences(head: Head, claim: Claim) -> list[str]:
+    """The claim's, and why nothing is claimed of the row, where that is not in it."""
+    sentences = [claim.sentence] if claim.sentence else []
+    if head.problem and claim.kind != "problem":
+        sentences.append(f"{head.name}: no claim. {head.problem[0].upper()}{head.problem[1:]}.")
+    return sentences
 
 
 def no_reference(table: Score | Table) -> str:

@@ -437,3 +437,9 @@ def test_what_is_infinite_is_null_in_json():
 def test_a_version_is_todays_without_being_named():
     (section,) = sections(two().compare())
     assert section.version == str(config.EXECUTION_VERSION) and report.heading(section) == section.title
+
+
+def test_a_row_that_is_not_compared_still_says_what_its_problem_is():
+    store = Store().sustained(3).sustained(3, machine="b" * 12, hardware="GPU B", batch=128, taints="load")
+    ((_, text),) = report.score_claims(store.compare().parts[0].score)
+    assert "batch 128 against 256" in text and "GPU B: no claim. Disturbed (load)." in text
