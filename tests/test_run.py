@@ -1,4 +1,4 @@
-"""All stages in one process: in order, and in a folder that no other run has."""
+"""All stages: in order, in a folder that no other run has, in one process or in one for each repeat."""
 
 import subprocess
 import sys
@@ -6,9 +6,9 @@ import threading
 
 import pytest
 from test_tracking import runs, store  # noqa: F401 (store: each test has its own)
-from test_train import REPEATED, SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
+from test_train import REPEATED, SMALL, STEPS, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, config, download, evaluate, files, hardware, run, sustain, train
+from pipeline import compare, config, download, evaluate, files, hardware, repeats, run, score, sustain, train
 from pipeline.errors import StageError
 
 STAGES = (hardware, download, train, evaluate, sustain, compare)
@@ -28,7 +28,12 @@ def called(monkeypatch):
     """The stages as they are called, with what; none of them does anything."""
     calls = []
     for stage in STAGES:
-        monkeypatch.setattr(stage, "run", lambda settings, folder, stage=stage: calls.append((stage, settings, folder)))
+
+        def call(*args, stage=stage, **changes):
+            calls.append((stage, *args))
+
+        monkeypatch.setattr(stage, "run", call)
+    monkeypatch.setattr(repeats, "summarise", lambda folder, stage: calls.append((f"{stage} summed up", folder)))
     return calls
 
 
@@ -36,15 +41,82 @@ def test_the_stages_run_in_order_in_one_folder(settings_of, base, called, tmp_pa
     settings = settings_of()
     run.run(settings, tmp_path / "outputs")
     own = base / "20260102-030405-linear-probe"
-    assert called == [(stage, settings, own) for stage in STAGES]
+    assert [call for call in called if not isinstance(call[0], str)] == [(stage, settings, own) for stage in STAGES]
+    summed_up = [call for call in called if isinstance(call[0], str)]
+    assert summed_up == [(f"{stage} summed up", own) for stage in ("train", "evaluate", "sustain")]
     assert own.is_dir() and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.usefixtures("base", "called")
+def test_the_training_learns_how_long_the_stages_before_took(settings_of, monkeypatch, tmp_path):
+    passed, told = [100.0], []
+    monkeypatch.setattr(run.time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(download, "run", lambda *_: passed.insert(0, 107.5))
+    monkeypatch.setattr(train, "run", lambda *_, earlier: told.append(earlier))
+    run.run(settings_of(), tmp_path)
+    assert told == [7.5]
+
+
+# --- repeats
+
+
+@pytest.fixture
+def driven(monkeypatch):
+    """What is driven; no process is started."""
+    calls = []
+    monkeypatch.setattr(repeats, "drive", lambda *args: calls.append(args))
+    return calls
+
+
+def test_repeats_are_driven_and_compared(settings_of, base, called, driven, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--repeats", "3"])
+    monkeypatch.setattr(repeats, "unfinished", lambda *_: None)
+    settings, own = settings_of("repeats=3"), base / "20260102-030405-linear-probe"
+    run.run(settings, base)
+    assert driven == [(settings, own, run.REPEATED, 3, [sys.executable, "-m", "pipeline.run", "--repeats", "3"])]
+    assert [(stage, place) for stage, _, place in called] == [(stage, own) for stage in (hardware, download, compare)]
+
+
+def test_repeats_that_were_cut_off_go_on_in_their_folder(settings_of, base, called, driven, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(repeats, "unfinished", lambda *args: asked.append(args) or tmp_path / "earlier")
+    settings, own = settings_of("repeats=3"), base / "20260102-030405-linear-probe"
+    run.run(settings, base)
+    assert asked == [(base, settings, own)] and not own.exists()
+    ((_, place, *_),) = driven
+    assert place == called[-1][2] == tmp_path / "earlier"
+
+
+def test_a_failing_repeat_is_not_compared(settings_of, base, called, monkeypatch):
+    def fails(*args):
+        raise repeats.RepeatFailedError("repeat 2 of 3 ended", 7)
+
+    monkeypatch.setattr(repeats, "unfinished", lambda *_: None)
+    monkeypatch.setattr(repeats, "drive", fails)
+    with pytest.raises(repeats.RepeatFailedError):
+        run.run(settings_of("repeats=3"), base)
+    assert [stage for stage, *_ in called] == [hardware, download]
+
+
+@pytest.mark.parametrize("missing", [("train", "evaluate", "sustain"), ("sustain",), ()])
+def test_a_repeat_runs_the_stages_that_are_missing(settings_of, called, monkeypatch, tmp_path, missing):
+    asked = []
+    monkeypatch.setattr(repeats, "missing", lambda *args: asked.append(args) or list(missing))
+    settings = settings_of("repeats=3")
+    run.repeat(settings, tmp_path, 2)
+    assert asked == [(tmp_path, run.REPEATED, 2)]
+    modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
+    assert called == [(modules[stage], settings, tmp_path, 2) for stage in missing]
+
+
+# --- folders
 
 
 def test_two_in_the_same_second_do_not_share_a_folder(settings_of, base, called):
     for _ in range(3):
         run.run(settings_of(), base)
     run.run(settings_of("recipe=blog"), base)
-    names = [folder.name for stage, _, folder in called if stage is train]
+    names = [call[2].name for call in called if call[0] is train]
     first = "20260102-030405-linear-probe"
     assert names == [first, f"{first}-2", f"{first}-3", "20260102-030405-blog"]
 
@@ -61,7 +133,7 @@ def test_two_at_the_same_moment_do_not_share_a_folder(settings_of, base, called)
         each.start()
     for each in starters:
         each.join(30)
-    folders = [folder for stage, _, folder in called if stage is hardware]
+    folders = [call[2] for call in called if call[0] is hardware]
     assert len(folders) == len(set(folders)) == 8
 
 
@@ -87,10 +159,11 @@ import sys
 from pathlib import Path
 
 sys.modules["scipy"] = None
-from pipeline import cli, run
+from pipeline import cli, evaluate, repeats, run, sustain, train
 
-for stage in (run.hardware, run.download, run.train, run.evaluate, run.sustain):
-    stage.run = lambda settings, folder, stage=stage: print(stage.__name__)
+for stage in (run.hardware, run.download, train, evaluate, sustain):
+    stage.run = lambda *_, stage=stage, **changes: print(stage.__name__)
+repeats.summarise = lambda *_: None
 run._own_folder = Path
 sys.argv = ["run.py"]
 cli.main(run.run, "")
@@ -106,12 +179,17 @@ def test_without_what_compare_alone_needs_all_that_is_before_it_is_done():
 
 
 @pytest.mark.usefixtures("light")
-def test_it_leaves_what_the_stages_leave_and_one_run(settings_of, base, tmp_path):
+def test_it_leaves_what_the_stages_leave_and_one_run(settings_of, base, tmp_path, monkeypatch):
+    whole = sustain.run
+    monkeypatch.setattr(sustain, "run", lambda *args: whole(*args, steps=STEPS))
     run.run(settings_of(*SMALL, *REPEATED), tmp_path / "outputs")
     (own,) = base.iterdir()
     assert {path.name for path in own.iterdir()} == {"hardware.json", "inputs.json", "train", "evaluate", "sustain"}
     (made,) = runs()
     assert made.info.status == "FINISHED" and "restored" not in made.data.tags
-    assert {"test/accuracy", "speed/sustained_images_per_second"} <= set(made.data.metrics)
+    assert {"test/accuracy", score.metric("convnet_fp32", "images_per_second")} <= set(made.data.metrics)
+    assert 0 < made.data.metrics["time/startup_seconds"] < made.data.metrics["time/process_seconds"]
+    for stage in run.REPEATED:
+        assert (own / stage / "repeats" / "figures.csv").exists()
     assert made.data.tags["record"] == files.read_json(own / "train" / "record.json")["id"]
     assert made.info.run_id[:8] in (tmp_path / "reports" / "compare.md").read_text(encoding="utf-8")
