@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import COLOURS, picture
 
+from pipeline import score
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
     "pipeline",
@@ -39,12 +41,12 @@ ONCE = {
     "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
     "best/epoch", "best/val_accuracy", "ceiling/matmul_tflops", "ceiling/memory_gb_per_second",
     "ceiling/synthetic_images_per_second", "test/accuracy", "test/loss", "speed/test_images_per_second",
-    "speed/sustained_images_per_second", "time/sustain_seconds",
+    "time/process_seconds", *(score.metric(step.name, "images_per_second") for step in score.STEPS),
 }  # fmt: skip
 TAGS = {
     "hardware", "hardware.memory_gib", "hardware.cpu", "hardware.cores", "machine", "device", "backend", "software.os",
     "software.torch", "recipe", "precision", "dataset", "weights", "workload", "data.placement",
-    "sustained.workload",
+    *(score.tag(step.name, "workload") for step in score.STEPS),
 }  # fmt: skip
 ARTIFACTS = {
     "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png",
@@ -89,11 +91,19 @@ class Project:
             ("image_size: 96", "image_size: 32"),
             ("epochs: 20", f"epochs: {EPOCHS}"),
             ("batch_size: 256", "batch_size: 64"),
-            ("sustain_seconds: 60", "sustain_seconds: 0.3"),
+            ("sustain_seconds: 60", "sustain_seconds: 0.1"),
         ):
             assert old in text
             text = text.replace(old, new)
         (self.root / "params.yaml").write_text(text)
+        steps = (self.root / "pipeline" / "score.py").read_text()
+        for old, new in (
+            ('"resnet18", 96, 256', '"test_resnet.r160_in1k", 32, 8'),
+            ('"vit_small_patch16_224", 224, 64', '"test_vit.r160_in1k", 160, 2'),
+        ):
+            assert old in steps
+            steps = steps.replace(old, new)
+        (self.root / "pipeline" / "score.py").write_text(steps)
         self.run("git", "init", "-q")
         self.run("git", "add", ".")
         self.run("git", "commit", "-qm", "clone")
@@ -106,6 +116,13 @@ class Project:
         output = done.stdout + done.stderr
         assert done.returncode == status, output
         return output
+
+    def started(self, *command):
+        """The command in a process group of its own, in which Ctrl-C works as in a terminal."""
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def stage(self, name, *settings, status=0, **environment):
         arguments = [word for setting in settings for word in ("-S", setting)]
@@ -185,7 +202,7 @@ def test_terminal_says_what_matters(project):
         "epoch 1/2",
         "test accuracy",
         "machine  ",  # what limits it, or that it was too short to tell
-        "images/s of finetune's step",
+        "sustain  transformer best (",
         "make ui",
         "#/experiments/",
     ):
@@ -211,7 +228,7 @@ def test_deleted_store_gets_the_run_back_untrained(project):
     ((new_id, new_name, status),) = project.runs()
     assert (new_name, status) == (name, "FINISHED") and new_id != old_id
     assert project.column(key, new_id) == figures
-    assert {"speed/sustained_images_per_second", "sustained/images_per_second"} <= {name for name, *_ in figures}
+    assert score.metric("transformer_best", "course") in {name for name, *_ in figures}
     tags = dict(project.column("select key, value from tags where run_uuid = ?", new_id))
     assert "nothing was trained" in tags["restored"]
     assert "restored" in output
@@ -230,7 +247,7 @@ def test_dvc_shows_metrics_plots_and_params(project):
     metrics = shown[""]["data"]
     assert metrics["outputs/evaluate/metrics.json"]["data"]["test/accuracy"] == pytest.approx(1, abs=0.7)
     assert metrics["outputs/train/metrics.json"]["data"]["best/epoch"] in (1, 2)
-    assert metrics["outputs/sustain/metrics.json"]["data"]["speed/sustained_images_per_second"] > 0
+    assert metrics["outputs/sustain/metrics.json"]["data"][score.metric("convnet_fp32", "images_per_second")] > 0
     project.dvc("plots", "show", "--out", "plots_page")
     page = (project.root / "plots_page" / "index.html").read_text()
     for words in ("train/loss", "val/accuracy", "Confusion matrix"):
@@ -264,22 +281,39 @@ def test_an_experiment_with_another_setting_trains_and_shows_beside_the_first(pr
     assert "Stage 'train' didn't change" in again
 
 
-def test_repeats_are_cached_and_put_back_below_the_run_above_them(project):
-    before = (project.root / "params.yaml").read_text()
-    output = project.dvc("exp", "run", "-S", "repeats=2")
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups there")
+def test_repeats_that_were_cut_off_go_on_are_cached_and_put_back_below_the_run_above_them(project):
+    params = project.root / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("repeats: 1 ", "repeats: 2 "))
+    with project.started(sys.executable, "-m", "dvc", "repro") as process:
+        for line in process.stdout:
+            if line.startswith("repeat   2"):
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    first = json.loads((project.root / "outputs" / "train" / "record.json").read_text())
+    ((status,),) = project.column("select status from runs where name like '%fp32 × 2'")
+    assert status == "RUNNING"
+
+    # What a killed DVC leaves behind keeps the next one waiting.
+    shutil.rmtree(project.root / ".dvc" / "tmp", ignore_errors=True)
+    output = project.dvc("repro")
+    assert "resumed  1 of 2 repeats are there" in output and output.count("repeat   1 of 2") == 2  # evaluate, sustain
     assert output.count("\nresult   ") == 2 and "repeats  median and range of 2: " in output
     assert "is empty" not in output
+    assert json.loads((project.root / "outputs" / "train" / "record.json").read_text()) == first
     names = {name.split(" · ")[-1] for _, name, status in project.runs() if status == "FINISHED"}
     assert {"1/2", "2/2", "fp32 × 2"} <= names
     key = "select runs.name, key, value, step, timestamp from metrics join runs using (run_uuid) order by 1, 2, 4, 5"
     figures = [row for row in project.column(key) if row[0].endswith(("/2", "× 2"))]
-    assert "std/test/accuracy" in {key for _, key, *_ in figures}
+    above = {key for name, key, *_ in figures if name.endswith("× 2")}
+    assert {"std/test/accuracy", "std/" + score.metric("transformer_best", "images_per_second")} <= above
     (project.root / "mlflow.db").unlink()
     again = project.dvc("repro")
     assert "Stage 'train' didn't change" in again and again.count("nothing was trained") == 2
     assert {name.split(" · ")[-1] for _, name, _ in project.runs()} == {"1/2", "2/2", "fp32 × 2"}
     assert project.column(key) == figures
-    (project.root / "params.yaml").write_text(before)
+    params.write_text(before)
 
 
 def test_another_machine_trains_again(project):
@@ -385,6 +419,22 @@ def test_mlflow_loads_the_model_and_the_ui_answers(project):
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_under_mlflow_run_the_run_that_it_made_is_above_the_repeats(project):
+    before = {run_id for run_id, *_ in project.runs()}
+    project.run(
+        sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", "--experiment-name", "trainmark",
+        "-P", "repeats=2", "-P", "epochs=1", "-P", "seed=3", "-P", "sustain_seconds=0",
+        MLFLOW_TRACKING_URI="sqlite:///mlflow.db",
+    )  # fmt: skip
+    above, *below = [run for run in project.runs() if run[0] not in before]
+    assert above[1].endswith("fp32 × 2") and [name.split(" · ")[-1] for _, name, _ in below] == ["1/2", "2/2"]
+    assert {status for *_, status in (above, *below)} == {"FINISHED"}
+    parents = project.column(
+        "select value from tags where key = 'mlflow.parentRunId' and run_uuid in (?, ?)", *(run[0] for run in below)
+    )
+    assert parents == [(above[0],)] * 2
 
 
 @pytest.mark.parametrize(
