@@ -89,8 +89,9 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
 
     out = repeats.emptied(folder, "train", number, settings.repeats)
     with clock.span("inspect"):
-        known = repeats.tags(settings, folder, number)
-        record = _record(settings, hardware, inputs, work, splits, unused, before, known)
+        record = _record(settings, hardware, inputs, work, splits, unused, before)
+    record["tags"] |= repeats.tags(settings, folder, number)
+    record["name"] = records.run_name(record["tags"])
     _announce(record)
     record["metrics"]["time/startup_seconds"] = startup
     full: str | None = None
@@ -335,14 +336,13 @@ def _record(
     splits: training.Splits,
     unused_gpu: str | None,
     before: conditions.Sample,
-    known: dict[str, str],
 ) -> dict[str, Any]:
-    """What is known of the training before it starts (see records.py); `known`: tags that the record gets, too."""
+    """What is known of the training before it starts (see records.py)."""
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
     threads = {"threads": backends.torch_facts()["threads"]}
-    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback) | known
+    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
     trainable, parameters = model.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
