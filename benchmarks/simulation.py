@@ -1,148 +1,454 @@
-"""Whether comparisons are fair: alike machines called different, and a slow-down found, in simulated comparisons.
+"""Whether claims are fair: false and missed ones in made-up stores, whose noise is not drawn from anything we measured.
 
-python -m benchmarks.simulation [--trials N] [--seed N] [--from FILE]
+python -m benchmarks.simulation [--trials N] [--seed N] [--json FILE]
 
-Each trial is a store of two made machines with n runs each, compared as `compare` does it. Their times are drawn from
-FILE (pipeline/noise.json, which `benchmarks/noise.py` measured), for each work and hardware in it: a process's own
-deviation is normal, of the measured standard deviation (there are too few processes to draw from); those of repeats
-around it are drawn from the ones measured, and so are accuracies from those of the work. The runs are repeats of one
-process, in two processes, or each has a process of its own.
+A trial is a store of a few machines with n processes each, compared as `compare` does it. Logarithms of times are
+normal; of Student's t with two degrees of freedom; of two modes (a kernel chosen by each process); of AR(1) drift from
+process to process; or share an effect of their hour. Spreads are standard deviations; Student's t has none, so there
+the quartiles are those of a normal of that spread. Every session of every machine is drawn anew. In one session
+processes start five minutes apart; in three, they are spread evenly over sessions that start two hours apart.
 
-Printed is how often two machines alike are called faster or slower (5% are meant), and how often one is that is slower
-by SLOWER. It ends with status 1 where alike machines are called different in more than MOST_CALLED, or a slow-down on
-ASKED, with n = 10 in ten processes, is found in less than LEAST_FOUND. Repeats in one process are not asked for it:
-what differs between processes is as much, and no repeat shows it.
+Each share is printed with its standard error. It ends with status 1 where a share misses its goal by more than
+chance explains. Shares without a goal tell what to expect where nothing is promised.
 """
 
 import argparse
-import itertools
 import math
-import random
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.random import Generator
 
 from benchmarks import results
-from pipeline import comparison, config, noise
-from pipeline.noise import Noise
+from pipeline import comparison, conditions, config, files, score, stats
+from pipeline.claims import Claim
+from pipeline.groups import Run
 
 COUNTS = (3, 5, 10)
-SLOWER = 1.03
-MOST_CALLED, LEAST_FOUND = 0.065, 0.8
-ASKED = "NVIDIA H200"
-"""With whose noise a slow-down has to be found; how often it is with others' is told."""
+"""Processes a machine."""
 
-PROCESSES = {"one process": 1, "two processes": 2, "own processes": None}
-"""In how many processes the runs of a side are; None: each has its own."""
+MACHINES = {2: 1.0, 5: 0.4, 20: 0.15}
+"""Machines in a store, and the share of the trials that are made of it: many machines take long."""
 
-SETTINGS = config.Compare(reference="A", prices="", tainted=False)
+SESSIONS = {"one session": 1, "three sessions": 3}
+MINUTE = 60_000
+BETWEEN_PROCESSES, BETWEEN_SESSIONS = 5 * MINUTE, 120 * MINUTE
 
+SETTINGS = replace(config.load([]).compare, reference=None)
+"""As params.yaml has them; the reference is the first machine."""
 
-def rates(each: Noise, between: noise.Measured, trials: int, generator: random.Random) -> dict[str, Any]:
-    """The shares of trials that were called different, `alike`, and found slower, `slower`, by kind of processes and
-    n."""
-    found: dict[str, Any] = {}
-    for (kind, processes), count in itertools.product(PROCESSES.items(), COUNTS):
-        called = {
-            name: sum(
-                _claim(each, between, count, processes or count, factor, generator) in kinds for _ in range(trials)
-            )
-            for name, factor, kinds in (("alike", 1.0, ("faster", "slower")), ("slower", SLOWER, ("slower",)))
-        }
-        found.setdefault(kind, {})[count] = {name: many / trials for name, many in called.items()}
-    return found
+FIGURES = (
+    "time/total_seconds",
+    "time/process_seconds",
+    *(score.metric(step.name, "images_per_second") for step in score.STEPS),
+)
+"""All of which machines are compared by."""
 
+CALLED = ("faster", "slower")
+CHANCE = 2.0
+"""By so many standard errors of its goal may a share miss it."""
 
-def _claim(
-    each: Noise, between: noise.Measured, count: int, processes: int, factor: float, generator: random.Random
-) -> str:
-    """What is claimed of B against A, whose times are drawn alike, but for B's `factor`."""
-    runs = [*_runs("A", each, count, processes, 1.0, generator), *_runs("B", each, count, processes, factor, generator)]
-    found = comparison.compare(runs, lambda _: dict.fromkeys(comparison.COURSES, ()), _no_link, SETTINGS, None, between)
-    (row,) = [row for row in found.parts[0].sections[0].tables[0].rows if row.machine == "B"]
-    return row.claim.kind
+Draw = Callable[[Generator, Sequence[int]], np.ndarray]
+"""Deviations of the logarithms of one machine's times, from the numbers of processes in its sessions."""
 
 
-def _no_link(experiment_id: str, run_id: str) -> str:
-    return ""
+class Goal(NamedTuple):
+    """The most or the least that a share may be."""
+
+    limit: float
+    least: bool = False
 
 
-def _runs(
-    machine: str, each: Noise, count: int, processes: int, factor: float, generator: random.Random
-) -> list[comparison.Run]:
-    """`count` runs as equally as can be in `processes`, as `tracking.finished_runs` gives them."""
-    errors = _errors(each.logs)
-    accuracies = [value for own in each.accuracies for value in own] or [0.75]
-    runs = []
-    for process in range(processes):
-        shift = generator.gauss(0, each.between)
-        size = len(range(process, count, processes))
-        tags = {"machine": machine, "hardware": machine, "backend": each.backend, "workload": "made"}
-        if size > 1:
-            tags |= {"repeats.id": f"{machine}{process}", "repeats": str(size)}
-        for repeat in range(size):
-            seconds = factor * math.exp(shift + generator.choice(errors))
-            metrics = {"time/total_seconds": seconds, "test/accuracy": generator.choice(accuracies)}
-            if noise.TRAINED_ON.get(each.work) == "features":
-                metrics["speed/feature_images_per_second"] = 1 / seconds
-            runs.append(
-                {
-                    "run_id": f"{machine}{process}.{repeat}",
-                    "experiment_id": "0",
-                    "started": 0,
-                    "tags": tags,
-                    "metrics": metrics,
-                    "params": {"train.precision": "fp32"},
-                }
-            )
-    return runs
+MOST_ALIKE = Goal(0.065)
+"""Stores with alike machines of which any is called different."""
+
+MOST_SMALL, MOST_ALMOST = Goal(0.01), Goal(0.065)
+"""Differences of up to 2% that are called in one session, and those just below `compare.smallest`."""
+
+MOST_LOSS, MOST_AT_MARGIN = Goal(0.05), Goal(0.065)
+"""Losses of accuracy that pass as none: twice the margin, and as large as it is (the test's level is 5%)."""
+
+MOST_DRIFT = Goal(1.5 * conditions.DRIFT_P)
+"""Drifts seen where there is none."""
+
+LEAST_FOUND, LEAST_PARITY = Goal(0.9, least=True), Goal(0.8, least=True)
+"""Differences that are found, and equal accuracies that pass."""
 
 
-def _errors(logs: Sequence[Sequence[float]]) -> list[float]:
-    """Deviations of repeats from their process's mean, as large as they are around a mean that isn't estimated."""
+class Result(NamedTuple):
+    """A share of trials, in its table."""
+
+    row: str
+    column: str
+    share: float
+    trials: int
+    goal: Goal | None
+
+    @property
+    def error(self) -> float:
+        """The standard error; of one event more and one missing, so that it is not 0 where nothing was seen."""
+        share = (self.share * self.trials + 1) / (self.trials + 2)
+        return math.sqrt(share * (1 - share) / self.trials)
+
+    @property
+    def missed(self) -> bool:
+        """Whether the goal is missed by more than chance explains."""
+        if self.goal is None:
+            return False
+        limit = self.goal.limit
+        slack = CHANCE * math.sqrt(limit * (1 - limit) / self.trials)
+        return self.share < limit - slack if self.goal.least else self.share > limit + slack
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How many trials a share is of, and the seed of all chance; the shares of a row see the same noise."""
+
+    count: int
+    seed: int
+
+    def share(
+        self,
+        row: str,
+        column: object,
+        trial: Callable[[Generator], bool],
+        goal: Goal | None = None,
+        part: float = 1.0,
+    ) -> Result:
+        """The share of trials, of `part` as many, in which `trial` is true."""
+        generator = np.random.default_rng([self.seed, zlib.crc32(row.encode())])
+        count = max(round(part * self.count), 2)
+        return Result(row, str(column), sum(trial(generator) for _ in range(count)) / count, count, goal)
+
+
+# --- noise
+
+
+def normal(spread: float) -> Draw:
+    """Independent normal noise."""
+    return lambda generator, sizes: generator.normal(0, spread, sum(sizes))
+
+
+def student(spread: float) -> Draw:
+    """Student's t with two degrees of freedom, whose quartile is sqrt(2/3), with the quartiles of a normal."""
+    scale = spread * 0.67449 / math.sqrt(2 / 3)
+    return lambda generator, sizes: scale * generator.standard_t(2, sum(sizes))
+
+
+def modes(apart: float, spread: float) -> Draw:
+    """Two modes, each process in one or the other by even chance."""
+
+    def draw(generator: Generator, sizes: Sequence[int]) -> np.ndarray:
+        return apart * generator.integers(0, 2, sum(sizes)) + generator.normal(0, spread, sum(sizes))
+
+    return draw
+
+
+def drift(spread: float, phi: float = 0.7, *, anew: bool = True) -> Draw:
+    """Stationary AR(1) noise from process to process; `anew`: begun afresh in each session."""
+
+    def draw(generator: Generator, sizes: Sequence[int]) -> np.ndarray:
+        lengths = sizes if anew else [sum(sizes)]
+        return spread * np.concatenate([autoregressive(generator, phi, length) for length in lengths])
+
+    return draw
+
+
+def hours(effect: float, spread: float) -> Draw:
+    """Each session has a normal effect of its own, each process its own noise."""
+
+    def draw(generator: Generator, sizes: Sequence[int]) -> np.ndarray:
+        return np.repeat(generator.normal(0, effect, len(sizes)), sizes) + generator.normal(0, spread, sum(sizes))
+
+    return draw
+
+
+def autoregressive(generator: Generator, phi: float, count: int) -> np.ndarray:
+    """Stationary AR(1) noise with a standard deviation of 1."""
+    values = generator.normal(0, 1, count)
+    for step in range(1, count):
+        values[step] = phi * values[step - 1] + math.sqrt(1 - phi**2) * values[step]
+    return values
+
+
+INDEPENDENT: dict[str, Draw] = {
+    "normal 1%": normal(0.01),
+    "normal 5%": normal(0.05),
+    "t2 1%": student(0.01),
+    "modes 4% apart, 0.5%": modes(0.04, 0.005),
+    "modes 4% apart, 0.05%": modes(0.04, 0.0005),
+}
+"""Noise of which every process has its own."""
+
+SHARED: dict[str, Draw] = {
+    "drift 1%": drift(0.01),
+    "drift 5%": drift(0.05),
+    "hours 0.48%, 0.05%": hours(0.0048, 0.0005),
+    "hours 0.48%, 0.5%": hours(0.0048, 0.005),
+    "hours 1.3%, 0.05%": hours(0.013, 0.0005),
+    "hours 1.3%, 0.5%": hours(0.013, 0.005),
+}
+"""Noise that the processes of a session share. No repeats within it show that: there is a goal for three sessions."""
+
+HARDER = "hours 1.3%, 0.05%"
+"""Noise for which there is no goal in one session."""
+
+
+# --- stores
+
+
+def store_claims(
+    generator: Generator, draw: Draw, sessions: int, machines: int, count: int, slower: float = 0.0
+) -> list[Claim]:
+    """What is claimed of all machines but the reference, whose times are drawn alike; the first of them takes longer
+    by the share `slower`."""
+    sizes = [len(range(session, count, sessions)) for session in range(sessions)]
+    runs: list[Run] = []
+    for machine in range(machines):
+        seconds = np.exp(draw(generator, sizes)) * (1 + slower * (machine == 1))
+        runs += set_of(machine, sizes, [{"time/total_seconds": float(value)} for value in seconds])
+    return [row.claim for row in rows_of(runs)[1:]]
+
+
+def set_of(
+    machine: int, sizes: Sequence[int], figures: Sequence[Mapping[str, float]], first_seed: int = 0
+) -> list[Run]:
+    """One machine's planned set, as `tracking.finished_runs` gives it. Without an accuracy among the `figures`, it is
+    the same for every machine."""
+    starts = [
+        1_750_000_000_000 + session * BETWEEN_SESSIONS + process * BETWEEN_PROCESSES
+        for session, size in enumerate(sizes)
+        for process in range(size)
+    ]
+    name = f"M{machine:02}"
+    tags = {
+        "machine": name, "hardware": name, "device": "cpu", "backend": "cpu", "workload": "made",
+        "repeats.id": name, "repeats": str(len(figures)), "software.execution": str(config.EXECUTION_VERSION),
+        **{score.tag(step.name, "workload"): step.name for step in score.STEPS},
+    }  # fmt: skip
     return [
-        (value - fmean(own)) * math.sqrt(len(own) / (len(own) - 1)) for own in logs if len(own) > 1 for value in own
+        {
+            "run_id": f"{name}.{number}",
+            "experiment_id": "0",
+            "started": started,
+            "tags": tags,
+            "metrics": {"test/accuracy": 0.75, **own},
+            "params": {"settings.seed": str(first_seed + number), "train.precision": "fp32"},
+        }
+        for number, (started, own) in enumerate(zip(starts, figures, strict=True))
     ]
 
 
-def failures(each: Noise, found: dict[str, Any]) -> list[str]:
-    """What of the rates is not fair."""
-    said = []
-    for kind, by_count in found.items():
-        for count, shares in by_count.items():
-            if shares["alike"] > MOST_CALLED:
-                said.append(f"alike machines called different in {shares['alike']:.1%} (n = {count}, {kind})")
-        if each.hardware == ASKED and PROCESSES[kind] is None and by_count[10]["slower"] < LEAST_FOUND:
-            said.append(f"a slow-down found in {by_count[10]['slower']:.1%} (n = 10, {kind})")
-    return [f"{each.hardware}, {each.work}: {text}" for text in said]
+def compared(runs: Sequence[Run]) -> comparison.Comparison:
+    """The comparison of runs without courses."""
+    return comparison.compare(runs, lambda _: dict.fromkeys(comparison.COURSES, ()), lambda *_: "", SETTINGS, None)
+
+
+def rows_of(runs: Sequence[Run]) -> list[Any]:
+    """The rows of the only table, by machine; the first is the reference."""
+    ((section,),) = [part.sections for part in compared(runs).parts]
+    (table,) = section.tables
+    return sorted(table.rows, key=lambda row: row.head.machine)
+
+
+# --- tables
+
+
+def alike(trials: Trials) -> Iterator[Result]:
+    """Stores of alike machines in which any is called faster or slower."""
+    for (name, draw), (design, sessions) in product((INDEPENDENT | SHARED).items(), SESSIONS.items()):
+        goal = None if name in SHARED and sessions < stats.SESSIONS else MOST_ALIKE
+        for (machines, part), count in product(MACHINES.items(), COUNTS):
+            trial = partial(any_called, draw=draw, sessions=sessions, machines=machines, count=count)
+            yield trials.share(f"{name}; {design}; {machines} machines", f"n = {count}", trial, goal, part)
+    for (machines, part), count in product(MACHINES.items(), COUNTS):
+        on = drift(0.01, anew=False)
+        trial = partial(any_called, draw=on, sessions=count, machines=machines, count=count)
+        yield trials.share(
+            f"drift 1% that goes on; a process a session; {machines} machines", f"n = {count}", trial, part=part
+        )
+
+
+def any_called(generator: Generator, **store: Any) -> bool:
+    """Whether any machine of a store is called faster or slower."""
+    return any(claim.kind in CALLED for claim in store_claims(generator, **store))
+
+
+def columns(trials: Trials) -> Iterator[Result]:
+    """Stores of alike machines with several figures each, all independent, in which any is called faster or slower."""
+    for machines, part in {2: 0.5, 5: 0.2}.items():
+        for column, goal in {"work": MOST_ALIKE, "process": MOST_ALIKE, "score": MOST_ALIKE, "any": None}.items():
+            trial = partial(any_column_called, machines=machines, column=column)
+            yield trials.share(f"normal 1%; three sessions; {machines} machines; n = 5", column, trial, goal, part)
+
+
+def any_column_called(generator: Generator, machines: int, column: str) -> bool:
+    """Whether the claims of a column of the report call any machine faster or slower."""
+    runs: list[Run] = []
+    for machine in range(machines):
+        figures = [
+            {name: float(value) for name, value in zip(FIGURES, values, strict=True)}
+            for values in np.exp(generator.normal(0, 0.01, (5, len(FIGURES))))
+        ]
+        runs += set_of(machine, (2, 2, 1), figures)
+    (part,) = compared(runs).parts
+    rows = part.sections[0].tables[0].rows
+    claims = {
+        "work": [row.claim for row in rows],
+        "process": [row.whole for row in rows],
+        "score": [step.claim for row in (part.score.rows if part.score else ()) for step in row.steps.values()],
+    }
+    claims["any"] = [claim for own in list(claims.values()) for claim in own]
+    return any(claim.kind in CALLED for claim in claims[column])
+
+
+def small(trials: Trials) -> Iterator[Result]:
+    """Two machines in one session, one slower by less than may be called there: how often it is called, and how often
+    by an interval that misses the truth."""
+    noises = {"normal 0.5%": normal(0.005), "normal 1%": INDEPENDENT["normal 1%"]}
+    noises |= {name: SHARED[name] for name in ("drift 1%", "hours 0.48%, 0.05%", "hours 0.48%, 0.5%", HARDER)}
+    for (name, draw), slower, wrong, count in product(noises.items(), (0.0, 0.01, 0.02, 0.029), (False, True), COUNTS):
+        goal = None if wrong or name == HARDER else MOST_ALMOST if slower > 0.02 else MOST_SMALL
+        trial = partial(called, draw=draw, sessions=1, machines=2, count=count, slower=slower, wrong=wrong)
+        column = f"n = {count}" + ", wrong" * wrong
+        yield trials.share(f"{name}; slower by {slower:.1%}", column, trial, goal, 0.5)
+
+
+def called(generator: Generator, *, slower: float, wrong: bool, **store: Any) -> bool:
+    """Whether the second machine of a store is called faster or slower; `wrong`: by an interval without the truth."""
+    claim = store_claims(generator, slower=slower, **store)[0]
+    if claim.kind not in CALLED:
+        return False
+    assert claim.speedup and claim.speedup.low is not None and claim.speedup.high is not None
+    return not (wrong and claim.speedup.low <= 1 / (1 + slower) <= claim.speedup.high)
+
+
+def found(trials: Trials) -> Iterator[Result]:
+    """Stores in which a machine that is slower is called slower, n = 5."""
+    for slower, name, draw, design, goal in (
+        (0.1, "normal 1%", INDEPENDENT["normal 1%"], "one session", LEAST_FOUND),
+        (0.1, "normal 1%", INDEPENDENT["normal 1%"], "three sessions", LEAST_FOUND),
+        (0.03, "normal 0.37%", normal(0.0037), "three sessions", LEAST_FOUND),
+        (0.03, "normal 0.68%", normal(0.0068), "three sessions", None),
+        (0.03, "hours 0.48%, 0.05%", SHARED["hours 0.48%, 0.05%"], "three sessions", None),
+    ):
+        for machines, part in MACHINES.items():
+            trial = partial(
+                found_slower, slower=slower, draw=draw, sessions=SESSIONS[design], machines=machines, count=5
+            )
+            row = f"{slower:.0%} found; {name}; {design}"
+            yield trials.share(row, f"{machines} machines", trial, goal if machines == 2 else None, part)
+
+
+def found_slower(generator: Generator, **store: Any) -> bool:
+    """Whether the second machine of a store is called slower."""
+    return store_claims(generator, **store)[0].kind == "slower"
+
+
+def parity(trials: Trials) -> Iterator[Result]:
+    """Accuracies that pass as equal: `stats.equivalence` alone, and a machine twice as fast that is called faster."""
+    for loss, spread, goal in (
+        (0.02, 0.009, MOST_LOSS),
+        (0.01, 0.009, MOST_AT_MARGIN),
+        (0.0, 0.0046 / math.sqrt(2), None),
+    ):
+        for paired, whole, count in product((True, False), (False, True), COUNTS):
+            equal = LEAST_PARITY if count == 5 and paired else None
+            trial = partial(passes, loss=loss, spread=spread, paired=paired, whole=whole, count=count)
+            row = f"loss of {100 * loss:.0f} points; {100 * spread:.2f} points a side; "
+            row += ("paired" if paired else "unpaired") + ("; claims" if whole else "; test alone")
+            yield trials.share(row, f"n = {count}", trial, goal if loss else equal)
+
+
+def passes(generator: Generator, *, loss: float, spread: float, paired: bool, whole: bool, count: int) -> bool:
+    """Whether accuracies by seed, of which one side's are worse by `loss`, pass; `whole`: in a comparison."""
+    better, worse = (mean + generator.normal(0, spread, count) for mean in (0.75, 0.75 - loss))
+    first = 0 if paired else count
+    if not whole:
+        sides = dict(enumerate(better.tolist())), dict(enumerate(worse.tolist(), first))
+        return stats.equivalence(*sides, SETTINGS.accuracy_margin).established
+    runs: list[Run] = []
+    for machine, (accuracies, seconds, seed) in enumerate(((better, 2.0, 0), (worse, 1.0, first))):
+        times = seconds * np.exp(generator.normal(0, 0.01, count))
+        figures = [
+            {"time/total_seconds": float(time), "test/accuracy": float(accuracy)}
+            for time, accuracy in zip(times, accuracies, strict=True)
+        ]
+        runs += set_of(machine, (count,), figures, seed)
+    return bool(rows_of(runs)[1].claim.kind == "faster")
+
+
+def drifts(trials: Trials) -> Iterator[Result]:
+    """Series of times without a trend in which `conditions.behavior` sees a drift."""
+    for phi, spread, count in product((0.0, 0.7, 0.9), (0.03, 0.1), (6, 12, 30, 100, 300)):
+        goal = MOST_DRIFT if phi <= conditions.DRIFT_PHI else None
+        trial = partial(drifted, phi=phi, spread=spread, count=count)
+        yield trials.share(f"AR(1), phi = {phi}; {spread:.0%}", f"{count} times", trial, goal)
+
+
+def drifted(generator: Generator, *, phi: float, spread: float, count: int) -> bool:
+    """Whether a drift is seen in a series without a trend."""
+    return "drift" in conditions.behavior({}, {}, np.exp(spread * autoregressive(generator, phi, count)).tolist())
+
+
+TABLES: Mapping[str, Callable[[Trials], Iterator[Result]]] = {
+    "Stores in which any of the alike machines is called faster or slower": alike,
+    "The same by columns of the report, each with noise of its own; any: of all columns": columns,
+    "Differences called in one session, 2 machines": small,
+    "Slower machines called slower, n = 5": found,
+    "Accuracies that pass as equal": parity,
+    "Drift seen in noise without a trend": drifts,
+}
+
+
+def print_table(title: str, shares: Sequence[Result]) -> None:
+    """Shares in per cent with their standard errors, a line a row."""
+    by_row: dict[str, dict[str, Result]] = {}
+    for result in shares:
+        by_row.setdefault(result.row, {})[result.column] = result
+    names = list(dict.fromkeys(result.column for result in shares))
+    width = max(map(len, by_row))
+    print(f"{title} (%)\n{'':{width}} {'goal':>7} " + " ".join(f"{name:>13}" for name in names))
+    for row, cells in by_row.items():
+        goals = {result.goal for result in cells.values() if result.goal}
+        goal = "" if not goals else "".join(f"{'>=' if goal.least else '<='} {100 * goal.limit:g}" for goal in goals)
+        shown = " ".join(f"{_cell(cells[name]):>13}" for name in names)
+        print(f"{row:{width}} {goal:>7} {shown}")
+    print(flush=True)
+
+
+def _cell(result: Result) -> str:
+    return f"{'!' if result.missed else ''}{100 * result.share:.1f} ± {100 * result.error:.1f}"
 
 
 def main(words: Sequence[str]) -> None:
-    """Prints a table for each work on each hardware."""
+    """Prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=results.whole, default=1000, metavar="N", help="of each kind (1000)")
+    parser.add_argument("--trials", type=results.whole, default=1000, metavar="N", help="of most shares (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    parser.add_argument("--from", dest="file", type=Path, default=noise.FILE, metavar="FILE", help="what was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to leave all shares")
     arguments = parser.parse_args(words)
-    measured = noise.read(arguments.file)
-    between = noise.between(measured)
-    wrong = []
-    for each in measured:
-        found = rates(each, between, arguments.trials, random.Random(arguments.seed))
-        print(
-            f"{each.hardware}, {each.work}: {each.within:.2%} within a process, {each.between:.2%} between "
-            f"{len(each.logs)}; {arguments.trials} trials each\n"
-            f"{'':15} {'called different, alike':>26} {'found, ' + format(SLOWER - 1, '.0%') + ' slower':>26}\n"
-            f"{'n =':15} " + " ".join(f"{count:>8}" for count in 2 * COUNTS)
-        )
-        for kind, by_count in found.items():
-            shares = [by_count[count][name] for name in ("alike", "slower") for count in COUNTS]
-            print(f"{kind:15} " + " ".join(f"{share:>8.1%}" for share in shares), flush=True)
-        wrong += failures(each, found)
-    if wrong:
-        sys.exit("\n".join(wrong))
+    trials = Trials(arguments.trials, arguments.seed)
+    shares = {}
+    for title, table in TABLES.items():
+        shares[title] = list(table(trials))
+        print_table(title, shares[title])
+    if arguments.json:
+        files.write_json(arguments.json, {title: [_plain(result) for result in own] for title, own in shares.items()})
+    missed = [(title, result) for title, own in shares.items() for result in own if result.missed]
+    if missed:
+        sys.exit("\n".join(f"{title}: {cell.row}, {cell.column}: {_cell(cell)}" for title, cell in missed))
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    return result._asdict() | {"error": result.error, "missed": result.missed}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """What the benchmarks say of their figures: ratios, intervals, JSON without names, no speed without parity."""
 
 import json
-import math
 import platform
-import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import bare, blog_baseline, noise, precision, results, simulation
-from pipeline import config
-from pipeline import noise as measured_noise
-from pipeline.noise import Between
+from benchmarks import bare, blog_baseline, precision, results, simulation
+from pipeline import claims, config, stats
 
 TINY = (
     "-S", "model=test_resnet.r160_in1k", "-S", "image_size=32", "-S", "data.limit=10", "-S", "batch_size=50",
@@ -127,115 +124,93 @@ def test_a_wrong_setting_ends_in_one_line(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# --- noise
+# --- whether claims are fair
 
 
-def test_noise_is_measured_in_a_process_and_joins_what_was(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "noise.json"
-    tiny = [word for word in TINY if word not in ("--workers", "0")]
-    words = ["--repeats", "2", "--into", str(file), *tiny, "-S", "weights=random", "-S", "data.source=synthetic"]
-    noise.main(["--processes", "1", *words])
-    (found,) = json.loads(file.read_text())["processes"]
-    assert found["backend"] == "cpu" and found["conditions"]["torch"] == torch.__version__
-    assert found.pop("session") == found["conditions"]["date"]
-    assert [len(own) for own in (*found["seconds"].values(), *found["accuracies"].values())] == [2, 2, 2, 2, 2]
-    assert all(seconds > 0 for each in found["seconds"].values() for seconds in each)
-    assert "repeats in" not in capsys.readouterr().out  # one process tells nothing of what differs between several
+@pytest.fixture
+def small_grid(monkeypatch):
+    """Two machines with five processes, little noise to choose from, and no table of what one session may call."""
+    monkeypatch.setattr(simulation, "MACHINES", {2: 1.0})
+    monkeypatch.setattr(simulation, "COUNTS", (5,))
+    monkeypatch.setattr(simulation, "INDEPENDENT", {name: simulation.INDEPENDENT[name] for name in ("normal 1%",)})
+    monkeypatch.setattr(simulation, "SHARED", {name: simulation.SHARED[name] for name in ("hours 0.48%, 0.05%",)})
+    tables = {title: table for title, table in simulation.TABLES.items() if table is not simulation.small}
+    monkeypatch.setattr(simulation, "TABLES", tables)
 
-    dates = iter(("2100-01-01T00:00:00+00:00", "2100-01-01T00:01:00+00:00"))
 
-    def later(words):
-        return found | {"conditions": found["conditions"] | {"date": next(dates)}}
-
-    monkeypatch.setattr(noise, "in_process", later)
-    noise.main(["--processes", "2", *words])
-    sessions = [process["session"] for process in json.loads(file.read_text())["processes"]]
-    assert sessions == [found["conditions"]["date"], *["2100-01-01T00:00:00+00:00"] * 2]
+def test_the_rules_of_claims_meet_their_goals(small_grid, tmp_path, capsys):
+    simulation.main(["--trials", "20", "--json", str(tmp_path / "shares.json")])
+    shares = json.loads((tmp_path / "shares.json").read_text())
+    assert shares.keys() == simulation.TABLES.keys()
+    results_of = {table: shares[title] for title, table in simulation.TABLES.items()}
+    assert results_of[simulation.found][0]["share"] == 1
+    every = [share for table in shares.values() for share in table]
+    assert not any(share["missed"] for share in every)
     said = capsys.readouterr().out
-    assert "linear-probe: within a process" in said and "6 repeats in 3 processes" in said
+    assert all(share["row"] in said for share in every)
 
 
-def test_a_repeat_is_the_training_alone(monkeypatch, settings_of):
-    settings = settings_of("model=test_resnet.r160_in1k", "image_size=32", "batch_size=20", "epochs=2", "threads=1")
-    monkeypatch.setattr(noise, "STEP_SECONDS", 0.0)
-    seeds, restart = [], noise.training.restart
-    monkeypatch.setattr(noise.training, "restart", lambda work, seed: (seeds.append(seed), restart(work, seed)))
-    seconds, accuracies = noise._trainings(settings, 3)
-    assert seeds == [0, 0, 1, 2]  # the first of them after the warm-up
-    assert len(seconds) == len(accuracies) == 3
-    assert len(noise._steps(settings, 2)) == 2
-
-
-def test_a_failing_process_ends_the_measuring(tmp_path, capfd):
+@pytest.mark.parametrize(("kind", "wrong"), [("faster", simulation.alike), ("none", simulation.found)])
+def test_rules_that_call_everything_or_nothing_fail(small_grid, monkeypatch, kind, wrong):
+    rigged = claims.Claim(kind, speedup=stats.Contrast(2.0, 1.9, 2.1, 1.1))
+    monkeypatch.setattr(claims, "compared", lambda *_: rigged)
+    (title,) = [title for title, table in simulation.TABLES.items() if table is wrong]
     with pytest.raises(SystemExit) as ended:
-        noise.main(["--into", str(tmp_path / "noise.json"), "-S", "device=xpu"])
-    assert ended.value.code == 2
-    assert len(capfd.readouterr().err.splitlines()) == 1 and not (tmp_path / "noise.json").exists()
+        simulation.main(["--trials", "5"])
+    assert title in ended.value.code  # a text: status 1
 
 
-# --- whether comparisons are fair
+@pytest.mark.parametrize("called", [True, False])
+def test_small_differences_called_in_one_session_miss_their_goals(monkeypatch, called):
+    monkeypatch.setattr(simulation, "COUNTS", (5,))
+    rigged = claims.Claim("slower" if called else "small", speedup=stats.Contrast(0.9, 0.89, 0.91, 1.1))
+    monkeypatch.setattr(claims, "compared", lambda *_: rigged)
+    shares = list(simulation.small(simulation.Trials(10, 0)))
+    assert {share.share for share in shares} == {float(called)}
+    assert any(share.missed for share in shares) == called
+    assert not any(share.missed for share in shares if "wrong" in share.column or simulation.HARDER in share.row)
 
 
-def measurement(backend, within, between, processes=6, repeats=6):
-    """What `noise` might have written of this spread. No machine ever took these times."""
-    generator, found = random.Random(0), []
-    for _ in range(processes):
-        shift = generator.gauss(0, between)
-        found.append({
-            "session": "2026-01-01T00:00:00+00:00", "backend": backend,
-            "conditions": {
-                "date": "2026-01-01T00:00:00+00:00", "hardware": f"made-up {backend}", "torch": "2.14.1", "threads": 1,
-                "settings": [],
-            },
-            "seconds": {"example": [math.exp(shift + generator.gauss(0, within)) for _ in range(repeats)]},
-            "accuracies": {"example": [0.75 + generator.gauss(0, 0.001) for _ in range(repeats)]},
-        })  # fmt: skip
-    return found
+@pytest.mark.parametrize(
+    ("share", "trials", "goal", "missed"),
+    [
+        (0.08, 1000, simulation.Goal(0.065), False),  # 1.9 standard errors too much
+        (0.082, 1000, simulation.Goal(0.065), True),
+        (0.082, 400, simulation.Goal(0.065), False),
+        (0.885, 1000, simulation.Goal(0.9, least=True), False),
+        (0.88, 1000, simulation.Goal(0.9, least=True), True),
+        (1.0, 1000, None, False),
+    ],
+)
+def test_a_goal_is_missed_by_more_than_chance(share, trials, goal, missed):
+    assert simulation.Result("row", "column", share, trials, goal).missed == missed
 
 
-def test_alike_machines_are_rarely_called_different_and_a_slow_down_is_found():
-    (each,) = measured_noise.measured(measurement("cuda", 0.004, 0.004))
-    found = simulation.rates(each, measured_noise.between([each]), 120, random.Random(0))
-    assert found.keys() == {"one process", "two processes", "own processes"}
-    assert all(by_count.keys() == {3, 5, 10} for by_count in found.values())
-    # At 5%, three standard deviations of chance are 6% of 120 trials.
-    assert all(shares["alike"] <= 0.11 for by_count in found.values() for shares in by_count.values())
-    assert found["one process"][10]["slower"] > 0.9 and found["own processes"][10]["slower"] > 0.9
+@pytest.mark.parametrize("name", ["normal 1%", "t2 1%"])
+def test_the_quartiles_of_noise_are_as_its_name_says(name):
+    values = simulation.INDEPENDENT[name](np.random.default_rng(0), [40_000])
+    assert np.quantile(values, [0.25, 0.75]) == pytest.approx([-0.00674, 0.00674], rel=0.05)
 
 
-def test_repeats_of_one_process_would_be_unfair_if_nothing_were_known_of_others():
-    (each,) = measured_noise.measured(measurement("cuda", 0.004, 0.008))
-    unfair = simulation.rates(each, {"cuda": {"any": Between(0.0, 5)}}, 60, random.Random(0))
-    assert unfair["own processes"][10]["alike"] <= 0.14
-    assert unfair["one process"][10]["alike"] > 0.4
-    assert any("called different" in text and "one process" in text for text in simulation.failures(each, unfair))
+def test_two_modes_are_as_far_apart_as_the_name_says():
+    values = np.sort(simulation.INDEPENDENT["modes 4% apart, 0.05%"](np.random.default_rng(0), [1000]))
+    assert np.median(values[600:]) - np.median(values[:400]) == pytest.approx(0.04, abs=0.001)
 
 
-@pytest.mark.parametrize(("backend", "failing"), [("cuda", 1), ("cpu", 0)])
-def test_a_slow_down_has_to_be_found_on_the_machine_that_is_asked(monkeypatch, backend, failing):
-    monkeypatch.setattr(simulation, "ASKED", "made-up cuda")
-    (each,) = measured_noise.measured(measurement(backend, 0.004, 0.004))
-    shares = {"alike": 0.065, "slower": 0.79}
-    found = {kind: dict.fromkeys((3, 5, 10), shares) for kind in simulation.PROCESSES}
-    assert len(simulation.failures(each, found)) == failing
+def test_drift_is_correlated_within_a_session_and_hours_are_shared():
+    generator = np.random.default_rng(0)
+    together = simulation.SHARED["drift 1%"](generator, [40_000])
+    assert np.std(together) == pytest.approx(0.01, rel=0.05)
+    assert np.corrcoef(together[1:], together[:-1])[0, 1] == pytest.approx(0.7, abs=0.03)
+    anew, on = (simulation.drift(0.01, anew=anew)(generator, [1] * 40_000) for anew in (True, False))
+    assert abs(np.corrcoef(anew[1:], anew[:-1])[0, 1]) < 0.03
+    assert np.corrcoef(on[1:], on[:-1])[0, 1] == pytest.approx(0.7, abs=0.03)
+    hours = simulation.SHARED["hours 1.3%, 0.05%"](generator, [2] * 20_000).reshape(-1, 2)
+    assert np.std(hours[:, 0]) == pytest.approx(0.013, rel=0.05)
+    assert np.std(hours[:, 1] - hours[:, 0]) == pytest.approx(0.0005 * 2**0.5, rel=0.05)
 
 
-def test_the_simulation_prints_a_table_and_fails_where_it_is_not_fair(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "noise.json"
-    file.write_text(json.dumps({"processes": measurement("cuda", 0.004, 0.004)}))
-    words = ["--trials", "5", "--from", str(file)]
-    monkeypatch.setattr(simulation, "MOST_CALLED", 1.0)  # of five trials, chance says nothing
-    simulation.main(words)
-    said = capsys.readouterr().out
-    assert "made-up cuda, example" in said and len(said.splitlines()) == 6
-    monkeypatch.setattr(simulation, "LEAST_FOUND", 1.1)
-    monkeypatch.setattr(simulation, "ASKED", "made-up cuda")
-    with pytest.raises(SystemExit) as ended:
-        simulation.main(words)
-    assert "a slow-down found in" in ended.value.code  # a text: status 1
-
-
-def test_what_was_measured_is_there_for_the_comparison():
-    found = measured_noise.measured(json.loads(measured_noise.FILE.read_text())["processes"])
-    assert {each.work for each in found} == {"linear-probe", "blog", "finetune"}
-    assert all(each.within > 0 for each in found) and measured_noise.between(found)
+def test_designs_make_as_many_sessions_as_they_say():
+    for sessions, sizes in ((1, [10]), (3, [4, 3, 3])):
+        runs = simulation.set_of(0, sizes, [{}] * 10)
+        assert len(stats.sessions([run["started"] for run in runs])) == sessions
