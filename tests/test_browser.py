@@ -3,6 +3,7 @@
 Each test leaves pictures of what it saw in its `tmp_path`.
 """
 
+import itertools
 import queue
 import shutil
 import subprocess
@@ -57,11 +58,17 @@ def log_machines():
     """Of each machine a training that was repeated, and a single one."""
     store = made.Store()
     for hardware, seconds in SECONDS.items():
-        machine = {"hardware": hardware, "machine": hardware[-1] * 12, "precision": "fp32"}
+        machine = {"hardware": hardware, "machine": hardware[-1] * 12}
         machine |= {"seconds": seconds, "speed": 10_000 / seconds}
         store.sustained(3, behavior="drift", **machine)
         store.sustained(1, recipe="linear-probe", workload="w2", **machine)
         *repeats, single = store.runs[-4:]
+        for run in store.runs[-4:]:
+            run["tags"]["precision"] = "fp32"
+            for step, figure in itertools.product(
+                score.STEPS, ("first_third_images_per_second", "seconds", "batch_size")
+            ):
+                del run["metrics"][score.metric(step.name, figure)]  # MLflow's list shows no more than a screenful
         name = f"{hardware} · finetune · fp32"
         shared = {"repeats": "3", "repeats__id": machine["machine"]}
         figures = repeats[0]["metrics"] | {"std/time/total_seconds": 0.1}
@@ -199,8 +206,8 @@ def test_two_machines_are_compared_by_metrics_and_curves(chrome, chosen, tmp_pat
     click(chrome, By.CSS_SELECTOR, "[data-testid=runs-compare-button]")
     until(chrome, lambda: "Comparing 2 Runs" in text(chrome))
     until(chrome, lambda: all(name in text(chrome) for name in (*chosen, *SECONDS)))
-    for seconds in SECONDS.values():
-        assert chrome.find_elements(By.XPATH, f"//*[text()='{seconds}']")  # total seconds, among the metrics
+    for seconds in SECONDS.values():  # in all, among the metrics
+        until(chrome, lambda seconds=seconds: chrome.find_elements(By.XPATH, f"//*[text()='{seconds}']"))
     chrome.save_screenshot(tmp_path / "compare.png")
     click(chrome, By.CSS_SELECTOR, "a[href*='plot_metric_keys=%5B%22val%2Faccuracy']")
     until(chrome, lambda: len(find(chrome, ".scatterlayer .js-line")) >= len(chosen))
@@ -211,7 +218,7 @@ def test_the_charts_show_both_machines_side_by_side(chrome, tmp_path):
     click(chrome, By.CSS_SELECTOR, "label:has(input[value=CHART])")
     until(chrome, lambda: len(find(chrome, ".barlayer .point")) >= 4 * len(PARENTS + SINGLES))
     sections = [each.text.split("\n")[:2] for each in find(chrome, "[data-testid$=section-header]")]
-    assert sections[:2] == [["Results", "(6)"], ["Curves by epoch", "(1)"]]
+    assert sections[:2] == [["Results", "(8)"], ["Curves by epoch", "(1)"]]
     assert [name for name, _ in sections[2:]] == list(views._FOLDED)  # and no other, which would be open
     chrome.save_screenshot(tmp_path / "bars.png")
     curves = find(chrome, "[data-testid$=section-header]")[1]
