@@ -35,6 +35,10 @@ CHILD = "TRAINMARK_REPEAT"
 PLAN, LOCK = "set.json", ".lock"
 """The plan, in the folder of the driver's first stage; and the file that a driver and its children hold."""
 
+UNFINISHED = ".unfinished"
+"""Folder beside the stages' that keeps what each repeat of an unfinished set left. DVC deletes the outputs of a stage
+before it starts it again."""
+
 NOT_FIXED = ("compare", "tracking", "repeat_pause")
 """Settings that may change while a set of repeats goes on."""
 
@@ -161,6 +165,7 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
                 if "train" in stages or "sustain" in stages:  # an accuracy is the same at any hour
                     _pause(plan)
                 _start(plan, path, number, command, folder, lock)
+                _keep(folder, stages, number)
                 if "train" in stages:
                     record = files.read_json(records.folders(folder, number)["train"] / "record.json")
                     publish.gather(record, records.experiment(settings, record["tags"]))
@@ -171,6 +176,7 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
             raise
         plan.ended = tracking.now()
         plan.write(path)
+        _forget(folder, stages)
 
 
 def unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
@@ -236,6 +242,7 @@ def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], plann
     fixed = _fixed(settings, folder, stages)
     plan = Plan.read(path)
     if plan is not None and plan.ended is None and plan.fixed == fixed:
+        _bring_back(folder, stages)
         whole = sum(not _missing(plan, folder, stages, number) for number in range(1, planned + 1))
         terminal.say(f"resumed  {whole} of {planned} repeats are there")
         # What was killed could not say so.
@@ -250,11 +257,46 @@ def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], plann
     else:
         trained = records.trained(folder)
         set_id, seeds = trained[0]["tags"]["repeats.id"], [int(each["params"]["settings.seed"]) for each in trained]
+    _forget(folder, stages)
     for stage in stages:
         shutil.rmtree(folder / stage, ignore_errors=True)
     plan = Plan(set_id, planned, seeds, settings.repeat_pause, fixed)
     plan.write(path)
     return plan
+
+
+def _keep(folder: Path, stages: Sequence[str], number: int) -> None:
+    """Keeps what a repeat left, whole or not at all. Links take no room."""
+    for stage in stages:
+        kept = folder / UNFINISHED / stage / str(number)
+        aside = kept.with_name(f".{number}")
+        shutil.rmtree(aside, ignore_errors=True)
+        others = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
+        shutil.copytree(records.folders(folder, number)[stage], aside, ignore=others, copy_function=_link)
+        shutil.rmtree(kept, ignore_errors=True)
+        aside.replace(kept)
+
+
+def _bring_back(folder: Path, stages: Sequence[str]) -> None:
+    """Puts what was kept of each repeat back to where it was deleted."""
+    for stage in stages:
+        for kept in (folder / UNFINISHED / stage).glob("[0-9]*"):
+            target = records.folders(folder, int(kept.name))[stage]
+            shutil.copytree(kept, target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _forget(folder: Path, stages: Sequence[str]) -> None:
+    for stage in stages:
+        shutil.rmtree(folder / UNFINISHED / stage, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Makes `target` the same file, or a copy where the file system has no links; one that is there stays."""
+    if not Path(target).exists():
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
 
 
 def _plan(folder: Path, stage: str) -> Plan:

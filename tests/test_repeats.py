@@ -3,6 +3,7 @@ stand-ins, but for those of one real set at the end."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,20 @@ def test_a_set_that_was_cut_off_goes_on_with_what_is_missing(settings_for, folde
     assert (after["id"], after["order"][:2]) == (before["id"], before["order"])
     assert [entry["repeat"] for entry in after["order"]] == [1, 2, 2, 3] and after["ended"]
     assert "resumed  1 of 3 repeats are there" in capsys.readouterr().out
+
+
+def test_a_set_goes_on_though_dvc_deleted_what_its_first_repeats_left(settings_for, folder):
+    settings = settings_for()
+    with pytest.raises(repeats.RepeatFailedError):
+        drive(settings, folder, child(first=FAILS_AT_2.replace("'2:'", "'3:'"), stages=("train",)), ("train",))
+    left = {path: path.read_bytes() for path in (folder / "train").rglob("record.json")}
+    assert len(left) == 2
+    shutil.rmtree(folder / "train" / "repeats")
+    (folder / "train" / "record.json").unlink()
+    drive(settings, folder, child(stages=("train",)), ("train",))
+    assert calls(folder) == ["train 1", "train 2", "train 3"]
+    assert all(path.read_bytes() == text for path, text in left.items())
+    assert not (folder / repeats.UNFINISHED / "train").exists()
 
 
 def test_of_a_repeat_the_stages_that_are_missing_are_done(settings_for, folder):
