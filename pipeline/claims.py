@@ -2,7 +2,8 @@
 
 Faster or slower is said where the interval of the ratio excludes 1, both sides have three units or more, the planned
 number of runs was reached, and accuracies are shown to be equal. With fewer than three sessions on a side, the interval
-must lie beyond the smallest difference that may be claimed: the hours of a machine differ by about 1%.
+is widened by the smallest difference that may be claimed, and must lie beyond it: the hours of one machine differ by
+about 1%, and runs of one hour do not show that.
 """
 
 import math
@@ -95,8 +96,8 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
         return Claim("parity", f"{names}: no claim, {reason}.", bare, accuracy, reason=reason)
     brief = min(candidate.sessions, reference.sessions) < stats.SESSIONS
     smallest = 1 + rules.smallest if brief else 1.0
-    detectable *= smallest
-    speedup = speedup._replace(detectable=detectable)
+    low, high, detectable = _widened(speedup.value, high, detectable, smallest)
+    speedup = speedup._replace(low=low, high=high, detectable=detectable)
     basis = ", ".join(_qualifications(candidate, reference, accuracy))
     if low <= 1 <= high:
         could = f"one of {percent(detectable - 1)} would have been" if detectable < TELLING else "too few runs"
@@ -109,6 +110,14 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
         return Claim("small", small, speedup, accuracy, basis, least)
     sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} ({basis})."
     return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy, basis)
+
+
+def _widened(value: float, high: float, detectable: float, smallest: float) -> tuple[float, float, float]:
+    """The ends of an interval whose half-width, on logarithms, has that of `smallest` added in quadrature, and what is
+    then detectable beyond `smallest`. A `smallest` of 1 changes nothing."""
+    half, extra = math.log(high / value), math.log(smallest)
+    wide = math.hypot(half, extra)
+    return value * math.exp(-wide), value * math.exp(wide), detectable * math.exp(wide - half + extra)
 
 
 def too_wide(low: float, high: float) -> bool:

@@ -278,7 +278,7 @@ class Settings:
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
     repeats: int = setting(whole(1, MOST_REPEATS), "number of processes, with seed, seed + 1, ...")
     repeat_pause: float = setting(real(0), "seconds to wait between two of these processes")
-    sustain_seconds: float = setting(real(0), "how long each sustained step is measured after the recipe; 0: not at all")
+    sustain_seconds: float = setting(real(0), "seconds that each step of the score is repeated; 0: not at all")
     largest_batch: bool = setting(SWITCH, "find the largest batch of the convnet's step that fits, on GPUs")
     data: Data
     energy: Energy

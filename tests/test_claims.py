@@ -88,7 +88,7 @@ def test_fewer_than_three_sessions_claim_nothing_below_the_smallest(apart):
     exact = [1.0, 1.0001, 0.9999, 1.00005, 0.99995]
     me, it = (
         replace(side(name, seconds, apart=apart), seconds=[seconds * each for each in exact])
-        for name, seconds in (("A", 2.0), ("B", 2.02))
+        for name, seconds in (("A", 2.0), ("B", 2.1))
     )
     found = said(me, it)
     assert found.kind == ("small" if apart == MINUTE else "faster")
@@ -99,14 +99,20 @@ def test_fewer_than_three_sessions_claim_nothing_below_the_smallest(apart):
 
 
 def test_the_smallest_difference_is_a_setting():
-    me, it = side("A", 2.0, apart=MINUTE), side("B", 2.3, apart=MINUTE)
+    me, it = side("A", 2.0, apart=MINUTE), side("B", 2.6, apart=MINUTE)
     assert said(me, it, smallest=0.03).kind == "faster" and said(me, it, smallest=0.2).kind == "small"
 
 
 def test_what_few_sessions_would_have_found_is_no_less_than_they_may_claim():
     few, many = (said(*(side(name, 2.0, apart=apart) for name in "AB")) for apart in (MINUTE, HOUR))
     assert few.kind == many.kind == "none"
-    assert few.speedup.detectable == pytest.approx(many.speedup.detectable * 1.03)
+    assert few.speedup.detectable > many.speedup.detectable * 1.03
+
+
+def test_the_interval_of_few_sessions_has_room_for_the_effect_of_the_hour():
+    few, many = (said(side("A", 2.0, apart=apart), side("B", 3.0, apart=apart)) for apart in (MINUTE, HOUR))
+    half = math.hypot(math.log(many.speedup.high / 1.5), math.log(1.03))
+    assert (few.speedup.low, few.speedup.high) == pytest.approx((1.5 / math.exp(half), 1.5 * math.exp(half)))
 
 
 @pytest.mark.parametrize(
