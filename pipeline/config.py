@@ -146,9 +146,9 @@ OPTIONS = Check(_read_options, "names, each with its options: {sgd: {momentum: 0
 TEXT = matching(r"\S(.*\S)?", "a text")
 
 
-def setting(check: Check, meaning: str) -> Any:
-    """A settings field: what it may hold, and what it means (for --help)."""
-    return dataclasses.field(metadata={"check": check, "meaning": meaning})
+def setting(check: Check, meaning: str, **default: Any) -> Any:
+    """A settings field: what it may hold, what it means (for --help), and its `default` where it may be missing."""
+    return dataclasses.field(metadata={"check": check, "meaning": meaning}, **default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +206,11 @@ class Compare:
 class Price:
     """What a machine costs, as a file of prices says it by hardware name: to buy, an hour, or both."""
 
-    buy: float | None = setting(real(0, open_low=True), "to buy")
-    per_hour: float | None = setting(real(0, open_low=True), "to rent for an hour")
-    per_kwh: float | None = setting(real(0), "electricity for a kilowatt-hour")
-    hours_per_day: float | None = setting(real(0, 24, open_low=True), "hours a day that it is used")
-    machine: str | None = setting(TEXT, "of a card: the machine it sits in, which `buy` includes")
+    buy: float | None = setting(real(0, open_low=True), "to buy", default=None)
+    per_hour: float | None = setting(real(0, open_low=True), "to rent for an hour", default=None)
+    per_kwh: float | None = setting(real(0), "electricity for a kilowatt-hour", default=None)
+    hours_per_day: float | None = setting(real(0, 24, open_low=True), "hours a day that it is used", default=None)
+    machine: str | None = setting(TEXT, "of a card: the machine it sits in, which `buy` includes", default=None)
     currency: str = setting(matching("[A-Z]{3}", "a currency's three letters, such as EUR"), "of the price")
     date: str = setting(Check(_read_date, "a date, such as 2026-11-01"), "when it was asked")
     source: str = setting(TEXT, "who asked it: an address")
@@ -335,8 +335,7 @@ def _price(tree: Any, where: str) -> Price:
     fields = _fields(Price)
     if not isinstance(tree, dict) or not ("buy" in tree or "per_hour" in tree):
         raise UsageError(f"{where}: expected buy or per_hour, with currency, date and source")
-    optional = ("buy", "per_hour", "per_kwh", "hours_per_day", "machine")
-    values: dict[str, Any] = dict.fromkeys(optional)
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in fields:
             close = nearest(key, list(fields))
@@ -346,9 +345,9 @@ def _price(tree: Any, where: str) -> Price:
             values[key] = check.read(value)
         except ValueError:
             raise _refusal(f"{where}.{key}", value, check) from None
-    for key in fields:
-        if key not in values:
-            raise UsageError(f"{where}.{key}: missing: expected {fields[key].metadata['check'].allowed}")
+    for key, field in fields.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            raise UsageError(f"{where}.{key}: missing: expected {field.metadata['check'].allowed}")
     return Price(**values)
 
 

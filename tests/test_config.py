@@ -73,6 +73,10 @@ REFUSED = {
     "graph": {"1": None, "on": '"on"', "null": None},
     "features": {"true": None, "none": '"none"'},
     "threads": {"four": '"four"', "0": None, "4097": None, "1.5": None},
+    "target_accuracy": {"high": '"high"', "0": None, "1.5": None, "70%": '"70%"'},
+    "repeat_pause": {"long": '"long"', "-1": None, "null": None},
+    "compare.smallest": {"3%": '"3%"', "-0.01": None, "3": None},
+    "compare.accuracy_margin": {"1%": '"1%"', "0": None, "null": None},
 }
 
 
@@ -608,6 +612,9 @@ def test_prices_by_hardware(tmp_path):
         buy=1234.0, per_hour=2.5, currency="EUR", date="2000-01-01", source="https://example.org/a"
     )
     assert found["GPU B"].buy is None and found["GPU B"].per_hour == 2.5
+    full = PRICED.replace("{", "{per_kwh: 0.3, hours_per_day: 8, machine: a desktop, ")
+    price = prices(tmp_path, f"GPU A: {full}\n")["GPU A"]
+    assert (price.per_kwh, price.hours_per_day, price.machine) == (0.3, 8.0, "a desktop")
 
 
 def test_there_need_be_no_prices(tmp_path):
@@ -627,7 +634,10 @@ def test_there_need_be_no_prices(tmp_path):
         (PRICED.replace("2000-01-01", "today"), '.date: "today" is not allowed: expected a date, such as 2026-11-01'),
         (PRICED.replace("2000-01-01", "2000-02-30"), '.date: "2000-02-30" is not allowed: expected a date, such as'),
         (PRICED.replace("source:", "sauce:"), ".sauce: unknown setting; did you mean source?"),
-        (PRICED.replace("per_hour", "hourly"), ".hourly: unknown setting; allowed here: buy, per_hour, currency, "),
+        (PRICED.replace("per_hour", "hourly"), ".hourly: unknown setting; allowed here: buy, per_hour, per_kwh, "),
+        (PRICED.replace("{", "{per_kwh: -1, "), ".per_kwh: -1 is not allowed: expected a number from 0"),
+        (PRICED.replace("{", "{hours_per_day: 25, "), ".hours_per_day: 25 is not allowed: expected a number above 0"),
+        (PRICED.replace("{", "{machine: 1, "), ".machine: 1 is not allowed: expected a text"),
         ("{currency: EUR}", ": expected buy or per_hour, with currency, date and source"),
         ("12", ": expected buy or per_hour, with currency, date and source"),
     ],
