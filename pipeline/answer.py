@@ -18,10 +18,11 @@ UNDECIDED = ("none", "small")
 
 @dataclass(frozen=True)
 class _Compared:
-    """What is compared: the claims of machines against `reference`, `where` (`at convnet fp32`)."""
+    """What is compared: the claims of machines against `reference`, `where` (`at convnet fp32`). Names tell the
+    precision where machines differ in it."""
 
     reference: str
-    rows: Sequence[tuple[Head, Claim]]
+    rows: Sequence[tuple[str, Head, Claim]]
     where: str
 
 
@@ -45,12 +46,17 @@ def _of_score(table: Score) -> _Compared | None:
         return None
     steps = []
     for step in score.STEPS:
-        rows = [(row.head, row.steps[step.name].claim) for row in table.rows if step.name in row.steps]
-        if len(rows) > 1 and any(claim.kind == "reference" for _, claim in rows):
-            steps.append(_Compared(table.reference, rows, f"at {step.title}"))
+        rows = []
+        for row in table.rows:
+            if figures := row.steps.get(step.name):
+                name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
+                rows.append((name, row.head, figures.claim))
+        reference = next((name for name, _, claim in rows if claim.kind == "reference"), None)
+        if len(rows) > 1 and reference is not None:
+            steps.append(_Compared(reference, rows, f"at {step.title}"))
 
     def rank(compared: _Compared) -> tuple[bool, bool]:
-        claims = [claim for _, claim in compared.rows]
+        claims = [claim for _, _, claim in compared.rows]
         return not any(claim.kind in CLAIMED for claim in claims), not any(map(_ratio, claims))
 
     return min(steps, key=rank, default=None)
@@ -66,27 +72,31 @@ def _of_work(sections: Sequence[Section]) -> _Compared | None:
 
     for section, table in sorted(tables, key=rank):
         if table.reference is not None:
-            return _Compared(table.reference, [(row.head, row.claim) for row in table.rows], f"at {section.title}")
+            rows = []
+            for row in table.rows:
+                at = f" at {row.settings['precision']}" if table.settings is None else ""
+                rows.append((row.head.name + at, row.head, row.claim))
+            return _Compared(table.reference, rows, f"at {section.title}")
     return None
 
 
 def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
-    claimed = [(head.name, claim) for head, claim in compared.rows if claim.kind in CLAIMED]
+    claimed = [(name, claim) for name, _, claim in compared.rows if claim.kind in CLAIMED]
     claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
     sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
     if len(claimed) > NAMED:
         sentences.append(f"{len(claimed) - NAMED} more are in the table.")
-    others = [(head, claim) for head, claim in compared.rows if claim.kind not in (*CLAIMED, "reference")]
+    others = [row for row in compared.rows if row[2].kind not in (*CLAIMED, "reference")]
     if not claimed:
-        first = next((item for item in others if item[1].kind in UNDECIDED), None)
-        first = first or next((item for item in others if _ratio(item[1])), None)
+        first = next((row for row in others if row[2].kind in UNDECIDED), None)
+        first = first or next((row for row in others if _ratio(row[2])), None)
         if first is not None:
             others.remove(first)
-            sentences += _unclaimed(compared, first[0].name, first[1])
-    undecided = [head.name for head, claim in others if claim.kind in UNDECIDED]
+            sentences += _unclaimed(compared, first[0], first[2])
+    undecided = [name for name, _, claim in others if claim.kind in UNDECIDED]
     if undecided:
         sentences.append(f"No difference from {compared.reference} is established for {_listed(undecided)}.")
-    reasons = {head.name: head.problem or claim.reason for head, claim in others if claim.kind not in UNDECIDED}
+    reasons = {name: head.problem or claim.reason for name, head, claim in others if claim.kind not in UNDECIDED}
     reasons |= unscored
     if reasons:
         absent = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
@@ -108,7 +118,7 @@ def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
     if claim.kind in UNDECIDED:
         return [claim.sentence]
     # A set that is planned anew stands beside one that failed only under another label.
-    label = " -S label=NAME" if any(head.planned > 1 for head, _ in compared.rows) else ""
+    label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
     more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
     basis = f" ({claim.basis})" if claim.basis else ""
     return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]

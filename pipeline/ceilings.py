@@ -211,15 +211,15 @@ def verdict(figures: Mapping[str, float], ceilings: Measured) -> str:
     said = f"images passed at {_percent(share)} of the speed of one fixed batch"
     if share > 1:
         said += (
-            f", because the machine was slower while that was measured (its windows were {ceilings.spread:.1%} apart)"
+            f": the machine may have been slower while that was measured (its windows were {ceilings.spread:.1%} apart)"
         )
     utilisation = figures.get("efficiency/model_flops_utilisation")
     if utilisation is not None:
         said += f"; the model's operations took {_percent(utilisation)} of the rate of this machine's matrix products"
         if utilisation > 1:
             said += (
-                ", because its convolutions need fewer operations than are counted, or it was slower while products "
-                "were measured"
+                ": its convolutions may need fewer operations than are counted, or it was slower while products were "
+                "measured"
             )
     return said
 

@@ -88,7 +88,7 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
     if low is None or high is None or detectable is None or too_wide(low, high):
         ratio = times_as_fast(candidate, reference, speedup.value)
         basis = evidence(candidate, reference)
-        few = f"{ratio} {rules.where}; too few runs for a claim ({basis}): -S repeats=5 on both."
+        few = f"{ratio} {rules.where}; too few runs for a claim ({basis}): plan -S repeats=5 on both."
         return Claim("few", few, speedup, basis=basis, reason="too few runs")
     accuracy = _equivalence(candidate, reference, rules.margin)
     if accuracy is not None and not accuracy.established:
@@ -105,7 +105,7 @@ def compared(candidate: Side, reference: Side, rules: Rules) -> Claim:
         return Claim("none", none, speedup, accuracy, basis, "no difference found")
     if brief and low <= smallest and high >= 1 / smallest:
         least = f"a difference of more than {percent(rules.smallest)} is not established"
-        why = f"fewer than {stats.SESSIONS} sessions a side may not claim less"
+        why = f"a smaller one needs {stats.SESSIONS} sessions on each side"
         small = f"{candidate.name} against {reference.name} {rules.where}: {least} ({basis}); {why}."
         return Claim("small", small, speedup, accuracy, basis, least)
     sentence = f"{times_as_fast(candidate, reference, low, high)} {rules.where} ({basis})."

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def gpus() -> list[dict[str, Any]]:
     devices = [device for device in pci_displays(PCI) if not nvidia or device["vendor"] != "10de"]
     names = parse_lspci(output("lspci", "-mm", "-nn")) if devices else {}
     return nvidia + [pci_gpu(**device, description=names.get(pci_id(device), "")) for device in devices]
+
+
+def process_age() -> float:
+    """Seconds since this process started."""
+    if sys.platform == "linux":
+        # psutil's start is as coarse as the kernel's time of booting, a whole second, and moves when the clock is set.
+        # Field 22 of /proc/self/stat: ticks from booting to the start (proc(5)); the name before may hold blanks.
+        ticks = int(contents(Path("/proc/self/stat")).rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - psutil.Process().create_time()
 
 
 def power_source() -> str | None:

@@ -34,9 +34,10 @@ TERMINAL_ROWS = 10
 DEMO = "DEMO: not the real thing"
 TITLE = "Machines compared"
 PRICE_NOTE = (
-    f"A bought machine's price is spread over {costs.OWNED_YEARS} years of use: `hours_per_day`, else day and night. "
-    "Watts are the most that a step of the score drew. Break-even: hours of use after which buying costs less than "
-    "renting, buy / (per_hour - kW x per_kwh). Nothing is converted between currencies."
+    f"A bought machine's price is spread over {costs.OWNED_YEARS} years, at `hours_per_day` hours a day (24 if not "
+    "given). Watts are the most that a step of the score drew; those of a card or a processor leave out the rest of a "
+    "machine. Break-even: hours of use after which buying costs less than renting, buy / (per_hour - kW x per_kwh). "
+    "Nothing is converted between currencies."
 )
 
 
@@ -46,8 +47,8 @@ def notes(rules: config.Compare) -> list[str]:
         "A run is one process. n counts the runs that count, of those planned before the first one started. A set that "
         "is incomplete, or that runs were added to, carries no claim.",
         f"Runs that start within an hour make one session. From {stats.SESSIONS} sessions on, the unit of evidence is "
-        "the session (the geometric mean of its runs), else the run. With fewer sessions no difference below "
-        f"{percent(rules.smallest)} is claimed, because the hours of one machine differ.",
+        "the session (the geometric mean of its runs), else the run. With fewer sessions intervals are widened by "
+        f"{percent(rules.smallest)} and no smaller difference is claimed, because the hours of one machine differ.",
         f"Figures are medians with a {stats.LEVEL:.0%} interval (Student's t on logarithms); accuracies are means. "
         f"Fewer than {stats.FEWEST} units give no interval.",
         "A speed-up is a ratio of geometric means; 1/140 is a 140th of the speed. Its interval is Welch's t on "
@@ -61,9 +62,9 @@ def notes(rules: config.Compare) -> list[str]:
         "(major.minor), power limit and all settings of execution. Runs of another version of the code carry no claim.",
         "The score is the median speed in the last third of each step; the steps are the same on all machines. The "
         f"first third's speed is shown where it differs by {FIRST_THIRD:.0%} or more. Best: at the device's best "
-        "precision.",
+        "precision. A machine's first planned set counts.",
         "Total s is the work itself: copying to the device, features, training, validation. Process s is the whole "
-        "process with imports, setup and compiling, without downloads. Costs are of the process.",
+        "process with imports, setup and compiling, without downloads and decoding. Costs are of the process.",
         "Memory is of tensors, of a whole process or of the driver, and energy of the source that is named: figures of "
         "two kinds are not comparable, and no ratio of them is given.",
     ]

@@ -47,17 +47,26 @@ def side_of(
     runs: Sequence[Run],
     seconds: Sequence[float],
     accuracies: Mapping[str, Mapping[int, float]] | None = None,
+    *,
+    stage: str = "taints",
 ) -> Side:
-    """The `runs` of a group, with what each took, as one side of a claim."""
+    """The `runs` of a group, with what each took, as one side of a claim. `stage`: the tag of the stage's taints."""
     return Side(
         name=name,
         hardware=clean(runs[0]["tags"].get("hardware", "")),
         seconds=seconds,
-        started=[run["started"] for run in runs],
+        started=[started(run, stage) for run in runs],
         accuracies=accuracies,
         conditions={word: getattr(group.entity, key) for key, (word, _) in groups.CONDITIONS.items()},
         problem=group.problem,
     )
+
+
+def started(run: Run, stage: str) -> int | None:
+    """When the compared stage of a run began, in milliseconds: the training, or the score, which may be measured hours
+    later. `stage`: the tag of its taints."""
+    text = run["tags"].get("sustained.started", "") if stage.startswith("sustained.") else ""
+    return int(text) if text.isdecimal() else run["started"]
 
 
 def reference_index(context: Context, candidates: Mapping[int, Group]) -> int | None:
@@ -86,7 +95,7 @@ def is_machine(run: Run, machine: str) -> bool:
 def head_of(context: Context, group: Group, stage: str) -> Head:
     """`stage`: the tag of its taints."""
     tags = group.runs[-1]["tags"]
-    starts = [run["started"] for run in group.runs]
+    starts = [started(run, stage) for run in group.runs]
     known = [start for start in starts if start]
     versions = {clean(run["tags"].get("software.torch", "?")) for run in group.runs}
     return Head(

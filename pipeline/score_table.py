@@ -7,7 +7,7 @@ from statistics import median
 from pipeline import claims, groups, score, stats
 from pipeline.claims import Claim, Side
 from pipeline.costs import costs_of_score
-from pipeline.groups import Entity, Group, Run, clean
+from pipeline.groups import CURRENT, Entity, Group, Run, clean
 from pipeline.rows import (
     Context,
     energy_source,
@@ -20,9 +20,13 @@ from pipeline.rows import (
     reference_index,
     rules_for,
     side_of,
+    started,
     values_of,
 )
 from pipeline.tables import Score, ScoreRow, StepFigures
+
+STAGE = "sustained.taints"
+"""The tag of what disturbed the score."""
 
 
 def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
@@ -30,9 +34,9 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
     measured = [run for run in runs if any(metric_of(run, _speed(step)) for step in score.STEPS)]
     if not measured:
         return None
-    everyone = groups.group(measured, _sustained, "sustained.taints", allow_tainted=context.settings.tainted)
+    everyone = groups.group(measured, _sustained, STAGE, allow_tainted=context.settings.tainted)
     chosen: dict[Entity, Group] = {}
-    for group in sorted(everyone, key=lambda group: (bool(group.problem), -len(group.runs), group.runs[0]["run_id"])):
+    for group in sorted(everyone, key=_precedence):
         chosen.setdefault(group.entity, group)
     ordered = sorted(chosen.values(), key=lambda group: (*_by_speed(group), context.names[group.entity]))
     rows = [_score_row(context, group) for group in ordered]
@@ -47,11 +51,17 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
             for row, group in zip(rows, ordered, strict=True)
         ]
     others = [
-        other_of(context, group, _speed(score.STEPS[0]), group.problem or "measured with another recipe or other steps")
+        other_of(context, group, _speed(score.STEPS[0]), group.problem or "not the machine's first planned set")
         for group in everyone
         if all(group is not other for other in ordered)
     ]
     return Score(rows[first].head.name if first is not None else None, rules.level, rows, others)
+
+
+def _precedence(group: Group) -> tuple[bool, bool, int, str]:
+    """The first planned set of a machine comes first, whatever came of it: a later one may be no better choice."""
+    first = group.runs[0]
+    return group.settings["version"] != CURRENT, group.planned == 1, first["started"] or 0, first["run_id"]
 
 
 def _sustained(run: Run) -> dict[str, str]:
@@ -79,7 +89,7 @@ def _by_speed(group: Group) -> tuple[float, ...]:
 
 
 def _score_row(context: Context, group: Group) -> ScoreRow:
-    head = head_of(context, group, "sustained.taints")
+    head = head_of(context, group, STAGE)
     source = energy_source(group.runs, "sustained.energy_source", score.metric(score.STEPS[0].name, "images_per_joule"))
     steps = {
         step.name: figures for step in score.STEPS if (figures := _step_figures(group, step.name, energy=bool(source)))
@@ -102,7 +112,7 @@ def _step_figures(group: Group, step: str, *, energy: bool) -> StepFigures | Non
     def estimate(figure: str) -> stats.Estimate | None:
         metric = score.metric(step, figure)
         runs = [run for run in group.runs if metric_of(run, metric) is not None]
-        return stats.typical(values_of(runs, metric), [run["started"] for run in runs]) if runs else None
+        return stats.typical(values_of(runs, metric), [started(run, STAGE) for run in runs]) if runs else None
 
     speed, batch = estimate("images_per_second"), estimate("batch_size")
     if speed is None:
@@ -154,4 +164,4 @@ def _side(row: ScoreRow, group: Group, step: score.Step) -> Side:
     figures = row.steps[step.name]
     name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
     runs = [run for run in group.runs if metric_of(run, _speed(step)) is not None]
-    return side_of(name, group, runs, [1 / value for value in figures.values])
+    return side_of(name, group, runs, [1 / value for value in figures.values], stage=STAGE)

@@ -83,7 +83,9 @@ def run(
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
+        began = tracking.now()
         result |= _measured(settings, steps)
+        result["tags"]["sustained.started"] = str(began)
     result["ended"] = tracking.now()
     repeats.emptied(folder, "sustain", number, records.planned(folder))
     _leave(result, record, settings, folders)
@@ -293,9 +295,12 @@ def _largest_batch(device: str, step: score.Step) -> int | None:
     backend = training.device_for(device, recipe)
     if not backend.refuses_memory:
         return None
-    with backend.memory_errors():
-        work = _built(recipe, _made(2, step.image_size), backend)
-        return training.largest_batch(work, (step.image_size, step.image_size, 3))
+    try:
+        with backend.memory_errors():
+            work = _built(recipe, _made(2, step.image_size), backend)
+    except OutOfMemoryError:
+        return None
+    return training.largest_batch(work, (step.image_size, step.image_size, 3))
 
 
 def _announce(step: score.Step, precision: str, course: Course) -> None:

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import csv
 import dataclasses
 import io
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from pipeline import (
@@ -28,6 +26,7 @@ from pipeline import (
     energy,
     engine,
     files,
+    machine,
     model,
     optim,
     publish,
@@ -64,8 +63,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     the repeat `number` (from 1) its part of it. Returns the record. `earlier`: seconds that this process spent on
     other stages before."""
     recipe = settings.work
-    begun = psutil.Process().create_time() + earlier
-    startup = time.time() - begun
+    startup = machine.process_age() - earlier
     tracking.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     energy.check(settings.energy.source)
@@ -96,7 +94,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     record["metrics"]["time/startup_seconds"] = startup
     full: str | None = None
     try:
-        _train(work, splits, _shown(decoded["train"], settings.seed, classes), settings, record, begun, out)
+        _train(work, splits, _shown(decoded["train"], settings.seed, classes), settings, record, earlier, out)
     except OutOfMemoryError as error:
         full = str(error)
     if full:  # not in the except clause: what the error holds is in the way of every smaller batch
@@ -111,11 +109,11 @@ def _train(
     shown: Shown,
     settings: config.Settings,
     record: dict[str, Any],
-    begun: float,
+    earlier: float,
     out: Path,
 ) -> None:
-    """Trains, as the run of `record`, which it completes; leaves `out`. `begun`: when the process began, in seconds
-    since 1970."""
+    """Trains, as the run of `record`, which it completes; leaves `out`. `earlier`: seconds that other stages took in
+    this process before."""
     clock, backend = work.job.clock, work.job.backend
     with clock.span("log"):
         handle = tracking.start(record, _above(record))
@@ -141,7 +139,7 @@ def _train(
         before = record["hardware"]["conditions"]["before"]
         _taint(record, before, conditions.sample(backend.gpu_uuid()))
         _draw(record, settings, shown, out)
-        record["metrics"]["time/process_seconds"] = time.time() - begun
+        record["metrics"]["time/process_seconds"] = machine.process_age() - earlier
         _leave(record, settings, out)
         publish.training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.

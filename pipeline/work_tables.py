@@ -43,7 +43,8 @@ WORK_METRICS = {
     "test_accuracy": "test/accuracy",
     "best_accuracy": "best/val_accuracy",
 }
-"""The figures of a recipe's work, and the metrics they are."""
+"""The figures of a recipe's work, and the metrics they are. Of process_seconds the decoding of images is taken off: the
+first process decodes them, and the next ones read what it kept."""
 
 TOTAL = WORK_METRICS["total_seconds"]
 
@@ -176,14 +177,14 @@ def _sides(context: Context, key: str, timed: Mapping[int, Group], *, named: boo
     """The groups with the figure `key` as sides of a claim; `named`: by precision too, which their table mixes."""
     sides = {}
     for index, group in timed.items():
-        runs = [run for run in group.runs if metric_of(run, WORK_METRICS[key]) is not None]
+        runs = [run for run in group.runs if _value(run, key) is not None]
         if runs:
             name = context.names[group.entity]
             sides[index] = side_of(
                 f"{name} at {group.settings['precision']}" if named else name,
                 group,
                 runs,
-                values_of(runs, WORK_METRICS[key]),
+                [value for run in runs if (value := _value(run, key)) is not None],
                 {
                     images: by_seed
                     for images, figure in ACCURACIES.items()
@@ -234,8 +235,8 @@ def _row(context: Context, group: Group, target: float | None) -> Row:
 def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate], dict[str, list[float]]]:
     """The group's figures, and each run's value of them."""
     readers: dict[str, Callable[[Run], float | None]] = {
-        key: lambda run, key=key, metric=metric: metric_of(run, metric, share=key in ACCURACIES.values())  # type: ignore[misc]
-        for key, metric in WORK_METRICS.items()
+        key: lambda run, key=key: _value(run, key)  # type: ignore[misc]
+        for key in WORK_METRICS
     }
     readers["epoch_seconds"] = lambda run: _middle(_epoch_seconds(context, run))
     readers["images_per_second"] = lambda run: _median_speed(context, run)
@@ -249,6 +250,14 @@ def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate],
             else:
                 figures[key] = stats.typical(values[key], [start for _, start in measured])
     return figures, values
+
+
+def _value(run: Run, key: str) -> float | None:
+    """A figure of WORK_METRICS."""
+    value = metric_of(run, WORK_METRICS[key], share=key in ACCURACIES.values())
+    if value is None or key != "process_seconds":
+        return value
+    return value - (metric_of(run, "time/data_seconds") or 0.0)
 
 
 def _epoch_seconds(context: Context, run: Run) -> list[float]:

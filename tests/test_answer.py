@@ -87,7 +87,7 @@ def test_an_interval_that_tells_nothing_is_no_claim():
 
 def test_where_the_first_step_can_not_be_compared_another_one_is():
     text = answer(scored(3000.0, batch=128).compare())
-    assert text.startswith("GPU B: 3.00 times GPU A at transformer best")
+    assert text.startswith("GPU B at bf16: 3.00 times GPU A at bf16 at transformer best")
 
 
 def test_without_a_score_it_is_of_the_work():

@@ -291,7 +291,7 @@ def test_disturbed_runs_are_let_into_claims_where_asked_for():
 
 def test_sessions_are_the_unit_and_few_of_them_claim_nothing_small():
     def claim(step):
-        store = Store().add(5, step=step).add(5, machine="b" * 12, hardware="GPU B", seconds=9.8, step=step)
+        store = Store().add(5, step=step).add(5, machine="b" * 12, hardware="GPU B", seconds=9.5, step=step)
         return row(store.compare(), "GPU B").claim
 
     assert claim(SESSION).kind == "faster" and "in 5 sessions" in claim(SESSION).sentence
@@ -385,11 +385,11 @@ def test_the_score_has_taints_and_behavior_of_its_own():
     assert score_row(store.compare(), "GPU B").head.behavior == ["throttled"]
 
 
-def test_a_machine_has_one_score_that_of_the_most_runs():
+def test_a_machine_has_one_score_that_of_its_first_set():
     store = Store().sustained(3).sustained(5, recipe="blog", workload="w2")
     found = store.compare().parts[0].score
-    assert [(each.recipe, len(each.head.runs)) for each in found.rows] == [("blog", 5)]
-    assert [len(other.runs) for other in found.others] == [3]
+    assert [(each.recipe, len(each.head.runs)) for each in found.rows] == [("finetune", 3)]
+    assert [len(other.runs) for other in found.others] == [5]
 
 
 def test_a_score_tells_the_energy_only_with_its_source():
@@ -558,3 +558,32 @@ def test_the_price_of_a_card_names_its_machine():
 def test_a_store_with_nothing_to_compare_says_what_to_do(store, words):
     advice = store.compare().advice
     assert words in advice and bool(words) == bool(advice)
+
+
+# --- the score's own clock and choice
+
+
+def test_the_scores_sessions_are_of_its_own_measurement():
+    store = Store().sustained(5).sustained(5, hardware="GPU B", machine="b" * 12, speed=500.0)
+    for number, run in enumerate(store.runs):
+        run["tags"]["sustained.started"] = str(1_760_000_000_000 + 180_000 * number)
+    found = store.compare()
+    assert score_row(found, "GPU A").head.sessions == 1
+    assert row(found, "GPU A").head.sessions == 5
+    claim = score_row(found, "GPU B").steps["convnet_fp32"].claim
+    assert claim.speedup.high / claim.speedup.low > 1.03**2  # widened: all within an hour
+
+
+def test_a_machines_first_planned_set_is_its_score_whatever_came_of_it():
+    store = Store().sustained(4, planned=5, speed=1000.0, recipe="blog", workload="w2")
+    store.sustained(5, speed=1200.0)
+    found = store.compare()
+    shown = score_row(found, "GPU A")
+    assert shown.recipe == "blog" and shown.head.problem
+    (part,) = found.parts
+    assert [len(other.runs) for other in part.score.others] == [5]
+
+
+def test_decoding_is_taken_off_the_whole_process():
+    store = Store().add(3, metrics={"time/data_seconds": 5.0, "time/process_seconds": 25.0})
+    assert row(store.compare(), "GPU A").values["process_seconds"] == [20.0] * 3

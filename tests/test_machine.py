@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,3 +357,11 @@ def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
     names = [socket.gethostname(), psutil.Process().username().split("\\")[-1]]
     # A name such as "vm" or "root" is part of many words; as a value of its own it would be a leak.
     assert not [name for name in names if f'"{name}"' in text or (len(name) > 6 and name in text)]
+
+
+def test_a_process_is_as_old_as_the_clock_says():
+    first, passed = machine.process_age(), time.perf_counter()
+    time.sleep(0.05)
+    second, passed = machine.process_age(), time.perf_counter() - passed
+    assert second - first == pytest.approx(passed, abs=0.03)
+    assert first == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)

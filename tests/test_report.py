@@ -93,7 +93,7 @@ def test_a_machine_alone_has_no_ratios():
     ("change", "note"),
     [({"count": 2}, "too few runs"), ({"accuracy": 0.6}, "no claim: accuracy"), ({"planned": 5}, "no claim"),
      ({"seconds": 10.0}, "no difference found"), ({"taints": "load"}, "no claim"),
-     ({"seconds": 9.8, "step": MINUTE, "count": 5}, "difference not established")],
+     ({"seconds": 9.5, "step": MINUTE, "count": 5}, "difference not established")],
 )  # fmt: skip
 def test_a_ratio_that_is_not_claimed_says_why(change, note):
     store = Store().add(5, step=change.get("step", 60 * MINUTE))

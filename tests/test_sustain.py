@@ -250,6 +250,7 @@ def test_it_becomes_part_of_the_trainings_run(repeat, outputs, capsys):
     assert set(result["series"]) == set(courses)
     assert run.data.metrics == before.data.metrics | metrics | courses
     assert [tags[score.tag(step.name, "precision")] for step in STEPS] == ["fp32", "bf16", "bf16"]
+    assert int(run.data.tags["sustained.started"]) <= result["ended"]
     told = {"sustained.taints", "sustained.behavior", "sustained.energy_source"}
     assert not told & set(run.data.tags) and result["warnings"] == []
 

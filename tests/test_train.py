@@ -28,6 +28,7 @@ from pipeline import (
     evaluate,
     files,
     hardware,
+    machine,
     model,
     plots,
     records,
@@ -587,7 +588,7 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
 def test_the_times_of_starting_up_and_of_all_are_the_processs_without_earlier_stages(monkeypatch, tmp_path, earlier):
     script(monkeypatch, [0.5])
     passed = [12.5]
-    monkeypatch.setattr(train.time, "time", lambda: train.psutil.Process().create_time() + passed[0])
+    monkeypatch.setattr(machine, "process_age", lambda: passed[0])
     mark = tracking.mark
     monkeypatch.setattr(tracking, "mark", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
     prepare(generated(), tmp_path / "outputs")
