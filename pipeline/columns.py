@@ -61,7 +61,7 @@ def score_columns(table: Score) -> list[Column]:
     """The score's columns: images a second of each step, with the ratio to the reference below."""
     first, *others = score.STEPS
     cells: dict[str, Callable[[ScoreRow], Cell]] = {
-        "machine": lambda row: _name(row.head, reference=_is_reference(row), several=len(table.rows) > 1),
+        "machine": lambda row: _name(row.head, reference=row.is_reference, several=len(table.rows) > 1),
         first.title: lambda row: _step(first, row),
         "n": lambda row: _count(row.head),
     }
@@ -77,10 +77,6 @@ def score_columns(table: Score) -> list[Column]:
         cells["recipe"] = lambda row: Cell(row.recipe)
     cells["run"] = lambda row: _runs(row.head, row.shown)
     return _columns(table.rows, cells, ("machine", "recipe", "run"))
-
-
-def _is_reference(row: ScoreRow) -> bool:
-    return any(figures.claim.kind == "reference" for figures in row.steps.values())
 
 
 def step_speed(row: ScoreRow, step: score.Step) -> str:

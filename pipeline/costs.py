@@ -25,10 +25,14 @@ def owned_hours(price: config.Price) -> float:
     return OWNED_YEARS * 365.25 * (price.hours_per_day or 24)
 
 
+def _electricity(price: config.Price, watts: float | None) -> float:
+    """Of an hour; 0 where its price or the watts are not known."""
+    return watts / 1000 * price.per_kwh if watts is not None and price.per_kwh is not None else 0.0
+
+
 def hourly(price: config.Price, watts: float | None) -> tuple[float | None, float | None]:
     """What an hour costs, rented and bought; the latter with electricity where its price and the watts are known."""
-    power = watts / 1000 * price.per_kwh if watts is not None and price.per_kwh is not None else 0.0
-    return price.per_hour, None if price.buy is None else price.buy / owned_hours(price) + power
+    return price.per_hour, None if price.buy is None else price.buy / owned_hours(price) + _electricity(price, watts)
 
 
 def break_even_hours(price: config.Price, watts: float | None) -> float | None:
@@ -36,8 +40,7 @@ def break_even_hours(price: config.Price, watts: float | None) -> float | None:
     electricity costs as much as the rent. None without both prices."""
     if price.buy is None or price.per_hour is None:
         return None
-    power = watts / 1000 * price.per_kwh if watts is not None and price.per_kwh is not None else 0.0
-    saved = price.per_hour - power
+    saved = price.per_hour - _electricity(price, watts)
     return price.buy / saved if saved > 0 else float("inf")
 
 

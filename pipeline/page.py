@@ -123,8 +123,7 @@ def html(comparison: Comparison, drawn: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
-    references = [any(figures.claim.kind == "reference" for figures in row.steps.values()) for row in table.rows]
-    classes = [_row_class(row.head, reference) for row, reference in zip(table.rows, references, strict=True)]
+    classes = [_row_class(row.head, row.is_reference) for row in table.rows]
     return [
         "<h2>Score</h2>",
         HINT,

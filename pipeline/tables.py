@@ -55,8 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One sustained step of one group: images a second in the last third and in the first, the precision, the batch and
-    the seconds it was measured for, watts and images per joule where they are known, and what is claimed of it."""
+    """One sustained step of one group: images a second in the last third and in the first, the precision, the batch, the
+    hash of the work, watts and images per joule where they are known, and what is claimed of it."""
 
     speed: stats.Estimate
     values: Sequence[float]
@@ -80,6 +80,11 @@ class ScoreRow:
     energy_source: str
     watts: float | None
     costs: Costs | None
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the other rows are compared with this one."""
+        return any(figures.claim.kind == "reference" for figures in self.steps.values())
 
 
 @dataclass(frozen=True)

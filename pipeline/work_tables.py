@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -234,10 +235,7 @@ def _row(context: Context, group: Group, target: float | None) -> Row:
 
 def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate], dict[str, list[float]]]:
     """The group's figures, and each run's value of them."""
-    readers: dict[str, Callable[[Run], float | None]] = {
-        key: lambda run, key=key: _value(run, key)  # type: ignore[misc]
-        for key in WORK_METRICS
-    }
+    readers: dict[str, Callable[[Run], float | None]] = {key: partial(_value, key=key) for key in WORK_METRICS}
     readers["epoch_seconds"] = lambda run: _middle(_epoch_seconds(context, run))
     readers["images_per_second"] = lambda run: _median_speed(context, run)
     figures, values = {}, {}
