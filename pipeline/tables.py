@@ -55,8 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One sustained step of one group: images a second in the last third and in the first, the precision, the batch, the
-    hash of the work, watts and images per joule where they are known, and what is claimed of it."""
+    """One sustained step of one group: images a second in the last third and in the first, the precision, the batch,
+    the hash of the work, watts and images per joule where they are known, and what is claimed of it."""
 
     speed: stats.Estimate
     values: Sequence[float]
