@@ -15,7 +15,7 @@ from pipeline import config, groups
 from pipeline.errors import UsageError
 from pipeline.groups import Run, clean
 from pipeline.rows import Context, is_machine
-from pipeline.score_table import score_of
+from pipeline.score_table import as_measured, score_of
 from pipeline.tables import Comparison, Part
 from pipeline.work_tables import COURSES, by_work, section_of
 
@@ -40,7 +40,7 @@ def compare(
     once = list(by_record.values())
     _check_reference(once, settings.reference)
     _check_prices(once, prices or {})
-    context = Context(cache(courses), link, settings, prices or {}, groups.names(once))
+    context = Context(cache(courses), link, settings, prices or {}, groups.names([*once, *map(as_measured, once)]))
     parts = []
     for demo in (False, True):
         chosen = [run for run in once if ("fallback" in run["tags"]) == demo]

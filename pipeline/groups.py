@@ -101,20 +101,29 @@ def group(
     """The groups of `runs`. `taints_tag` names what disturbed the stage that is compared; such runs count only if
     `allow_tainted`."""
     alike: dict[tuple[Entity, tuple[tuple[str, str], ...]], list[Run]] = {}
+    sizes: Counter[str] = Counter()
     for run in runs:
         alike.setdefault((entity_of(run), tuple(settings_of(run).items())), []).append(run)
+        sizes[_set_of(run)] += 1
     return [
-        _evidence(entity, dict(settings), sorted(members, key=_start), taints_tag, allow_tainted=allow_tainted)
+        _evidence(entity, dict(settings), sorted(members, key=_start), sizes, taints_tag, allow_tainted=allow_tainted)
         for (entity, settings), members in alike.items()
     ]
 
 
 def _evidence(
-    entity: Entity, settings: Mapping[str, str], runs: Sequence[Run], taints_tag: str, *, allow_tainted: bool
+    entity: Entity,
+    settings: Mapping[str, str],
+    runs: Sequence[Run],
+    sizes: Mapping[str, int],
+    taints_tag: str,
+    *,
+    allow_tainted: bool,
 ) -> Group:
     """Decides which runs count. The first planned set does; single trials before it do not, and runs after it end every
-    claim: whoever adds runs until a difference shows will find one."""
-    planned, counted, left_out, problem = _planned_set(runs)
+    claim: whoever adds runs until a difference shows will find one. `sizes`: how many runs of each set there are,
+    in whatever group."""
+    planned, counted, left_out, problem = _planned_set(runs, sizes)
     if (version := counted[0]["tags"].get("software.execution", "1")) != CURRENT:
         problem = f"measured by version {clean(version)} of the code"
     clear, disturbed = list(counted), []
@@ -129,12 +138,12 @@ def _evidence(
     return Group(entity, settings, clear, left_out, planned, problem)
 
 
-def _planned_set(runs: Sequence[Run]) -> tuple[int, list[Run], list[LeftOut], str]:
+def _planned_set(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[int, list[Run], list[LeftOut], str]:
     """Of runs in the order of their starts: how many were planned, those of the plan, the others with their reasons,
     and the problem with the plan."""
     sets: dict[str, list[Run]] = {}
     for run in runs:
-        sets.setdefault(str(run["tags"].get("repeats.id", run["run_id"])), []).append(run)
+        sets.setdefault(_set_of(run), []).append(run)
     first = next((members for members in sets.values() if _planned(members[0]) > 1), None)
     if first is None:
         problem = f"{len(runs)} single runs were not planned as a set" if len(runs) > 1 else ""
@@ -146,11 +155,19 @@ def _planned_set(runs: Sequence[Run]) -> tuple[int, list[Run], list[LeftOut], st
     left_out = [LeftOut(run, "tried before the planned set") for run in earlier]
     left_out += [LeftOut(run, "added after the planned set") for run in later]
     problem = ""
-    if len(first) < planned:
+    elsewhere = sizes[_set_of(first[0])] - len(first)
+    if elsewhere:
+        problem = f"{elsewhere} of {planned} planned runs ran under other conditions or settings"
+    elif len(first) < planned:
         problem = f"{len(first)} of {planned} planned runs are there"
     elif later:
         problem = f"{len(later)} run{'s were' if len(later) > 1 else ' was'} added after the {planned} planned ones"
     return planned, first, left_out, problem
+
+
+def _set_of(run: Run) -> str:
+    """What all runs of one planned set share, and no other run has."""
+    return str(run["tags"].get("repeats.id", run["run_id"]))
 
 
 def _planned(run: Run) -> int:

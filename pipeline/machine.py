@@ -121,17 +121,26 @@ def fingerprint(
     """Twelve hex digits, the same for all runs of one machine; with fewer usable cores or a memory limit it is another.
 
     No update of a driver or kernel changes them: a card counts by its id on the bus, which is known without its driver,
-    and memory in steps of 2 GiB. It is rounded up: firmware and kernel keep some of what is installed, so the reported
-    total is always a bit lower, and how much they keep changes with their versions. The installation's id goes in
-    hashed with a text of our own, as machine-id(5) asks.
+    and memory by the size that was probably installed. The installation's id goes in hashed with a text of our own, as
+    machine-id(5) asks.
     """
     bus = sorted(pci_id(device) for device in devices)
     named = sorted(
         [card["name"].removeprefix("NVIDIA "), card.get("cores", 0)] for card in cards if card["for_training"]
     )
-    whole = hardware | {"memory_gib": 2 * math.ceil(hardware["memory_gib"] / 2)}
+    whole = hardware | {"memory_gib": installed_gib(hardware["memory_gib"])}
     text = json.dumps(["trainmark machine", whole, bus or named, installation], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def installed_gib(reported: float) -> float:
+    """The next size in which memory is sold: a power of two, or one and a half times one.
+
+    Firmware, kernel and an integrated GPU keep some of what is installed. How much they keep changes with their
+    versions, so the reported total moves a little below the installed size.
+    """
+    power = 2.0 ** math.floor(math.log2(reported))
+    return next(size for size in (power, 1.5 * power, 2 * power) if reported <= size)
 
 
 def parse_smi(text: str, fields: tuple[str, ...]) -> list[dict[str, str]]:

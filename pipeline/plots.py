@@ -56,7 +56,7 @@ CHART_WIDTH = 4.1  # inches: a chart of a comparison is as wide as a phone, wher
 ROW_HEIGHT = 0.42
 SMALL = 8.5  # points
 
-FAR_APART = 100.0
+FAR_APART = 50.0
 """From this ratio of the largest value to the smallest on, an axis is logarithmic."""
 
 LOGARITHMIC = "(logarithmic axis)"

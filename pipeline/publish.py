@@ -106,6 +106,13 @@ def ended(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:
     return max(int(each["ended"]) for each in (record, *found.values()))
 
 
+def attempts(record: Mapping[str, Any], experiment: str) -> int:
+    """How often the score of a training's run was measured in this store, less a last time that was disturbed."""
+    handle = tracking.find(record["id"], experiment)
+    tags = tracking.tags(handle) if handle else {}
+    return int(tags.get("sustained.attempts", "sustained.started" in tags)) - ("sustained.taints" in tags)
+
+
 def complete(
     stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folders: Folders
 ) -> None:

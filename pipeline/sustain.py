@@ -85,7 +85,8 @@ def run(
     if settings.sustain_seconds:
         began = tracking.now()
         result |= _measured(settings, steps)
-        result["tags"]["sustained.started"] = str(began)
+        attempts = publish.attempts(record, records.experiment(settings, record["tags"])) + 1
+        result["tags"] |= {"sustained.started": str(began), "sustained.attempts": str(attempts)}
     result["ended"] = tracking.now()
     repeats.emptied(folder, "sustain", number, records.planned(folder))
     _leave(result, record, settings, folders)
@@ -145,6 +146,7 @@ def _measured(settings: config.Settings, steps: Sequence[score.Step]) -> dict[st
         "sustained.taints": " ".join(taints) or None,
         "sustained.behavior": " ".join(behavior) or None,
         "sustained.energy_source": " ".join(sources) or None,
+        "sustained.threads": str(torch.get_num_threads()),
     }
     warnings = [*unfit, *(f"while steps were repeated, {sentence}" for sentence in taints.values())]
     warnings += itertools.chain.from_iterable(behavior.values())

@@ -584,6 +584,21 @@ def test_a_machines_first_planned_set_is_its_score_whatever_came_of_it():
     assert [len(other.runs) for other in part.score.others] == [5]
 
 
+def test_a_score_that_was_measured_again_is_not_claimed_of():
+    store = Store().sustained(5).sustained(5, hardware="GPU B", machine="b" * 12, speed=500.0)
+    store.runs[2]["tags"]["sustained.attempts"] = "2"
+    found = store.compare()
+    assert score_row(found, "GPU A").head.problem == "the score of 1 of 5 runs was measured more than once"
+    assert score_row(found, "GPU B").steps["convnet_fp32"].claim.kind == "problem"
+
+
+def test_a_scores_threads_are_those_of_its_steps():
+    store = Store().sustained(3, software__threads="1", sustained__threads="4")
+    found = store.compare()
+    assert score_row(found, "GPU A [CPU threads 4]").head.conditions["threads"] == "4"
+    assert row(found, "GPU A [CPU threads 1]").head.conditions["threads"] == "1"
+
+
 def test_decoding_is_taken_off_the_whole_process():
     store = Store().add(3, metrics={"time/data_seconds": 5.0, "time/process_seconds": 25.0})
     assert row(store.compare(), "GPU A").values["process_seconds"] == [20.0] * 3

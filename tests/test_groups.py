@@ -88,6 +88,14 @@ def test_a_plan_that_was_not_reached_is_a_problem():
     assert counts(found) == (3, [], 5) and found.problem == "3 of 5 planned runs are there"
 
 
+def test_a_plan_whose_runs_fell_into_two_groups_says_so():
+    store = Store().add(5)
+    store.runs[4]["tags"]["hardware.power_limit_watts"] = "350"
+    for found, there in zip(grouped(store), (1, 4), strict=True):
+        assert len(found.runs) == there
+        assert found.problem == f"{5 - there} of 5 planned runs ran under other conditions or settings"
+
+
 def test_a_number_of_repeats_that_is_none_is_no_plan():
     assert only(Store().add(1, repeats="many")).planned == 1
 

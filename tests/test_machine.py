@@ -335,6 +335,14 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
     assert len(others | {here}) == 6
 
 
+@pytest.mark.parametrize(
+    ("reported", "installed"),
+    [(0.5, 0.5), (7.6, 8), (11.4, 12), (13.9, 16), (14.1, 16), (15.9, 16), (36.0, 48), (503.5, 512)],
+)
+def test_memory_counts_by_the_size_that_is_sold(reported, installed):
+    assert machine.installed_gib(reported) == installed
+
+
 def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
     script = (
         "import json, sys; from pipeline import machine; facts = machine.facts(); "

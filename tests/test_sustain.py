@@ -251,6 +251,8 @@ def test_it_becomes_part_of_the_trainings_run(repeat, outputs, capsys):
     assert run.data.metrics == before.data.metrics | metrics | courses
     assert [tags[score.tag(step.name, "precision")] for step in STEPS] == ["fp32", "bf16", "bf16"]
     assert int(run.data.tags["sustained.started"]) <= result["ended"]
+    assert run.data.tags["sustained.attempts"] == "1"
+    assert run.data.tags["sustained.threads"] == str(torch.get_num_threads())
     told = {"sustained.taints", "sustained.behavior", "sustained.energy_source"}
     assert not told & set(run.data.tags) and result["warnings"] == []
 
@@ -282,6 +284,14 @@ def test_for_no_time_nothing_is_repeated_and_the_run_stays_as_it_is(repeat, outp
     assert files.read_json(outputs / "sustain" / "metrics.json") == {}
     assert files.read_json(outputs / "sustain" / "record.json") == result
     assert "sustain" not in publish.results(records.trained(outputs)[0], records.folders(outputs))
+
+
+def test_a_score_counts_how_often_it_was_measured_undisturbed(repeat, slices, monkeypatch):
+    slices((8, 1.0))
+    loads = iter([0.0, 0.0, 0.4, 0.4, 0.0, 0.0])
+    monkeypatch.setattr(conditions, "sample", lambda *_: {"cpu_load": next(loads)})
+    attempts = [repeat(steps=[CONVNET])["tags"]["sustained.attempts"] for _ in range(3)]
+    assert attempts == ["1", "2", "2"]
 
 
 def test_nothing_of_an_earlier_one_stays(repeat, outputs, slices):
