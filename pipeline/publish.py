@@ -44,9 +44,9 @@ def checkpoint(handle: tracking.Handle, path: Path) -> None:
     """Logs a training's best checkpoint, and the model that it holds."""
     from pipeline import model  # torch takes seconds to import, and only what is missing needs it
 
-    classifier, facts = model.load_checkpoint(path)
+    net, facts = model.load_checkpoint(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
-    tracking.log_model(handle, classifier, facts.image_size, len(facts.classes), requirements)
+    tracking.log_model(handle, net, facts.image_size, len(facts.classes), requirements)
     tracking.log_files(handle, {CHECKPOINT: path})
 
 

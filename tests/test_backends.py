@@ -805,9 +805,9 @@ def unused(monkeypatch):
     """What is said of a machine's GPUs where torch offers the CPU alone."""
     monkeypatch.setattr(torch, "__version__", "2.14.1+test")
 
-    def said(*gpus, devices=("cpu",)):
+    def said(*gpus, available=("cpu",)):
         monkeypatch.setattr(machine, "gpus", lambda: list(gpus))
-        monkeypatch.setattr(backends, "available", lambda: list(devices))
+        monkeypatch.setattr(backends, "available", lambda: list(available))
         return backends.unused_gpu()
 
     return said
@@ -818,9 +818,9 @@ def test_no_gpu_is_unused_where_there_is_none(unused):
     assert unused({"vendor": "Intel", "name": "Intel UHD Graphics", "for_training": False}) is None
 
 
-@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cuda", "cuda:0", "cuda:1", "cpu"), ("mps", "cpu")])
-def test_no_gpu_is_unused_where_one_is_used(unused, devices):
-    assert unused(MAXWELL | {"driver": "580.65"}, devices=devices) is None
+@pytest.mark.parametrize("available", [("cuda", "cpu"), ("cuda", "cuda:0", "cuda:1", "cpu"), ("mps", "cpu")])
+def test_no_gpu_is_unused_where_one_is_used(unused, available):
+    assert unused(MAXWELL | {"driver": "580.65"}, available=available) is None
 
 
 def test_a_driver_that_does_not_answer(unused, card):

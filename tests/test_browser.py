@@ -42,13 +42,13 @@ COLUMNS = [
 """Those that the made runs have something for."""
 
 
-def log(store, run, name, **tags):
+def log(own_store, run, name, **tags):
     """Puts a made run into MLflow; its id there. A tag's dot is written as two underscores."""
     tags = run["tags"] | {key.replace("__", "."): value for key, value in tags.items()}
     record = {"name": name, "experiment": "trainmark", "started": run["started"], "params": run["params"]}
     handle = tracking.start(record | {"tags": tags, "datasets": []})
     tracking.log_figures(handle, run["metrics"], run["started"])
-    for key, values in store.courses[run["run_id"]].items():
+    for key, values in own_store.courses[run["run_id"]].items():
         tracking.log_series(handle, key, values, run["started"])
     tracking.end(handle, "FINISHED", run["started"] + 10_000)
     return handle.run_id
@@ -56,14 +56,14 @@ def log(store, run, name, **tags):
 
 def log_machines():
     """Of each machine a training that was repeated, and a single one."""
-    store = made.Store()
+    own_store = made.Store()
     for hardware, seconds in SECONDS.items():
         machine = {"hardware": hardware, "machine": hardware[-1] * 12}
         machine |= {"seconds": seconds, "speed": 10_000 / seconds}
-        store.sustained(3, behavior="drift", **machine)
-        store.sustained(1, recipe="linear-probe", workload="w2", **machine)
-        *repeats, single = store.runs[-4:]
-        for run in store.runs[-4:]:
+        own_store.sustained(3, behavior="drift", **machine)
+        own_store.sustained(1, recipe="linear-probe", workload="w2", **machine)
+        *repeats, single = own_store.runs[-4:]
+        for run in own_store.runs[-4:]:
             run["tags"]["precision"] = "fp32"
             for step, figure in itertools.product(
                 score.STEPS, ("first_third_images_per_second", "seconds", "batch_size")
@@ -72,10 +72,10 @@ def log_machines():
         name = f"{hardware} · finetune · fp32"
         shared = {"repeats": "3", "repeats__id": machine["machine"]}
         figures = repeats[0]["metrics"] | {"std/time/total_seconds": 0.1}
-        parent = log(store, repeats[0] | {"metrics": figures}, f"{name} × 3", **shared)
+        parent = log(own_store, repeats[0] | {"metrics": figures}, f"{name} × 3", **shared)
         for number, run in enumerate(repeats, 1):
-            log(store, run, f"{name} · {number}/3", repeat=str(number), mlflow__parentRunId=parent, **shared)
-        log(store, single, f"{hardware} · linear-probe · fp32")
+            log(own_store, run, f"{name} · {number}/3", repeat=str(number), mlflow__parentRunId=parent, **shared)
+        log(own_store, single, f"{hardware} · linear-probe · fp32")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tracking import AT, DATASET, client, fresh_store, runs, store  # noqa: F401 (store: each has its own)
+from test_tracking import AT, DATASET, client, fresh_store, own_store, runs  # noqa: F401 (store: each has its own)
 
 from pipeline import bundle, config, files, publish, records, score, tracking, vetting
 from pipeline.errors import StageError, UsageError
@@ -329,11 +329,11 @@ def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
     assert sorted(each["tags"]["repeat"] for each in tracking.finished_runs()) == ["1", "2", "3"]
 
 
-def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, store):  # noqa: F811
+def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, own_store):  # noqa: F811
     live_repeats(tmp_path)
-    before = dump(store)
+    before = dump(own_store)
     publish.gather(repeat_of(2), "trainmark")
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 def test_repeats_come_whole_into_another_store_and_from_there_into_a_third(tmp_path, elsewhere, capsys):
@@ -416,20 +416,20 @@ def test_of_repeats_what_was_deleted_stays_deleted(tmp_path, elsewhere, gone):
         ({"repeat": "3", "repeats": "4"}, "repeats: 4, where one that is there says 3"),
     ],
 )
-def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, store, other, said, in_store):  # noqa: F811
+def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, other, said, in_store):  # noqa: F811
     first = pack(tmp_path / "first.zip", repeat_parts(2))
     pack(tmp_path / "x.zip", repeat_parts(7, 9, **{"repeats": "3"} | other))
     if in_store:
         bundle.import_runs([first])
-    before = dump(store)
+    before = dump(own_store)
     with pytest.raises(UsageError, match=r"^x\.zip: AMD EPYC") as caught:
         bundle.import_runs([tmp_path / "x.zip"] if in_store else [first, tmp_path / "x.zip"])
     assert str(caught.value).endswith(said)
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 @pytest.mark.parametrize("broken", ["start", "mark", "log_series"])
-def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, store, monkeypatch, broken):  # noqa: F811
+def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monkeypatch, broken):  # noqa: F811
     """The second of the calls fails: a repeat's start, another one's mark or course."""
     path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
     calls, real = [], getattr(tracking, broken)
@@ -566,12 +566,12 @@ def test_importing_twice_adds_nothing(tmp_path, elsewhere, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("is in this store already")
 
 
-def test_the_own_bundle_adds_nothing(tmp_path, store):  # noqa: F811
+def test_the_own_bundle_adds_nothing(tmp_path, own_store):  # noqa: F811
     live(tmp_path / "a")
     bundle.export(tmp_path / "x.zip")
-    before = dump(store)
+    before = dump(own_store)
     bundle.import_runs([tmp_path / "x.zip"])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 @pytest.mark.parametrize(("order", "together"), [("ab", False), ("ba", False), ("ba", True)])
@@ -642,12 +642,12 @@ def test_a_run_that_was_deleted_stays_deleted(tmp_path, elsewhere, capsys):
     assert dump(path) == before and "deleted in this store" in capsys.readouterr().out
 
 
-def test_a_run_under_way_is_left_alone(tmp_path, store):  # noqa: F811
+def test_a_run_under_way_is_left_alone(tmp_path, own_store):  # noqa: F811
     record = record_of()
     tracking.mark(tracking.start(record), record)
-    before = dump(store)
+    before = dump(own_store)
     bundle.import_runs([pack(tmp_path / "a.zip", whole_parts())])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 # --- with models
@@ -712,13 +712,13 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     assert "no .safetensors file" in refused(pack(tmp_path / "a.zip", parts), tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path, store):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path, own_store):  # noqa: F811
     parts = whole_parts()
     parts["train/best.safetensors"] = checkpoint(record_of(), tmp_path / "best.safetensors")
-    before = dump(store)
+    before = dump(own_store)
     with pytest.raises(UsageError, match=r"^a\.zip: AMD EPYC .*best\.safetensors: it says it is .* the file lacks"):
         bundle.import_runs([pack(tmp_path / "a.zip", parts)])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 # --- export
@@ -1273,20 +1273,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("make, said", BAD.values(), ids=BAD)
-def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, store, make, said):  # noqa: F811
+def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, own_store, make, said):  # noqa: F811
     make(tmp_path / "x.zip")
     good = pack(tmp_path / "good.zip", whole_parts(7))
-    before = dump(store)
+    before = dump(own_store)
     with pytest.raises(UsageError) as caught:
         bundle.import_runs([good, tmp_path / "x.zip"])
     line = str(caught.value)
     assert line.startswith("x.zip: ") and said in line
     assert len(line.splitlines()) == 1 and len(line) < 400
-    assert dump(store) == before
+    assert dump(own_store) == before
     assert not list(tmp_path.glob("mlruns/*/*"))
 
 
-def test_what_is_no_file_is_refused(tmp_path, store):  # noqa: F811
+def test_what_is_no_file_is_refused(tmp_path, own_store):  # noqa: F811
     for name in ("missing.zip", "."):
         with pytest.raises(UsageError, match="there is no such file"):
             bundle.import_runs([tmp_path / name])
@@ -1301,24 +1301,24 @@ CONFLICTS = {
 
 @pytest.mark.parametrize("in_store", [True, False])
 @pytest.mark.parametrize(("file", "path", "other"), CONFLICTS.values(), ids=CONFLICTS)
-def test_a_run_with_another_content_is_refused_by_name(tmp_path, store, file, path, other, in_store):  # noqa: F811
+def test_a_run_with_another_content_is_refused_by_name(tmp_path, own_store, file, path, other, in_store):  # noqa: F811
     first = pack(tmp_path / "first.zip", whole_parts())
     pack(tmp_path / "x.zip", whole_parts(2), parts_with(file, path, other))
     if in_store:
         bundle.import_runs([first])
-    before = dump(store)
+    before = dump(own_store)
     with pytest.raises(UsageError) as caught:
         bundle.import_runs([tmp_path / "x.zip"] if in_store else [first, tmp_path / "x.zip"])
     stage = file.split("/")[0]
     said = f"x.zip: AMD EPYC · blog · fp32 ({1:032x}"[:-24] + f"): its {stage} record is another than"
     assert str(caught.value).startswith(said)
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 @pytest.mark.parametrize(
     ("broken", "away"), [("start", False), ("log_epoch", True), ("log_text", False), ("mark", False), ("mark", True)]
 )
-def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, store, monkeypatch, capsys, broken, away):  # noqa: F811
+def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monkeypatch, capsys, broken, away):  # noqa: F811
     """`away`: the store stays away, so that nothing can be deleted again."""
     pack(tmp_path / "a.zip", whole_parts(1), whole_parts(2), whole_parts(3))
     calls = []
@@ -1349,9 +1349,9 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, store, monkeypa
 
     bundle.import_runs([tmp_path / "a.zip"])
     assert sorted(run["tags"]["record"] for run in tracking.finished_runs()) == [f"{n:032x}" for n in (1, 2, 3)]
-    before = dump(store)
+    before = dump(own_store)
     bundle.import_runs([tmp_path / "a.zip"])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 @pytest.mark.parametrize("broken", ["log_series", "log_text", "end"])
@@ -1375,7 +1375,7 @@ def test_a_stage_that_is_added_by_half_is_added_again(tmp_path, elsewhere, monke
     assert found == next(iter(there(tmp_path).values()))[1]
 
 
-def test_a_full_disk_is_said(tmp_path, store, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_said(tmp_path, own_store, monkeypatch):  # noqa: F811
     pack(tmp_path / "a.zip", whole_parts())
 
     def full(*args, **kwargs):
@@ -1387,13 +1387,13 @@ def test_a_full_disk_is_said(tmp_path, store, monkeypatch):  # noqa: F811
             bundle.read(tmp_path / "a.zip", tmp_path / "unpacked")
 
 
-def test_nothing_is_imported_into_a_run_under_way(tmp_path, store, monkeypatch):  # noqa: F811
+def test_nothing_is_imported_into_a_run_under_way(tmp_path, own_store, monkeypatch):  # noqa: F811
     pack(tmp_path / "a.zip", whole_parts())
     monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
-    before = dump(store)
+    before = dump(own_store)
     with pytest.raises(UsageError, match=r"^MLFLOW_RUN_ID is set"):
         bundle.import_runs([tmp_path / "a.zip"])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 # --- fuzz: the fixtures are not for each example
@@ -1589,7 +1589,7 @@ KINDS = ["values", "structure", "bytes"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [250, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_no_bundle_ends_in_a_traceback(tmp_path, store, monkeypatch, kind, count):  # noqa: F811
+def test_no_bundle_ends_in_a_traceback(tmp_path, own_store, monkeypatch, kind, count):  # noqa: F811
     taken = []
     path = tmp_path / "x.zip"
     if kind == "bytes":
@@ -1611,13 +1611,13 @@ def test_no_bundle_ends_in_a_traceback(tmp_path, store, monkeypatch, kind, count
                     archive.writestr(name, data)
         taken.append(survives(path, tmp_path / "unpacked", monkeypatch))
 
-    before = dump(store)
+    before = dump(own_store)
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     quiet = settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=checks)
     quiet(given(strategy)(one))()
     assert len(taken) >= count and not all(taken)
     assert any(taken) or kind != "values"  # else all of them were refused for one reason
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 # --- the command

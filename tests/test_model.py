@@ -118,8 +118,8 @@ def test_any_models_head_gets_the_classes_and_is_all_that_is_trained(name):
     assert net(images()).shape == (2, 5)
     assert isinstance(net.head, nn.Linear)
     assert net.head.out_features == 5
-    classifier = timm.get_pretrained_cfg(name).classifier
-    assert trainable_names(net) == {f"{classifier}.weight", f"{classifier}.bias"}
+    head = timm.get_pretrained_cfg(name).classifier
+    assert trainable_names(net) == {f"{head}.weight", f"{head}.bias"}
     assert model.counts(net) == (
         5 * net.head.in_features + 5,
         sum(parameter.numel() for parameter in net.parameters()),

@@ -284,7 +284,7 @@ def test_what_is_in_no_table_is_listed_with_its_settings_figure_and_reason():
     store = two().add(3, params={"precision": "bf16"}, seconds=99.0)
     (section,) = sections(store.compare())
     found = by_heading(columns.absent_columns(columns.absent_from_work(section), "total s"))
-    assert {heading: [each.text for each in cells] for heading, cells in found.items()} == {
+    assert {heading: [each.text for each in texts] for heading, texts in found.items()} == {
         "machine": ["GPU A"], "why": ["its settings are in no table"], "n": ["3"], "total s": ["99.0"],
         "run with": ["bf16"], "runs": ["00000007 00000008 00000009"],
     }  # fmt: skip

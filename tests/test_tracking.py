@@ -37,7 +37,7 @@ def fresh_store(path, factory):
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path, tmp_path_factory, monkeypatch):
+def own_store(tmp_path, tmp_path_factory, monkeypatch):
     """The path of a store of the test's own, whose artifacts are beside it."""
     for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(key, raising=False)
@@ -119,10 +119,10 @@ def test_a_store_in_a_temporary_experiment_is_refused(monkeypatch, tmp_path, giv
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_artifacts_of_the_own_store_are_beside_it(monkeypatch, tmp_path, store, value):
+def test_artifacts_of_the_own_store_are_beside_it(monkeypatch, tmp_path, own_store, value):
     clone = tmp_path / "clone"
     clone.mkdir()
-    store.rename(clone / "mlflow.db")
+    own_store.rename(clone / "mlflow.db")
     monkeypatch.setattr(tracking, "ROOT", clone)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     if value is not None:
@@ -627,18 +627,18 @@ def test_a_model_that_cannot_be_logged_leaves_the_environment_as_it_was(monkeypa
 # --- what the machine does meanwhile
 
 
-def test_system_metrics_are_collected_and_the_store_left_alone(store, monkeypatch):
+def test_system_metrics_are_collected_and_the_store_left_alone(own_store, monkeypatch):
     handle = tracking.start(record_of())
     system = tracking.SystemMetrics(handle.run_id)
     sampled = threading.Event()
     collect = system._monitor.collect_metrics
     monkeypatch.setattr(system._monitor, "collect_metrics", lambda: (collect(), system._step >= 3 and sampled.set()))
     monkeypatch.setattr(system, "INTERVAL", 0.0)
-    before = store.read_bytes()
+    before = own_store.read_bytes()
     with system:
         assert sampled.wait(30)
     taken = system.take()
-    assert store.read_bytes() == before
+    assert own_store.read_bytes() == before
     assert [sample["step"] for sample in taken] == list(range(len(taken))) and len(taken) > 3
     assert "system/cpu_utilization_percentage" in taken[0]["figures"]
     assert {type(value) for sample in taken for value in sample["figures"].values()} == {float}
@@ -690,13 +690,13 @@ def test_a_file_that_is_no_store_is_named(monkeypatch, tmp_path):
         assert said.startswith(f"the MLflow store {uri} can't be used: ") and "not a database" in said
 
 
-def test_a_store_that_breaks_meanwhile_is_named(store, caplog):
+def test_a_store_that_breaks_meanwhile_is_named(own_store, caplog):
     handle = tracking.start(record_of())
-    with sqlite3.connect(store) as rows:
+    with sqlite3.connect(own_store) as rows:
         rows.execute("drop table runs")
     for call in everything(handle)[:-1]:
         said = line(StageError, call)
-        assert said.startswith(f"the MLflow store sqlite:///{store.as_posix()} can't be used: ")
+        assert said.startswith(f"the MLflow store sqlite:///{own_store.as_posix()} can't be used: ")
         assert "no such table: runs" in said
     assert caplog.text == ""  # MLflow would print a traceback beside it
 
