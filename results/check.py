@@ -10,8 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import bundle, cli, config, fetch, records, score, terminal
+from pipeline import bundle, cli, config, terminal
+from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
+from pipeline.profiling import score_steps
+from pipeline.tracking import records
 
 RESULTS = Path(__file__).resolve().parent
 
@@ -95,7 +98,7 @@ def _missing(run: bundle.Run) -> Iterator[str]:
     if "evaluate" not in run.results:
         yield "it was not evaluated"
     asked = run.record["params"].get("settings.sustain_seconds") != "0.0"
-    if asked and not any(score.tag(step.name, "workload") in _of_sustain(run) for step in score.STEPS):
+    if asked and not any(score_steps.tag(step.name, "workload") in _of_sustain(run) for step in score_steps.STEPS):
         yield "its score is missing"
 
 
@@ -126,10 +129,10 @@ def _other_work(run: bundle.Run, settings: config.Settings) -> Iterator[str]:
         others = _other_settings(run.record["params"], records.params(expected))
         reason = ", ".join(others[:3]) or f"other data than {' or '.join(DATA.values())}, weights or code"
         yield f"workload {tags['workload']} is not that of {recipe} in params.yaml: {reason}"
-    for step in score.STEPS:
+    for step in score_steps.STEPS:
         halves = [step.batch_size >> halved for halved in range(step.batch_size.bit_length())]
-        fitting = {score.workload(step, batch, settings.sustain_seconds) for batch in halves}
-        done = _of_sustain(run).get(score.tag(step.name, "workload"))
+        fitting = {score_steps.workload(step, batch, settings.sustain_seconds) for batch in halves}
+        done = _of_sustain(run).get(score_steps.tag(step.name, "workload"))
         if done is not None and done not in fitting:
             seconds = f"{settings.sustain_seconds:g} s"
             yield f"{step.title} is not that of params.yaml: {seconds} with a batch of {step.batch_size}, or halved"

@@ -6,13 +6,15 @@ import tempfile
 from contextlib import chdir
 from pathlib import Path
 
-from pipeline import bundle, cli, compare, comparison, config, publish, report, terminal, tracking
+from pipeline import bundle, cli, compare, config, terminal
+from pipeline.comparison import build, report
 from pipeline.errors import StageError
+from pipeline.tracking import publisher, store
 
 RESULTS = Path(__file__).resolve().parent
 
 
-def run(folder: Path = RESULTS) -> comparison.Comparison:
+def run(folder: Path = RESULTS) -> build.Comparison:
     """Writes the comparison of the bundles in `folder` beside them. The same bundles give the same reports: a run is
     known by its id where it was trained, and its link is to its bundle. Raises StageError where there is no bundle."""
     paths = sorted(folder.resolve().glob("*.zip"))
@@ -24,14 +26,14 @@ def run(folder: Path = RESULTS) -> comparison.Comparison:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(scratch).as_posix()}/mlflow.db"
         for path in paths:
             bundle.import_runs([path])
-            for row in tracking.finished_runs():
+            for row in store.finished_runs():
                 home.setdefault(row["run_id"], path.name)
-        rows = tracking.finished_runs()
-        there = {row["tags"][publish.IMPORTED_RUN]: row["run_id"] for row in rows}
-        rows = [row | {"run_id": row["tags"][publish.IMPORTED_RUN]} for row in rows]
-        found = comparison.compare(
+        rows = store.finished_runs()
+        there = {row["tags"][publisher.IMPORTED_RUN]: row["run_id"] for row in rows}
+        rows = [row | {"run_id": row["tags"][publisher.IMPORTED_RUN]} for row in rows]
+        found = build.compare(
             sorted(rows, key=lambda row: (row["started"], row["run_id"]), reverse=True),
-            lambda run_id: tracking.history(there[run_id], comparison.COURSES),
+            lambda run_id: store.history(there[run_id], build.COURSES),
             lambda _, run_id: home[there[run_id]],
             config.load().compare,
             None,
