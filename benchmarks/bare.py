@@ -9,21 +9,24 @@ from typing import Any
 
 import torch
 
-from pipeline import config, data, engine, sources, training, weights
-from pipeline.backends import Backend
-from pipeline.clock import Clock
+from pipeline import config
+from pipeline.data import batching, datasets
+from pipeline.devices import Backend
+from pipeline.models import weights
+from pipeline.profiling.clock import Clock
+from pipeline.training import loop, setup
 
 FIXED_SECONDS = 10.0
 """How long one fixed batch is repeated at most; for no more steps than the training had."""
 
 
-def splits_of(settings: config.Settings) -> training.Splits:
+def splits_of(settings: config.Settings) -> setup.Splits:
     """The images that `train` trains on and validates on, in host memory; ends the process where CIFAR-10 can't be
     had."""
-    found = sources.resolve(settings.data)
+    found = datasets.resolve(settings.data)
     if found["reason"]:
         sys.exit(f"data: CIFAR-10 can't be had ({found['reason']}): -S data.source=synthetic, or a folder")
-    return training.drawn(training.decoded(settings, found), settings)
+    return setup.drawn(setup.decoded(settings, found), settings)
 
 
 def weights_of(recipe: config.Recipe) -> Path | None:
@@ -34,12 +37,12 @@ def weights_of(recipe: config.Recipe) -> Path | None:
     return weights.located(found, recipe)
 
 
-def classes_of(splits: training.Splits) -> int:
+def classes_of(splits: setup.Splits) -> int:
     """How many classes the images have."""
     return int(splits["train"].labels.max()) + 1
 
 
-def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = False) -> dict[str, Any]:
+def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = False) -> dict[str, Any]:
     """Trains; gives `epochs` (figures by epoch), `at` (the clock at each one's end), `seconds` (data in host memory to
     the last epoch validated, as `time/total_seconds`), `setup`, `speed` (images a second; of a frozen network, of
     computing its features) and, where `fixed`, `fixed_speed`: of the same step or pass on one batch that lies prepared
@@ -53,7 +56,7 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     result = {
         "epochs": rows,
         "at": at,
-        "seconds": clock.total(*training.TOTAL),
+        "seconds": clock.total(*setup.TOTAL),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
         "speed": images / clock.total("features") if work.job.on_features else trained,
@@ -76,38 +79,38 @@ def train(settings: config.Settings, splits: training.Splits, *, fixed: bool = F
     return result
 
 
-def set_up(settings: config.Settings, splits: training.Splits) -> tuple[training.Work, float]:
+def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.Work, float]:
     """What a training needs, built, warmed up and put back to its beginning, with the bytes that a step takes on the
     device; its clock has `setup`."""
     recipe = settings.work
-    backend = training.device_for(settings.device, recipe)
+    backend = setup.device_for(settings.device, recipe)
     backend.release_memory()  # what an earlier turn held
     clock = Clock(backend.synchronise)
     path = weights_of(recipe)
     with clock.span("setup"):
-        work = training.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
-        working = training.warm_up(work, splits)
-        training.restart(work, settings.seed)
+        work = setup.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
+        working = setup.warm_up(work, splits)
+        setup.restart(work, settings.seed)
     return work, working
 
 
 def trained_once(
-    work: training.Work, settings: config.Settings, splits: training.Splits, working: float
+    work: setup.Work, settings: config.Settings, splits: setup.Splits, working: float
 ) -> tuple[list[dict[str, Any]], list[float], str]:
     """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
     where the images lay; the work's clock has `training.TOTAL`."""
     recipe, backend, clock = work.recipe, work.job.backend, work.job.clock
     with clock.span("upload"):
-        samples, placement = training.place(work, splits, working, settings.data.device_gib)
+        samples, placement = setup.place(work, splits, working, settings.data.device_gib)
     if work.job.on_features:
         with clock.span("features"):
             for name, split in samples.items():
-                samples[name] = training.features(work, split)
+                samples[name] = setup.features(work, split)
     rows, at = [], [time.perf_counter()]
-    for row in engine.train(
+    for row in loop.train(
         work.job,
-        lambda epoch: training.shuffled(work, samples["train"], settings.seed, epoch),
-        lambda: data.batches(training.validated_in(samples), recipe.batch_size, backend),
+        lambda epoch: setup.shuffled(work, samples["train"], settings.seed, epoch),
+        lambda: batching.batches(setup.validated_in(samples), recipe.batch_size, backend),
     ):
         rows.append(row)
         at.append(time.perf_counter())
@@ -124,10 +127,10 @@ def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> floa
     return time.perf_counter() - start
 
 
-def _fixed_speed(work: training.Work, splits: training.Splits, passed: int) -> float:
+def _fixed_speed(work: setup.Work, splits: setup.Splits, passed: int) -> float:
     """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
     backend = work.job.backend
-    step, size = training.fixed_step(work, splits)
+    step, size = setup.fixed_step(work, splits)
 
     seconds_of(step, 2, backend)  # kernels are chosen, launches recorded
     steps = min(math.ceil(passed / size), math.ceil(FIXED_SECONDS / seconds_of(step, 1, backend)))

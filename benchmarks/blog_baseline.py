@@ -37,7 +37,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Resize, ToTensor
 
 from benchmarks import bare, results
-from pipeline import backends, config, data, model, training
+from pipeline import config, devices
+from pipeline.data import batching
+from pipeline.models import classifier
+from pipeline.training import setup
 
 RECIPES = ("blog", "linear-probe", "finetune")
 WORKERS = 2
@@ -70,14 +73,14 @@ def baseline(
 ) -> list[dict[str, float]]:
     """Does `epochs` of the recipe's; gives of each the seconds with its validation, the mean training loss and the
     validation accuracy."""
-    recipe, backend = settings.work, backends.select(settings.device)
+    recipe, backend = settings.work, devices.select(settings.device)
     device = backend.device
     backend.release_memory()
     backend.set_precision("fp32")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(settings.seed)
-    net = model.build(recipe, int(train[1].max()) + 1, weights)
+    net = classifier.build(recipe, int(train[1].max()) + 1, weights)
     network = net.net.to(device)
     size = (recipe.image_size, recipe.image_size)
     normalize = [Normalize(*net.normalization)] if recipe.normalize else []
@@ -85,14 +88,14 @@ def baseline(
     trained = Compose([Resize(size), *([RandomHorizontalFlip()] if recipe.flip else []), ToTensor(), *normalize])
     loader = DataLoader(Pictures(*train, trained), recipe.batch_size, shuffle=True, num_workers=workers)
     val_loader = DataLoader(Pictures(*validation, seen), recipe.batch_size, num_workers=workers)
-    optimizer, scheduler = training.schedule(recipe, network, len(train[0]))
+    optimizer, scheduler = setup.schedule(recipe, network, len(train[0]))
     per_batch = recipe.scheduler_step == "batch"
     _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
     backend.synchronise()
     rows = []
     for _ in range(epochs):
         start = time.perf_counter()
-        model.set_mode(network, recipe.frozen_batch_norm)
+        classifier.set_mode(network, recipe.frozen_batch_norm)
         total = 0.0
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
@@ -140,7 +143,7 @@ def alone(settings: config.Settings, epochs: int, workers: int) -> None:
         train, validation = (images, labels), _read(settings, "test")
     else:
         train, validation = (
-            ([images[index] for index in some], labels[some]) for some in data.stratified(labels, settings.seed)
+            ([images[index] for index in some], labels[some]) for some in batching.stratified(labels, settings.seed)
         )
     weights = bare.weights_of(recipe)
     print(json.dumps(baseline(settings, weights, train, validation, epochs=epochs, workers=workers)))
@@ -256,7 +259,7 @@ def _warm_up(network: torch.nn.Module, recipe: config.Recipe, size: int, device:
     """A step and a validation of a copy, so that no epoch pays for what is done once: libraries loaded, kernels
     chosen."""
     images = torch.zeros(size, 3, recipe.image_size, recipe.image_size, device=device)
-    model.set_mode(network, recipe.frozen_batch_norm)
+    classifier.set_mode(network, recipe.frozen_batch_norm)
     loss = F.cross_entropy(network(images), torch.zeros(size, dtype=torch.int64, device=device))
     loss.backward()  # type: ignore[no-untyped-call]
     network.eval()
@@ -264,13 +267,13 @@ def _warm_up(network: torch.nn.Module, recipe: config.Recipe, size: int, device:
         network(images)
 
 
-def _pairs(split: data.Split) -> Pairs:
+def _pairs(split: batching.Split) -> Pairs:
     """A split as torchvision's CIFAR10 has it."""
     rows = np.arange(len(split.labels)) if split.rows is None else split.rows.numpy()
     return [Image.fromarray(split.inputs[int(row)].numpy()) for row in rows], split.labels.numpy()[rows]
 
 
-def _fewer(splits: dict[str, data.Split], limit: int | None, batch_size: int) -> dict[str, data.Split]:
+def _fewer(splits: dict[str, batching.Split], limit: int | None, batch_size: int) -> dict[str, batching.Split]:
     """`limit` images of train and as large a share of what is validated on, at random."""
     if limit is None or limit >= len(splits["train"]):
         return splits

@@ -13,19 +13,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pipeline import backends, config, data, model
+from pipeline import config, devices
+from pipeline.data import batching
+from pipeline.models import classifier
 
 STEPS, ROUNDS = 20, 3
 
 
 def step_of(
-    backend: backends.Backend, recipe: config.Recipe, layout: bool, compiled: str, batch: int
+    backend: devices.Backend, recipe: config.Recipe, layout: bool, compiled: str, batch: int
 ) -> Callable[[], None]:
     """One training step of `recipe` on a fixed batch."""
     torch.manual_seed(0)
-    net = model.build(recipe, 10, None).to(backend.device)
+    net = classifier.build(recipe, 10, None).to(backend.device)
     net = net.to(memory_format=torch.channels_last if layout else torch.contiguous_format)
-    model.set_mode(net, recipe.frozen_batch_norm)
+    classifier.set_mode(net, recipe.frozen_batch_norm)
     forward = net if compiled == "off" else torch.compile(net, mode=compiled, dynamic=False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +35,7 @@ def step_of(
     labels = torch.randint(0, 10, (batch,), generator=generator).to(backend.device)
 
     def step() -> None:
-        inputs = data.prepare(images, recipe.image_size, channels_last=layout)
+        inputs = batching.prepare(images, recipe.image_size, channels_last=layout)
         with backend.autocast(recipe.precision):
             logits = forward(inputs)
         loss = F.cross_entropy(logits.float(), labels)
@@ -44,7 +46,7 @@ def step_of(
     return step
 
 
-def speed(backend: backends.Backend, step: Callable[[], None], batch: int) -> float:
+def speed(backend: devices.Backend, step: Callable[[], None], batch: int) -> float:
     """Images a second over STEPS steps."""
     backend.synchronise()
     start = time.perf_counter()
@@ -56,7 +58,7 @@ def speed(backend: backends.Backend, step: Callable[[], None], batch: int) -> fl
 
 def main(device: str = "auto", batch: str = "1024") -> None:
     """Prints a line a way, fastest last."""
-    backend = backends.select(device)
+    backend = devices.select(device)
     print(backend.facts()["name"], "torch", torch.__version__, f"batch {batch}")
     autotune = (False, True) if backend.kind == "cuda" else (False,)
     compiles = ("off", "default", "max-autotune-no-cudagraphs") if backend.kind == "cuda" else ("off",)

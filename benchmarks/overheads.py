@@ -40,8 +40,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import bare, blog_baseline, results
-from pipeline import config, download, files, hardware, sources, train, training
+from pipeline import config, download, files, hardware, train
+from pipeline.data import datasets
 from pipeline.errors import StageError
+from pipeline.training import setup
 
 Result = TypeVar("Result")
 
@@ -316,7 +318,7 @@ def _tracked(settings: config.Settings, own: Path) -> tuple[list[float], list[fl
     return [epoch["figures"]["time/train_seconds"] for epoch in epochs], [epoch["at"] / 1000 for epoch in epochs]
 
 
-def _untracked(settings: config.Settings, splits: training.Splits) -> tuple[list[float], list[float]]:
+def _untracked(settings: config.Settings, splits: setup.Splits) -> tuple[list[float], list[float]]:
     """Likewise, by `bare.train`."""
     trained = bare.train(settings, splits)
     return [epoch["time/train_seconds"] for epoch in trained["epochs"]], trained["at"][1:]
@@ -377,9 +379,9 @@ def _from_cold(project: Project, *words: str) -> tuple[float, str]:
 
 def _exported(settings: config.Settings, folder: Path) -> Path:
     """The images as a folder of PNG files, as `data.source=folder` takes them."""
-    found, root = sources.resolve(settings.data), folder / "pictures"
-    for split in sources.SPLITS:
-        images, labels = sources.decode(settings.data, found, split, settings.work.image_size)
+    found, root = datasets.resolve(settings.data), folder / "pictures"
+    for split in datasets.SPLITS:
+        images, labels = datasets.decode(settings.data, found, split, settings.work.image_size)
         for label in np.unique(labels):
             (root / split / found["classes"][label]).mkdir(parents=True)
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):

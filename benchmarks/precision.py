@@ -20,7 +20,7 @@ from typing import Any
 from scipy import special
 
 from benchmarks import bare, results
-from pipeline import backends
+from pipeline import devices
 
 SMALL = (
     "weights=random", "data.source=synthetic", "data.limit=60", "batch_size=60", "image_size=32", "epochs=3",
@@ -50,7 +50,7 @@ def compared(name: str, arguments: Any) -> dict[str, Any]:
     overrides = [*(() if arguments.whole else SMALL), *arguments.overrides, f"recipe={name}"]
     settings = results.settings_of(overrides)
     splits = bare.splits_of(settings)
-    precisions = backends.select(settings.device).precisions
+    precisions = devices.select(settings.device).precisions
     accuracies: dict[str, list[float]] = {precision: [] for precision in precisions}
     seconds: dict[str, list[float]] = {precision: [] for precision in precisions}
     for turn in range(arguments.seeds):

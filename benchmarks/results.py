@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline import backends, conditions, config, files, machine
+from pipeline import config, devices, files
 from pipeline.errors import StageError
+from pipeline.profiling import system_info, system_state
 
 FOLDER = config.ROOT / "reports" / "bench"
 
@@ -67,9 +68,9 @@ def settings_of(overrides: Sequence[str]) -> config.Settings:
 def conditions_of(settings: config.Settings, overrides: Sequence[str]) -> dict[str, Any]:
     """What the figures hold for; to be asked before anything of ours runs, since other load is part of it. `overrides`:
     the command's own; no absolute path of them is kept."""
-    backend = backends.select(settings.device)
-    here = machine.facts()
-    state = conditions.sample(backend.gpu_uuid())
+    backend = devices.select(settings.device)
+    here = system_info.facts()
+    state = system_state.sample(backend.gpu_uuid())
     told = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": backend.facts()["name"],

@@ -27,9 +27,11 @@ import numpy as np
 from numpy.random import Generator
 
 from benchmarks import results
-from pipeline import comparison, conditions, config, files, score, stats
-from pipeline.claims import Claim
-from pipeline.groups import Run
+from pipeline import config, files
+from pipeline.comparison import build, stats
+from pipeline.comparison.claims import Claim
+from pipeline.comparison.groups import Run
+from pipeline.profiling import score_steps, system_state
 
 COUNTS = (3, 5, 10)
 """Processes a machine."""
@@ -47,7 +49,7 @@ SETTINGS = replace(config.load([]).compare, reference=None)
 FIGURES = (
     "time/total_seconds",
     "time/process_seconds",
-    *(score.metric(step.name, "images_per_second") for step in score.STEPS),
+    *(score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS),
 )
 """All of which machines are compared by."""
 
@@ -75,7 +77,7 @@ MOST_SMALL, MOST_ALMOST = Goal(0.01), Goal(0.065)
 MOST_LOSS, MOST_AT_MARGIN = Goal(0.05), Goal(0.065)
 """Losses of accuracy that pass as none: twice the margin, and as large as it is (the test's level is 5%)."""
 
-MOST_DRIFT = Goal(1.5 * conditions.DRIFT_P)
+MOST_DRIFT = Goal(1.5 * system_state.DRIFT_P)
 """Drifts seen where there is none."""
 
 LEAST_FOUND, LEAST_PARITY = Goal(0.9, least=True), Goal(0.8, least=True)
@@ -231,7 +233,7 @@ def set_of(
     tags = {
         "machine": name, "hardware": name, "device": "cpu", "backend": "cpu", "workload": "made",
         "repeats.id": name, "repeats": str(len(figures)), "software.execution": str(config.EXECUTION_VERSION),
-        **{score.tag(step.name, "workload"): step.name for step in score.STEPS},
+        **{score_steps.tag(step.name, "workload"): step.name for step in score_steps.STEPS},
     }  # fmt: skip
     return [
         {
@@ -246,9 +248,9 @@ def set_of(
     ]
 
 
-def compared(runs: Sequence[Run]) -> comparison.Comparison:
+def compared(runs: Sequence[Run]) -> build.Comparison:
     """The comparison of runs without courses."""
-    return comparison.compare(runs, lambda _: dict.fromkeys(comparison.COURSES, ()), lambda *_: "", SETTINGS, None)
+    return build.compare(runs, lambda _: dict.fromkeys(build.COURSES, ()), lambda *_: "", SETTINGS, None)
 
 
 def rows_of(runs: Sequence[Run]) -> list[Any]:
@@ -388,14 +390,14 @@ def passes(generator: Generator, *, loss: float, spread: float, paired: bool, wh
 def drifts(trials: Trials) -> Iterator[Result]:
     """Series of times without a trend in which `conditions.behavior` sees a drift."""
     for phi, spread, count in product((0.0, 0.7, 0.9), (0.03, 0.1), (6, 12, 30, 100, 300)):
-        goal = MOST_DRIFT if phi <= conditions.DRIFT_PHI else None
+        goal = MOST_DRIFT if phi <= system_state.DRIFT_PHI else None
         trial = partial(drifted, phi=phi, spread=spread, count=count)
         yield trials.share(f"AR(1), phi = {phi}; {spread:.0%}", f"{count} times", trial, goal)
 
 
 def drifted(generator: Generator, *, phi: float, spread: float, count: int) -> bool:
     """Whether a drift is seen in a series without a trend."""
-    return "drift" in conditions.behavior({}, {}, np.exp(spread * autoregressive(generator, phi, count)).tolist())
+    return "drift" in system_state.behavior({}, {}, np.exp(spread * autoregressive(generator, phi, count)).tolist())
 
 
 TABLES: Mapping[str, Callable[[Trials], Iterator[Result]]] = {

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline import cli, config, files, publish, records, terminal, tracking, vetting
+from pipeline import cli, config, files, terminal
 from pipeline.errors import StageError, UsageError
+from pipeline.tracking import bundle_schema, publisher, records, store
 
 FORMAT, SCHEMA = "trainmark-bundle", 3
 """What `bundle.json` says it is. SCHEMA is raised when a bundle, or a record in it, changes its structure."""
@@ -83,7 +84,7 @@ class Run:
         return {"train": self.record, **self.results}
 
     @property
-    def folders(self) -> publish.Folders:
+    def folders(self) -> publisher.Folders:
         """Where its files are, by stage."""
         return records.folders(self.folder)
 
@@ -110,7 +111,7 @@ def export(out: Path, with_models: bool = False, experiment: str | None = None, 
     with tempfile.TemporaryDirectory() as scratch:
         found = _fetched(Path(scratch), with_models, experiment, pictures=pictures)
         if not found:
-            place = tracking.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
+            place = store.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
             raise StageError(f"no finished run to export in {place}: make run")
         private = _private()
         for run in found:
@@ -134,15 +135,15 @@ def _fetched(scratch: Path, with_models: bool, experiment: str | None, *, pictur
     """Every finished run of the store, or of one experiment in it, with what it was made from, the newest first; says
     which are left out."""
     trainings: dict[str, dict[str, Any]] = {}
-    for row in tracking.finished_runs(experiment):
+    for row in store.finished_runs(experiment):
         tags = row["tags"]
-        if publish.digest_tag("train") not in tags or tracking.RECORD_TAG not in tags:
+        if publisher.digest_tag("train") not in tags or store.RECORD_TAG not in tags:
             terminal.say(f"left out {row['name']} ({row['run_id'][:8]}): it does not hold what it was made from")
             continue
         # A training may stand in several experiments: the run that later stages added most to, else the live one.
-        known = trainings.setdefault(tags[tracking.RECORD_TAG], row)
+        known = trainings.setdefault(tags[store.RECORD_TAG], row)
         if _fullness(tags) > _fullness(known["tags"]):
-            trainings[tags[tracking.RECORD_TAG]] = row
+            trainings[tags[store.RECORD_TAG]] = row
     found = []
     for index, row in enumerate(trainings.values()):
         folder = scratch / str(index)
@@ -152,32 +153,32 @@ def _fetched(scratch: Path, with_models: bool, experiment: str | None, *, pictur
         except UsageError as error:
             terminal.say(f"left out {error}")
             continue
-        found.append(Run(record, results, row["tags"].get(publish.IMPORTED_RUN, row["run_id"]), folder, SCHEMA))
+        found.append(Run(record, results, row["tags"].get(publisher.IMPORTED_RUN, row["run_id"]), folder, SCHEMA))
     return found
 
 
 def _fullness(tags: Mapping[str, str]) -> tuple[int, bool]:
-    return sum(publish.digest_tag(stage) in tags for stage in publish.LATER), "restored" not in tags
+    return sum(publisher.digest_tag(stage) in tags for stage in publisher.LATER), "restored" not in tags
 
 
 def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: bool, *, pictures: bool) -> None:
     """Puts a run's artifacts into `folder`, as the stages left them."""
     run_id, tags = row["run_id"], row["tags"]
     wanted = {"hardware.json": HARDWARE, "params.yaml": PARAMS}
-    for stage in vetting.STAGES:
-        if publish.digest_tag(stage) in tags:
-            wanted[publish.record_file(stage)] = f"{stage}/record.json"
+    for stage in bundle_schema.STAGES:
+        if publisher.digest_tag(stage) in tags:
+            wanted[publisher.record_file(stage)] = f"{stage}/record.json"
     if with_models:
-        wanted[publish.CHECKPOINT] = CHECKPOINT
+        wanted[publisher.CHECKPOINT] = CHECKPOINT
     parts = ["", "records", "checkpoints"] + ["plots"] * pictures
-    there = [path for part in parts for path in tracking.artifacts(run_id, part)]
+    there = [path for part in parts for path in store.artifacts(run_id, part)]
     for path in there:
         part, _, name = path.rpartition("/")
         if part == "plots" and _limit(drawn := f"{'evaluate' if name in EVALUATED else 'train'}/plots/{name}"):
             wanted[path] = drawn
     for path in wanted.keys() & set(there):
         (folder / wanted[path]).parent.mkdir(parents=True, exist_ok=True)
-        tracking.download(run_id, path, scratch).replace(folder / wanted[path])
+        store.download(run_id, path, scratch).replace(folder / wanted[path])
 
 
 def _limit(name: str) -> int:
@@ -194,14 +195,14 @@ def _manifest(found: Sequence[Run]) -> dict[str, Any]:
                 "record": run.record["id"],
                 "run_id": run.run_id,
                 "start": run.record["started"],
-                "end": publish.ended(run.record, run.results),
+                "end": publisher.ended(run.record, run.results),
                 "files": {
                     path.relative_to(run.folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
                     for path in paths
                 },
             }
         )
-    return {"format": FORMAT, "schema": SCHEMA, "created": tracking.now(), "runs": runs}
+    return {"format": FORMAT, "schema": SCHEMA, "created": store.now(), "runs": runs}
 
 
 def _sha256(path: Path) -> str:
@@ -221,10 +222,10 @@ def matches(run: Run, patterns: Mapping[str, re.Pattern[str]]) -> Iterator[tuple
     for path in sorted([*run.folder.rglob("*.json"), *run.folder.rglob("*.yaml")]):
         file = path.relative_to(run.folder).as_posix()
         data = path.read_bytes()
-        for text in _texts(vetting.parse(data, file)) if path.suffix == ".json" else data.decode().splitlines():
+        for text in _texts(bundle_schema.parse(data, file)) if path.suffix == ".json" else data.decode().splitlines():
             for what, pattern in patterns.items():
                 if found := pattern.search(text):
-                    yield file, what, vetting.shown(text[max(0, found.start() - 20) : found.end() + 20])
+                    yield file, what, bundle_schema.shown(text[max(0, found.start() - 20) : found.end() + 20])
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -276,7 +277,7 @@ def read(path: Path, folder: Path) -> list[Run]:
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         reason = ((said or "").strip() or type(error).__name__).splitlines()[0]
-        raise vetting.refusal(where, f"it is damaged, or no bundle: {reason}") from None
+        raise bundle_schema.refusal(where, f"it is damaged, or no bundle: {reason}") from None
 
 
 def _check_end(file: BinaryIO, where: str) -> None:
@@ -285,9 +286,9 @@ def _check_end(file: BinaryIO, where: str) -> None:
     file.seek(max(0, size - 42))
     end = file.read()
     if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-        raise vetting.refusal(where, "it is truncated, or no bundle")
+        raise bundle_schema.refusal(where, "it is truncated, or no bundle")
     if end[:4] == b"PK\x06\x07" or int.from_bytes(end[-10:-6], "little") > DIRECTORY_BYTES:
-        raise vetting.refusal(where, "it holds more files than a bundle may")
+        raise bundle_schema.refusal(where, "it holds more files than a bundle may")
 
 
 def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
@@ -301,7 +302,7 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
     for name in [*entries, *listed]:
         if (name in entries) != (name in listed):
             lacks = MANIFEST if name in entries else "the zip"
-            raise vetting.refusal(where, f"{name}: it is missing from {lacks}")
+            raise bundle_schema.refusal(where, f"{name}: it is missing from {lacks}")
     for entry, (record_id, name, facts) in listed.items():
         target = folder / record_id / name
         digest = hashlib.sha256()
@@ -311,16 +312,16 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
             written += len(chunk)
             _append(target, chunk)
         if written != facts["bytes"] or digest.hexdigest() != facts["sha256"]:
-            raise vetting.refusal(where, f"{entry}: it was altered: its digest is not the one in {MANIFEST}")
+            raise bundle_schema.refusal(where, f"{entry}: it was altered: its digest is not the one in {MANIFEST}")
     runs = []
     for listing in manifest["runs"]:
         own = folder / listing["record"]
         within = f"{where}: runs/{listing['record']}"
         record, results = vetted(own, within)
-        said = {"record": record["id"], "start": record["started"], "end": publish.ended(record, results)}
+        said = {"record": record["id"], "start": record["started"], "end": publisher.ended(record, results)}
         for key, value in said.items():
             if listing[key] != value:
-                raise vetting.refusal(within, f"{key}: {MANIFEST} says {listing[key]}, the record {value}")
+                raise bundle_schema.refusal(within, f"{key}: {MANIFEST} says {listing[key]}, the record {value}")
         runs.append(Run(record, results, listing["run_id"], own, manifest["schema"]))
     return runs
 
@@ -329,10 +330,10 @@ def _read_manifest(archive: zipfile.ZipFile, where: str) -> dict[str, Any]:
     """Before any other file is looked at: a newer schema may have others."""
     info = next((info for info in archive.infolist() if info.orig_filename == MANIFEST), None)
     if info is None:
-        raise vetting.refusal(where, f"it is no bundle of Trainmark: {MANIFEST} is missing")
+        raise bundle_schema.refusal(where, f"it is no bundle of Trainmark: {MANIFEST} is missing")
     place = f"{where}: {MANIFEST}"
     _vet_entry(info, place)
-    manifest: dict[str, Any] = vetting.parse(b"".join(_chunks(archive, info, MANIFEST_BYTES, place)), place)
+    manifest: dict[str, Any] = bundle_schema.parse(b"".join(_chunks(archive, info, MANIFEST_BYTES, place)), place)
     _vet_manifest(manifest, place)
     return manifest
 
@@ -340,13 +341,13 @@ def _read_manifest(archive: zipfile.ZipFile, where: str) -> dict[str, Any]:
 def _entries(archive: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
     """The files of runs in the zip, by name: no others, and each once."""
     found: dict[str, zipfile.ZipInfo] = {}
-    ours = rf"{re.escape(MANIFEST)}|runs/{vetting.RECORD_ID}/({'|'.join(LIMITS)})"
+    ours = rf"{re.escape(MANIFEST)}|runs/{bundle_schema.RECORD_ID}/({'|'.join(LIMITS)})"
     for info in archive.infolist():
         name = info.orig_filename
         if not re.fullmatch(ours, name) or name != info.filename:
-            raise vetting.refusal(where, f"{vetting.shown(name)} is no name of a file in a bundle")
+            raise bundle_schema.refusal(where, f"{bundle_schema.shown(name)} is no name of a file in a bundle")
         if name in found:
-            raise vetting.refusal(where, f"{name}: it is there twice")
+            raise bundle_schema.refusal(where, f"{name}: it is there twice")
         _vet_entry(info, f"{where}: {name}")
         found[name] = info
     del found[MANIFEST]
@@ -357,9 +358,9 @@ def _vet_entry(info: zipfile.ZipInfo, where: str) -> None:
     """Refuses what is no plain file, or packed in another way than stored and deflated: of those alone does `zipfile`
     unpack no more than it is asked for."""
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise vetting.refusal(where, "it is no plain file")
+        raise bundle_schema.refusal(where, "it is no plain file")
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise vetting.refusal(where, "it is encrypted, or packed in a way that bundles are not")
+        raise bundle_schema.refusal(where, "it is encrypted, or packed in a way that bundles are not")
 
 
 def _chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int, where: str) -> Iterator[bytes]:
@@ -369,7 +370,7 @@ def _chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int, where: s
         while chunk := source.read(CHUNK):
             left -= len(chunk)
             if left < 0:
-                raise vetting.refusal(where, f"it has more than the {most:,} bytes that it may have")
+                raise bundle_schema.refusal(where, f"it has more than the {most:,} bytes that it may have")
             yield chunk
 
 
@@ -385,36 +386,36 @@ def _append(path: Path, data: bytes) -> None:
 def _vet_manifest(value: Any, where: str) -> None:
     """Refuses (UsageError) what is no manifest of this schema, lists what no run has, or too much."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise vetting.refusal(where, f'it is no bundle of Trainmark: its format is not "{FORMAT}"')
-    schema = vetting.whole(value.get("schema"), f"{where}: schema", 1)
+        raise bundle_schema.refusal(where, f'it is no bundle of Trainmark: its format is not "{FORMAT}"')
+    schema = bundle_schema.whole(value.get("schema"), f"{where}: schema", 1)
     if schema > SCHEMA:
-        raise vetting.refusal(
+        raise bundle_schema.refusal(
             where, f"it was made by a newer Trainmark (schema {schema}; this one reads up to {SCHEMA}): update this one"
         )
     # What older schemas have is allowed still (see docs/bundle.md). Where a schema changes what there was before,
     # `_read` unpacks the older one's files and turns them into the newer one's before they are looked at.
-    vetting.members(value, where, ("format", "schema", "created", "runs"))
-    vetting.moment(value["created"], f"{where}: created")
+    bundle_schema.members(value, where, ("format", "schema", "created", "runs"))
+    bundle_schema.moment(value["created"], f"{where}: created")
     seen: set[str] = set()
     total = 0
-    for place, run in vetting.items(value["runs"], f"{where}: runs", RUNS, 1):
-        vetting.members(run, place, ("record", "run_id", "start", "end", "files"))
-        vetting.matching(run["record"], f"{place}: record", vetting.RECORD_ID)
-        vetting.matching(run["run_id"], f"{place}: run_id", vetting.RUN_ID)
-        vetting.moment(run["end"], f"{place}: end", vetting.moment(run["start"], f"{place}: start"))
+    for place, run in bundle_schema.items(value["runs"], f"{where}: runs", RUNS, 1):
+        bundle_schema.members(run, place, ("record", "run_id", "start", "end", "files"))
+        bundle_schema.matching(run["record"], f"{place}: record", bundle_schema.RECORD_ID)
+        bundle_schema.matching(run["run_id"], f"{place}: run_id", bundle_schema.RUN_ID)
+        bundle_schema.moment(run["end"], f"{place}: end", bundle_schema.moment(run["start"], f"{place}: start"))
         if run["record"] in seen:
-            raise vetting.refusal(place, f"{run['record']} is there twice")
+            raise bundle_schema.refusal(place, f"{run['record']} is there twice")
         seen.add(run["record"])
-        names = vetting.members(run["files"], f"{place}: files", REQUIRED, None)
+        names = bundle_schema.members(run["files"], f"{place}: files", REQUIRED, None)
         for name, facts in names.items():
             most = _limit(name)
             if not most:
-                raise vetting.refusal(place, f"{vetting.shown(name)} is no file of a run")
-            vetting.members(facts, f"{place}: {name}", ("sha256", "bytes"))
-            vetting.matching(facts["sha256"], f"{place}: {name}: sha256", r"[0-9a-f]{64}")
-            total += vetting.whole(facts["bytes"], f"{place}: {name}: bytes", 1, most)
+                raise bundle_schema.refusal(place, f"{bundle_schema.shown(name)} is no file of a run")
+            bundle_schema.members(facts, f"{place}: {name}", ("sha256", "bytes"))
+            bundle_schema.matching(facts["sha256"], f"{place}: {name}: sha256", r"[0-9a-f]{64}")
+            total += bundle_schema.whole(facts["bytes"], f"{place}: {name}: bytes", 1, most)
     if total > TOTAL_BYTES:
-        raise vetting.refusal(where, f"its files have {total:,} bytes, of at most {TOTAL_BYTES:,}")
+        raise bundle_schema.refusal(where, f"its files have {total:,} bytes, of at most {TOTAL_BYTES:,}")
 
 
 def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -424,34 +425,34 @@ def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str
     """
     for name in REQUIRED:
         if not (folder / name).exists():
-            raise vetting.refusal(f"{where}/{name}", "it is missing")
+            raise bundle_schema.refusal(f"{where}/{name}", "it is missing")
     found = {}
     values = 0
-    for stage, vet in vetting.STAGES.items():
+    for stage, vet in bundle_schema.STAGES.items():
         if (folder / stage / "record.json").exists():
             place = f"{where}/{stage}/record.json"
-            found[stage] = vetting.parse((folder / stage / "record.json").read_bytes(), place)
+            found[stage] = bundle_schema.parse((folder / stage / "record.json").read_bytes(), place)
             values += vet(found[stage], place)
-    vetting.few(values, where)
+    bundle_schema.few(values, where)
     record, results = found.pop("train"), found
     for stage, result in results.items():
         if result["id"] != record["id"] or result["ended"] < record["started"]:
-            raise vetting.refusal(f"{where}/{stage}/record.json", "it is of another training, or of before it")
-    if vetting.parse((folder / HARDWARE).read_bytes(), f"{where}/{HARDWARE}") != record["hardware"]:
-        raise vetting.refusal(f"{where}/{HARDWARE}", "it is not what the record says of the hardware")
+            raise bundle_schema.refusal(f"{where}/{stage}/record.json", "it is of another training, or of before it")
+    if bundle_schema.parse((folder / HARDWARE).read_bytes(), f"{where}/{HARDWARE}") != record["hardware"]:
+        raise bundle_schema.refusal(f"{where}/{HARDWARE}", "it is not what the record says of the hardware")
     _vet_text((folder / PARAMS).read_bytes(), f"{where}/{PARAMS}")
     for stage in ("train", "evaluate"):
         pictures = sorted((folder / stage / "plots").glob("*"))
         if pictures and not (folder / stage / "record.json").exists():
-            raise vetting.refusal(f"{where}/{stage}/plots", "a stage without a record has no pictures")
+            raise bundle_schema.refusal(f"{where}/{stage}/plots", "a stage without a record has no pictures")
         for picture in pictures:
             with picture.open("rb") as file:
                 if file.read(len(PNG)) != PNG:
-                    raise vetting.refusal(f"{where}/{stage}/plots/{picture.name}", "it is no PNG picture")
+                    raise bundle_schema.refusal(f"{where}/{stage}/plots/{picture.name}", "it is no PNG picture")
     if (folder / CHECKPOINT).exists():
         _vet_checkpoint(folder / CHECKPOINT, record, f"{where}/{CHECKPOINT}")
     if len(records.description(record, results)) > records.DESCRIPTION_LENGTH:
-        raise vetting.refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
+        raise bundle_schema.refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
     return record, results
 
 
@@ -459,9 +460,9 @@ def _vet_text(data: bytes, where: str) -> None:
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError:
-        raise vetting.refusal(where, "it is no text in UTF-8") from None
-    if any(vetting.CONTROL.search(line) for line in lines):
-        raise vetting.refusal(where, "it holds control characters")
+        raise bundle_schema.refusal(where, "it is no text in UTF-8") from None
+    if any(bundle_schema.CONTROL.search(line) for line in lines):
+        raise bundle_schema.refusal(where, "it holds control characters")
 
 
 def _vet_checkpoint(path: Path, record: Mapping[str, Any], where: str) -> None:
@@ -472,18 +473,20 @@ def _vet_checkpoint(path: Path, record: Mapping[str, Any], where: str) -> None:
         with safetensors.safe_open(path, framework="numpy") as file:
             said = (file.metadata() or {}).get("trainmark", "")
     except (OSError, safetensors.SafetensorError):
-        raise vetting.refusal(where, "it is no .safetensors file") from None
-    facts = vetting.parse(said.encode(), where)
-    vetting.members(facts, where, ("model", "classes", "image_size", "mean", "std", "epoch", "val_accuracy", "record"))
+        raise bundle_schema.refusal(where, "it is no .safetensors file") from None
+    facts = bundle_schema.parse(said.encode(), where)
+    bundle_schema.members(
+        facts, where, ("model", "classes", "image_size", "mean", "std", "epoch", "val_accuracy", "record")
+    )
     same = {key: record["facts"][key] for key in ("model", "classes", "image_size")} | {"record": record["id"]}
     for key, value in same.items():
         if facts[key] != value:
-            raise vetting.refusal(where, f"{key}: it is a checkpoint of another training")
-    for key, low in (("mean", -vetting.LARGEST), ("std", 1e-6)):
-        for place, number in vetting.items(facts[key], f"{where}: {key}", 3, 3):
-            vetting.number(number, place, low)
-    vetting.whole(facts["epoch"], f"{where}: epoch", 1)
-    vetting.number(facts["val_accuracy"], f"{where}: val_accuracy", 0, 1)
+            raise bundle_schema.refusal(where, f"{key}: it is a checkpoint of another training")
+    for key, low in (("mean", -bundle_schema.LARGEST), ("std", 1e-6)):
+        for place, number in bundle_schema.items(facts[key], f"{where}: {key}", 3, 3):
+            bundle_schema.number(number, place, low)
+    bundle_schema.whole(facts["epoch"], f"{where}: epoch", 1)
+    bundle_schema.number(facts["val_accuracy"], f"{where}: val_accuracy", 0, 1)
 
 
 # --- import
@@ -508,14 +511,14 @@ def import_runs(paths: Sequence[Path]) -> None:
         fetched = Path(scratch) / "store"
         fetched.mkdir()
         _refuse_conflicts(found, fetched)
-        made: list[tracking.Handle] = []
+        made: list[store.Handle] = []
         try:
-            with tracking.discarded_by_failure(made):
+            with store.discarded_by_failure(made):
                 found.sort(key=lambda each: records.repeat_of(each[1].record))  # the run above begins with the first
                 for _, run in found:
                     _put(run, fetched, made)
-                for run in {run.record["tags"].get(tracking.REPEATS_TAG): run for _, run in found}.values():
-                    publish.gather(run.record, run.record["experiment"])
+                for run in {run.record["tags"].get(store.REPEATS_TAG): run for _, run in found}.values():
+                    publisher.gather(run.record, run.record["experiment"])
         except BaseException:
             if made:
                 terminal.say("note     what was imported above is deleted again")
@@ -529,36 +532,38 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
         earlier = seen.setdefault(run.record["id"], {})
         for stage in _newer(run, earlier, f"{where}: {run.shown}"):
             earlier[stage] = run.stages[stage]
-        handle = tracking.find(run.record["id"], run.record["experiment"])
-        if handle is not None and not tracking.is_deleted(handle):
-            _newer(
-                run, publish.held(handle.run_id, tracking.tags(handle), scratch, run.stages), f"{where}: {run.shown}"
-            )
+        handle = store.find(run.record["id"], run.record["experiment"])
+        if handle is not None and not store.is_deleted(handle):
+            _newer(run, publisher.held(handle.run_id, store.tags(handle), scratch, run.stages), f"{where}: {run.shown}")
         _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
-            from pipeline import model  # torch takes seconds to import, and most bundles hold no model
+            from pipeline.models import classifier  # torch takes seconds to import, and most bundles hold no model
 
             try:
-                model.load_checkpoint(run.checkpoint)
+                classifier.load_checkpoint(run.checkpoint)
             except StageError as error:
-                raise vetting.refusal(f"{where}: {run.shown}", str(error)) from None
+                raise bundle_schema.refusal(f"{where}: {run.shown}", str(error)) from None
 
 
 def _refuse_another(run: Run, siblings: dict[str, dict[str, Mapping[str, str]]], where: str) -> None:
     """Refuses a repeat that can't stand beside those of the same training in the store and in `siblings`, to which it
     is added: their tags by the ids of their records, by what they share."""
     own = run.record["tags"]
-    shared = own.get(tracking.REPEATS_TAG)
+    shared = own.get(store.REPEATS_TAG)
     if shared is None:
         return
     if shared not in siblings:
-        _, there = tracking.repeats(shared, run.record["experiment"])
-        siblings[shared] = {row["tags"][tracking.RECORD_TAG]: row["tags"] for row in there.values()}
+        _, there = store.repeats(shared, run.record["experiment"])
+        siblings[shared] = {row["tags"][store.RECORD_TAG]: row["tags"] for row in there.values()}
     for record_id, tags in siblings[shared].items():
         if record_id != run.record["id"] and tags["repeat"] == own["repeat"]:
-            raise vetting.refusal(where, f"repeat: {own['repeat']} is another run that is there ({record_id[:8]})")
+            raise bundle_schema.refusal(
+                where, f"repeat: {own['repeat']} is another run that is there ({record_id[:8]})"
+            )
         if tags["repeats"] != own["repeats"]:
-            raise vetting.refusal(where, f"repeats: {own['repeats']}, where one that is there says {tags['repeats']}")
+            raise bundle_schema.refusal(
+                where, f"repeats: {own['repeats']}, where one that is there says {tags['repeats']}"
+            )
     siblings[shared][run.record["id"]] = own
 
 
@@ -567,34 +572,36 @@ def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[
     newer = []
     for stage, record in run.stages.items():
         have = held.get(stage)
-        if have is not None and publish.digest(have) == publish.digest(record):
+        if have is not None and publisher.digest(have) == publisher.digest(record):
             continue
         if have is not None and (stage == "train" or have["ended"] == record["ended"]):
-            raise vetting.refusal(where, f"its {stage} record is another than that of the same run which is there")
+            raise bundle_schema.refusal(
+                where, f"its {stage} record is another than that of the same run which is there"
+            )
         if have is None or have["ended"] < record["ended"]:
             newer.append(stage)
     return newer
 
 
-def _put(run: Run, scratch: Path, made: list[tracking.Handle]) -> None:
+def _put(run: Run, scratch: Path, made: list[store.Handle]) -> None:
     record, experiment = run.record, run.record["experiment"]
-    handle = tracking.find(record["id"], experiment)
+    handle = store.find(record["id"], experiment)
     if handle is None:
-        marks = {"imported": f"from a bundle of schema {run.schema}", publish.IMPORTED_RUN: run.run_id}
-        made += publish.restore(record, experiment, run.folders, marks)
+        marks = {"imported": f"from a bundle of schema {run.schema}", publisher.IMPORTED_RUN: run.run_id}
+        made += publisher.restore(record, experiment, run.folders, marks)
         terminal.say(f"imported {run.shown} into {experiment}")
         return
-    if tracking.is_deleted(handle):
+    if store.is_deleted(handle):
         terminal.say(f"left out {run.shown}: it was deleted in this store")
         return
-    held = publish.held(handle.run_id, tracking.tags(handle), scratch, run.stages)
+    held = publisher.held(handle.run_id, store.tags(handle), scratch, run.stages)
     whole = "train" in held  # else it is under way, or failed
     stages = _newer(run, held, run.shown) if whole else []
-    best = run.checkpoint if whole and not tracking.artifacts(handle.run_id, "checkpoints") else None
+    best = run.checkpoint if whole and not store.artifacts(handle.run_id, "checkpoints") else None
     if stages or best:
         later = {stage: held[stage] for stage in held if stage != "train"}
         later |= {stage: run.results[stage] for stage in stages}
-        publish.add(handle, record, stages, later, run.folders, best)
+        publisher.add(handle, record, stages, later, run.folders, best)
         terminal.say(f"added    {', '.join(stages) or 'model'} to {run.shown}")
     else:
         terminal.say(f"there    {run.shown} is in this store already")

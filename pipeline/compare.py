@@ -4,18 +4,20 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import charts, comparison, config, files, page, plots, publish, records, report, terminal, tracking
+from pipeline import config, files, plots, terminal
+from pipeline.comparison import build, charts, page, report
+from pipeline.tracking import publisher, records, store
 
 REPORTS = config.ROOT / "reports"
 
 
-def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
+def run(settings: config.Settings, folder: Path) -> build.Comparison:
     """Writes the reports, logs them and their charts as a run of their own, and says what came out."""
     experiment_id = _in_store(settings, folder)
-    found = comparison.compare(
-        tracking.finished_runs(),
-        lambda run_id: tracking.history(run_id, comparison.COURSES),
-        tracking.run_link,
+    found = build.compare(
+        store.finished_runs(),
+        lambda run_id: store.history(run_id, build.COURSES),
+        store.run_link,
         settings.compare,
         config.prices(config.absolute(settings.compare.prices)),
     )
@@ -24,13 +26,13 @@ def run(settings: config.Settings, folder: Path) -> comparison.Comparison:
         _log(settings.tracking.experiment, found, drawn)
     terminal.say("\n" + report.on_terminal(found) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
-    terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + tracking.shown_uri() + ")")
+    terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + store.shown_uri() + ")")
     if experiment_id:
-        terminal.say("         " + tracking.link(experiment_id))
+        terminal.say("         " + store.link(experiment_id))
     return found
 
 
-def write(found: comparison.Comparison, folder: Path) -> dict[str, dict[str, str]]:
+def write(found: build.Comparison, folder: Path) -> dict[str, dict[str, str]]:
     """Writes compare.md, .json and .html. Returns the charts as SVG, by the place of their table and by name."""
     drawn = {
         place: {name: plots.svg(figure) for name, figure in figures.items()}
@@ -42,21 +44,21 @@ def write(found: comparison.Comparison, folder: Path) -> dict[str, dict[str, str
     return drawn
 
 
-def _log(experiment: str, found: comparison.Comparison, drawn: Mapping[str, Mapping[str, str]]) -> None:
+def _log(experiment: str, found: build.Comparison, drawn: Mapping[str, Mapping[str, str]]) -> None:
     """Puts the reports and the charts into the store's run for them, over those of the last time."""
-    handle = tracking.comparison(experiment)
+    handle = store.comparison(experiment)
     if handle is None:
         return
-    with tracking.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
+    with store.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
         artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
         for place, pictures in drawn.items():
             for name, svg in pictures.items():
                 file = Path(folder) / place / f"{name}.svg"
                 files.write_text(file, svg)
                 artifacts[f"charts/{place}/{name}.svg"] = file
-        tracking.log_files(handle, artifacts)
-        tracking.set_tags(handle, {"mlflow.note.content": report.description(found)})
-        tracking.end(handle, "FINISHED")
+        store.log_files(handle, artifacts)
+        store.set_tags(handle, {"mlflow.note.content": report.description(found)})
+        store.end(handle, "FINISHED")
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:
@@ -69,15 +71,15 @@ def _in_store(settings: config.Settings, folder: Path) -> str | None:
     changed = False
     for record in trained:
         folders = records.folders(folder, records.repeat_of(record))
-        if tracking.find(record["id"], experiment) is None:
-            publish.restore(record, experiment, folders)
+        if store.find(record["id"], experiment) is None:
+            publisher.restore(record, experiment, folders)
             terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
             changed = True
         else:
-            changed |= publish.supplement(record, experiment, folders)
+            changed |= publisher.supplement(record, experiment, folders)
     if changed:
-        publish.gather(trained[0], experiment)
-    handle = tracking.find(trained[0]["id"], experiment)
+        publisher.gather(trained[0], experiment)
+    handle = store.find(trained[0]["id"], experiment)
     return handle.experiment_id if handle else None
 
 

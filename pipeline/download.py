@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, files, sources, terminal, weights
+from pipeline import config, files, terminal
+from pipeline.data import datasets
+from pipeline.models import weights
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Resolves data and weights into `folder/inputs.json`: sources, digests, counts, classes, fallbacks."""
-    data = sources.resolve(settings.data)
+    data = datasets.resolve(settings.data)
     start = weights.resolve(settings.work)
     fallback = [name for name, facts in (("data", data), ("weights", start)) if facts["reason"]]
     inputs = {"data": data, "weights": start, "fallback": fallback}

@@ -16,38 +16,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import (
-    backends,
-    config,
-    data,
-    engine,
-    files,
-    model,
-    plots,
-    publish,
-    records,
-    sources,
-    terminal,
-    tracking,
-    training,
-)
-from pipeline.clock import Clock
+from pipeline import config, devices, files, plots, terminal
+from pipeline.data import batching, datasets
 from pipeline.errors import UsageError
+from pipeline.models import classifier
+from pipeline.profiling.clock import Clock
+from pipeline.tracking import publisher, records, store
+from pipeline.training import loop, setup
 
 
 def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, Any]:
     """Evaluates the best checkpoint of the repeat `number` (from 1) in `folder/train`, as part of the run that trained
     it; leaves its part of `folder/evaluate`. Returns the result."""
     recipe = settings.work
-    backend = training.device_for(settings.device, recipe)
+    backend = setup.device_for(settings.device, recipe)
     inputs = records.inputs_for(settings, folder)
     folders = records.folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
     classes = inputs["data"]["classes"]
-    images, labels = sources.decode(settings.data, inputs["data"], "test", recipe.image_size)
+    images, labels = datasets.decode(settings.data, inputs["data"], "test", recipe.image_size)
     net = _checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
     with backend.memory_errors():
-        predictions, metrics = _measured(net, data.as_split(images, labels), settings, record, backend)
+        predictions, metrics = _measured(net, batching.as_split(images, labels), settings, record, backend)
 
     planned = records.planned(folder)
     out = repeats.emptied(folder, "evaluate", number, planned)
@@ -60,10 +50,10 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
             for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
             if dataset not in record["datasets"]
         ],
-        "ended": tracking.now(),
+        "ended": store.now(),
     }
     _leave(result, labels, predictions, classes, record["name"], out)
-    publish.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
+    publisher.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
     _announce(record, metrics)
     if planned == 1:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
@@ -72,7 +62,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
 
 def _checkpoint(
     settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
-) -> model.Classifier:
+) -> classifier.Classifier:
     """The model of the checkpoint. Raises UsageError where it is not of this work."""
     wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
     if wanted != trained:
@@ -80,7 +70,7 @@ def _checkpoint(
             f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
             f"{trained}: run `python -m pipeline.train` with the same settings first"
         )
-    net, facts = model.load_checkpoint(path)
+    net, facts = classifier.load_checkpoint(path)
     for what, have, expected in (
         ("training", facts.record, record["id"]),
         ("model", facts.model, settings.work.model),
@@ -95,34 +85,34 @@ def _checkpoint(
 
 
 def _measured(
-    net: model.Classifier,
-    test: data.Split,
+    net: classifier.Classifier,
+    test: batching.Split,
     settings: config.Settings,
     record: Mapping[str, Any],
-    backend: backends.Backend,
+    backend: devices.Backend,
 ) -> tuple[NDArray[np.int64], dict[str, float]]:
     """The label predicted for each test image, and the figures. A batch of each size is passed before the
     clock starts."""
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
-    net = net.to(backend.device).to(memory_format=training.layout(channels_last))
+    net = net.to(backend.device).to(memory_format=setup.layout(channels_last))
 
     height, width, _ = test.inputs.shape[1:]
-    enlarge = data.filters(height, width, recipe.image_size, backend.device)
+    enlarge = batching.filters(height, width, recipe.image_size, backend.device)
 
     def ready(images: Tensor) -> Tensor:
-        return data.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
+        return batching.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
-    totals = engine.Totals(backend.device)
-    score = engine.scorer(net, ready, backend, recipe.precision, totals)
-    sizes = training.sizes(test, recipe.batch_size)
-    engine.evaluate(net, score, totals, [training.first(test, size, backend) for size in sizes])
+    totals = loop.Totals(backend.device)
+    score = loop.scorer(net, ready, backend, recipe.precision, totals)
+    sizes = setup.sizes(test, recipe.batch_size)
+    loop.evaluate(net, score, totals, [setup.first(test, size, backend) for size in sizes])
     clock = Clock(backend.synchronise)
     predictions: list[Tensor] = []
     with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
         if record["tags"]["data.placement"] == "device":
             test = test.to(backend.device)
-        batches = data.batches(test, recipe.batch_size, backend)
-        loss, accuracy = engine.evaluate(net, score, totals, batches, predictions, advance)
+        batches = batching.batches(test, recipe.batch_size, backend)
+        loss, accuracy = loop.evaluate(net, score, totals, batches, predictions, advance)
     metrics = {
         "test/accuracy": accuracy,
         "test/loss": loss,

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, files, machine, terminal
+from pipeline import config, files, terminal
+from pipeline.profiling import system_info
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Writes `folder/hardware.json`: the facts that do not change between two runs on one machine."""
-    facts = machine.facts()
+    facts = system_info.facts()
     files.write_json(folder / "hardware.json", facts)
     gpus = ", ".join(gpu["name"] for gpu in facts.get("gpus", [])) or "none"
     terminal.say(

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from pipeline import cli, config, files, records, terminal
+from pipeline import cli, config, files, terminal
 from pipeline.errors import StageError
+from pipeline.tracking import records
 
 if sys.platform == "win32":
     import msvcrt
@@ -152,9 +153,9 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
     ones left is deleted. Raises RepeatFailedError where a child fails, StageError where another process is at it;
     the run above the repeats is then FAILED, after Ctrl-C (and SIGTERM) KILLED.
     """
-    from pipeline import publish, tracking  # MLflow takes seconds to import, and most commands need no driver
+    from pipeline.tracking import publisher, store  # MLflow takes seconds to import, and most commands need no driver
 
-    tracking.store_uri()  # refuses a store that would be lost, before any work
+    store.store_uri()  # refuses a store that would be lost, before any work
     path = folder / stages[0] / PLAN
     with _held(folder) as lock, _stoppable(twice=True):
         plan = _begun(settings, folder, stages, planned)
@@ -168,13 +169,13 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
                 _keep(folder, stages, number)
                 if "train" in stages:
                     record = files.read_json(records.folders(folder, number)["train"] / "record.json")
-                    publish.gather(record, records.experiment(settings, record["tags"]))
+                    publisher.gather(record, records.experiment(settings, record["tags"]))
             _finish(settings, folder, stages)
         except BaseException as error:
             with suppress(StageError):
-                tracking.end_repeats(plan.id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                store.end_repeats(plan.id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        plan.ended = tracking.now()
+        plan.ended = store.now()
         plan.write(path)
         _forget(folder, stages)
 
@@ -236,7 +237,7 @@ def summarise(folder: Path, stage: str) -> None:
 
 def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
     """The plan of a set that was cut off, or a new one, written, with nothing left of what was there."""
-    from pipeline import tracking
+    from pipeline.tracking import store
 
     path = folder / stages[0] / PLAN
     fixed = _fixed(settings, folder, stages)
@@ -246,8 +247,8 @@ def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], plann
         whole = sum(not _missing(plan, folder, stages, number) for number in range(1, planned + 1))
         terminal.say(f"resumed  {whole} of {planned} repeats are there")
         # What was killed could not say so.
-        tracking.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present(folder)])
-        tracking.refer_to(plan.id)
+        store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present(folder)])
+        store.refer_to(plan.id)
         plan.pause_seconds = settings.repeat_pause
         return plan
     if plan is not None and plan.ended is None:
@@ -395,15 +396,15 @@ def _waited_for(command: Sequence[str], number: int, folder: Path, lock: IO[str]
 
 def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> None:
     """Brings together what all repeats left."""
-    from pipeline import publish
+    from pipeline.tracking import publisher
 
     trained = records.trained(folder)
     experiment = records.experiment(settings, trained[0]["tags"])
     for stage in stages:
         summarise(folder, stage)
     for record in trained:  # a child that was killed may have left what it had not logged yet
-        publish.supplement(record, experiment, records.folders(folder, records.repeat_of(record)))
-    publish.gather(trained[0], experiment)
+        publisher.supplement(record, experiment, records.folders(folder, records.repeat_of(record)))
+    publisher.gather(trained[0], experiment)
 
 
 # --- processes

@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 
-from pipeline import backends, conditions, config, data, files, publish, records, score, terminal, tracking, training
-from pipeline.clock import Clock
+from pipeline import config, devices, files, terminal
+from pipeline.data import batching
 from pipeline.errors import OutOfMemoryError
+from pipeline.profiling import score_steps, system_state
+from pipeline.profiling.clock import Clock
+from pipeline.tracking import publisher, records, store
+from pipeline.training import setup
 
 CLASSES = 10
 """Of the images that are made."""
@@ -71,7 +75,7 @@ class Course:
 
 
 def run(
-    settings: config.Settings, folder: Path, number: int = 1, steps: Sequence[score.Step] = score.STEPS
+    settings: config.Settings, folder: Path, number: int = 1, steps: Sequence[score_steps.Step] = score_steps.STEPS
 ) -> dict[str, Any]:
     """Measures `steps` for `sustain_seconds` each, as part of the run of repeat `number` (from 1) that `train` made;
     leaves its part of `folder/sustain`. For 0 seconds nothing is measured, and the run keeps what it has. Returns the
@@ -83,11 +87,11 @@ def run(
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
-        began = tracking.now()
+        began = store.now()
         result |= _measured(settings, steps)
-        attempts = publish.attempts(record, records.experiment(settings, record["tags"])) + 1
+        attempts = publisher.attempts(record, records.experiment(settings, record["tags"])) + 1
         result["tags"] |= {"sustained.started": str(began), "sustained.attempts": str(attempts)}
-    result["ended"] = tracking.now()
+    result["ended"] = store.now()
     repeats.emptied(folder, "sustain", number, records.planned(folder))
     _leave(result, record, settings, folders)
     if settings.sustain_seconds and settings.largest_batch:
@@ -107,14 +111,14 @@ def _leave(
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
     if result["metrics"] or result["warnings"]:
-        publish.complete("sustain", record, result, records.experiment(settings, record["tags"]), folders)
+        publisher.complete("sustain", record, result, records.experiment(settings, record["tags"]), folders)
 
 
-def _measured(settings: config.Settings, steps: Sequence[score.Step]) -> dict[str, Any]:
+def _measured(settings: config.Settings, steps: Sequence[score_steps.Step]) -> dict[str, Any]:
     """The record's part that is measured. A step that is the same work as one before it takes that one's figures."""
-    backend = backends.select(settings.device)
+    backend = devices.select(settings.device)
     best, gpu = backend.best_precision(), backend.gpu_uuid()
-    before = conditions.sample(gpu)  # nothing of ours has run on the device for a second
+    before = system_state.sample(gpu)  # nothing of ours has run on the device for a second
     metrics: dict[str, float] = {}
     tags: dict[str, str | None] = {}
     series: dict[str, list[float]] = {}
@@ -127,19 +131,21 @@ def _measured(settings: config.Settings, steps: Sequence[score.Step]) -> dict[st
         work = (step.model, step.image_size, step.batch_size, precision)
         if work not in known:
             known[work] = course = _course(step, precision, settings)
-            after = conditions.sample(gpu)
-            taints = conditions.taints(before, after) | taints
+            after = system_state.sample(gpu)
+            taints = system_state.taints(before, after) | taints
             seconds = [taken for _, taken in course.slices] if course else []
-            for word, sentence in conditions.behavior(before, after, seconds).items():
+            for word, sentence in system_state.behavior(before, after, seconds).items():
                 behavior.setdefault(word, []).append(f"{step.title}: {sentence}")
         course = known[work]
         if course is None:
             unfit.append(f"{step.title} was not measured: not even a batch of one image fits the memory")
             continue
-        metrics |= {score.metric(step.name, figure): value for figure, value in course.figures().items()}
-        series[score.metric(step.name, "course")] = [count / taken for count, taken in course.slices]
-        tags[score.tag(step.name, "workload")] = score.workload(step, course.batch_size, settings.sustain_seconds)
-        tags[score.tag(step.name, "precision")] = precision
+        metrics |= {score_steps.metric(step.name, figure): value for figure, value in course.figures().items()}
+        series[score_steps.metric(step.name, "course")] = [count / taken for count, taken in course.slices]
+        tags[score_steps.tag(step.name, "workload")] = score_steps.workload(
+            step, course.batch_size, settings.sustain_seconds
+        )
+        tags[score_steps.tag(step.name, "precision")] = precision
         _announce(step, precision, course)
     sources = {course.energy[0] for course in known.values() if course and course.energy}
     tags |= {
@@ -155,13 +161,13 @@ def _measured(settings: config.Settings, steps: Sequence[score.Step]) -> dict[st
     return {"metrics": metrics, "tags": tags, "series": series, "warnings": warnings}
 
 
-def _course(step: score.Step, precision: str, settings: config.Settings) -> Course | None:
+def _course(step: score_steps.Step, precision: str, settings: config.Settings) -> Course | None:
     """Repeats the step with its batch, or the largest half, quarter, ... that fits the memory; None where not even one
     image does. Its memory is free again afterwards."""
     batch_size = step.batch_size
     while batch_size:
         recipe = _recipe(step, precision, batch_size)
-        backend = training.device_for(settings.device, recipe)
+        backend = setup.device_for(settings.device, recipe)
         try:
             with backend.memory_errors():
                 return _repeated(step, recipe, settings.sustain_seconds, backend)
@@ -172,7 +178,7 @@ def _course(step: score.Step, precision: str, settings: config.Settings) -> Cour
     return None
 
 
-def _recipe(step: score.Step, precision: str, batch_size: int) -> config.Recipe:
+def _recipe(step: score_steps.Step, precision: str, batch_size: int) -> config.Recipe:
     """The step as a recipe. No setting has a part in it."""
     return config.Recipe(
         model=step.model,
@@ -203,7 +209,7 @@ def _recipe(step: score.Step, precision: str, batch_size: int) -> config.Recipe:
     )
 
 
-def _repeated(step: score.Step, recipe: config.Recipe, seconds: float, backend: backends.Backend) -> Course:
+def _repeated(step: score_steps.Step, recipe: config.Recipe, seconds: float, backend: devices.Backend) -> Course:
     """Raises OutOfMemoryError where the batch does not fit."""
     images = _made(BATCHES * recipe.batch_size, recipe.image_size)
     work = _built(recipe, images, backend)
@@ -218,30 +224,30 @@ def _repeated(step: score.Step, recipe: config.Recipe, seconds: float, backend: 
     return Course(recipe.batch_size, slices, spent)
 
 
-def _built(recipe: config.Recipe, images: data.Split, backend: backends.Backend) -> training.Work:
+def _built(recipe: config.Recipe, images: batching.Split, backend: devices.Backend) -> setup.Work:
     """The step's model on the device, in training mode."""
     splits = {"train": images, "validation": images}
-    work = training.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronise))
+    work = setup.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronise))
     work.job.set_mode()
     return work
 
 
-def _refuse_too_large(work: training.Work, images: data.Split) -> None:
+def _refuse_too_large(work: setup.Work, images: batching.Split) -> None:
     """Raises OutOfMemoryError where a step would take more memory than is free. A CPU does not refuse: it swaps, or the
     system kills the process."""
     backend = work.job.backend
-    free, needed = backend.free_bytes(), MEMORY_MARGIN * training.saved_bytes_per_image(work, images)
+    free, needed = backend.free_bytes(), MEMORY_MARGIN * setup.saved_bytes_per_image(work, images)
     if free is not None and needed * work.recipe.batch_size > free:
         raise OutOfMemoryError(f"{backend.kind} has {free / 2**30:.1f} GiB free: lower batch_size")
 
 
-def _forever(images: data.Split, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _forever(images: batching.Split, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images, (batch_size, H, W, 3) uint8, and their labels, batch by batch, again and again."""
     cut = zip(torch.split(images.inputs, batch_size), torch.split(images.labels, batch_size), strict=True)
     return itertools.cycle(list(cut))
 
 
-def _steps_a_slice(work: training.Work, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float) -> int:
+def _steps_a_slice(work: setup.Work, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float) -> int:
     """How many steps make a slice, by the second step: the first one also does what is done once."""
     job, clock = work.job, work.job.clock
     with clock.span("first step"):
@@ -253,7 +259,7 @@ def _steps_a_slice(work: training.Work, batches: Iterator[tuple[torch.Tensor, to
 
 def _slices(
     title: str,
-    work: training.Work,
+    work: setup.Work,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     steps: int,
     seconds: float,
@@ -283,18 +289,18 @@ def thirds(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
     return first or [slices[0]], last or [slices[-1]]
 
 
-def _made(count: int, side: int) -> data.Split:
+def _made(count: int, side: int) -> batching.Split:
     """Random images (count, side, side, 3) uint8 and labels: a step takes as long on them as on real ones."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
-    return data.Split(inputs, torch.randint(CLASSES, (count,), generator=generator))
+    return batching.Split(inputs, torch.randint(CLASSES, (count,), generator=generator))
 
 
-def _largest_batch(device: str, step: score.Step) -> int | None:
+def _largest_batch(device: str, step: score_steps.Step) -> int | None:
     """The largest power of two that fits as the step's batch, launched without recording; None where that can't be
     found."""
     recipe = dataclasses.replace(_recipe(step, "fp32", step.batch_size), graph=False)
-    backend = training.device_for(device, recipe)
+    backend = setup.device_for(device, recipe)
     if not backend.refuses_memory:
         return None
     try:
@@ -302,10 +308,10 @@ def _largest_batch(device: str, step: score.Step) -> int | None:
             work = _built(recipe, _made(2, step.image_size), backend)
     except OutOfMemoryError:
         return None
-    return training.largest_batch(work, (step.image_size, step.image_size, 3))
+    return setup.largest_batch(work, (step.image_size, step.image_size, 3))
 
 
-def _announce(step: score.Step, precision: str, course: Course) -> None:
+def _announce(step: score_steps.Step, precision: str, course: Course) -> None:
     figures = course.figures()
     power = f", {figures['watts']:,.0f} W" if "watts" in figures else ""
     terminal.say(

@@ -17,27 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import (
-    backends,
-    ceilings,
-    conditions,
-    config,
-    data,
-    energy,
-    engine,
-    files,
-    machine,
-    model,
-    optim,
-    publish,
-    records,
-    terminal,
-    tracking,
-    training,
-    weights,
-)
-from pipeline.clock import Clock
+from pipeline import config, devices, files, terminal
+from pipeline.data import batching
 from pipeline.errors import OutOfMemoryError, StageError
+from pipeline.models import classifier, weights
+from pipeline.profiling import energy, roofline, system_info, system_state
+from pipeline.profiling.clock import Clock
+from pipeline.tracking import publisher, records, store
+from pipeline.training import loop, optimizers, setup
 
 METERED_SECONDS = 1.0
 """Less than this is not metered: NVML's energy counter moves ten to fifty times a second."""
@@ -54,7 +41,7 @@ class Measured(NamedTuple):
     ceilings, and the operations that an image takes."""
 
     working: float
-    ceilings: ceilings.Measured
+    ceilings: roofline.Measured
     flops: float | None
 
 
@@ -63,27 +50,27 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     the repeat `number` (from 1) its part of it. Returns the record. `earlier`: seconds that this process spent on
     other stages before."""
     recipe = settings.work
-    startup = machine.process_age() - earlier
-    tracking.store_uri()  # refuses a store that would be lost, before any work
+    startup = system_info.process_age() - earlier
+    store.store_uri()  # refuses a store that would be lost, before any work
     _check(recipe)
     energy.check(settings.energy.source)
-    backend = training.device_for(settings.device, recipe)
+    backend = setup.device_for(settings.device, recipe)
     clock = Clock(backend.synchronise)
     hardware = files.read_json(folder / "hardware.json")
     inputs = records.inputs_for(settings, folder)
-    unused = backends.unused_gpu() if settings.device == "auto" else None
+    unused = devices.unused_gpu() if settings.device == "auto" else None
     if unused:
         terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
     settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
     with clock.span("inspect"):
-        before = conditions.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
+        before = system_state.sample(backend.gpu_uuid())  # nothing of ours has run on the device yet
     with clock.span("decode"):
-        decoded = training.decoded(settings, inputs["data"])
-        splits = training.drawn(decoded, settings)
+        decoded = setup.decoded(settings, inputs["data"])
+        splits = setup.drawn(decoded, settings)
     with clock.span("setup"), backend.memory_errors():
         path = weights.located(inputs["weights"], recipe)
         classes = inputs["data"]["classes"]
-        work = training.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
+        work = setup.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
 
     out = repeats.emptied(folder, "train", number, settings.repeats)
     with clock.span("inspect"):
@@ -104,8 +91,8 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
 
 
 def _train(
-    work: training.Work,
-    splits: training.Splits,
+    work: setup.Work,
+    splits: setup.Splits,
     shown: Shown,
     settings: config.Settings,
     record: dict[str, Any],
@@ -116,52 +103,52 @@ def _train(
     this process before."""
     clock, backend = work.job.clock, work.job.backend
     with clock.span("log"):
-        handle = tracking.start(record, _above(record))
-    with tracking.ended_by_failure(handle):
+        handle = store.start(record, _above(record))
+    with store.ended_by_failure(handle):
         with clock.span("log"):
-            tracking.mark(handle, record)
-        with tracking.SystemMetrics(handle.run_id) as system, backend.memory_errors():
+            store.mark(handle, record)
+        with store.SystemMetrics(handle.run_id) as system, backend.memory_errors():
             measured = _measured(work, splits)
             best, target = 0.0, settings.work.target_accuracy
             for figures in _epochs(work, splits, settings, record, measured):
                 reached = target is not None and figures["val/accuracy"] >= target
                 if reached and "time/to_target_seconds" not in record["metrics"]:
-                    record["metrics"]["time/to_target_seconds"] = clock.total(*training.TOTAL)
+                    record["metrics"]["time/to_target_seconds"] = clock.total(*setup.TOTAL)
                 if figures["val/accuracy"] > best or figures["epoch"] == 1:  # the first of equals stays
                     best = figures["val/accuracy"]
                     with clock.span("checkpoint"):
                         _keep(work.net, record, figures, settings, out)
                 with clock.span("log"):
-                    record["epochs"].append({"at": tracking.now(), "figures": figures, "system": system.take()})
-                    tracking.log_epoch(handle, record["epochs"][-1])
-        record["ended"] = tracking.now()
+                    record["epochs"].append({"at": store.now(), "figures": figures, "system": system.take()})
+                    store.log_epoch(handle, record["epochs"][-1])
+        record["ended"] = store.now()
         record["metrics"] |= _times(clock) | work.job.times.percentiles()
         before = record["hardware"]["conditions"]["before"]
-        _taint(record, before, conditions.sample(backend.gpu_uuid()))
+        _taint(record, before, system_state.sample(backend.gpu_uuid()))
         _draw(record, settings, shown, out)
-        record["metrics"]["time/process_seconds"] = machine.process_age() - earlier
+        record["metrics"]["time/process_seconds"] = system_info.process_age() - earlier
         _leave(record, settings, out)
-        publish.training(handle, record, out)
+        publisher.training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.
         files.write_json(out / "record.json", record)
-        tracking.end(handle, "FINISHED", record["ended"])
+        store.end(handle, "FINISHED", record["ended"])
 
 
-def _above(record: Mapping[str, Any]) -> tracking.Handle | None:
+def _above(record: Mapping[str, Any]) -> store.Handle | None:
     """The run above the repeats, on which work goes on; None for a single training."""
-    if tracking.REPEATS_TAG not in record["tags"]:
+    if store.REPEATS_TAG not in record["tags"]:
         return None
-    parent, is_new = publish.above(record, record["experiment"])
-    if not is_new and not tracking.is_deleted(parent):
-        tracking.resume(parent)
+    parent, is_new = publisher.above(record, record["experiment"])
+    if not is_new and not store.is_deleted(parent):
+        store.resume(parent)
     return parent
 
 
 def _check(recipe: config.Recipe) -> None:
     """Refuses what can be refused before data is touched."""
-    model.check(recipe.model)
+    classifier.check(recipe.model)
     chosen = recipe.resolved()
-    optim.check(
+    optimizers.check(
         recipe.optimizer,
         recipe.scheduler,
         optimizer_options=chosen["optimizer_options"],
@@ -173,25 +160,25 @@ def _check(recipe: config.Recipe) -> None:
     )
 
 
-def _shown(images: data.Split, seed: int, classes: Sequence[str]) -> Shown:
+def _shown(images: batching.Split, seed: int, classes: Sequence[str]) -> Shown:
     """Six of the images with their class names, as the seed draws them."""
     chosen = np.random.default_rng(seed).permutation(len(images))[:6]
     return images.inputs.numpy()[chosen], [classes[label] for label in images.labels.numpy()[chosen]]
 
 
-def _measured(work: training.Work, splits: training.Splits) -> Measured:
+def _measured(work: setup.Work, splits: setup.Splits) -> Measured:
     """Warms up, and takes the machine's measure."""
     clock = work.job.clock
     with clock.span("setup"):
-        working = training.warm_up(work, splits)
+        working = setup.warm_up(work, splits)
     with clock.span("ceilings"):
-        flops = training.flops_per_image(work)
-        return Measured(working, training.measure_ceilings(work, splits), flops)
+        flops = setup.flops_per_image(work)
+        return Measured(working, setup.measure_ceilings(work, splits), flops)
 
 
 def _epochs(
-    work: training.Work,
-    splits: training.Splits,
+    work: setup.Work,
+    splits: setup.Splits,
     settings: config.Settings,
     record: dict[str, Any],
     measured: Measured,
@@ -201,7 +188,7 @@ def _epochs(
     recipe, job, clock, seed = work.recipe, work.job, work.job.clock, settings.seed
     backend = job.backend
     with clock.span("setup"):
-        training.restart(work, seed)
+        setup.restart(work, seed)
     if backend.recording_fault:
         record["warnings"].append(f"launched piece by piece, since it can't be recorded: {backend.recording_fault}")
     joules: dict[str, list[float]] = {}
@@ -209,7 +196,7 @@ def _epochs(
     with energy.source(chosen, backend.energy) as reading:
         begun = energy.ask_reading("before the training") if chosen == "meter" else 0.0
         with clock.span("upload"):
-            samples, placement = training.place(work, splits, measured.working, settings.data.device_gib)
+            samples, placement = setup.place(work, splits, measured.working, settings.data.device_gib)
         record["tags"]["data.placement"] = placement
         terminal.say(f"images   trained from {'the device' if placement == 'device' else 'host memory'}")
         images = sum(map(len, samples.values()))
@@ -220,18 +207,18 @@ def _epochs(
                 clock.span("features") as span,
             ):
                 for name, split in samples.items():
-                    samples[name] = training.features(work, split, advance)
+                    samples[name] = setup.features(work, split, advance)
             record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
-        train, validated = samples["train"], training.validated_in(samples)
+        train, validated = samples["train"], setup.validated_in(samples)
 
-        def train_batches(epoch: int) -> engine.Batches:
-            return training.shuffled(work, train, seed, epoch)
+        def train_batches(epoch: int) -> loop.Batches:
+            return setup.shuffled(work, train, seed, epoch)
 
-        def val_batches() -> engine.Batches:
-            return data.batches(validated, recipe.batch_size, backend)
+        def val_batches() -> loop.Batches:
+            return batching.batches(validated, recipe.batch_size, backend)
 
         with terminal.epochs_progress(recipe.epochs, len(train) + len(validated)) as (advance, finish):
-            epochs = engine.train(job, train_batches, val_batches, advance)
+            epochs = loop.train(job, train_batches, val_batches, advance)
             while True:
                 with _metered(reading, joules):
                     figures = next(epochs, None)
@@ -265,7 +252,7 @@ def _account(
         terminal.say(f"energy   not measured: {why}")
 
 
-def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits, measured: Measured) -> None:
+def _judge(record: dict[str, Any], work: setup.Work, splits: setup.Splits, measured: Measured) -> None:
     """Holds the speed against the machine's own ceilings, and taints the record where it is impossibly far above
     them."""
     clock, backend = work.job.clock, work.job.backend
@@ -276,31 +263,31 @@ def _judge(record: dict[str, Any], work: training.Work, splits: training.Splits,
         speed = len(splits["train"]) * work.recipe.epochs / seconds
     # By the ceilings, too: a clock that does not wait for the device makes any training short.
     expected = speed * seconds / limits.images_per_second
-    if max(seconds, expected) < ceilings.STEP_SECONDS:
-        record["metrics"] |= ceilings.rates(limits)
+    if max(seconds, expected) < roofline.STEP_SECONDS:
+        record["metrics"] |= roofline.rates(limits)
         record["facts"]["verdict"] = f"not judged: {seconds:.2f} s are too short to be held against its ceilings"
         terminal.say(f"machine  {record['facts']['verdict']}")
         return
-    figures = ceilings.efficiency(speed, limits, flops)
+    figures = roofline.efficiency(speed, limits, flops)
     for _ in range(CEILINGS_AGAIN):
-        if not ceilings.impossible(figures, limits):
+        if not roofline.impossible(figures, limits):
             break
         # Other load may have held the machine down while it was measured.
         with suppress(OutOfMemoryError), clock.span("ceilings"), backend.memory_errors():
-            limits = ceilings.best([limits, training.measure_ceilings(work, splits)])
-        figures = ceilings.efficiency(speed, limits, flops)
-    doubt = ceilings.impossible(figures, limits)
+            limits = roofline.best([limits, setup.measure_ceilings(work, splits)])
+        figures = roofline.efficiency(speed, limits, flops)
+    doubt = roofline.impossible(figures, limits)
     if doubt:
         record["tags"]["taints"] = "clock"
         record["warnings"].append(doubt)
         terminal.say(f"note     {doubt}")
     record["metrics"] |= figures
-    record["facts"]["verdict"] = ceilings.verdict(figures, limits)
+    record["facts"]["verdict"] = roofline.verdict(figures, limits)
     terminal.say(f"machine  {record['facts']['verdict']}")
 
 
 def _advice(
-    reason: str, settings: config.Settings, splits: training.Splits, classes: int, backend: backends.Backend
+    reason: str, settings: config.Settings, splits: setup.Splits, classes: int, backend: devices.Backend
 ) -> str:
     """What to do about a batch that is too large: the largest power of two that fits."""
     tried = settings.work.batch_size
@@ -309,8 +296,8 @@ def _advice(
         return reason
     plain = dataclasses.replace(settings.work, weights="random", graph=False, compile="off")
     with backend.memory_errors():
-        work = training.build(plain, settings.seed, classes, None, splits, backend, Clock(backend.synchronise))
-    largest = training.largest_batch(work, tuple(splits["train"].inputs.shape[1:]), below=tried)
+        work = setup.build(plain, settings.seed, classes, None, splits, backend, Clock(backend.synchronise))
+    largest = setup.largest_batch(work, tuple(splits["train"].inputs.shape[1:]), below=tried)
     if not largest:
         return reason
     return f"batch_size: {tried} is too much for the memory of {backend.kind}: the largest that fits is {largest}"
@@ -330,23 +317,23 @@ def _record(
     settings: config.Settings,
     hardware: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    work: training.Work,
-    splits: training.Splits,
+    work: setup.Work,
+    splits: setup.Splits,
     unused_gpu: str | None,
-    before: conditions.Sample,
+    before: system_state.Sample,
 ) -> dict[str, Any]:
     """What is known of the training before it starts (see records.py)."""
     backend, recipe = work.job.backend, settings.work
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
-    threads = {"threads": backends.torch_facts()["threads"]}
+    threads = {"threads": devices.torch_facts()["threads"]}
     own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
-    trainable, parameters = model.counts(work.net)
+    trainable, parameters = classifier.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
         "name": records.run_name(own),
         "experiment": records.experiment(settings, own),
-        "started": tracking.now(),
+        "started": store.now(),
         "ended": None,
         "params": records.params(settings)
         | {"model.parameters": str(parameters), "model.trainable_parameters": str(trainable)},
@@ -354,7 +341,9 @@ def _record(
         "datasets": records.datasets(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
         "epochs": [],
         "metrics": {},
-        "warnings": records.warnings(settings, inputs, own, unused_gpu, optim.overrides_schedule(work.job.optimizer)),
+        "warnings": records.warnings(
+            settings, inputs, own, unused_gpu, optimizers.overrides_schedule(work.job.optimizer)
+        ),
         "facts": {
             "model": recipe.model,
             "classes": inputs["data"]["classes"],
@@ -371,7 +360,7 @@ def _record(
         "hardware": {
             "machine": dict(hardware),
             "accelerator": accelerator,
-            "torch": backends.torch_facts(),
+            "torch": devices.torch_facts(),
             "conditions": {"before": before},
         },
     }
@@ -390,14 +379,14 @@ def _announce(record: Mapping[str, Any]) -> None:
 
 
 def _keep(
-    net: model.Classifier,
+    net: classifier.Classifier,
     record: Mapping[str, Any],
     figures: Mapping[str, float],
     settings: config.Settings,
     out: Path,
 ) -> None:
     mean, std = net.normalization
-    facts = model.Checkpoint(
+    facts = classifier.Checkpoint(
         model=settings.work.model,
         classes=tuple(record["facts"]["classes"]),
         image_size=settings.work.image_size,
@@ -407,7 +396,7 @@ def _keep(
         val_accuracy=figures["val/accuracy"],
         record=record["id"],
     )
-    model.save_checkpoint(out / "best.safetensors", net, facts)
+    classifier.save_checkpoint(out / "best.safetensors", net, facts)
 
 
 def _times(clock: Clock) -> dict[str, float]:
@@ -415,7 +404,7 @@ def _times(clock: Clock) -> dict[str, float]:
     spans = {
         "time/setup_seconds": ["setup"],
         "time/data_seconds": ["decode"],
-        "time/total_seconds": training.TOTAL,
+        "time/total_seconds": setup.TOTAL,
         "time/ceilings_seconds": ["ceilings"],
         "time/inspect_seconds": ["inspect"],
         "time/checkpoint_seconds": ["checkpoint"],
@@ -425,15 +414,15 @@ def _times(clock: Clock) -> dict[str, float]:
     return taken | {"time/unaccounted_seconds": clock.unaccounted()}
 
 
-def _taint(record: dict[str, Any], before: conditions.Sample, after: conditions.Sample) -> None:
+def _taint(record: dict[str, Any], before: system_state.Sample, after: system_state.Sample) -> None:
     """Says in the run what disturbed it from outside, and how the machine itself behaved under the load."""
     figures = [epoch["figures"] for epoch in record["epochs"]]
     # On features an epoch is over before a machine could change its pace.
     paced = [] if record["facts"]["features_cached"] else [each["time/train_seconds"] for each in figures]
     record["hardware"]["conditions"]["after"] = after
     for tag, said in (
-        ("taints", conditions.taints(before, after)),
-        ("behavior", conditions.behavior(before, after, paced)),
+        ("taints", system_state.taints(before, after)),
+        ("behavior", system_state.behavior(before, after, paced)),
     ):
         record["warnings"] += said.values()
         if said:

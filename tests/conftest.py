@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import conditions, config, sources, weights
+from pipeline import config
+from pipeline.data import datasets
 from pipeline.errors import StageError
+from pipeline.models import weights
+from pipeline.profiling import system_state
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 """The classes of `pictures`, in order of name, each with the mean of its pixels."""
@@ -19,7 +22,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, not there yet."""
     folder = tmp_path / ".cache"
-    for module in (sources, weights):
+    for module in (datasets, weights):
         monkeypatch.setattr(module, "CACHE", folder)
     return folder
 
@@ -27,16 +30,17 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def calm(request, monkeypatch):
     """A machine of which nothing is told and that keeps its pace, where that is not what is tested."""
-    if request.module.__name__ != "test_conditions":
-        monkeypatch.setattr(conditions, "sample", lambda *_: {})
-        monkeypatch.setattr(conditions, "DRIFT_CHANGE", math.inf)
+    if request.module.__name__ != "test_system_state":
+        monkeypatch.setattr(system_state, "sample", lambda *_: {})
+        monkeypatch.setattr(system_state, "DRIFT_CHANGE", math.inf)
 
 
 @pytest.fixture(autouse=True)
 def low_ceilings(request, monkeypatch):
     """Ceilings that are measured in no time and accuse no clock, where they are not what is tested."""
-    ceilings = sys.modules.get("pipeline.ceilings")  # its torch takes seconds to import, and some modules do without
-    if ceilings is None or request.module.__name__ == "test_ceilings":
+    # torch takes seconds to import, and some modules do without it
+    ceilings = sys.modules.get("pipeline.profiling.roofline")
+    if ceilings is None or request.module.__name__ == "test_roofline":
         return
     windows = ceilings.windows
     monkeypatch.setattr(ceilings, "windows", lambda work, wait, **_: windows(work, wait, seconds=0.0))

@@ -1,6 +1,8 @@
 """Made-up runs for the comparison, as `tracking.finished_runs` gives them. No machine ever took these times."""
 
-from pipeline import comparison, config, score
+from pipeline import config
+from pipeline.comparison import build
+from pipeline.profiling import score_steps
 
 EXECUTION = {
     "precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto",
@@ -77,23 +79,27 @@ class Store:
         tags = {"sustained__taints": taints, "sustained__energy_source": "nvml" if watts else None}
         self.add(count, **tags, **others)
         speeds = dict(
-            zip((step.name for step in score.STEPS), (speed, best or 2 * speed, transformer or speed / 4), strict=True)
+            zip(
+                (step.name for step in score_steps.STEPS),
+                (speed, best or 2 * speed, transformer or speed / 4),
+                strict=True,
+            )
         )
         for run, noise in zip(self.runs[first:], NOISE, strict=False):
-            for step in score.STEPS:
+            for step in score_steps.STEPS:
                 name = step.name
                 size = batch if step.batch_size == 256 else step.batch_size
                 run["metrics"] |= {
-                    score.metric(name, "images_per_second"): speeds[name] * (1 + noise),
-                    score.metric(name, "first_third_images_per_second"): speeds[name] * (1.02 + noise),
-                    score.metric(name, "seconds"): 60.2,
-                    score.metric(name, "batch_size"): float(size),
+                    score_steps.metric(name, "images_per_second"): speeds[name] * (1 + noise),
+                    score_steps.metric(name, "first_third_images_per_second"): speeds[name] * (1.02 + noise),
+                    score_steps.metric(name, "seconds"): 60.2,
+                    score_steps.metric(name, "batch_size"): float(size),
                 }
                 if watts:
-                    run["metrics"][score.metric(name, "watts")] = watts
-                    run["metrics"][score.metric(name, "images_per_joule")] = speeds[name] / watts
-                run["tags"][score.tag(name, "workload")] = score.workload(step, size, 60.0)
-                run["tags"][score.tag(name, "precision")] = precision if step.best_precision else "fp32"
+                    run["metrics"][score_steps.metric(name, "watts")] = watts
+                    run["metrics"][score_steps.metric(name, "images_per_joule")] = speeds[name] / watts
+                run["tags"][score_steps.tag(name, "workload")] = score_steps.workload(step, size, 60.0)
+                run["tags"][score_steps.tag(name, "precision")] = precision if step.best_precision else "fp32"
         return self
 
     def course(self, run_id):
@@ -103,7 +109,7 @@ class Store:
     def compare(self, prices=None, **settings):
         chosen = {"reference": None, "prices": "prices.yaml", "tainted": False, "smallest": 0.03} | settings
         chosen = {"accuracy_margin": 0.01} | chosen
-        return comparison.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
+        return build.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
 
 
 def every_kind():

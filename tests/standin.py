@@ -6,12 +6,12 @@ import weakref
 
 import torch
 
-from pipeline import engine, optim
-from pipeline.backends import Backend
-from pipeline.backends.cpu import Cpu
-from pipeline.backends.cuda import Cuda
-from pipeline.backends.graphs import WARM_UPS, Captured
-from pipeline.clock import Clock
+from pipeline.devices import Backend
+from pipeline.devices.cpu import Cpu
+from pipeline.devices.cuda import Cuda
+from pipeline.devices.graphs import WARM_UPS, Captured
+from pipeline.profiling.clock import Clock
+from pipeline.training import loop, optimizers
 
 
 class Standin(Backend):
@@ -184,7 +184,7 @@ def job_of(
     backend = backend or Cpu()
 
     def build():
-        built = optim.build_optimizer(
+        built = optimizers.build_optimizer(
             optimizer,
             [parameter for parameter in network.parameters() if parameter.requires_grad],
             lr=lr,
@@ -192,7 +192,7 @@ def job_of(
             total_steps=epochs * steps,
             fastest=backend.optimizer_options,
         )
-        schedule = optim.build_scheduler(
+        schedule = optimizers.build_scheduler(
             scheduler,
             built,
             options=scheduler_options or {},
@@ -204,7 +204,7 @@ def job_of(
         )
         return built, schedule
 
-    return engine.Job(
+    return loop.Job(
         network=network,
         build=build,
         backend=backend,

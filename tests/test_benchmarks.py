@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import bare, blog_baseline, precision, results, simulation
-from pipeline import claims, config, stats
+from pipeline import config
+from pipeline.comparison import claims, stats
 
 TINY = (
     "-S", "model=test_resnet.r160_in1k", "-S", "image_size=32", "-S", "data.limit=10", "-S", "batch_size=50",

@@ -17,9 +17,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions as expected
 from selenium.webdriver.support.ui import WebDriverWait
-from test_tracking import fresh_store
+from test_store import fresh_store
 
-from pipeline import compare, config, score, tracking, ui, views
+from pipeline import compare, config, ui
+from pipeline.profiling import score_steps
+from pipeline.tracking import store, views
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -35,7 +37,7 @@ SECONDS = {"Made GPU A": 10.25, "Made GPU B": 5.125}
 PARENTS = [f"{name} · finetune · fp32 × 3" for name in SECONDS]
 SINGLES = [f"{name} · linear-probe · fp32" for name in SECONDS]
 COLUMNS = [
-    *(score.metric(step.name, "images_per_second") for step in score.STEPS),
+    *(score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS),
     "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib", "speed/train_images_per_second",
     "repeats", "behavior", "workload", "hardware", "recipe", "precision",
 ]  # fmt: skip
@@ -46,11 +48,11 @@ def log(own_store, run, name, **tags):
     """Puts a made run into MLflow; its id there. A tag's dot is written as two underscores."""
     tags = run["tags"] | {key.replace("__", "."): value for key, value in tags.items()}
     record = {"name": name, "experiment": "trainmark", "started": run["started"], "params": run["params"]}
-    handle = tracking.start(record | {"tags": tags, "datasets": []})
-    tracking.log_figures(handle, run["metrics"], run["started"])
+    handle = store.start(record | {"tags": tags, "datasets": []})
+    store.log_figures(handle, run["metrics"], run["started"])
     for key, values in own_store.courses[run["run_id"]].items():
-        tracking.log_series(handle, key, values, run["started"])
-    tracking.end(handle, "FINISHED", run["started"] + 10_000)
+        store.log_series(handle, key, values, run["started"])
+    store.end(handle, "FINISHED", run["started"] + 10_000)
     return handle.run_id
 
 
@@ -66,9 +68,11 @@ def log_machines():
         for run in own_store.runs[-4:]:
             run["tags"]["precision"] = "fp32"
             for step, figure in itertools.product(
-                score.STEPS, ("first_third_images_per_second", "seconds", "batch_size")
+                score_steps.STEPS, ("first_third_images_per_second", "seconds", "batch_size")
             ):
-                del run["metrics"][score.metric(step.name, figure)]  # MLflow's list shows no more than a screenful
+                del run["metrics"][
+                    score_steps.metric(step.name, figure)
+                ]  # MLflow's list shows no more than a screenful
         name = f"{hardware} · finetune · fp32"
         shared = {"repeats": "3", "repeats__id": machine["machine"]}
         figures = repeats[0]["metrics"] | {"std/time/total_seconds": 0.1}

@@ -23,13 +23,15 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tracking import AT, DATASET, client, fresh_store, own_store, runs  # noqa: F401 (store: each has its own)
+from test_store import AT, DATASET, client, fresh_store, own_store, runs  # noqa: F401 (own_store: each has its own)
 
-from pipeline import bundle, config, files, publish, records, score, tracking, vetting
+from pipeline import bundle, config, files
 from pipeline.errors import StageError, UsageError
+from pipeline.profiling import score_steps
+from pipeline.tracking import bundle_schema, publisher, records, store
 
 PICTURE = bundle.PNG + b"a picture"
-SPEED, COURSE = (score.metric("convnet_fp32", figure) for figure in ("images_per_second", "course"))
+SPEED, COURSE = (score_steps.metric("convnet_fp32", figure) for figure in ("images_per_second", "course"))
 OTHER = {"restored", "imported", "imported.run_id"}
 """Tags in which an imported run may differ from the live one."""
 
@@ -88,7 +90,7 @@ def sustained_of(record, at=7000, **changes):
     figures = {
         "images_per_second": 750.0, "first_third_images_per_second": 800.0, "seconds": 2.0, "batch_size": 256.0,
     }  # fmt: skip
-    metrics = {score.metric("convnet_fp32", figure): value for figure, value in figures.items()}
+    metrics = {score_steps.metric("convnet_fp32", figure): value for figure, value in figures.items()}
     tags = {"sustained.convnet_fp32.workload": "001a9f8a3f", "sustained.convnet_fp32.precision": "fp32"}
     found = {
         "id": record["id"], "metrics": metrics, "tags": tags | {"sustained.taints": None},
@@ -127,7 +129,9 @@ def whole_parts(number=1):
 def listed(parts, **changes):
     """What the manifest says of a run with the files `parts`."""
     stages = {
-        stage: json.loads(parts[f"{stage}/record.json"]) for stage in vetting.STAGES if f"{stage}/record.json" in parts
+        stage: json.loads(parts[f"{stage}/record.json"])
+        for stage in bundle_schema.STAGES
+        if f"{stage}/record.json" in parts
     }
     record = stages["train"]
     facts = {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in parts.items()}
@@ -181,17 +185,17 @@ def live(folder, number=1, later=True, parent=None, **changes):
     record = record_of(number, **changes)
     evaluation, sustained = evaluation_of(record), sustained_of(record)
     write(folder, parts_of(record))
-    handle = tracking.start(record, parent)
-    tracking.mark(handle, record)
+    handle = store.start(record, parent)
+    store.mark(handle, record)
     for epoch in record["epochs"]:
-        tracking.log_epoch(handle, epoch)
-    publish.training(handle, record, folder / "train")
-    tracking.end(handle, "FINISHED", record["ended"])
+        store.log_epoch(handle, epoch)
+    publisher.training(handle, record, folder / "train")
+    store.end(handle, "FINISHED", record["ended"])
     if later:
         write(folder, parts_of(record, evaluation))
-        publish.complete("evaluate", record, evaluation, record["experiment"], records.folders(folder))
+        publisher.complete("evaluate", record, evaluation, record["experiment"], records.folders(folder))
         write(folder, parts_of(record, evaluation, sustained))
-        publish.complete("sustain", record, sustained, record["experiment"], records.folders(folder))
+        publisher.complete("sustain", record, sustained, record["experiment"], records.folders(folder))
     return record, handle
 
 
@@ -285,20 +289,20 @@ def repeat_parts(number, count=3, **tags):
 def live_repeats(folder, count=3):
     """Trainings and later stages as the stages log them; the run above."""
     first = repeat_of(1, count)
-    parent = tracking.start(records.parent(first))
+    parent = store.start(records.parent(first))
     for number in range(1, count + 1):
         record = repeat_of(number, count)
         changes = {key: record[key] for key in ("tags", "name", "started", "params", "metrics", "epochs")}
         live(folder / str(number), number, later=False, parent=parent, **changes)
-        publish.gather(record, "trainmark")
+        publisher.gather(record, "trainmark")
     for stage in ("evaluate", "sustain"):
         for number in range(1, count + 1):
             parts = repeat_parts(number, count)
             if f"{stage}/record.json" in parts:
                 result = json.loads(parts[f"{stage}/record.json"])
                 there = records.folders(write(folder / str(number), parts))
-                publish.complete(stage, repeat_of(number, count), result, "trainmark", there)
-        publish.gather(first, "trainmark")
+                publisher.complete(stage, repeat_of(number, count), result, "trainmark", there)
+        publisher.gather(first, "trainmark")
     return parent
 
 
@@ -326,13 +330,13 @@ def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
     assert not {"repeat", "record", "mlflow.parentRunId"} & set(tags)
     assert "| 2 | 1 | 25.00% | 25.00% | 4.00 |" in tags["mlflow.note.content"]
     assert "settings.seed" not in run.data.params and run.data.params["train.lr"] == "0.1"
-    assert sorted(each["tags"]["repeat"] for each in tracking.finished_runs()) == ["1", "2", "3"]
+    assert sorted(each["tags"]["repeat"] for each in store.finished_runs()) == ["1", "2", "3"]
 
 
 def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, own_store):  # noqa: F811
     live_repeats(tmp_path)
     before = dump(own_store)
-    publish.gather(repeat_of(2), "trainmark")
+    publisher.gather(repeat_of(2), "trainmark")
     assert dump(own_store) == before
 
 
@@ -344,8 +348,8 @@ def test_repeats_come_whole_into_another_store_and_from_there_into_a_third(tmp_p
         elsewhere(name)
         bundle.import_runs([tmp_path / f"{name}.zip"])
         found.append(above(tmp_path))
-        assert len(runs()) == 4 and len(tracking.finished_runs()) == 3
-        parents = {run["tags"]["mlflow.parentRunId"] for run in tracking.finished_runs()}
+        assert len(runs()) == 4 and len(store.finished_runs()) == 3
+        parents = {run["tags"]["mlflow.parentRunId"] for run in store.finished_runs()}
         assert [client().get_run(run_id).info.run_name for run_id in parents] == ["AMD EPYC · blog · fp32 × 3"]
         (run,) = [run for run in runs() if run.info.run_id in parents]
         assert run.data.tags["imported"] == "from a bundle of schema 3" and "imported.run_id" not in run.data.tags
@@ -370,7 +374,7 @@ def test_whatever_the_order_the_run_above_waits_for_all_and_comes_to_the_same(tm
         if len(seen) < 3:
             assert found["tags"]["mlflow.note.content"] == f"{len(seen)} of 3 repeats are here"
             assert found["metrics"] == {} and found["info"][1] == "SCHEDULED"
-        assert len(tracking.finished_runs()) == len(seen)
+        assert len(store.finished_runs()) == len(seen)
     elsewhere("all")
     bundle.import_runs([pack(tmp_path / "all.zip", *(repeat_parts(number) for number in (3, 2, 1)))])
     assert above(tmp_path) == found
@@ -405,7 +409,7 @@ def test_of_repeats_what_was_deleted_stays_deleted(tmp_path, elsewhere, gone):
     assert client().get_run(deleted.info.run_id).info.lifecycle_stage == "deleted"
     note = client().get_run(parent.info.run_id).data.tags["mlflow.note.content"]
     assert "median and range of 3" in note  # its figures are still of all three
-    assert len(tracking.finished_runs()) == (3 if gone == "above" else 2)
+    assert len(store.finished_runs()) == (3 if gone == "above" else 2)
 
 
 @pytest.mark.parametrize("in_store", [True, False])
@@ -432,7 +436,7 @@ def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, oth
 def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monkeypatch, broken):  # noqa: F811
     """The second of the calls fails: a repeat's start, another one's mark or course."""
     path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
-    calls, real = [], getattr(tracking, broken)
+    calls, real = [], getattr(store, broken)
 
     def fails(*args):
         calls.append(args)
@@ -441,25 +445,25 @@ def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monke
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, broken, fails)
+        patch.setattr(store, broken, fails)
         with pytest.raises(StageError, match=r"^the store is away$"):
             bundle.import_runs([path])
     assert all(run.info.lifecycle_stage == "deleted" for run in runs())
-    assert tracking.repeats(REPEATS_ID, "trainmark") == (None, {})
+    assert store.repeats(REPEATS_ID, "trainmark") == (None, {})
     bundle.import_runs([path])
-    assert len(tracking.finished_runs()) == 2
+    assert len(store.finished_runs()) == 2
 
 
 def test_a_bundle_of_schema_1_is_still_read(tmp_path, elsewhere):
     elsewhere("other")
     bundle.import_runs([Path(__file__).parent / "bundle_schema1.zip"])
-    (run,) = tracking.finished_runs()
+    (run,) = store.finished_runs()
     assert run["name"] == "A made-up CPU · linear-probe · fp32" and run["metrics"]["test/accuracy"] == 0.13
     assert run["tags"]["imported"] == "from a bundle of schema 1" and "repeats.id" not in run["tags"]
     bundle.export(tmp_path / "x.zip")
     elsewhere("another")
     bundle.import_runs([tmp_path / "x.zip"])
-    (again,) = tracking.finished_runs()
+    (again,) = store.finished_runs()
     assert again["metrics"] == run["metrics"] and again["tags"]["imported.run_id"] == run["tags"]["imported.run_id"]
 
 
@@ -538,7 +542,7 @@ def test_runs_come_whole_into_another_store(tmp_path, elsewhere, capsys):
     assert len(after[record["id"]][1]["metrics"]["val/loss"]) == 2
     assert len(after[record["id"]][1]["metrics"][COURSE]) == 2
     assert "plots/confusion_matrix.png" in after[record["id"]][1]["artifacts"]
-    tags = client().get_run(tracking.find(record["id"], "trainmark").run_id).data.tags
+    tags = client().get_run(store.find(record["id"], "trainmark").run_id).data.tags
     assert tags["imported"] == "from a bundle of schema 3" and "restored" not in tags
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
@@ -628,7 +632,7 @@ def test_the_newer_evaluation_stands(tmp_path, elsewhere, order):
         bundle.import_runs([tmp_path / f"{name}.zip"])
     (run,) = runs()
     assert (run.data.metrics["test/accuracy"], run.data.tags["label"]) == (0.75, "desk")
-    assert run.data.tags[publish.digest_tag("evaluate")] == publish.digest(newer)
+    assert run.data.tags[publisher.digest_tag("evaluate")] == publisher.digest(newer)
     assert run.info.end_time == record["started"] + 6000
 
 
@@ -644,7 +648,7 @@ def test_a_run_that_was_deleted_stays_deleted(tmp_path, elsewhere, capsys):
 
 def test_a_run_under_way_is_left_alone(tmp_path, own_store):  # noqa: F811
     record = record_of()
-    tracking.mark(tracking.start(record), record)
+    store.mark(store.start(record), record)
     before = dump(own_store)
     bundle.import_runs([pack(tmp_path / "a.zip", whole_parts())])
     assert dump(own_store) == before
@@ -669,8 +673,8 @@ def models(monkeypatch):
     """The files whose models were logged; no model is made of them."""
     logged = []
     loaded = SimpleNamespace(image_size=96, classes=["cat", "dog"])
-    monkeypatch.setattr("pipeline.model.load_checkpoint", lambda path: (path.read_bytes(), loaded))
-    monkeypatch.setattr(tracking, "log_model", lambda handle, model, *rest: logged.append((model, *rest[:2])))
+    monkeypatch.setattr("pipeline.models.classifier.load_checkpoint", lambda path: (path.read_bytes(), loaded))
+    monkeypatch.setattr(store, "log_model", lambda handle, model, *rest: logged.append((model, *rest[:2])))
     return logged
 
 
@@ -733,7 +737,7 @@ def test_a_store_without_runs_is_said(tmp_path):
 def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
     for number, experiment in ((1, "trainmark"), (2, "results")):
         live(tmp_path / experiment, number, later=False, experiment=experiment)
-    publish.restore(record_of(1), "results", records.folders(tmp_path / "trainmark"))
+    publisher.restore(record_of(1), "results", records.folders(tmp_path / "trainmark"))
     for chosen, numbers in (("trainmark", {1}), ("results", {1, 2})):
         bundle.main(["export", "--experiment", chosen, "--out", str(tmp_path / f"{chosen}.zip")])
         found = bundle.read(tmp_path / f"{chosen}.zip", tmp_path / f"of {chosen}")
@@ -744,12 +748,12 @@ def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
 
 def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
     record, handle = live(tmp_path / "a", 1, later=False)
-    publish.restore(record, "another", records.folders(tmp_path / "a"))
+    publisher.restore(record, "another", records.folders(tmp_path / "a"))
     failed, unfinished = live(tmp_path / "b", 2)[1], live(tmp_path / "c", 3)[1]
-    tracking.end(failed, "FAILED")
-    tracking.resume(unfinished)
-    plain = tracking.start(record_of(4))
-    tracking.end(plain, "FINISHED")
+    store.end(failed, "FAILED")
+    store.resume(unfinished)
+    plain = store.start(record_of(4))
+    store.end(plain, "FINISHED")
     capsys.readouterr()
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
@@ -764,7 +768,7 @@ def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
 def test_the_run_that_holds_most_is_exported(tmp_path):
     record, _ = live(tmp_path / "a", 1, later=False)
     folder = write(tmp_path / "b", whole_parts())
-    (restored,) = publish.restore(record, "another", records.folders(folder))
+    (restored,) = publisher.restore(record, "another", records.folders(folder))
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
     assert run.run_id == restored.run_id and set(run.stages) == {"train", "evaluate", "sustain"}
@@ -822,7 +826,9 @@ def test_what_names_machine_or_user_is_not_written(tmp_path, someone, file, said
     else:
         place = {"train": "warnings|0", "evaluate": "tags|label", "sustain": "warnings|0"}[file.split("/")[0]]
         parts[file] = json.dumps(put_in(json.loads(parts[file]), place, said)).encode()
-    publish.restore(json.loads(parts["train/record.json"]), "trainmark", records.folders(write(tmp_path / "a", parts)))
+    publisher.restore(
+        json.loads(parts["train/record.json"]), "trainmark", records.folders(write(tmp_path / "a", parts))
+    )
     with pytest.raises(StageError) as caught:
         bundle.export(tmp_path / "x.zip")
     line = str(caught.value)
@@ -1225,7 +1231,7 @@ BAD = {
         value("metrics|sustained/convnet_fp32_batch_size", None, S), f"convnet_fp32_batch_size: None {NOT_ALLOWED}"
     ),
     "a score of another step": (
-        value("metrics", {score.metric("transformer_best", "images_per_second"): 1}, S),
+        value("metrics", {score_steps.metric("transformer_best", "images_per_second"): 1}, S),
         '"sustained/transformer_best_first_third_images_per_second" is missing',
     ),
     "a score without its work": (
@@ -1322,7 +1328,7 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monk
     """`away`: the store stays away, so that nothing can be deleted again."""
     pack(tmp_path / "a.zip", whole_parts(1), whole_parts(2), whole_parts(3))
     calls = []
-    real = getattr(tracking, broken)
+    real = getattr(store, broken)
 
     def fails(*args):
         calls.append(args)
@@ -1335,20 +1341,20 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monk
         raise StageError("the store is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, broken, fails)
+        patch.setattr(store, broken, fails)
         if away:
-            patch.setattr(tracking, "discard", gone)
+            patch.setattr(store, "discard", gone)
         with pytest.raises(StageError, match=r"^the store is away$"):
             bundle.import_runs([tmp_path / "a.zip"])
-    whole_ones = [run["tags"]["record"] for run in tracking.finished_runs()]
+    whole_ones = [run["tags"]["record"] for run in store.finished_runs()]
     assert whole_ones == ([f"{1:032x}"] if away else [])
     if not away:
         assert all(run.info.lifecycle_stage == "deleted" for run in runs())
-        assert all(tracking.find(f"{number:032x}", "trainmark") is None for number in (1, 2, 3))
+        assert all(store.find(f"{number:032x}", "trainmark") is None for number in (1, 2, 3))
     assert "what was imported above is deleted again" in capsys.readouterr().out
 
     bundle.import_runs([tmp_path / "a.zip"])
-    assert sorted(run["tags"]["record"] for run in tracking.finished_runs()) == [f"{n:032x}" for n in (1, 2, 3)]
+    assert sorted(run["tags"]["record"] for run in store.finished_runs()) == [f"{n:032x}" for n in (1, 2, 3)]
     before = dump(own_store)
     bundle.import_runs([tmp_path / "a.zip"])
     assert dump(own_store) == before
@@ -1365,7 +1371,7 @@ def test_a_stage_that_is_added_by_half_is_added_again(tmp_path, elsewhere, monke
         raise StageError("the store is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, broken, fails)
+        patch.setattr(store, broken, fails)
         with pytest.raises(StageError):
             bundle.import_runs([tmp_path / "b.zip"])
     bundle.import_runs([tmp_path / "b.zip"])
@@ -1578,9 +1584,9 @@ def survives(path, folder, monkeypatch):
         return False
     for run in found:
         at = Checked()
-        monkeypatch.setattr(tracking, "_client", lambda at=at: at)
-        publish.restore(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
-        assert at.ended == [("FINISHED", publish.ended(run.record, run.results))]
+        monkeypatch.setattr(store, "_client", lambda at=at: at)
+        publisher.restore(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
+        assert at.ended == [("FINISHED", publisher.ended(run.record, run.results))]
     return True
 
 
@@ -1704,4 +1710,4 @@ def test_runs_go_to_a_server_and_back(tmp_path, elsewhere, server, monkeypatch):
     elsewhere("other")
     bundle.import_runs([tmp_path / "y.zip", tmp_path / "x.zip"])
     assert there(tmp_path) == before
-    assert tracking.tags(tracking.find(record["id"], "trainmark"))["imported.run_id"] == handle.run_id
+    assert store.tags(store.find(record["id"], "trainmark"))["imported.run_id"] == handle.run_id

@@ -10,11 +10,13 @@ import pytest
 from conftest import fails
 from made import EPOCHS, Store, two
 from mlflow.entities import Metric, Param, RunTag
-from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
+from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from test_train import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, comparison, config, files, records, tracking
+from pipeline import compare, config, files
+from pipeline.comparison import build
 from pipeline.errors import UsageError
+from pipeline.tracking import records, store
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def put(made, experiment="trainmark"):
         course = [
             Metric(k, v, 1, step) for k, vs in made.courses[run["run_id"]].items() for step, v in enumerate(vs, 1)
         ]
-        last = [Metric(key, value, 2, EPOCHS) for key, value in run["metrics"].items() if key not in comparison.COURSES]
+        last = [Metric(key, value, 2, EPOCHS) for key, value in run["metrics"].items() if key not in build.COURSES]
         client().log_batch(
             run_id,
             metrics=course + last,
@@ -82,7 +84,7 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, c
     assert record["tags"]["hardware"] in text and run.info.run_id[:8] in text
     said = capsys.readouterr().out
     assert found.advice in said and "make ui" in said and "nothing was trained" in said
-    assert tracking.link(run.info.experiment_id) in said
+    assert store.link(run.info.experiment_id) in said
 
     assert compare.run(generated(), outputs) == found
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
@@ -193,7 +195,7 @@ def test_two_machines_of_a_store_are_compared(tmp_path, reports, capsys):
     assert b["figures"]["seconds_to_target"]["value"] == pytest.approx(2.5)
     ids = {run.info.run_id: run.info.experiment_id for run in trainings() if run.data.tags["hardware"] == "GPU B"}
     assert {run["id"] for run in b["head"]["runs"]} == set(ids)
-    assert b["shown"]["link"] == tracking.run_link(ids[b["shown"]["id"]], b["shown"]["id"])
+    assert b["shown"]["link"] == store.run_link(ids[b["shown"]["id"]], b["shown"]["id"])
 
 
 def test_a_reference_that_does_not_exist_is_refused_and_nothing_changes(tmp_path, reports):
@@ -235,7 +237,7 @@ def test_without_a_file_of_prices_there_are_none(tmp_path, reports):
 
 
 def comparisons():
-    return [run for run in runs() if tracking.COMPARISON_TAG in run.data.tags]
+    return [run for run in runs() if store.COMPARISON_TAG in run.data.tags]
 
 
 def artifacts(run, path=None):
@@ -255,7 +257,7 @@ def test_the_charts_are_logged_as_one_run_that_is_no_training(tmp_path):
         )
     }  # fmt: skip
     assert "GPU B is 1.9" in run.data.tags["mlflow.note.content"]
-    assert len(tracking.finished_runs()) == 6
+    assert len(store.finished_runs()) == 6
 
     put(Store().add(2, machine="c" * 12, hardware="C"))
     assert compared(tmp_path).runs == 8

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import config, download, fetch, files, weights
+from pipeline import config, download, files
+from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
+from pipeline.models import weights
 
 REASON = "no mirror of CIFAR-10 answers"
 

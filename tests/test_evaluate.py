@@ -6,19 +6,22 @@ import shutil
 import numpy as np
 import pytest
 from mlflow.entities import ViewType
-from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
+from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from test_train import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import data, evaluate, files, model, plots, publish, records, sources, tracking, train
+from pipeline import evaluate, files, plots, train
+from pipeline.data import batching, datasets
 from pipeline.errors import StageError, UsageError
+from pipeline.models import classifier
+from pipeline.tracking import publisher, records, store
 
 LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png"}
 
 
 @pytest.fixture
-def outputs(once, store, tmp_path, light):  # noqa: F811
+def outputs(once, own_store, tmp_path, light):  # noqa: F811
     """What a training left, its run in the store, not evaluated yet."""
-    shutil.copy(once.trained, store)
+    shutil.copy(once.trained, own_store)
     return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate", "sustain"))
 
 
@@ -35,8 +38,8 @@ def line(settings, folder, number=1):
 def rewrite(folder, **changes):
     """Puts a checkpoint there that says something else of itself."""
     path = folder / "train" / "best.safetensors"
-    net, facts = model.load_checkpoint(path)
-    model.save_checkpoint(path, net, model.Checkpoint(**vars(facts) | changes))
+    net, facts = classifier.load_checkpoint(path)
+    classifier.save_checkpoint(path, net, classifier.Checkpoint(**vars(facts) | changes))
 
 
 def in_sevens(outputs):
@@ -61,9 +64,9 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
     settings = in_sevens(outputs)
     result = evaluate.run(settings, outputs)
 
-    net, facts = model.load_checkpoint(outputs / "train" / "best.safetensors")
-    images, labels = sources.decode(settings.data, files.read_json(outputs / "inputs.json")["data"], "test", 32)
-    logits = net(data.prepare(data.as_split(images, labels).inputs, 32)).detach().numpy().astype(np.float64)
+    net, facts = classifier.load_checkpoint(outputs / "train" / "best.safetensors")
+    images, labels = datasets.decode(settings.data, files.read_json(outputs / "inputs.json")["data"], "test", 32)
+    logits = net(batching.prepare(batching.as_split(images, labels).inputs, 32)).detach().numpy().astype(np.float64)
     answers = logits.argmax(1)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
     metrics = result["metrics"]
@@ -89,7 +92,7 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
 
 def test_a_batch_of_each_size_is_passed_before_the_clock_starts(outputs, monkeypatch):
     passed = []
-    whole = evaluate.engine.evaluate
+    whole = evaluate.loop.evaluate
     clock = []
 
     def measured(net, score, totals, batches, *args):
@@ -99,7 +102,7 @@ def test_a_batch_of_each_size_is_passed_before_the_clock_starts(outputs, monkeyp
 
     real = evaluate.Clock
     monkeypatch.setattr(evaluate, "Clock", lambda *args: clock.append(real(*args)) or clock[-1])
-    monkeypatch.setattr(evaluate.engine, "evaluate", measured)
+    monkeypatch.setattr(evaluate.loop, "evaluate", measured)
     evaluate.run(in_sevens(outputs), outputs)
     assert passed == [([4, 7], []), ([7] * 8 + [4], ["test"])]
 
@@ -117,8 +120,8 @@ def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch, place):
     record = files.read_json(outputs / "train" / "record.json")
     record["tags"]["data.placement"] = place
     files.write_json(outputs / "train" / "record.json", record)
-    copied, copy = [], data.Split.to
-    monkeypatch.setattr(data.Split, "to", lambda split, device: copied.append(len(split)) or copy(split, device))
+    copied, copy = [], batching.Split.to
+    monkeypatch.setattr(batching.Split, "to", lambda split, device: copied.append(len(split)) or copy(split, device))
     metrics = evaluate.run(generated(), outputs)["metrics"]
     assert copied == ([60] if place == "device" else [])
     for key in ("test/accuracy", "test/loss"):
@@ -131,9 +134,9 @@ def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch, place):
 def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
     (before,) = runs()
     statuses = []
-    log = publish.evaluation
+    log = publisher.evaluation
     watched = {"evaluate": lambda *args: (statuses.append(runs()[0].info.status), log(*args))}
-    monkeypatch.setattr(publish, "LATER", publish.LATER | watched)
+    monkeypatch.setattr(publisher, "LATER", publisher.LATER | watched)
     record = files.read_json(outputs / "train" / "record.json")
     result = evaluate.run(generated("label=under the desk"), outputs)
     (run,) = runs()
@@ -174,7 +177,7 @@ def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path
         files.read_json(outputs / "evaluate" / place / "record.json") for place in (".", "repeats/2", "repeats/3")
     ]
     for each, record in zip(results, records.trained(outputs), strict=True):
-        run = client().get_run(tracking.find(record["id"], "trainmark").run_id)
+        run = client().get_run(store.find(record["id"], "trainmark").run_id)
         assert each["id"] == record["id"] and each["metrics"].items() <= run.data.metrics.items()
         assert run.info.status == "FINISHED"
     # Heads of three seeds answer differently.
@@ -261,7 +264,7 @@ def test_an_evaluation_that_does_not_come_to_its_end_says_so(outputs, monkeypatc
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "log_datasets", fails)
+        patch.setattr(store, "log_datasets", fails)
         with pytest.raises(type(error)):
             evaluate.run(generated(), outputs)
     (run,) = runs()
@@ -292,13 +295,13 @@ def test_a_checkpoint_of_another_training_is_refused(outputs):
 
 
 def test_a_checkpoint_of_another_model_is_refused(outputs, monkeypatch):
-    load = model.load_checkpoint
+    load = classifier.load_checkpoint
 
     def other(path):
         net, facts = load(path)
-        return net, model.Checkpoint(**vars(facts) | {"model": "resnet18.a1_in1k"})
+        return net, classifier.Checkpoint(**vars(facts) | {"model": "resnet18.a1_in1k"})
 
-    monkeypatch.setattr(model, "load_checkpoint", other)
+    monkeypatch.setattr(classifier, "load_checkpoint", other)
     said = line(generated(), outputs)
     assert "a checkpoint of another model (resnet18.a1_in1k), expected test_resnet.r160_in1k: run " in said
 
@@ -324,8 +327,8 @@ def test_a_failing_restore_is_not_evaluated(outputs, monkeypatch):
     def fails(*args):
         raise StageError("the store is away")
 
-    monkeypatch.setattr(publish, "training", fails)
+    monkeypatch.setattr(publisher, "training", fails)
     with pytest.raises(StageError, match="the store is away"):
         evaluate.run(generated("tracking.experiment=another"), outputs)
     record = files.read_json(outputs / "train" / "record.json")
-    assert tracking.find(record["id"], "another") is None
+    assert store.find(record["id"], "another") is None

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pipeline import config, files, hardware, machine
+from pipeline import config, files, hardware
+from pipeline.profiling import system_info
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def test_the_file_is_the_same_each_time(settings, tmp_path):
     path = tmp_path / "outputs" / "hardware.json"
     facts = hardware.run(settings, path.parent)
     before = path.read_bytes()
-    machine.facts.cache_clear()
-    machine.gpus.cache_clear()
+    system_info.facts.cache_clear()
+    system_info.gpus.cache_clear()
     hardware.run(settings, path.parent)
     assert path.read_bytes() == before
     assert json.loads(before) == facts
@@ -45,7 +46,7 @@ def test_it_is_written_without_torch(tmp_path):
 
 
 def said(monkeypatch, capsys, settings, tmp_path, facts):
-    monkeypatch.setattr(machine, "facts", lambda: facts)
+    monkeypatch.setattr(system_info, "facts", lambda: facts)
     hardware.run(settings, tmp_path)
     assert files.read_json(tmp_path / "hardware.json") == facts
     (text,) = capsys.readouterr().out.splitlines()

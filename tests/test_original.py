@@ -10,9 +10,11 @@ import sys
 import pytest
 from test_bundle import elsewhere, parts_of, write  # noqa: F401 (elsewhere: each machine has its own store)
 from test_results import later_of, result_of
-from test_tracking import runs, store  # noqa: F401 (each test has its own)
+from test_store import own_store, runs  # noqa: F401 (each test has its own)
 
-from pipeline import bundle, cli, compare, groups, publish, records
+from pipeline import bundle, cli, compare
+from pipeline.comparison import groups
+from pipeline.tracking import publisher, records
 
 M1, GTX = "Apple M1 (simulated)", "GeForce GTX 1060 (simulated)"
 NOISE = (0.0, 0.01, -0.01)
@@ -29,7 +31,7 @@ def measured(place, first, *, seconds, accuracy, **tags):
         evaluation, sustained = later_of(record)
         evaluation["metrics"]["test/accuracy"] = accuracy + noise / 10
         folder = write(place / str(number), parts_of(record, evaluation, sustained))
-        publish.restore(record, record["experiment"], records.folders(folder))
+        publisher.restore(record, record["experiment"], records.folders(folder))
 
 
 @pytest.fixture

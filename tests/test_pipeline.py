@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import COLOURS, picture
 
-from pipeline import score
+from pipeline.profiling import score_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
@@ -41,12 +41,12 @@ ONCE = {
     "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
     "best/epoch", "best/val_accuracy", "ceiling/matmul_tflops", "ceiling/memory_gb_per_second",
     "ceiling/synthetic_images_per_second", "test/accuracy", "test/loss", "speed/test_images_per_second",
-    "time/process_seconds", *(score.metric(step.name, "images_per_second") for step in score.STEPS),
+    "time/process_seconds", *(score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS),
 }  # fmt: skip
 TAGS = {
     "hardware", "hardware.memory_gib", "hardware.cpu", "hardware.cores", "machine", "device", "backend", "software.os",
     "software.torch", "recipe", "precision", "dataset", "weights", "workload", "data.placement",
-    *(score.tag(step.name, "workload") for step in score.STEPS),
+    *(score_steps.tag(step.name, "workload") for step in score_steps.STEPS),
 }  # fmt: skip
 ARTIFACTS = {
     "plots/samples.png", "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png",
@@ -96,14 +96,14 @@ class Project:
             assert old in text
             text = text.replace(old, new)
         (self.root / "params.yaml").write_text(text)
-        steps = (self.root / "pipeline" / "score.py").read_text()
+        steps = (self.root / "pipeline" / "profiling" / "score_steps.py").read_text()
         for old, new in (
             ('"resnet18", 96, 256', '"test_resnet.r160_in1k", 32, 8'),
             ('"vit_small_patch16_224", 224, 64', '"test_vit.r160_in1k", 160, 2'),
         ):
             assert old in steps
             steps = steps.replace(old, new)
-        (self.root / "pipeline" / "score.py").write_text(steps)
+        (self.root / "pipeline" / "profiling" / "score_steps.py").write_text(steps)
         self.run("git", "init", "-q")
         self.run("git", "add", ".")
         self.run("git", "commit", "-qm", "clone")
@@ -228,7 +228,7 @@ def test_deleted_store_gets_the_run_back_untrained(project):
     ((new_id, new_name, status),) = project.runs()
     assert (new_name, status) == (name, "FINISHED") and new_id != old_id
     assert project.column(key, new_id) == figures
-    assert score.metric("transformer_best", "course") in {name for name, *_ in figures}
+    assert score_steps.metric("transformer_best", "course") in {name for name, *_ in figures}
     tags = dict(project.column("select key, value from tags where run_uuid = ?", new_id))
     assert "nothing was trained" in tags["restored"]
     assert "restored" in output
@@ -247,7 +247,7 @@ def test_dvc_shows_metrics_plots_and_params(project):
     metrics = shown[""]["data"]
     assert metrics["outputs/evaluate/metrics.json"]["data"]["test/accuracy"] == pytest.approx(1, abs=0.7)
     assert metrics["outputs/train/metrics.json"]["data"]["best/epoch"] in (1, 2)
-    assert metrics["outputs/sustain/metrics.json"]["data"][score.metric("convnet_fp32", "images_per_second")] > 0
+    assert metrics["outputs/sustain/metrics.json"]["data"][score_steps.metric("convnet_fp32", "images_per_second")] > 0
     project.dvc("plots", "show", "--out", "plots_page")
     page = (project.root / "plots_page" / "index.html").read_text()
     for words in ("train/loss", "val/accuracy", "Confusion matrix"):
@@ -307,7 +307,7 @@ def test_repeats_that_were_cut_off_go_on_are_cached_and_put_back_below_the_run_a
     key = "select runs.name, key, value, step, timestamp from metrics join runs using (run_uuid) order by 1, 2, 4, 5"
     figures = [row for row in project.column(key) if row[0].endswith(("/2", "× 2"))]
     above = {key for name, key, *_ in figures if name.endswith("× 2")}
-    assert {"std/test/accuracy", "std/" + score.metric("transformer_best", "images_per_second")} <= above
+    assert {"std/test/accuracy", "std/" + score_steps.metric("transformer_best", "images_per_second")} <= above
     (project.root / "mlflow.db").unlink()
     again = project.dvc("repro")
     assert "Stage 'train' didn't change" in again and again.count("nothing was trained") == 2
@@ -368,9 +368,9 @@ def test_mlflow_loads_the_model_and_the_ui_answers(project):
         "images = np.random.default_rng(0).random((5, 3, 32, 32), dtype=np.float32)\n"
         "served = np.asarray(mlflow.pyfunc.load_model(uri).predict(images))\n"
         "plain = mlflow.pytorch.load_model(uri)(torch.from_numpy(images)).detach().numpy()\n"
-        "from pipeline import model; from pathlib import Path\n"
+        "from pipeline.models import classifier; from pathlib import Path\n"
         "file = sorted(Path('runs').glob('*/train/best.safetensors'))[-1]\n"
-        "net, facts = model.load_checkpoint(file)\n"
+        "net, facts = classifier.load_checkpoint(file)\n"
         "ours = net(torch.from_numpy(images)).detach().numpy()\n"
         "assert served.shape == (5, 3), served.shape\n"
         "assert np.allclose(served, ours, atol=1e-4) and np.allclose(plain, ours, atol=1e-4)\n"
@@ -470,14 +470,14 @@ def test_a_store_that_cannot_be_written_is_named(project):
 
 
 def test_evaluate_refuses_a_checkpoint_of_another_training(project):
-    from pipeline import model
+    from pipeline.models import classifier
 
     best = project.root / "outputs" / "train" / "best.safetensors"
     kept = best.read_bytes()
-    net, facts = model.load_checkpoint(best)
+    net, facts = classifier.load_checkpoint(best)
     best.unlink()
     try:
-        model.save_checkpoint(best, net, model.Checkpoint(**(vars(facts) | {"record": "another"})))
+        classifier.save_checkpoint(best, net, classifier.Checkpoint(**(vars(facts) | {"record": "another"})))
         assert "checkpoint of another training" in project.stage("evaluate", status=2)
         best.write_bytes(kept[: len(kept) // 2])
         output = project.stage("evaluate", status=1)

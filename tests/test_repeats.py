@@ -10,10 +10,11 @@ import sys
 import time
 
 import pytest
-from test_tracking import client, record_of, runs, store  # noqa: F401 (store: each test has its own)
+from test_store import client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
 
-from pipeline import config, files, publish, records, repeats, tracking
+from pipeline import config, files, repeats
 from pipeline.errors import StageError, UsageError
+from pipeline.tracking import publisher, records, store
 
 STAND_IN = """
 import json, os, sys
@@ -76,7 +77,7 @@ def prepared(place, **changes):
 def gathered(monkeypatch):
     """The store is left alone: the repeats after whose end the run above is brought up to date."""
     calls = []
-    monkeypatch.setattr(publish, "gather", lambda record, experiment: calls.append(record["tags"]["repeat"]))
+    monkeypatch.setattr(publisher, "gather", lambda record, experiment: calls.append(record["tags"]["repeat"]))
     monkeypatch.setattr(records, "spread", lambda trained, evaluated: "a spread")
     return calls
 
@@ -85,7 +86,9 @@ def gathered(monkeypatch):
 def supplemented(monkeypatch):
     """The repeats whose run gets what it lacks of later stages; nothing is logged."""
     calls = []
-    monkeypatch.setattr(publish, "supplement", lambda record, experiment, folders: calls.append(folders["train"].name))
+    monkeypatch.setattr(
+        publisher, "supplement", lambda record, experiment, folders: calls.append(folders["train"].name)
+    )
     return calls
 
 
@@ -256,7 +259,7 @@ def test_a_set_of_which_all_is_there_but_its_end_is_brought_to_its_end(
     settings_for, folder, gathered, supplemented, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "gather", lambda *args: len(calls(folder)) == 3 and fail())
+        patch.setattr(publisher, "gather", lambda *args: len(calls(folder)) == 3 and fail())
         with pytest.raises(StageError, match="away"):
             drive(settings_for(), folder, child())
     drive(settings_for(), folder, child())
@@ -395,12 +398,12 @@ STARTS_ABOVE = f"""
 import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {str(config.ROOT)!r})
-from pipeline import tracking
+from pipeline.tracking import store
 folder = os.environ["TRAINMARK_REPEAT"].partition(":")[2]
 own = dict([("repeats.id", json.loads(Path(folder, "train", "set.json").read_text())["id"]), ("repeats", "3")])
 record = dict(name="x", experiment="mine", started=1, params=dict(), datasets=[], tags=own)
-above = tracking.start(record)
-tracking.start(record | dict(tags=own | dict(repeat="1")), above)
+above = store.start(record)
+store.start(record | dict(tags=own | dict(repeat="1")), above)
 """
 """Makes the run above and the first one below it, which then run."""
 
@@ -427,9 +430,9 @@ def test_a_set_that_goes_on_ends_what_was_left_running_by_a_kill(settings_for, f
     with pytest.raises(repeats.RepeatFailedError):
         drive(settings_for(), folder, child(first=FAILS_AT_2))
     own = {"repeats.id": plan_of(folder)["id"], "repeats": "3"}
-    parent = tracking.start(record_of(tags=own, datasets=[]))
-    logged, killed = (tracking.start(record_of(tags=own | {"repeat": number}), parent) for number in "12")
-    tracking.mark(logged, record_of(id=files.read_json(folder / "train" / "record.json")["id"]))
+    parent = store.start(record_of(tags=own, datasets=[]))
+    logged, killed = (store.start(record_of(tags=own | {"repeat": number}), parent) for number in "12")
+    store.mark(logged, record_of(id=files.read_json(folder / "train" / "record.json")["id"]))
     drive(settings_for(), folder, child())
     status = [client().get_run(each.run_id).info.status for each in (parent, logged, killed)]
     assert status == ["KILLED", "FINISHED", "KILLED"]  # a child that trains sets the one above RUNNING again
@@ -439,8 +442,9 @@ DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 from pathlib import Path
-from pipeline import cli, config, publish, records, repeats
-publish.gather = lambda *args: None
+from pipeline import cli, config, repeats
+from pipeline.tracking import publisher, records
+publisher.gather = lambda *args: None
 settings = config.load({overrides!r})
 with cli.ending("python -m pipeline.run"):
     repeats.drive(settings, Path({folder!r}), {stages!r}, 3, {command!r})
@@ -604,7 +608,7 @@ def test_a_stage_alone_is_summed_up(monkeypatch, folder):
 
 
 def test_a_drivers_modules_import_no_torch():
-    code = "import sys; from pipeline import repeats, run, publish, tracking; print('torch' in sys.modules)"
+    code = "import sys; from pipeline import repeats, run; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr) == ("False\n", "")
 

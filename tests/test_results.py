@@ -16,10 +16,12 @@ from test_bundle import (
     record_of,
     sustained_of,
 )
-from test_tracking import store  # noqa: F401 (each test has its own)
+from test_store import own_store  # noqa: F401 (each test has its own)
 
-from pipeline import config, records, score
+from pipeline import config
 from pipeline.errors import StageError, UsageError
+from pipeline.profiling import score_steps
+from pipeline.tracking import records
 from results import check, compare
 
 PUBLISHED, JPEG = check.DATA
@@ -42,9 +44,12 @@ def result_of(number=1, *, recipe="blog", data=PUBLISHED, weights=None, settings
 
 def later_of(record, seconds=60.0, batch=256):
     """What `evaluate` and `sustain` left for it, the convnet repeated for `seconds`."""
-    step = score.STEPS[0]
-    tags = {score.tag(step.name, "workload"): score.workload(step, batch, seconds), "sustained.taints": None}
-    tags[score.tag(step.name, "precision")] = "fp32"
+    step = score_steps.STEPS[0]
+    tags = {
+        score_steps.tag(step.name, "workload"): score_steps.workload(step, batch, seconds),
+        "sustained.taints": None,
+    }
+    tags[score_steps.tag(step.name, "precision")] = "fp32"
     return evaluation_of(record), sustained_of(record, tags=tags, warnings=[])
 
 
@@ -272,8 +277,8 @@ def command(*paths):
     )  # fmt: skip
 
 
-def test_the_command_ends_with_a_status_that_tells(tmp_path, capsys, store):  # noqa: F811
-    before = dump(store)
+def test_the_command_ends_with_a_status_that_tells(tmp_path, capsys, own_store):  # noqa: F811
+    before = dump(own_store)
     good, bad = pack(tmp_path / "a.zip", whole(result_of())), pack(tmp_path / "b.zip", demo())
     check.main([str(good)])
     assert capsys.readouterr().out.startswith("ok       a.zip")
@@ -283,7 +288,7 @@ def test_the_command_ends_with_a_status_that_tells(tmp_path, capsys, store):  # 
     assert done.returncode == 2 and done.stderr.endswith("none.zip: there is no such file\n")
     with pytest.raises(UsageError, match=r"^unrecognized arguments: --quick"):
         check.main(["--quick"])
-    assert dump(store) == before
+    assert dump(own_store) == before
 
 
 def test_without_files_it_checks_those_that_are_there(tmp_path, capsys, monkeypatch):
@@ -330,17 +335,17 @@ def two(tmp_path):
 
 
 @pytest.mark.usefixtures("capsys")
-def test_the_same_bundles_give_the_same_reports_and_no_store_is_touched(two, store, monkeypatch):  # noqa: F811
-    before, beside = dump(store), sorted(store.parent.rglob("*"))
+def test_the_same_bundles_give_the_same_reports_and_no_store_is_touched(two, own_store, monkeypatch):  # noqa: F811
+    before, beside = dump(own_store), sorted(own_store.parent.rglob("*"))
     reports = []
     for _ in range(2):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.as_posix()}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{own_store.as_posix()}")
         found = compare.run(two)
         assert found.runs == 6 and found.machines == 2
         reports.append({path.name: path.read_bytes() for path in two.iterdir() if path.suffix != ".zip"})
     assert reports[0] == reports[1] and set(reports[0]) == {"compare.md", "compare.json", "compare.html"}
-    assert dump(store) == before
-    assert sorted(path for path in store.parent.rglob("*") if path.parent != two) == [
+    assert dump(own_store) == before
+    assert sorted(path for path in own_store.parent.rglob("*") if path.parent != two) == [
         path for path in beside if path.parent != two
     ]
     text = reports[0]["compare.html"].decode()

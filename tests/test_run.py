@@ -5,11 +5,12 @@ import sys
 import threading
 
 import pytest
-from test_tracking import runs, store  # noqa: F401 (store: each test has its own)
+from test_store import own_store, runs  # noqa: F401 (own_store: each test has its own)
 from test_train import REPEATED, SMALL, STEPS, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, config, download, evaluate, files, hardware, repeats, run, score, sustain, train
+from pipeline import compare, config, download, evaluate, files, hardware, repeats, run, sustain, train
 from pipeline.errors import StageError
+from pipeline.profiling import score_steps
 
 STAGES = (hardware, download, train, evaluate, sustain, compare)
 
@@ -187,7 +188,7 @@ def test_it_leaves_what_the_stages_leave_and_one_run(settings_of, base, tmp_path
     assert {path.name for path in own.iterdir()} == {"hardware.json", "inputs.json", "train", "evaluate", "sustain"}
     (made,) = runs()
     assert made.info.status == "FINISHED" and "restored" not in made.data.tags
-    assert {"test/accuracy", score.metric("convnet_fp32", "images_per_second")} <= set(made.data.metrics)
+    assert {"test/accuracy", score_steps.metric("convnet_fp32", "images_per_second")} <= set(made.data.metrics)
     assert 0 < made.data.metrics["time/startup_seconds"] < made.data.metrics["time/process_seconds"]
     for stage in run.REPEATED:
         assert (own / stage / "repeats" / "figures.csv").exists()

@@ -10,21 +10,25 @@ import pytest
 import torch
 from conftest import fails
 from mlflow.entities import ViewType
-from test_tracking import client, runs, store  # noqa: F401 (store: each test has its own)
+from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from test_train import REPEATED, STEPS, generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import backends, conditions, config, data, files, publish, records, score, sustain, tracking, training
-from pipeline.backends.cpu import Cpu
-from pipeline.clock import Clock
+from pipeline import config, devices, files, sustain
+from pipeline.data import batching
+from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError
+from pipeline.profiling import score_steps, system_state
+from pipeline.profiling.clock import Clock
+from pipeline.tracking import publisher, records, store
+from pipeline.training import setup
 
 FIGURES = {"images_per_second", "first_third_images_per_second", "seconds", "batch_size"}
 CONVNET, BEST, TRANSFORMER = STEPS
-SPEED = score.metric("convnet_fp32", "images_per_second")
+SPEED = score_steps.metric("convnet_fp32", "images_per_second")
 
 
 def metrics_of(*steps, figures=FIGURES):
-    return {score.metric(step.name, figure) for step in steps for figure in figures}
+    return {score_steps.metric(step.name, figure) for step in steps for figure in figures}
 
 
 def course(*slices, batch_size=8, energy=None):
@@ -32,10 +36,10 @@ def course(*slices, batch_size=8, energy=None):
 
 
 @pytest.fixture
-def outputs(once, store, tmp_path, light, monkeypatch):  # noqa: F811
+def outputs(once, own_store, tmp_path, light, monkeypatch):  # noqa: F811
     """What a training left, its run in the store, with nothing repeated yet, on a CPU whose best precision is bf16."""
     monkeypatch.setattr(Cpu, "best_precision", lambda self: "bf16")
-    shutil.copy(once.trained, store)
+    shutil.copy(once.trained, own_store)
     return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("sustain", "evaluate"))
 
 
@@ -145,7 +149,7 @@ def test_the_images_are_the_same_every_time_and_come_again_and_again():
 
 
 def test_the_images_that_lie_on_the_device_are_few():
-    for step in score.STEPS:
+    for step in score_steps.STEPS:
         assert sustain.BATCHES * step.batch_size * step.image_size**2 * 3 <= 64 * 2**20
 
 
@@ -168,13 +172,13 @@ def test_the_images_that_lie_on_the_device_are_few():
 )
 def test_the_steps_are_the_same_whatever_the_settings(outputs, slices, monkeypatch, override):
     slices((8, 1.0))
-    built, build = [], training.build
+    built, build = [], setup.build
 
     def noted(recipe, seed, *args):
         built.append((recipe, seed, torch.get_num_threads()))
         return build(recipe, seed, *args)
 
-    monkeypatch.setattr(training, "build", noted)
+    monkeypatch.setattr(setup, "build", noted)
     sustain.run(config.load(["sustain_seconds=1", "device=cpu", override]), outputs, steps=STEPS)
     recipes = [recipe for recipe, *_ in built]
     assert [(recipe.model, recipe.image_size, recipe.batch_size, recipe.precision) for recipe in recipes] == [
@@ -185,11 +189,11 @@ def test_the_steps_are_the_same_whatever_the_settings(outputs, slices, monkeypat
     for recipe, seed, cores in built:
         assert (recipe.weights, recipe.trainable, recipe.optimizer) == ("random", "all", "adamw")
         assert (recipe.channels_last, recipe.compile, recipe.graph) == ("auto", "off", "auto")
-        assert (seed, cores) == (0, training.THREADS)
+        assert (seed, cores) == (0, setup.THREADS)
 
 
 def test_the_real_steps_are_models_that_can_be_built():
-    for step in score.STEPS:
+    for step in score_steps.STEPS:
         images = sustain._made(2, step.image_size)
         work = sustain._built(sustain._recipe(step, "fp32", 2), images, Cpu())
         assert not work.job.on_features and all(each.requires_grad for each in work.net.parameters())
@@ -205,14 +209,14 @@ def test_what_is_the_same_work_is_not_repeated_twice(repeat, slices, monkeypatch
     assert measured == [step.name for step in STEPS if step is not BEST or best == "bf16"]
     assert set(result["metrics"]) == metrics_of(*STEPS)
     for figure in FIGURES:
-        convnet, other = (result["metrics"][score.metric(step.name, figure)] for step in (CONVNET, BEST))
+        convnet, other = (result["metrics"][score_steps.metric(step.name, figure)] for step in (CONVNET, BEST))
         assert convnet == other
     assert result["tags"]["sustained.convnet_fp32.precision"] == "fp32"
-    assert {result["tags"][score.tag(step.name, "precision")] for step in (BEST, TRANSFORMER)} == {best}
+    assert {result["tags"][score_steps.tag(step.name, "precision")] for step in (BEST, TRANSFORMER)} == {best}
 
 
 def test_the_memory_of_one_step_is_free_before_the_next_one_is_built(repeat, monkeypatch):
-    nets, alive, build = [], [], training.build
+    nets, alive, build = [], [], setup.build
 
     def noted(*args):
         gc.collect()  # as the GPUs' `release_memory` does
@@ -221,7 +225,7 @@ def test_the_memory_of_one_step_is_free_before_the_next_one_is_built(repeat, mon
         nets.append(weakref.ref(work.net))
         return work
 
-    monkeypatch.setattr(training, "build", noted)
+    monkeypatch.setattr(setup, "build", noted)
     repeat()
     assert alive == [0, 0, 0]
 
@@ -240,16 +244,16 @@ def test_it_becomes_part_of_the_trainings_run(repeat, outputs, capsys):
     assert set(metrics) == metrics_of(*STEPS) and all(0 < value < math.inf for value in metrics.values())
     courses = {}
     for step in STEPS:
-        key = score.metric(step.name, "course")
+        key = score_steps.metric(step.name, "course")
         logged = client().get_metric_history(run.info.run_id, key)
         assert [(each.step, each.value) for each in logged] == list(enumerate(result["series"][key], 1))
-        assert len(logged) >= 3 and metrics[score.metric(step.name, "seconds")] >= 0.1
+        assert len(logged) >= 3 and metrics[score_steps.metric(step.name, "seconds")] >= 0.1
         courses[key] = logged[-1].value
-        assert metrics[score.metric(step.name, "batch_size")] == step.batch_size
-        assert run.data.tags[score.tag(step.name, "workload")] == score.workload(step, step.batch_size, 0.1)
+        assert metrics[score_steps.metric(step.name, "batch_size")] == step.batch_size
+        assert run.data.tags[score_steps.tag(step.name, "workload")] == score_steps.workload(step, step.batch_size, 0.1)
     assert set(result["series"]) == set(courses)
     assert run.data.metrics == before.data.metrics | metrics | courses
-    assert [tags[score.tag(step.name, "precision")] for step in STEPS] == ["fp32", "bf16", "bf16"]
+    assert [tags[score_steps.tag(step.name, "precision")] for step in STEPS] == ["fp32", "bf16", "bf16"]
     assert int(run.data.tags["sustained.started"]) <= result["ended"]
     assert run.data.tags["sustained.attempts"] == "1"
     assert run.data.tags["sustained.threads"] == str(torch.get_num_threads())
@@ -274,7 +278,7 @@ def test_for_no_time_nothing_is_repeated_and_the_run_stays_as_it_is(repeat, outp
     slices((8, 1.0))
     if measured:
         repeat()
-    monkeypatch.setattr(backends, "select", lambda device: pytest.fail("asked for a device"))
+    monkeypatch.setattr(devices, "select", lambda device: pytest.fail("asked for a device"))
     (before,) = runs()
     result = sustain.run(generated(), outputs)
     (after,) = runs()
@@ -283,13 +287,13 @@ def test_for_no_time_nothing_is_repeated_and_the_run_stays_as_it_is(repeat, outp
     assert ("sustained.convnet_fp32.workload" in after.data.tags) == measured
     assert files.read_json(outputs / "sustain" / "metrics.json") == {}
     assert files.read_json(outputs / "sustain" / "record.json") == result
-    assert "sustain" not in publish.results(records.trained(outputs)[0], records.folders(outputs))
+    assert "sustain" not in publisher.results(records.trained(outputs)[0], records.folders(outputs))
 
 
 def test_a_score_counts_how_often_it_was_measured_undisturbed(repeat, slices, monkeypatch):
     slices((8, 1.0))
     loads = iter([0.0, 0.0, 0.4, 0.4, 0.0, 0.0])
-    monkeypatch.setattr(conditions, "sample", lambda *_: {"cpu_load": next(loads)})
+    monkeypatch.setattr(system_state, "sample", lambda *_: {"cpu_load": next(loads)})
     attempts = [repeat(steps=[CONVNET])["tags"]["sustained.attempts"] for _ in range(3)]
     assert attempts == ["1", "2", "2"]
 
@@ -329,7 +333,7 @@ def test_what_disturbed_it_is_said_and_a_calm_one_takes_it_back(repeat, slices, 
         {"cpu_load": 0.4}, {}, {"power_source": "battery"}, {"cpu_load": 0.2, "gpu_throttle": "hw slowdown"},
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(conditions, "sample", lambda *_: samples.pop(0))
+        patch.setattr(system_state, "sample", lambda *_: samples.pop(0))
         result = repeat()
     assert samples == [] and set(result["tags"]["sustained.taints"].split()) == {"load", "battery"}
     assert result["tags"]["sustained.behavior"] == "throttled"
@@ -350,7 +354,7 @@ def test_what_disturbed_it_is_said_and_a_calm_one_takes_it_back(repeat, slices, 
 
 
 def test_a_machine_that_slows_down_behaves_so(repeat, slices, monkeypatch):
-    monkeypatch.setattr(conditions, "DRIFT_CHANGE", 0.03)
+    monkeypatch.setattr(system_state, "DRIFT_CHANGE", 0.03)
     slices(*((8, 1.0 + 0.05 * number) for number in range(12)))
     result = repeat(steps=[CONVNET])
     assert result["tags"]["sustained.behavior"] == "drift" and result["tags"]["sustained.taints"] is None
@@ -384,16 +388,16 @@ def full(monkeypatch):
     """Makes a device that says no to more than so many images."""
 
     def make(images):
-        prepare = data.prepare
+        prepare = batching.prepare
 
         def prepared(batch, *args, **kwargs):
             if len(batch) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
             return prepare(batch, *args, **kwargs)
 
-        monkeypatch.setattr(data, "prepare", prepared)
+        monkeypatch.setattr(batching, "prepare", prepared)
         # Else the step's memory is looked at with steps of four images.
-        monkeypatch.setattr(training, "saved_bytes_per_image", lambda *args: 0.0)
+        monkeypatch.setattr(setup, "saved_bytes_per_image", lambda *args: 0.0)
 
     return make
 
@@ -403,15 +407,15 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(repeat, full, images,
     full(images)
     result = repeat(steps=[CONVNET, BEST])
     for step in (CONVNET, BEST):
-        assert result["metrics"][score.metric(step.name, "batch_size")] == fitting
-        assert result["tags"][score.tag(step.name, "workload")] == score.workload(step, fitting, 0.1)
+        assert result["metrics"][score_steps.metric(step.name, "batch_size")] == fitting
+        assert result["tags"][score_steps.tag(step.name, "workload")] == score_steps.workload(step, fitting, 0.1)
     assert result["warnings"] == []
-    assert score.workload(CONVNET, fitting, 0.1) != score.workload(CONVNET, 8, 0.1)
+    assert score_steps.workload(CONVNET, fitting, 0.1) != score_steps.workload(CONVNET, 8, 0.1)
 
 
 def test_nothing_of_a_batch_that_was_too_large_is_in_the_way_of_a_smaller_one(repeat, full, monkeypatch):
     full(4)
-    nets, alive, build = [], [], training.build
+    nets, alive, build = [], [], setup.build
 
     def noted(*args):
         gc.collect()
@@ -420,7 +424,7 @@ def test_nothing_of_a_batch_that_was_too_large_is_in_the_way_of_a_smaller_one(re
         nets.append(weakref.ref(work.net))
         return work
 
-    monkeypatch.setattr(training, "build", noted)
+    monkeypatch.setattr(setup, "build", noted)
     repeat(steps=[CONVNET])
     assert alive == [0, 0]
 
@@ -436,7 +440,7 @@ def test_a_step_of_which_not_even_one_image_fits_is_left_out_with_a_warning(repe
     monkeypatch.setattr(sustain, "_repeated", refuse)
     result = repeat()
     assert set(result["metrics"]) == metrics_of(CONVNET, TRANSFORMER)
-    assert not {score.tag(BEST.name, fact) for fact in ("workload", "precision")} & set(result["tags"])
+    assert not {score_steps.tag(BEST.name, fact) for fact in ("workload", "precision")} & set(result["tags"])
     (warning,) = result["warnings"]
     assert warning.startswith("convnet best was not measured")
     assert f"- {warning}" in runs()[0].data.tags["mlflow.note.content"]
@@ -457,7 +461,7 @@ def test_a_device_on_which_nothing_fits_says_so_in_the_run(repeat, monkeypatch):
 )
 def test_a_processor_is_not_given_more_than_its_free_memory(repeat, slices, monkeypatch, free, fitting):
     slices((8, 1.0))
-    monkeypatch.setattr(training, "saved_bytes_per_image", lambda *args: 100.0)
+    monkeypatch.setattr(setup, "saved_bytes_per_image", lambda *args: 100.0)
     monkeypatch.setattr(Cpu, "free_bytes", lambda self: free)
     assert repeat(steps=[CONVNET])["metrics"]["sustained/convnet_fp32_batch_size"] == fitting
 
@@ -486,7 +490,7 @@ class Refusing(Cpu):
 
 @pytest.fixture
 def refusing(monkeypatch, slices):
-    backend, takes_step = Refusing(), training._takes_step
+    backend, takes_step = Refusing(), setup._takes_step
 
     def takes(work, size, shape):
         assert not work.recorded and work.compile_mode == "off" and work.recipe.precision == "fp32"
@@ -495,8 +499,8 @@ def refusing(monkeypatch, slices):
         return takes_step(work, size, shape)
 
     slices((8, 1.0))
-    monkeypatch.setattr(backends, "select", lambda device: backend)
-    monkeypatch.setattr(training, "_takes_step", takes)
+    monkeypatch.setattr(devices, "select", lambda device: backend)
+    monkeypatch.setattr(setup, "_takes_step", takes)
     return backend
 
 
@@ -516,7 +520,7 @@ def test_a_search_that_crashes_loses_nothing_of_what_was_measured(repeat, output
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "largest_batch", crash)
+    monkeypatch.setattr(setup, "largest_batch", crash)
     with pytest.raises(KeyboardInterrupt):
         repeat()
     kept = files.read_json(outputs / "sustain" / "record.json")
@@ -531,14 +535,14 @@ def test_a_largest_batch_that_is_not_found_is_no_figure(repeat, monkeypatch, non
     if none == "no capacity":
         monkeypatch.setattr(Refusing, "capacity_mib", lambda self: None)
     else:
-        monkeypatch.setattr(training, "largest_batch", lambda *args: pytest.fail("looked for"))
+        monkeypatch.setattr(setup, "largest_batch", lambda *args: pytest.fail("looked for"))
     result = repeat(*([none] if "=" in none else []))
     assert "memory/largest_batch_size" not in result["metrics"]
 
 
 def test_a_cpu_which_would_swap_is_not_filled(repeat, slices, monkeypatch):
     slices((8, 1.0))
-    monkeypatch.setattr(training, "largest_batch", lambda *args: pytest.fail("looked for"))
+    monkeypatch.setattr(setup, "largest_batch", lambda *args: pytest.fail("looked for"))
     assert "memory/largest_batch_size" not in repeat()["metrics"]
 
 
@@ -553,7 +557,7 @@ def test_a_store_without_the_run_gets_it_whole(repeat, slices):
     assert client().get_experiment(restored.info.experiment_id).name == "another"
     courses = {key: values[-1] for key, values in result["series"].items()}
     assert restored.data.metrics == run.data.metrics | result["metrics"] | courses
-    workload = score.tag(CONVNET.name, "workload")
+    workload = score_steps.tag(CONVNET.name, "workload")
     assert restored.data.tags[workload] == result["tags"][workload]
     assert "restored" in restored.data.tags and restored.info.status == "FINISHED"
     assert restored.info.end_time == result["ended"]
@@ -581,7 +585,7 @@ def test_a_store_that_fails_meanwhile_is_said_by_the_run(repeat, slices, monkeyp
 
     slices((8, 1.0))
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "log_series", fail)
+        patch.setattr(store, "log_series", fail)
         with pytest.raises(type(error)):
             repeat()
     assert runs()[0].info.status == status
@@ -610,5 +614,5 @@ def test_what_was_found_for_another_training_is_not_this_ones(repeat, outputs, s
     slices((8, 1.0))
     repeat()
     record = files.read_json(outputs / "train" / "record.json")
-    assert set(publish.results(record, records.folders(outputs))) == {"sustain"}
-    assert publish.results(record | {"id": "another"}, records.folders(outputs)) == {}
+    assert set(publisher.results(record, records.folders(outputs))) == {"sustain"}
+    assert publisher.results(record | {"id": "another"}, records.folders(outputs)) == {}

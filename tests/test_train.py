@@ -14,34 +14,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fails
-from test_tracking import client, fresh_store, runs, store  # noqa: F401 (store: each test has its own)
+from test_store import client, fresh_store, own_store, runs  # noqa: F401 (own_store: each test has its own)
 
-from pipeline import (
-    backends,
-    ceilings,
-    conditions,
-    config,
-    data,
-    download,
-    energy,
-    engine,
-    evaluate,
-    files,
-    hardware,
-    machine,
-    model,
-    plots,
-    records,
-    repeats,
-    sustain,
-    tracking,
-    train,
-    training,
-)
-from pipeline.backends.cpu import Cpu
-from pipeline.clock import Clock
+from pipeline import config, devices, download, evaluate, files, hardware, plots, repeats, sustain, train
+from pipeline.data import batching
+from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
-from pipeline.score import Step
+from pipeline.models import classifier
+from pipeline.profiling import energy, roofline, system_info, system_state
+from pipeline.profiling.clock import Clock
+from pipeline.profiling.score_steps import Step
+from pipeline.tracking import records, store
+from pipeline.training import loop, setup
 
 SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
 REPEATED = ("sustain_seconds=0.1",)
@@ -73,7 +57,7 @@ LEFT = {
 def threads(monkeypatch):
     """One thread does so little work fastest; what a test sets does not last."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(training, "THREADS", 1)
+    monkeypatch.setattr(setup, "THREADS", 1)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -125,7 +109,7 @@ def once(tmp_path_factory):
 @pytest.fixture
 def light(monkeypatch, once):
     """Leaves out what takes long and is tested elsewhere: the model in MLflow, and drawing. Not of `once`."""
-    monkeypatch.setattr(tracking, "log_model", lambda *args: None)
+    monkeypatch.setattr(store, "log_model", lambda *args: None)
     monkeypatch.setattr(plots, "save", lambda figure, path: files.write_text(path, "a picture"))
 
 
@@ -194,7 +178,7 @@ def script(monkeypatch, accuracies, then=None):
         if then is not None:
             raise then
 
-    monkeypatch.setattr(engine, "train", epochs)
+    monkeypatch.setattr(loop, "train", epochs)
 
 
 # --- repeats
@@ -233,7 +217,7 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT}
     assert left_in(out) == LEFT | others | {"repeats/figures.csv", "set.json"}
     for number, record in enumerate(three, 1):
-        _, facts = model.load_checkpoint(records.folders(out.parent, number)["train"] / "best.safetensors")
+        _, facts = classifier.load_checkpoint(records.folders(out.parent, number)["train"] / "best.safetensors")
         assert facts.record == record["id"]
     assert files.read_json(out / "metrics.json") == records.summary([records.figures(each) for each in three])
     with (out / "repeats" / "figures.csv").open(newline="") as file:
@@ -241,7 +225,7 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     assert [(row["repeat"], row["seed"]) for row in rows] == [("1", "0"), ("2", "1"), ("3", "2")]
     assert [float(row["train/loss"]) for row in rows] == [records.figures(each)["train/loss"] for each in three]
 
-    parent, there = tracking.repeats(shared, "trainmark")
+    parent, there = store.repeats(shared, "trainmark")
     run = client().get_run(parent.run_id)
     hardware = three[0]["tags"]["hardware"]
     assert run.info.status == "FINISHED" and run.info.run_name == f"{hardware} · linear-probe · fp32 × 3"
@@ -262,7 +246,7 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
 def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_later(
     repeated, out, monkeypatch, error, status, failing
 ):
-    epochs, begun = engine.train, []
+    epochs, begun = loop.train, []
 
     def fails(*args):
         begun.append(args)
@@ -270,7 +254,7 @@ def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_l
             raise error
         return epochs(*args)
 
-    monkeypatch.setattr(engine, "train", fails)
+    monkeypatch.setattr(loop, "train", fails)
     with pytest.raises(type(error)):
         repeated("repeats=3", "epochs=1")
 
@@ -279,7 +263,7 @@ def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_l
 
     ended = [(f"{number}/3", status if number == failing else "FINISHED") for number in range(1, failing + 1)]
     assert found() == [*ended, ("fp32 × 3", status)]
-    assert len(tracking.finished_runs()) == failing - 1
+    assert len(store.finished_runs()) == failing - 1
     first = [record["id"] for record in records.present(out.parent)]
 
     repeated("repeats=3", "epochs=1")
@@ -291,16 +275,16 @@ def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_l
 
 
 def test_repeats_below_a_run_that_was_deleted_meanwhile_come_to_their_end(repeated, out, monkeypatch):
-    start = tracking.start
+    start = store.start
 
     def deletes(record, parent=None):
-        if parent is not None and not tracking.is_deleted(parent):
+        if parent is not None and not store.is_deleted(parent):
             client().delete_run(parent.run_id)
         return start(record, parent)
 
-    monkeypatch.setattr(tracking, "start", deletes)
+    monkeypatch.setattr(store, "start", deletes)
     repeated("repeats=2", "epochs=1")
-    assert sorted(run["name"].split(" · ")[-1] for run in tracking.finished_runs()) == ["1/2", "2/2"]
+    assert sorted(run["name"].split(" · ")[-1] for run in store.finished_runs()) == ["1/2", "2/2"]
 
 
 def test_a_single_training_stands_alone(trained):
@@ -346,7 +330,7 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     assert (run.info.start_time, run.info.end_time) == (record["started"], record["ended"])
     assert run.data.params == record["params"]
     assert record["tags"].items() <= run.data.tags.items()
-    assert run.data.tags[tracking.RECORD_TAG] == record["id"]
+    assert run.data.tags[store.RECORD_TAG] == record["id"]
     assert "**Machine**" in run.data.tags["mlflow.note.content"]
     last = {key: value for key, value in record["epochs"][-1]["figures"].items() if key != "epoch"}
     shown = {key: value for key, value in run.data.metrics.items() if not key.startswith("system/")}
@@ -371,7 +355,7 @@ def test_curves_metrics_and_settings_are_files_of_their_own(once):
     assert files.read_json(folder / "hardware.json") == record["hardware"]
     settings = config._tree(folder / "params.yaml")
     assert list(settings["recipes"]) == ["linear-probe"] and settings["recipes"]["linear-probe"]["epochs"] == 2
-    _, facts = model.load_checkpoint(folder / "best.safetensors")
+    _, facts = classifier.load_checkpoint(folder / "best.safetensors")
     assert (facts.record, facts.model) == (record["id"], "test_resnet.r160_in1k")
     assert facts.classes == tuple(record["facts"]["classes"])
     assert facts.epoch == record["metrics"]["best/epoch"]
@@ -391,7 +375,7 @@ def test_no_absolute_path_is_left(trained, out, pictures):
 def test_the_checkpoint_is_of_the_first_best_epoch(trained, out, monkeypatch, accuracies, best):
     script(monkeypatch, accuracies)
     record = trained(f"epochs={len(accuracies)}")
-    net, facts = model.load_checkpoint(out / "best.safetensors")
+    net, facts = classifier.load_checkpoint(out / "best.safetensors")
     assert (facts.epoch, facts.val_accuracy) == (best, max(accuracies))
     assert net.head.bias.tolist() == [best] * 3
     assert record["metrics"]["best/epoch"] == best
@@ -422,7 +406,7 @@ def test_validation_on_the_test_split_is_said(trained):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (engine.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED"),
+        (loop.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (StageError("not enough memory on the device"), "FAILED"),
         (ZeroDivisionError(), "FAILED"),
@@ -451,8 +435,8 @@ def test_a_store_that_is_not_there_ends_it_before_it_starts(trained, out, monkey
 @pytest.mark.parametrize("broken", ["log_epoch", "log_files", "log_model", "set_tags"])
 def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, broken):
     script(monkeypatch, [0.5])
-    mark = tracking.mark
-    real = getattr(tracking, broken)
+    mark = store.mark
+    real = getattr(store, broken)
     marked = []
 
     def fails(*args):
@@ -460,19 +444,19 @@ def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, b
             return real(*args)  # `mark` sets a tag, too
         raise StageError("the store is away")
 
-    monkeypatch.setattr(tracking, "mark", lambda *args: (mark(*args), marked.append(True)))
-    monkeypatch.setattr(tracking, broken, fails)
+    monkeypatch.setattr(store, "mark", lambda *args: (mark(*args), marked.append(True)))
+    monkeypatch.setattr(store, broken, fails)
     with pytest.raises(StageError, match="the store is away"):
         trained("epochs=1")
     (run,) = runs()
     assert run.info.status == "FAILED"
     # The record comes last, so that `evaluate` does not take a training that was not logged whole.
     assert left_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json"})
-    assert model.load_checkpoint(out / "best.safetensors")[1].epoch == 1
+    assert classifier.load_checkpoint(out / "best.safetensors")[1].epoch == 1
 
 
 def test_a_store_that_would_be_lost_is_refused_before_any_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(tracking, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "x")
+    monkeypatch.setattr(store, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "x")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI: "):
         train.run(generated(), tmp_path / "outputs")
@@ -541,8 +525,8 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
         monkeypatch.setattr(module, name, call)
 
     names = {
-        tracking: ("start", "mark", "log_epoch", "log_figures", "log_files", "log_model", "set_tags", "end"),
-        model: ("save_checkpoint",),
+        store: ("start", "mark", "log_epoch", "log_figures", "log_files", "log_model", "set_tags", "end"),
+        classifier: ("save_checkpoint",),
         plots: ("save",),
         files: ("write_json", "write_text"),
     }
@@ -588,9 +572,9 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
 def test_the_times_of_starting_up_and_of_all_are_the_processs_without_earlier_stages(monkeypatch, tmp_path, earlier):
     script(monkeypatch, [0.5])
     passed = [12.5]
-    monkeypatch.setattr(machine, "process_age", lambda: passed[0])
-    mark = tracking.mark
-    monkeypatch.setattr(tracking, "mark", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
+    monkeypatch.setattr(system_info, "process_age", lambda: passed[0])
+    mark = store.mark
+    monkeypatch.setattr(store, "mark", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
     prepare(generated(), tmp_path / "outputs")
     metrics = train.run(generated("epochs=1"), tmp_path / "outputs", earlier=earlier)["metrics"]
     assert metrics["time/startup_seconds"] == pytest.approx(12.5 - earlier, abs=1e-3)
@@ -611,7 +595,7 @@ def test_the_time_to_the_target_is_that_of_the_first_epoch_that_reaches_it(train
                 "train/lr": 0.1, "time/train_seconds": 10_000.0, "time/val_seconds": 200_000.0,
             }  # fmt: skip
 
-    monkeypatch.setattr(engine, "train", paced)
+    monkeypatch.setattr(loop, "train", paced)
     metrics = trained("epochs=4", f"target_accuracy={target}", "features=cache")["metrics"]
     assert metrics["time/total_seconds"] == 1100 + 4 * 210_000
     assert metrics.get("time/to_target_seconds") == (epochs and 1100 + epochs * 210_000)
@@ -628,7 +612,7 @@ def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, ste
 
 
 def ceilings_of(images_per_second, matmul_flops=1e15):
-    return ceilings.Measured(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
+    return roofline.Measured(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
 
 
 SPEED = 54 / 10_000
@@ -638,8 +622,8 @@ SPEED = 54 / 10_000
 @pytest.fixture
 def measuring(monkeypatch, scripted, clocks):
     """Makes these be the ceilings that are measured, one after the other; gives those that are left."""
-    monkeypatch.setattr(ceilings, "TRUST", 1.05)
-    monkeypatch.setattr(ceilings, "TRUST_PRODUCTS", 4.2)
+    monkeypatch.setattr(roofline, "TRUST", 1.05)
+    monkeypatch.setattr(roofline, "TRUST_PRODUCTS", 4.2)
 
     def script(*measured):
         left = list(measured)
@@ -649,7 +633,7 @@ def measuring(monkeypatch, scripted, clocks):
             assert splits["train"].inputs.dtype == torch.uint8
             return left.pop(0)
 
-        monkeypatch.setattr(training, "measure_ceilings", measure)
+        monkeypatch.setattr(setup, "measure_ceilings", measure)
         return left
 
     return script
@@ -707,29 +691,29 @@ def test_a_speed_that_stays_impossible_taints_the_run(
 
 
 def test_what_else_disturbs_a_run_with_a_doubted_clock_is_said_too(trained, measuring, monkeypatch):
-    monkeypatch.setattr(conditions, "sample", lambda *_: {"power_source": "battery"})
+    monkeypatch.setattr(system_state, "sample", lambda *_: {"power_source": "battery"})
     measuring(*[ceilings_of(SPEED / 2)] * 3)
     assert trained("features=recompute")["tags"]["taints"] == "clock battery"
 
 
 def test_too_little_memory_to_measure_again_leaves_the_first_measurement(trained, measuring, monkeypatch):
     measuring(ceilings_of(SPEED / 2))
-    first = training.measure_ceilings
+    first = setup.measure_ceilings
 
     def once(work, splits):
-        monkeypatch.setattr(training, "measure_ceilings", fail)
+        monkeypatch.setattr(setup, "measure_ceilings", fail)
         return first(work, splits)
 
     def fail(*args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(training, "measure_ceilings", once)
+    monkeypatch.setattr(setup, "measure_ceilings", once)
     record = trained("features=recompute")
     assert record["tags"]["taints"] == "clock" and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(2)
 
 
 def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeypatch, capsys):
-    monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
+    monkeypatch.setattr(roofline, "STEP_SECONDS", 20_000.5)
     left = measuring(ceilings_of(SPEED))
     record = trained("features=recompute")
     assert left == [] and runs()[0].info.status == "FINISHED"
@@ -741,7 +725,7 @@ def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeyp
 
 
 def test_a_clock_that_makes_a_training_short_is_doubted_all_the_same(trained, measuring, monkeypatch):
-    monkeypatch.setattr(ceilings, "STEP_SECONDS", 20_000.5)
+    monkeypatch.setattr(roofline, "STEP_SECONDS", 20_000.5)
     measuring(*[ceilings_of(SPEED / 12)] * 3)
     assert trained("features=recompute")["tags"]["taints"] == "clock"
 
@@ -758,7 +742,7 @@ def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
     script(monkeypatch, [0.5])
     backend = Cpu()
     backend.recording_fault = "it asks the host"
-    monkeypatch.setattr(backends, "select", lambda device: backend)
+    monkeypatch.setattr(devices, "select", lambda device: backend)
     assert trained("epochs=1")["warnings"] == ["launched piece by piece, since it can't be recorded: it asks the host"]
 
 
@@ -781,7 +765,7 @@ def test_images_that_may_not_lie_on_the_device_are_trained_from_host_memory_alik
     def refuse(split, device):
         raise AssertionError("copied")
 
-    monkeypatch.setattr(data.Split, "to", refuse)
+    monkeypatch.setattr(batching.Split, "to", refuse)
     host = trained(*cut, "data.device_gib=0")
     assert host["tags"]["data.placement"] == "host"
     assert {run.data.tags["data.placement"] for run in runs()} == {"device", "host"}
@@ -801,7 +785,7 @@ def room(monkeypatch):
 
     def make(images, *, at_once=True):
         full, tried = [at_once], []
-        prepare, place, takes_step = data.prepare, training.place, training._takes_step
+        prepare, place, takes_step = batching.prepare, setup.place, setup._takes_step
 
         def prepared(batch, *args, **kwargs):
             if full[0] and len(batch) > images:
@@ -812,10 +796,10 @@ def room(monkeypatch):
             full[0] = True
             return place(*args)
 
-        monkeypatch.setattr(data, "prepare", prepared)
-        monkeypatch.setattr(training, "place", placed)
+        monkeypatch.setattr(batching, "prepare", prepared)
+        monkeypatch.setattr(setup, "place", placed)
         monkeypatch.setattr(
-            training, "_takes_step", lambda work, size, shape: tried.append(size) or takes_step(work, size, shape)
+            setup, "_takes_step", lambda work, size, shape: tried.append(size) or takes_step(work, size, shape)
         )
         return tried
 
@@ -836,7 +820,7 @@ def test_a_batch_that_is_too_large_is_answered_with_the_largest_that_fits(traine
 
 def test_nothing_of_the_training_is_in_the_way_of_a_smaller_batch(trained, room, monkeypatch):
     room(5)
-    nets, build, largest = [], training.build, training.largest_batch
+    nets, build, largest = [], setup.build, setup.largest_batch
 
     def built(*args):
         work = build(*args)
@@ -848,8 +832,8 @@ def test_nothing_of_the_training_is_in_the_way_of_a_smaller_batch(trained, room,
         assert [net() is None for net in nets] == [True, False]
         return largest(*args, **kwargs)
 
-    monkeypatch.setattr(training, "build", built)
-    monkeypatch.setattr(training, "largest_batch", looked_for)
+    monkeypatch.setattr(setup, "build", built)
+    monkeypatch.setattr(setup, "largest_batch", looked_for)
     assert "the largest that fits is 4" in fails(StageError, trained, "batch_size=50")
 
 
@@ -879,8 +863,8 @@ def test_a_model_that_does_not_fit_ends_it_before_there_is_a_run(trained, room):
 
 def test_a_gpu_that_torch_cannot_use_makes_it_a_demo(trained, monkeypatch, capsys):
     script(monkeypatch, [0.5])
-    monkeypatch.setattr(backends, "select", lambda device: Cpu())
-    monkeypatch.setattr(backends, "unused_gpu", lambda: "GTX 1060 is there, but this torch is built without CUDA")
+    monkeypatch.setattr(devices, "select", lambda device: Cpu())
+    monkeypatch.setattr(devices, "unused_gpu", lambda: "GTX 1060 is there, but this torch is built without CUDA")
     record = trained("epochs=1", "device=auto")
     assert record["tags"]["fallback"] == "device"
     assert record["name"].startswith("DEMO · ") and record["experiment"] == "trainmark-demo"
@@ -894,7 +878,7 @@ def test_a_gpu_that_torch_cannot_use_makes_it_a_demo(trained, monkeypatch, capsy
 
 def test_the_cpu_that_was_asked_for_is_no_fallback(trained, monkeypatch, capsys):
     script(monkeypatch, [0.5])
-    monkeypatch.setattr(backends, "unused_gpu", lambda: "GTX 1060 is there")
+    monkeypatch.setattr(devices, "unused_gpu", lambda: "GTX 1060 is there")
     record = trained("epochs=1", "device=cpu")
     assert "fallback" not in record["tags"] and record["experiment"] == "trainmark"
     assert "DEMO" not in capsys.readouterr().err
@@ -903,7 +887,7 @@ def test_the_cpu_that_was_asked_for_is_no_fallback(trained, monkeypatch, capsys)
 @pytest.mark.parametrize(("setting", "expected"), [("threads=1", 1), ("threads=null", 2)])
 def test_threads_are_those_of_the_setting(trained, monkeypatch, setting, expected):
     script(monkeypatch, [0.5])
-    monkeypatch.setattr(training, "THREADS", 2)
+    monkeypatch.setattr(setup, "THREADS", 2)
     record = trained("epochs=1", setting)
     assert torch.get_num_threads() == expected
     assert record["hardware"]["torch"]["threads"] == expected
@@ -914,7 +898,7 @@ def test_threads_are_those_of_the_setting(trained, monkeypatch, setting, expecte
 
 def test_what_taints_the_figures_is_said_and_tagged(trained, monkeypatch):
     samples = iter([{"power_source": "battery", "cpu_load": 0.4, "gpu_power_watts": 21.5}, {"power_source": "battery"}])
-    monkeypatch.setattr(conditions, "sample", lambda *_: next(samples))
+    monkeypatch.setattr(system_state, "sample", lambda *_: next(samples))
     record = trained("epochs=1")
     assert record["tags"]["taints"] == "battery load"
     assert any("40%" in sentence for sentence in record["warnings"])
@@ -928,7 +912,7 @@ def test_what_taints_the_figures_is_said_and_tagged(trained, monkeypatch):
 
 def test_how_the_machine_itself_behaved_is_no_taint(trained, monkeypatch):
     samples = iter([{"cpu_load": 0.4}, {"gpu_throttle": "hw thermal slowdown"}])
-    monkeypatch.setattr(conditions, "sample", lambda *_: next(samples))
+    monkeypatch.setattr(system_state, "sample", lambda *_: next(samples))
     record = trained("epochs=1")
     assert (record["tags"]["taints"], record["tags"]["behavior"]) == ("load", "throttled")
     assert any("thermal slowdown" in sentence for sentence in record["warnings"])

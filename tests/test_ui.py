@@ -8,10 +8,11 @@ import webbrowser
 from contextlib import ExitStack
 
 import pytest
-from test_tracking import client, record_of, store  # noqa: F401 (store: each test has its own)
+from test_store import client, own_store, record_of  # noqa: F401 (own_store: each test has its own)
 
-from pipeline import config, tracking, ui
+from pipeline import config, ui
 from pipeline.errors import StageError
+from pipeline.tracking import store
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_no_experiment_is_said(settings, server, opened, tmp_path):
 
 def test_a_store_that_is_a_server_needs_no_other(settings, server, opened, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
-    monkeypatch.setattr(tracking, "experiment_to_show", lambda name: "7")
+    monkeypatch.setattr(store, "experiment_to_show", lambda name: "7")
     ui.run(settings, tmp_path)
     (page,) = opened
     assert page.startswith("http://server:5000/#/experiments/7/runs?") and page in capsys.readouterr().out
@@ -91,20 +92,20 @@ def test_a_store_that_is_a_server_needs_no_other(settings, server, opened, tmp_p
 
 
 def test_the_store_is_served_on_the_first_port_and_the_page_opened(settings, server, opened, ports, tmp_path, capsys):
-    experiment = tracking.start(record_of()).experiment_id
+    experiment = store.start(record_of()).experiment_id
     ui.run(settings, tmp_path)
     ((command, options),) = server.started
     assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
     assert option(command, "--host") == "127.0.0.1" and option(command, "--port") == str(ports[0])
-    assert option(command, "--backend-store-uri") == tracking.store_uri()
+    assert option(command, "--backend-store-uri") == store.store_uri()
     assert options["cwd"] == config.ROOT
     assert options["env"]["MLFLOW_DISABLE_TELEMETRY"] == "true" and options["env"]["PATH"] == os.environ["PATH"]
     (page,) = opened
-    assert page == tracking.link(experiment, f"http://127.0.0.1:{ports[0]}") and page in capsys.readouterr().out
+    assert page == store.link(experiment, f"http://127.0.0.1:{ports[0]}") and page in capsys.readouterr().out
 
 
 def test_a_port_that_is_taken_is_passed_over(settings, server, opened, ports, tmp_path):
-    tracking.start(record_of())
+    store.start(record_of())
     with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[1])):
         ui.run(settings, tmp_path)
     ((command, _),) = server.started
@@ -113,7 +114,7 @@ def test_a_port_that_is_taken_is_passed_over(settings, server, opened, ports, tm
 
 
 def test_no_free_port_is_said(settings, server, opened, ports, tmp_path):
-    tracking.start(record_of())
+    store.start(record_of())
     with ExitStack() as taken:
         for port in ports:
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -123,7 +124,7 @@ def test_no_free_port_is_said(settings, server, opened, ports, tmp_path):
 
 
 def test_a_proxy_is_not_asked_which_port_is_free(settings, server, opened, ports, tmp_path, monkeypatch):
-    tracking.start(record_of())
+    store.start(record_of())
     for key in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(key, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as proxy:
@@ -134,7 +135,7 @@ def test_a_proxy_is_not_asked_which_port_is_free(settings, server, opened, ports
 
 
 def test_a_server_that_ends_is_said(settings, server, opened, ports, tmp_path, monkeypatch):
-    tracking.start(record_of())
+    store.start(record_of())
     monkeypatch.setattr(Server, "status", 1)
     with pytest.raises(StageError, match=r"^MLflow's UI ended with status 1: see above$"):
         ui.run(settings, tmp_path)
@@ -142,7 +143,7 @@ def test_a_server_that_ends_is_said(settings, server, opened, ports, tmp_path, m
 
 
 def test_it_waits_until_the_server_answers(settings, server, opened, ports, tmp_path, monkeypatch):
-    tracking.start(record_of())
+    store.start(record_of())
     answers = iter([False, False, False, True])  # the port is free; then not yet, not yet, now
     naps = []
     monkeypatch.setattr(ui, "_answers", lambda port: next(answers))
@@ -152,7 +153,7 @@ def test_it_waits_until_the_server_answers(settings, server, opened, ports, tmp_
 
 
 def test_a_demo_is_shown_where_nothing_else_is(settings, server, opened, ports, tmp_path):
-    demo = tracking.start(record_of(experiment="trainmark-demo")).experiment_id
-    client().delete_experiment(tracking.start(record_of()).experiment_id)
+    demo = store.start(record_of(experiment="trainmark-demo")).experiment_id
+    client().delete_experiment(store.start(record_of()).experiment_id)
     ui.run(settings, tmp_path)
     assert f"/#/experiments/{demo}/runs?" in opened[0]

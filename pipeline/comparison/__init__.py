@@ -1,0 +1,1 @@
+"""Runs of machines become claims, tables, charts and a report. Knows neither torch nor MLflow."""

@@ -1,0 +1,174 @@
+"""The answer that opens a report: what may be said of the machines, in one to three sentences that can be printed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.comparison.claims import Claim, factor, factors
+from pipeline.comparison.groups import CURRENT
+from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
+from pipeline.profiling import score_steps
+
+NAMED = 3
+"""So many machines of a kind are named; the table has all."""
+
+CLAIMED = ("faster", "slower")
+UNDECIDED = ("none", "small")
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What is compared: the claims of machines against `reference`, `where` (`at convnet fp32`). Names tell the
+    precision where machines differ in it."""
+
+    reference: str
+    rows: Sequence[tuple[str, Head, Claim]]
+    where: str
+
+
+def answer(comparison: Comparison) -> str:
+    """The strongest claims of the real runs, then who is not compared and why; else the nearest thing to it, and how
+    to get a claim."""
+    part = next((part for part in comparison.parts if not part.demo), None)
+    if part is None:
+        return comparison.advice
+    compared = _of_score(part.score) if part.score else None
+    if compared is None and not comparison.advice:
+        compared = _of_work(part.sections)
+    if compared is None:
+        return " ".join(text for text in (_single(part), comparison.advice) if text)
+    return " ".join(_sentences(compared, _unscored(part) if part.score else {}))
+
+
+def _of_score(table: Score) -> _Compared | None:
+    """By the first step that several machines ran: one with a claim before one with a ratio alone before others."""
+    if table.reference is None:
+        return None
+    steps = []
+    for step in score_steps.STEPS:
+        rows = []
+        for row in table.rows:
+            if figures := row.steps.get(step.name):
+                name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
+                rows.append((name, row.head, figures.claim))
+        reference = next((name for name, _, claim in rows if claim.kind == "reference"), None)
+        if len(rows) > 1 and reference is not None:
+            steps.append(_Compared(reference, rows, f"at {step.title}"))
+
+    def rank(compared: _Compared) -> tuple[bool, bool]:
+        claims = [claim for _, _, claim in compared.rows]
+        return not any(claim.kind in CLAIMED for claim in claims), not any(map(_ratio, claims))
+
+    return min(steps, key=rank, default=None)
+
+
+def _of_work(sections: Sequence[Section]) -> _Compared | None:
+    """By the first table of several machines: one with a claim before others, the same settings before the bests."""
+    tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
+
+    def rank(item: tuple[Section, Table]) -> tuple[bool, bool]:
+        table = item[1]
+        return not any(row.claim.kind in CLAIMED for row in table.rows), table.settings is None
+
+    for section, table in sorted(tables, key=rank):
+        if table.reference is not None:
+            rows = []
+            for row in table.rows:
+                at = f" at {row.settings['precision']}" if table.settings is None else ""
+                rows.append((row.head.name + at, row.head, row.claim))
+            return _Compared(table.reference, rows, f"at {section.title}")
+    return None
+
+
+def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
+    claimed = [(name, claim) for name, _, claim in compared.rows if claim.kind in CLAIMED]
+    claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
+    sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
+    if len(claimed) > NAMED:
+        sentences.append(f"{len(claimed) - NAMED} more are in the table.")
+    others = [row for row in compared.rows if row[2].kind not in (*CLAIMED, "reference")]
+    if not claimed:
+        first = next((row for row in others if row[2].kind in UNDECIDED), None)
+        first = first or next((row for row in others if _ratio(row[2])), None)
+        if first is not None:
+            others.remove(first)
+            sentences += _unclaimed(compared, first[0], first[2])
+    undecided = [name for name, _, claim in others if claim.kind in UNDECIDED]
+    if undecided:
+        sentences.append(f"No difference from {compared.reference} is established for {_listed(undecided)}.")
+    reasons = {name: head.problem or claim.reason for name, head, claim in others if claim.kind not in UNDECIDED}
+    reasons |= unscored
+    if reasons:
+        absent = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
+        sentences.append(f"Not compared: {_listed(absent)}.")
+    return sentences
+
+
+def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
+    """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).`, the faster one first."""
+    contrast = claim.speedup
+    assert contrast is not None and contrast.low is not None and contrast.high is not None
+    faster = contrast.value >= 1
+    ends = factors(*((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True)
+    interval = [f"{ends[0]} to {ends[1]}"] if ends[0] != ends[1] else []
+    return f"{_pair(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
+
+
+def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
+    if claim.kind in UNDECIDED:
+        return [claim.sentence]
+    # A set that is planned anew stands beside one that failed only under another label.
+    label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
+    more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
+    basis = f" ({claim.basis})" if claim.basis else ""
+    return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]
+
+
+def _pair(compared: _Compared, name: str, claim: Claim) -> str:
+    ratio = _ratio(claim) or 1.0
+    first, second = (name, compared.reference) if ratio >= 1 else (compared.reference, name)
+    return f"{first}: {factor(max(ratio, 1 / ratio))} times {second} {compared.where}"
+
+
+def _ratio(claim: Claim) -> float | None:
+    return claim.speedup.value if claim.speedup else None
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = [f"{len(words) - NAMED} more"] if len(words) > NAMED else []
+    return ", ".join([*words[:NAMED], *more])
+
+
+def _unscored(part: Part) -> dict[str, str]:
+    """Machines that have runs and no score, with the reason."""
+    assert part.score is not None
+    scored = {each.head.name for each in part.score.rows} | {other.name for other in part.score.others}
+    missing: dict[str, str] = {}
+    for section in part.sections:
+        reason = "no score" if section.version == CURRENT else f"measured by version {section.version} of the code"
+        heads: list[Head] = [row.head for table in section.tables for row in table.rows]
+        for name in (*(head.name for head in heads), *(other.name for other in section.others)):
+            if name not in scored:
+                missing.setdefault(name, reason)
+    return missing
+
+
+def _single(part: Part) -> str:
+    """The figure of a machine that stands alone."""
+    for row in part.score.rows if part.score else ():
+        for step in score_steps.STEPS:
+            if step.name in row.steps:
+                speed = factor(row.steps[step.name].speed.value)
+                return f"{row.head.name}: {speed} images/s at {step.title} ({_runs(row.head)})."
+    for section in part.sections:
+        for table in section.tables:
+            for work in table.rows:
+                if "total_seconds" in work.figures:
+                    seconds = factor(work.figures["total_seconds"].value)
+                    return f"{work.head.name}: {seconds} s for {section.title} ({_runs(work.head)})."
+    return ""
+
+
+def _runs(head: Head) -> str:
+    count = len(head.runs)
+    return f"{count} run{'s' * (count != 1)}"

@@ -1,0 +1,151 @@
+"""The charts of a comparison, by the table that they belong to."""
+
+import re
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from pipeline import plots
+from pipeline.comparison import stats
+from pipeline.comparison.cells import ratio_cell, settings_in_words, step_facts
+from pipeline.comparison.claims import factor
+from pipeline.comparison.groups import CURRENT
+from pipeline.comparison.schema import Comparison, Head, Part, Row, Score, Section, StepFigures, Table
+from pipeline.profiling import score_steps
+
+WITHOUT_BAR = ("parity", "problem", "other", "alone")
+"""Kinds of claims whose ratio is no result: a bar would look like one."""
+
+
+def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
+    """The charts by their table's folder and by their names; none of a machine that stands alone."""
+    made: dict[str, dict[str, Figure]] = {}
+    for part in comparison.parts:
+        if part.score:
+            made[score_place(part)] = _of_score(part.score)
+        for section in part.sections:
+            for table in section.tables:
+                made[work_place(part, section, table)] = _of_work(section, table)
+    return {place: figures for place, figures in made.items() if figures}
+
+
+def score_place(part: Part) -> str:
+    """A folder's name for the score."""
+    return "demo-score" if part.demo else "score"
+
+
+def work_place(part: Part, section: Section, table: Table) -> str:
+    """A folder's name for a table of work."""
+    version = "" if section.version == CURRENT else f"-version-{section.version}"
+    kind = "best" if table.settings is None else "same-settings"
+    return f"{_file_name('demo-' * part.demo + f'work-{section.workload}{version}')}/{kind}"
+
+
+def _of_score(table: Score) -> dict[str, Figure]:
+    made = {}
+    for step in score_steps.STEPS:
+        rows = [(row, row.steps[step.name]) for row in table.rows if step.name in row.steps]
+        if len(rows) > 1:
+            bars = [
+                _bar(
+                    row.head,
+                    figures.speed,
+                    label=", ".join([row.head.name, *step_facts(step, figures)]),
+                    link=row.shown["link"],
+                    kind=figures.claim.kind,
+                )
+                for row, figures in rows
+            ]
+            made[step.name] = plots.bars(_sorted(bars), title=f"Score: {step.title}", unit="images/s")
+    made |= _efficiency(table, score_steps.STEPS[0])
+    return made
+
+
+def _efficiency(table: Score, step: score_steps.Step) -> dict[str, Figure]:
+    """Images per joule of a step, a chart for each source of energy."""
+    by_source: dict[str, list[plots.Bar]] = {}
+    for row in table.rows:
+        figures: StepFigures | None = row.steps.get(step.name)
+        if figures and figures.images_per_joule:
+            bar = _bar(
+                row.head, figures.images_per_joule, label=row.head.name, link=row.shown["link"], kind=figures.claim.kind
+            )
+            by_source.setdefault(row.energy_source, []).append(bar)
+    return {
+        _file_name(f"energy-{source}"): plots.bars(
+            _sorted(bars), title=f"Images per joule ({source}): {step.title}", unit="images/J"
+        )
+        for source, bars in by_source.items()
+        if len(bars) > 1
+    }
+
+
+def _of_work(section: Section, table: Table) -> dict[str, Figure]:
+    if len(table.rows) < 2:
+        return {}
+    settings = "" if table.settings is None else f", {settings_in_words(table.settings)}"
+    made = {}
+    if table.reference is not None:
+        title = f"Speed-up against {table.reference}{settings}"
+        made["speed-up"] = plots.ratios([_ratio(table, row) for row in table.rows], title=title, unit="times as fast")
+        curves = [plots.Curve(_label(table, row), row.shown["link"], row.course) for row in table.rows if row.course]
+        curves.sort(key=lambda curve: not curve.label.endswith("(reference)"))
+        if curves:
+            title = f"Validation accuracy against time{settings}"
+            made["accuracy"] = plots.courses(curves, target=section.target, title=title)
+    made |= _by_kind(table, "peak_mib", "memory", f"Peak memory ({{}}){settings}", "MiB")
+    made |= _by_kind(table, "images_per_joule", "energy", f"Images per joule ({{}}){settings}", "images/J")
+    return made
+
+
+def _by_kind(table: Table, key: str, name: str, title: str, unit: str) -> dict[str, Figure]:
+    """A chart for each kind of a figure: what two kinds of memory or sources of energy measured is not comparable."""
+    kinds: dict[str, list[plots.Bar]] = {}
+    for row in table.rows:
+        if key in row.figures:
+            kind = row.memory_of if key == "peak_mib" else row.energy_source
+            bar = _bar(
+                row.head, row.figures[key], label=_label(table, row), link=row.shown["link"], kind=row.claim.kind
+            )
+            kinds.setdefault(kind, []).append(bar)
+    return {
+        _file_name(f"{name}-{kind}"): plots.bars(_sorted(bars), title=title.format(kind), unit=unit)
+        for kind, bars in kinds.items()
+        if len(bars) > 1
+    }
+
+
+def _file_name(text: str) -> str:
+    """The text without what a file's name may not have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
+
+
+def _bar(head: Head, estimate: stats.Estimate, *, label: str, link: str, kind: str) -> plots.Bar:
+    look = "problem" if head.problem else "reference" if kind == "reference" else "plain"
+    return plots.Bar(label, factor(estimate.value), link, look, estimate.value, estimate.low, estimate.high)
+
+
+def _sorted(bars: Sequence[plots.Bar]) -> list[plots.Bar]:
+    """The largest first."""
+    return sorted(bars, key=lambda bar: -(bar.value or 0))
+
+
+def _label(table: Table, row: Row) -> str:
+    name = row.head.name if table.settings is not None else f"{row.head.name}, {settings_in_words(row.settings)}"
+    return f"{name} (reference)" if row.claim.kind == "reference" else name
+
+
+def _ratio(table: Table, row: Row) -> plots.Bar:
+    claim, cell = row.claim, ratio_cell(row.claim)
+    drawn = None if claim.kind in WITHOUT_BAR else claim.speedup
+    if claim.kind == "reference":
+        drawn = stats.Contrast(1, None, None, None)
+    return plots.Bar(
+        label=_label(table, row),
+        text=f"{cell.text} [{cell.notes[-1]}]" if cell.notes else cell.text,
+        link=row.shown["link"],
+        look=claim.kind,
+        value=drawn.value if drawn else None,
+        low=drawn.low if drawn else None,
+        high=drawn.high if drawn else None,
+    )

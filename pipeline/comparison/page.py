@@ -1,0 +1,215 @@
+"""A comparison as one HTML page that needs nothing else: no script, font or image of another place."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from pipeline.comparison import charts, report
+from pipeline.comparison.answer import answer
+from pipeline.comparison.cells import (
+    Cell,
+    Column,
+    absent_columns,
+    absent_from_score,
+    absent_from_work,
+    price_columns,
+    score_columns,
+    work_columns,
+)
+from pipeline.comparison.schema import Comparison, Head, Part, Score, Section
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 104rem; color: #111; background: #fff;
+  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .3rem; border-top: 2px solid #111; padding-top: .6rem; }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
+p, ul { margin: .4rem 0; max-width: 62rem; }
+a { color: #0072B2; }
+code { font-size: .9em; }
+.answer { font-size: 1.25rem; font-weight: 600; max-width: 48rem; margin: .6rem 0; }
+.demo { border: 3px dashed #D55E00; padding: .5rem .8rem; font-weight: bold; }
+.claims { list-style: none; padding: 0; }
+.claims li { padding: .25rem 0 .25rem 1.7rem; text-indent: -1.7rem; }
+.claims b { display: inline-block; width: 1.7rem; text-indent: 0; text-align: center; }
+.faster b { color: #0072B2; }
+.slower b { color: #D55E00; }
+.table { overflow-x: auto; margin: .6rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ccc; }
+th { vertical-align: bottom; border-bottom: 2px solid #111; white-space: nowrap; }
+td { min-width: 3.2rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; text-align: left; min-width: 9rem;
+  max-width: 16rem; border-right: 1px solid #ccc; }
+th.words, td.words { text-align: left; }
+td small { display: block; color: #444; white-space: nowrap; }
+td.words small, td:first-child small { white-space: normal; }
+tr.reference td { background: #f0f0f0; }
+tr.problem td { color: #555; font-style: italic; background: #fafafa; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem;
+  align-items: start; margin: .6rem 0; }
+figure { margin: 0; max-width: 30rem; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg a text { fill: #00588a; text-decoration: underline; }
+.key { font-size: .85rem; color: #333; }
+.hint { display: none; font-size: .85rem; color: #444; }
+@media (max-width: 40rem) {
+  body { padding: .8rem; }
+  .answer { font-size: 1.05rem; }
+  .hint { display: block; }
+  table { font-size: .82rem; }
+  th, td { padding: .3rem .35rem; }
+  td { min-width: 0; }
+  th:first-child, td:first-child { min-width: 7rem; max-width: 7rem; }
+  td small { white-space: normal; }
+}
+@media print {
+  @page { size: A4 landscape; margin: 1cm; }
+  body { max-width: none; padding: 0; font-size: 9pt; }
+  .table { overflow: visible; }
+  table { font-size: 8pt; }
+  thead { display: table-header-group; }
+  th, td { padding: .15rem .3rem; min-width: 0; }
+  th:first-child, td:first-child { position: static; min-width: 0; }
+  td small { white-space: normal; }
+  tr, figure.short, .claims li { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  .charts { grid-template-columns: repeat(3, 1fr); }
+  a { color: inherit; text-decoration: none; }
+}
+"""
+
+MARKS = {
+    "faster": "▲", "slower": "▼", "none": "=", "small": "≈", "few": "?", "parity": "✕", "problem": "✕", "other": "✕",
+}  # fmt: skip
+"""The mark of each kind of claim."""
+
+KEY = (
+    "Filled bar: faster; hatched: slower; white: no difference found; white with a dashed edge: the difference is not "
+    "established; with a dotted edge: too few runs; grey: the reference; no bar: no claim. The line across a bar's end "
+    "is its interval. A name leads to its run in MLflow's UI (`make ui`)."
+)
+FEW = 12
+"""Rows that fit on a page, and on a screen with all that belongs to them."""
+
+
+def html(comparison: Comparison, drawn: Mapping[str, Mapping[str, str]]) -> str:
+    """The whole report as one HTML page; `drawn` has the SVGs of `charts.charts`, by their places and names."""
+    body = [f"<h1>{report.TITLE}</h1>", f'<p class="answer">{_code(answer(comparison))}</p>']
+    body.append(_paragraph(report.span(comparison)))
+    for part in comparison.parts:
+        body += [f'<p class="demo">{report.DEMO}</p>'] if part.demo else []
+        body += _score_parts(part, part.score, drawn) if part.score else []
+        for section in part.sections:
+            body += _section_parts(part, section, drawn)
+    if comparison.prices is not None:
+        body += ["<h2>Prices</h2>", _html_table(price_columns(comparison)), _paragraph(report.PRICE_NOTE)]
+        body += map(_paragraph, report.unused_prices(comparison))
+    if comparison.parts:
+        body += ["<h2>How to read this</h2>", _list(report.notes(comparison.rules))]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{report.TITLE}</title><style>{STYLE}</style></head>",
+            "<body>",
+            *(part for part in body if part),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
+    classes = [_row_class(row.head, row.is_reference) for row in table.rows]
+    return [
+        "<h2>Score</h2>",
+        HINT,
+        _html_table(score_columns(table), classes),
+        _claims(report.score_claims(table)),
+        _paragraph(report.no_reference(table)),
+        _figures(len(table.rows), drawn.get(charts.score_place(part), {})),
+        *_absent(absent_columns(absent_from_score(table), "images/s")),
+    ]
+
+
+def _section_parts(part: Part, section: Section, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
+    parts = [f"<h2>{escape(report.heading(section))} <code>{escape(section.workload)}</code></h2>"]
+    for table in section.tables:
+        charted = drawn.get(charts.work_place(part, section, table), {})
+        classes = [_row_class(row.head, row.claim.kind == "reference") for row in table.rows]
+        parts += [
+            f"<h3>{escape(report.table_title(table))}</h3>",
+            HINT,
+            _html_table(work_columns(section, table), classes),
+            _claims(report.work_claims(section, table)),
+            _paragraph(report.no_reference(table)),
+            _figures(len(table.rows), charted),
+            f'<p class="key">{_code(KEY)}</p>' if "speed-up" in charted else "",
+        ]
+    return parts + _absent(absent_columns(absent_from_work(section), "total s"))
+
+
+HINT = '<p class="hint">The table is wider than the screen: push it sideways.</p>'
+
+
+def _absent(columns: Sequence[Column]) -> list[str]:
+    return ["<h3>Not in the figures above</h3>", _html_table(columns)] if columns else []
+
+
+def _row_class(head: Head, reference: bool) -> str:
+    return "problem" if head.problem else "reference" if reference else ""
+
+
+def _claims(told: Sequence[tuple[str, str]]) -> str:
+    items = [f'<li class="{kind}"><b>{MARKS.get(kind, "✕")}</b>{escape(text)}</li>' for kind, text in told]
+    return f'<ul class="claims">{"".join(items)}</ul>' if items else ""
+
+
+def _figures(rows: int, drawn: Mapping[str, str]) -> str:
+    size = "short" if rows <= FEW else "long"
+    figures = [
+        f'<figure class="{size}" role="group" aria-label="{escape(name)}, as in the table above">{svg}</figure>'
+        for name, svg in drawn.items()
+    ]
+    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+def _html_table(columns: Sequence[Column], classes: Sequence[str] = ()) -> str:
+    """`classes`: of each row, '' where it has none."""
+    if not columns:
+        return ""
+    words = [' class="words"' if column.words else "" for column in columns]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column.heading)}</th>' for column, kind in zip(columns, words, strict=True)
+    )
+    lines = []
+    for place in range(len(columns[0].cells)):
+        cells = [f"<td{kind}>{_cell(column.cells[place])}</td>" for column, kind in zip(columns, words, strict=True)]
+        kind = f' class="{classes[place]}"' if classes and classes[place] else ""
+        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(cell: Cell) -> str:
+    linked = [f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in cell.links]
+    notes = "".join(f"<small>{escape(note)}</small>" for note in cell.notes)
+    return (" ".join(linked) or escape(cell.text)) + notes
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{_code(text)}</p>" if text else ""
+
+
+def _list(texts: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_code(text)}</li>' for text in texts)}</ul>"
+
+
+def _code(text: str) -> str:
+    """Escaped, with what is between backticks as code."""
+    parts = escape(text).split("`")
+    if len(parts) % 2 == 0:  # a backtick of a user's
+        return "`".join(parts)
+    return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))

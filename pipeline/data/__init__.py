@@ -1,0 +1,1 @@
+"""Data sets, their download, and batches of images on a device."""

@@ -1,0 +1,1 @@
+"""timm classifiers, their weights and checkpoints."""

@@ -1,0 +1,1 @@
+"""Records of runs, and the MLflow store that shows them."""

@@ -1,0 +1,1 @@
+"""The training loop, its set-up, optimizers and schedules."""

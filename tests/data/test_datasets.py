@@ -1,0 +1,552 @@
+"""Images from a folder, from the published archive's layout and from the generator; each mistake named."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import requests
+from conftest import COLOURS, fails, picture
+from PIL import Image
+
+from pipeline import config
+from pipeline.data import datasets, fetch
+from pipeline.errors import StageError, UsageError
+
+
+@pytest.fixture
+def data_of(settings_of):
+    """Makes the data settings for `pictures`."""
+    return lambda *overrides: settings_of(*overrides).data
+
+
+def decoded(data, split="train", image_size=16):
+    return datasets.decode(data, datasets.resolve(data), split, image_size)
+
+
+def digest(data):
+    return datasets.resolve(data)["digest"]
+
+
+def tree(root, layout):
+    """Makes `{"train/cat": [(name, image), ...]}` below `root`."""
+    for folder, entries in layout.items():
+        (root / folder).mkdir(parents=True)
+        for name, image in entries:
+            image.save(root / folder / name)
+
+
+@pytest.fixture
+def mixed(tmp_path, data_of):
+    """Two classes, one image each, made of what a test gives for train/a; gives (data settings, folder)."""
+
+    def make(*entries, test=None):
+        root = tmp_path / "mixed"
+        same = [("0.png", picture((90, 90, 90)))]
+        test = test or same
+        tree(root, {"train/a": entries, "train/b": same, "test/a": test, "test/b": same})
+        return data_of(f"data.path={json.dumps(str(root))}"), root
+
+    return make
+
+
+# --- folder
+
+
+def test_folder_facts(data_of, pictures):
+    facts = datasets.resolve(data_of())
+    assert (facts["requested"], facts["source"], facts["reason"], facts["limit"]) == (
+        "folder",
+        "folder",
+        None,
+        None,
+    )
+    assert facts["classes"] == ["blue", "green", "red"]
+    assert facts["counts"] == {"train": 60, "test": 30}
+    assert facts["size"] == [16, 16]
+    assert facts["digest"].startswith("sha256:")
+    assert str(pictures) not in json.dumps(facts)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 20), ("test", 10)])
+def test_folder_images_are_in_order_under_their_class(data_of, pictures, split, count):
+    images, labels = decoded(data_of(), split)
+    assert (images.shape, images.dtype, labels.dtype) == ((3 * count, 16, 16, 3), np.uint8, np.int64)
+    assert labels.tolist() == np.repeat([0, 1, 2], count).tolist()
+    for label, colour in enumerate(COLOURS.values()):
+        assert abs(images[labels == label].mean((0, 1, 2)) - colour).max() < 4
+    with Image.open(pictures / split / "green" / "03.png") as third:
+        assert np.array_equal(images[count + 3], np.asarray(third))
+
+
+def test_limit_takes_the_first_of_each_class_and_split(data_of):
+    data = data_of("data.limit=4")
+    facts = datasets.resolve(data)
+    assert (facts["limit"], facts["counts"]) == (4, {"train": 12, "test": 12})
+    images, labels = decoded(data)
+    every, all_labels = decoded(data_of())
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert np.array_equal(images, np.concatenate([every[all_labels == label][:4] for label in range(3)]))
+    assert datasets.resolve(data_of("data.limit=15"))["counts"] == {"train": 45, "test": 30}
+    assert len({digest(data_of(f"data.limit={n}")) for n in (4, 5, "null")}) == 3
+
+
+def test_names_are_sorted_and_other_files_left_alone(mixed):
+    colours = {"10.png": 10, "2.png": 20, "B.PNG": 30, "a.Jpeg": 40, "c.JPG": 50}
+    data, root = mixed(*((name, picture((grey,) * 3)) for name, grey in reversed(colours.items())))
+    (root / "train" / "a" / "notes.txt").write_text("no image")
+    (root / "train" / "a" / ".hidden.png").write_text("no image")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "Thumbs.db").write_text("no image")
+    facts = datasets.resolve(data)
+    assert (facts["classes"], facts["counts"]["train"]) == (["a", "b"], len(colours) + 1)
+    means = decoded(data)[0][:-1].mean((1, 2, 3))
+    assert np.argsort(means).tolist() == list(range(len(colours)))
+
+
+def test_every_mode_becomes_rgb(mixed):
+    red = Image.new("RGB", (8, 8), (200, 30, 20))
+    see_through = red.copy()
+    see_through.putalpha(7)
+    palette = red.quantize(4)
+    palette_with_alpha = see_through.quantize(4)
+    data, _ = mixed(
+        ("0.png", red),
+        ("1.png", see_through),
+        ("2.png", palette),
+        ("3.png", palette_with_alpha),
+        ("4.png", red.convert("L")),
+        ("5.png", red.convert("LA")),
+        ("6.png", red.convert("1")),
+        ("7.jpg", red.convert("L")),
+        ("8.jpg", red.convert("CMYK")),
+    )
+    images, _ = decoded(data, image_size=8)
+    assert images.shape == (10, 8, 8, 3)
+    assert abs(images[[0, 1, 2, 3]].astype(int) - (200, 30, 20)).max() <= 2
+    assert abs(images[8].astype(int) - (200, 30, 20)).max() <= 8
+    for index in (4, 5, 6, 7):
+        assert (images[index] == images[index][..., :1]).all()  # grey
+
+
+def test_one_size_is_kept(mixed, tmp_path):
+    root = tmp_path / "wide"
+    wide = [("0.png", picture((90, 90, 90), size=(12, 10)))]
+    tree(root, {f"{split}/{name}": wide for split in ("train", "test") for name in "ab"})
+    data, _ = mixed(("0.png", picture((1, 1, 1))))
+    data = config.load(["data.source=folder", f"data.path={json.dumps(str(root))}"]).data
+    assert datasets.resolve(data)["size"] == [12, 10]
+    images, _ = decoded(data, image_size=32)
+    assert images.shape == (2, 10, 12, 3)
+    assert np.array_equal(images[0], np.asarray(wide[0][1]))
+
+
+def test_many_sizes_are_squashed_as_pil_does_it(mixed):
+    wide, tall = picture((200, 40, 40), (40, 10)), picture((40, 200, 40), (9, 30))
+    data, _ = mixed(("0.png", wide), ("1.png", tall))
+    assert datasets.resolve(data)["size"] is None
+    images, _ = decoded(data, image_size=24)
+    assert images.shape == (3, 24, 24, 3)
+    for image, source in zip(images, (wide, tall), strict=False):
+        assert np.array_equal(image, np.asarray(source.resize((24, 24), Image.Resampling.BILINEAR)))
+
+
+def test_the_size_is_that_of_both_splits(mixed):
+    data, _ = mixed(("0.png", picture((1, 1, 1))), test=[("0.png", picture((1, 1, 1), (20, 20)))])
+    assert datasets.resolve(data)["size"] is None
+
+
+def test_digest_is_of_content_not_of_times(data_of, pictures):
+    before = digest(data_of())
+    changed = pictures / "train" / "red" / "00.jpg"
+    os.utime(changed, ns=(1, 1))
+    assert digest(data_of()) == before
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    assert digest(data_of()) != before
+
+
+def test_digest_is_of_names_too(data_of, pictures):
+    before = digest(data_of())
+    (pictures / "train" / "red" / "00.jpg").rename(pictures / "train" / "red" / "000.jpg")
+    assert digest(data_of()) != before
+
+
+def test_digest_is_the_same_in_another_folder(data_of, pictures, tmp_path):
+    there = shutil.copytree(pictures, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert digest(data_of()) == digest(data_of(f"data.path={json.dumps(str(there))}"))
+
+
+def test_the_digest_is_worked_out_once(data_of, cache, monkeypatch):
+    first = datasets.resolve(data_of())
+    assert len(list((cache / "folders").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets, "_digest_and_size", None)
+        assert datasets.resolve(data_of()) == first
+        assert len(decoded(data_of())[0]) == 60
+    shutil.rmtree(cache)
+    assert datasets.resolve(data_of()) == first
+
+
+def test_images_that_changed_since_they_were_looked_at(data_of, pictures):
+    data = data_of()
+    facts = datasets.resolve(data)
+    picture((1, 2, 3)).save(pictures / "train" / "red" / "99.png")
+    line = fails(StageError, datasets.decode, data, facts, "train", 16)
+    assert line == "the images changed since `download` looked at them: run it again (`dvc repro`)"
+
+
+def test_decoding_leaves_the_warning_filters_alone(data_of):
+    before = list(warnings.filters)
+    decoded(data_of())
+    assert warnings.filters == before
+
+
+# --- folders that won't do
+
+
+def test_no_split(data_of, pictures):
+    shutil.rmtree(pictures / "test")
+    assert fails(UsageError, datasets.resolve, data_of()) == (
+        f'data.path: "{pictures}" has no folder test: expected PATH/train/<class>/ and PATH/test/<class>/'
+    )
+    shutil.rmtree(pictures)
+    assert "has no folder train" in fails(UsageError, datasets.resolve, data_of())
+
+
+def test_a_class_without_images(data_of, pictures):
+    for path in (pictures / "test" / "green").iterdir():
+        path.rename(path.with_suffix(".gif"))
+    assert fails(UsageError, datasets.resolve, data_of()) == (
+        "data.path: class test/green holds no image (.jpg, .jpeg, .png)"
+    )
+
+
+def test_a_class_in_one_split_only(data_of, pictures):
+    moved = pictures / "test" / "red"
+    moved.rename(moved.with_name("crimson"))
+    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: class red is in train/ but not in test/")
+    shutil.rmtree(pictures / "train" / "red")
+    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: class crimson is in test/ but not in train/")
+
+
+def test_one_class_is_none(data_of, pictures):
+    for split in ("train", "test"):
+        for name in ("red", "blue"):
+            shutil.rmtree(pictures / split / name)
+    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: 1 classes in train/: expected at least 2")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"", "no image format"), (b"<html>", "no image format"), (b"\x89PNG\r\n\x1a\n\0\0\0\1IHDR\0", "")],
+)
+def test_a_file_that_is_no_image(data_of, pictures, content, why):
+    (pictures / "train" / "red" / "05.png").write_bytes(content)
+    line = fails(UsageError, datasets.resolve, data_of())
+    assert line.startswith(f"data.path: train/red/05.png is not a readable image ({why}")
+    assert str(pictures) not in line
+
+
+@pytest.mark.parametrize("name", ["04.jpg", "05.png"])
+def test_a_file_that_was_cut(data_of, pictures, name):
+    path = pictures / "test" / "red" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    data = data_of()
+    facts = datasets.resolve(data)  # its first bytes say what it is
+    assert len(datasets.decode(data, facts, "train", 16)[0]) == 60
+    line = fails(UsageError, datasets.decode, data, facts, "test", 16)
+    assert line.startswith(f"data.path: test/red/{name} is not a readable image (")
+
+
+def test_a_png_damaged_inside(data_of, pictures):
+    path = pictures / "train" / "red" / "05.png"
+    content = bytearray(path.read_bytes())
+    content[60:80] = bytes(20)
+    path.write_bytes(content)
+    assert "train/red/05.png is not a readable image (" in fails(UsageError, decoded, data_of())
+
+
+def test_an_image_of_absurd_size(data_of, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    line = fails(UsageError, datasets.resolve, data_of())
+    assert line.startswith("data.path: train/blue/00.jpg is not a readable image (Image size (256 pixels) exceeds")
+
+
+def test_a_folder_or_a_dead_link_named_like_an_image(data_of, pictures):
+    odd = pictures / "train" / "red" / "99.png"
+    odd.mkdir()
+    assert fails(UsageError, datasets.resolve, data_of()).startswith("data.path: train/red/99.png is not a readable")
+    odd.rmdir()
+    try:
+        odd.symlink_to(pictures / "gone.png")
+    except OSError:
+        pytest.skip("no links here")
+    assert fails(UsageError, datasets.resolve, data_of()) == (
+        "data.path: train/red/99.png is not a readable image (No such file or directory)"
+    )
+
+
+def test_a_name_that_is_no_unicode(data_of, pictures):
+    odd = os.fsdecode(b"\xff.png")
+    try:
+        picture((1, 2, 3)).save(pictures / "train" / "red" / odd)
+    except (OSError, UnicodeError):
+        pytest.skip("no such names here")
+    line = fails(UsageError, datasets.resolve, data_of())
+    assert line == r"data.path: 'train/red/\udcff.png' is no Unicode name: rename it"
+
+
+# --- synthetic
+
+
+def synthetic(*overrides):
+    return config.load(["data.source=synthetic", "data.limit=null", *overrides]).data
+
+
+def test_synthetic_pixels_are_the_same_everywhere():
+    # A change of these is a change of the work: raise SYNTHETIC_VERSION with them.
+    assert datasets.SYNTHETIC_VERSION == "synthetic-1"
+    for split, expected in (
+        ("train", "28fad28a972de9f2cd9847efb9333ab1264b91992fd055c48f44fa756c0d05d8"),
+        ("test", "b83f29ad7d72f3400a4445a3672a50bb7bc50c63796587ba94d2bf0c5df2f598"),
+    ):
+        images, labels = decoded(synthetic(), split)
+        assert hashlib.sha256(images.tobytes()).hexdigest() == expected
+        assert np.bincount(labels).tolist() == [{"train": 500, "test": 100}[split]] * 10
+
+
+def test_synthetic_facts():
+    facts = datasets.resolve(synthetic())
+    assert (facts["source"], facts["digest"], facts["reason"]) == ("synthetic", "synthetic-1", None)
+    assert (facts["counts"], facts["size"]) == ({"train": 5000, "test": 1000}, [32, 32])
+    assert facts["classes"] == datasets.SYNTHETIC_CLASSES
+    assert len(set(facts["classes"])) == 10
+    for limit, each in ((7, (70, 70)), (200, (2000, 1000)), (9999, (5000, 1000))):
+        counts = datasets.resolve(synthetic(f"data.limit={limit}"))["counts"]
+        assert counts == dict(zip(("train", "test"), each, strict=True))
+
+
+def test_synthetic_limit_takes_the_first_of_each_class():
+    images, labels = decoded(synthetic("data.limit=3"))
+    more, more_labels = decoded(synthetic("data.limit=5"))
+    assert labels.tolist() == np.repeat(range(10), 3).tolist()
+    assert np.array_equal(images, np.concatenate([more[more_labels == label][:3] for label in range(10)]))
+    test, _ = decoded(synthetic("data.limit=3"), "test")
+    assert test.shape == images.shape
+    assert not (test == images).all((1, 2, 3)).any()
+
+
+def test_synthetic_classes_can_be_learnt():
+    def spectra(images):
+        grey = images.astype(float).mean(3)
+        flat = abs(np.fft.rfft2(grey - grey.mean((1, 2), keepdims=True))).reshape(len(images), -1)
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    train, labels = decoded(synthetic("data.limit=100"))
+    test, truth = decoded(synthetic("data.limit=50"), "test")
+    found = labels[(spectra(test) @ spectra(train).T).argmax(1)]  # the nearest neighbour's
+    right = [float((found == truth)[truth == label].mean()) for label in range(10)]
+    assert min(right) > 0.5  # by chance: 0.1
+    assert np.mean(right) > 0.75
+
+
+# --- cifar10
+
+
+def batch(first, count):
+    """A batch as it was published: `data` (N, 3072) planes of colours, labels in turn; pixel 0 counts."""
+    rows = np.zeros((count, 3, 32, 32), np.uint8)
+    rows[:, 0, 0, 0] = np.arange(first, first + count)
+    rows[:, 1, 2, 3] = 7
+    return pickle.dumps({"data": rows.reshape(count, -1), "labels": [(first + n) % 10 for n in range(count)]}, 2)
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path, data_of):
+    """A small archive stands for the published one; gives (data settings, an empty folder, archive)."""
+    torchvision = pytest.importorskip("torchvision.datasets")
+    contents = {name: batch(20 * index, 20) for index, name in enumerate(fetch.BATCH_MD5)}
+    contents["batches.meta"] = pickle.dumps({"label_names": datasets.CIFAR10_CLASSES}, 2)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(f"{fetch.BATCHES}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    digests = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(fetch, "BATCH_MD5", digests)
+    monkeypatch.setattr(fetch, "ARCHIVE_MD5", hashlib.md5(packed.getvalue()).hexdigest())
+    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", len(packed.getvalue()))
+    lists = [[name, md5] for name, md5 in digests.items() if name != "batches.meta"]
+    monkeypatch.setattr(torchvision.CIFAR10, "train_list", lists[:5])
+    monkeypatch.setattr(torchvision.CIFAR10, "test_list", lists[5:])
+    meta = torchvision.CIFAR10.meta | {"md5": digests["batches.meta"]}
+    monkeypatch.setattr(torchvision.CIFAR10, "meta", meta)
+    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: [])  # without a network
+    folder = tmp_path / "raw"
+    folder.mkdir()
+
+    def data(*overrides):
+        return data_of(f"data.path={json.dumps(str(folder))}", "data.source=cifar10", *overrides)
+
+    return data, folder, packed.getvalue()
+
+
+def test_cifar10_from_an_archive_put_there_by_hand(published):
+    data_of, folder, archive = published
+    (folder / fetch.ARCHIVE).write_bytes(archive)
+    data = data_of()
+    facts = datasets.resolve(data)
+    assert (facts["source"], facts["digest"]) == ("cifar10", f"md5:{fetch.ARCHIVE_MD5}")
+    assert facts["classes"] == datasets.CIFAR10_CLASSES
+    assert (facts["counts"], facts["size"]) == ({"train": 50_000, "test": 10_000}, [32, 32])
+    images, labels = datasets.decode(data, facts, "train", 96)
+    assert (images.shape, images.dtype, labels.dtype) == ((100, 32, 32, 3), np.uint8, np.int64)
+    assert images[:, 0, 0, 0].tolist() == list(range(100))
+    assert (images[:, 2, 3] == (0, 7, 0)).all()
+    assert labels.tolist() == list(range(10)) * 10
+    test, _ = datasets.decode(data, facts, "test", 96)
+    assert test[:, 0, 0, 0].tolist() == list(range(100, 120))
+
+
+def test_cifar10_limit_takes_the_first_of_each_class(published):
+    data_of, folder, archive = published
+    (folder / fetch.ARCHIVE).write_bytes(archive)
+    data = data_of("data.limit=2")
+    facts = datasets.resolve(data)
+    assert facts["counts"] == {"train": 20, "test": 20}
+    images, labels = datasets.decode(data, facts, "train", 96)
+    assert labels.tolist() == np.repeat(range(10), 2).tolist()
+    assert images[:, 0, 0, 0].tolist() == [n for label in range(10) for n in (label, label + 10)]
+
+
+def test_cifar10_that_was_damaged_is_not_unpickled(published):
+    data_of, folder, archive = published
+    (folder / fetch.ARCHIVE).write_bytes(archive)
+    data = data_of()
+    facts = datasets.resolve(data)
+    (folder / fetch.ARCHIVE).unlink()
+    (folder / fetch.BATCHES / "data_batch_3").write_bytes(b"cos\nabort\n(tR.")
+    assert "can't fetch cifar-10-python.tar.gz" in fails(StageError, datasets.decode, data, facts, "train", 96)
+
+
+def test_cifar10_that_cannot_be_had(published):
+    data_of, folder, _ = published
+    line = fails(StageError, datasets.resolve, data_of())
+    assert line.startswith("can't fetch cifar-10-python.tar.gz: no answer from ")
+    assert list(folder.iterdir()) == []
+
+
+# --- auto
+
+
+def test_auto_without_a_network_says_why(published):
+    data_of, folder, _ = published
+    facts = datasets.resolve(data_of("data.source=auto", "data.limit=5"))
+    assert (facts["requested"], facts["source"]) == ("auto", "synthetic")
+    assert facts["reason"] == "no mirror of CIFAR-10 answers"
+    assert (facts["digest"], facts["counts"]) == (datasets.SYNTHETIC_VERSION, {"train": 50, "test": 50})
+    assert list(folder.iterdir()) == []
+    images, _ = datasets.decode(data_of("data.source=auto", "data.limit=5"), facts, "train", 96)
+    assert images.shape == (50, 32, 32, 3)
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_auto_takes_what_is_there_without_a_network(published, unpacked):
+    data_of, folder, archive = published
+    (folder / fetch.ARCHIVE).write_bytes(archive)
+    if unpacked:
+        fetch.cifar10(folder, [], 1)
+        (folder / fetch.ARCHIVE).unlink()
+    facts = datasets.resolve(data_of("data.source=auto"))
+    assert (facts["requested"], facts["source"], facts["reason"]) == ("auto", "cifar10", None)
+
+
+def test_auto_with_mirrors_that_fail_says_why_without_our_path(published, monkeypatch):
+    data_of, folder, _ = published
+
+    def get(*_, **__):
+        raise requests.ConnectionError("reset")
+
+    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: list(urls))
+    monkeypatch.setattr(requests, "get", get)
+    # A path below the project's folder, as `data.path` mostly is.
+    monkeypatch.setattr(config, "ROOT", folder.parent)
+    data = data_of("data.source=auto", "data.path=raw", "data.mirrors=[https://mirror.invalid/a]")
+    facts = datasets.resolve(data)
+    assert facts["source"] == "synthetic"
+    assert "mirror.invalid broke the connection (ConnectionError)" in facts["reason"]
+    assert "in raw by hand" in facts["reason"]
+    assert str(folder) not in facts["reason"]
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_auto_refuses_a_wrong_archive_put_there_by_hand(published, monkeypatch, online):
+    data_of, folder, archive = published
+    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: list(urls) if online else [])
+    (folder / fetch.ARCHIVE).write_bytes(archive + b"more")
+    line = fails(UsageError, datasets.resolve, data_of("data.source=auto"))
+    assert "is not the published file" in line
+    assert (folder / fetch.ARCHIVE).read_bytes() == archive + b"more"
+
+
+# kept decoded
+
+
+def test_decoded_once(data_of, cache, monkeypatch):
+    data = data_of()
+    facts = datasets.resolve(data)
+    first = datasets.decode(data, facts, "train", 16)
+    monkeypatch.setattr(datasets, "_decoded", lambda *_: pytest.fail("decoded again"))
+    again = datasets.decode(data, facts, "train", 16)
+    for kept, made in zip(again, first, strict=True):
+        assert kept.dtype == made.dtype and (kept == made).all()
+    assert isinstance(again[0], np.memmap)
+
+
+@pytest.mark.parametrize("change", ["limit", "pillow", "content"])
+def test_what_decides_the_pixels_is_decoded_anew(data_of, pictures, monkeypatch, change):
+    data = data_of()
+    datasets.decode(data, datasets.resolve(data), "train", 16)
+    if change == "limit":
+        data = data_of("data.limit=2")
+    elif change == "pillow":
+        monkeypatch.setattr(datasets, "PIL_VERSION", "0.0")
+    else:
+        picture((9, 9, 9)).save(pictures / "train" / "blue" / "00.jpg")
+    decoded = []
+    original = datasets._decoded
+    monkeypatch.setattr(datasets, "_decoded", lambda *given: decoded.append(1) or original(*given))
+    images, labels = datasets.decode(data, datasets.resolve(data), "train", 16)
+    assert decoded and len(images) == len(labels) == (6 if change == "limit" else 60)
+    if change == "content":
+        assert images[0].mean() < 40
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+def test_a_damaged_file_is_decoded_anew(data_of, cache, name):
+    data = data_of()
+    facts = datasets.resolve(data)
+    images, labels = datasets.decode(data, facts, "train", 16)
+    (kept,) = cache.rglob(name)
+    kept.write_bytes(kept.read_bytes()[:200])
+    again = datasets.decode(data, facts, "train", 16)
+    assert (again[0] == images).all() and (again[1] == labels).all()
+
+
+def test_a_full_disk_costs_the_cache_alone(data_of, monkeypatch, capsys):
+    data = data_of()
+    facts = datasets.resolve(data)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(datasets.decode(data, facts, "train", 16)[0]) == 60
+    assert "decoded images are not kept: no disk space left" in capsys.readouterr().err

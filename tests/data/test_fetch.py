@@ -1,0 +1,567 @@
+"""Fetching and unpacking, against a small archive and a server on this machine that can misbehave."""
+
+import errno
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import fetch
+from pipeline.errors import StageError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCHES = {name: random.Random(name).randbytes(100_000) for name in fetch.BATCH_MD5}
+
+
+def md5(data):
+    return hashlib.md5(data).hexdigest()
+
+
+def tar_of(*members):
+    """A .tar.gz of (TarInfo or name, content) pairs."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for info, content in members:
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def folder_entry():
+    info = tarfile.TarInfo(fetch.BATCHES)
+    info.type = tarfile.DIRTYPE
+    return info, b""
+
+
+ARCHIVE = tar_of(
+    folder_entry(),
+    *((f"{fetch.BATCHES}/{name}", data) for name, data in [*BATCHES.items(), ("readme.html", b"")]),
+)
+SIZE = len(ARCHIVE)
+CUT = 300_000
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """The first word of the path says how it behaves."""
+
+    def do_GET(self):
+        asked = self.headers["Range"]
+        how = self.path.strip("/").split("/")[0]
+        self.server.requests.append((how, asked))
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        body = {
+            "wrong": bytes(SIZE),
+            "short": ARCHIVE[:CUT],
+            "long": ARCHIVE + b"more",
+            "endless": ARCHIVE + b"more",
+        }.get(how, ARCHIVE)
+        if how == "missing":
+            return self.answer(404, b"no such file")
+        if how == "page":
+            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+        if how == "page-of-any-length":
+            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"}, None)
+        if how == "refuses-range" and asked:
+            return self.answer(416, b"", {"Content-Range": f"bytes */{SIZE}"})
+        if how == "ignores-range" or not asked:
+            start, asked = 0, None
+        status, headers = 200, {"Content-Type": "application/x-gzip", "Content-Encoding": "x-gzip"}
+        if asked:
+            first = start + (1 if how == "elsewhere" else 0)
+            status, headers["Content-Range"] = 206, f"bytes {first}-{len(body) - 1}/{len(body)}"
+        if how in ("cut", "stall"):
+            self.answer(status, body[start : start + CUT], headers, length=len(body) - start)
+            if how == "stall":
+                self.server.released.wait(10)
+            return None
+        length = None if how in ("endless", "silent-end") else len(body) - start
+        if how == "silent-end":
+            body = body[:CUT]
+        return self.answer(status, body[start:], headers, length)
+
+    def answer(self, status, body, headers=None, length=-1):
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        if length is not None:
+            self.send_header("Content-Length", str(len(body) if length < 0 else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Mirror)
+        self.requests, self.connections, self.released = [], 0, threading.Event()
+
+    def process_request(self, request, client_address):
+        self.connections += 1
+        super().process_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        pass  # a client that hangs up is part of the tests
+
+    def urls(self, *hows):
+        return [f"http://127.0.0.1:{self.server_port}/{how}/archive.tar.gz" for how in hows]
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch):
+    """The small archive stands for the published one, and no proxy of this machine is in the way."""
+    monkeypatch.setattr(fetch, "ARCHIVE_MD5", md5(ARCHIVE))
+    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", SIZE)
+    monkeypatch.setattr(fetch, "BATCH_MD5", {name: md5(data) for name, data in BATCHES.items()})
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data" / "raw"
+
+
+def part_of(data):
+    return data / f"{fetch.ARCHIVE}.{md5(ARCHIVE)}.part"
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def put_batches(data):
+    for name, content in BATCHES.items():
+        put(data / fetch.BATCHES / name, content)
+
+
+def tree(folder):
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def fails(kind, call, *args):
+    """The one line that `call` fails with."""
+    with pytest.raises(StageError) as caught:
+        call(*args)
+    assert caught.type is kind
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What is there already
+
+
+def test_our_digests_are_those_of_torchvision(monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.undo()
+    meta = CIFAR10.meta
+    assert dict([*CIFAR10.train_list, *CIFAR10.test_list, (meta["filename"], meta["md5"])]) == fetch.BATCH_MD5
+    assert (CIFAR10.filename, CIFAR10.tgz_md5) == (fetch.ARCHIVE, fetch.ARCHIVE_MD5)
+    assert CIFAR10.base_folder == fetch.BATCHES
+
+
+def test_fetched_once(data, server):
+    assert not fetch.cifar10_present(data)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert fetch.cifar10_present(data)
+    assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
+    assert (data / fetch.ARCHIVE).read_bytes() == ARCHIVE
+    assert (data / fetch.BATCHES / "test_batch").read_bytes() == BATCHES["test_batch"]
+
+    connections = server.connections
+    assert server.requests == [("good", None)]
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert server.connections == connections  # not even a probe
+
+
+def test_batches_without_archive_are_taken(data, server):
+    put_batches(data)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert server.connections == 0
+
+
+def test_archive_put_by_hand_is_taken_and_kept(data, server):
+    put(data / fetch.ARCHIVE, ARCHIVE)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert fetch.cifar10_present(data)
+    assert (data / fetch.ARCHIVE).read_bytes() == ARCHIVE
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize("content", [ARCHIVE[:-1], b"", tar_of(("evil", b"evil"))], ids=["cut", "empty", "other"])
+def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
+    path = put(data / fetch.ARCHIVE, content)
+    message = fails(UsageError, fetch.cifar10, data, server.urls("good"), 5)
+    assert all(word in message for word in (str(path), md5(content), md5(ARCHIVE), "replace"))
+    assert tree(data) == {Path(fetch.ARCHIVE): content}
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_damaged_batches_come_again_from_the_archive(data, server, damage):
+    put(data / fetch.ARCHIVE, ARCHIVE)
+    put_batches(data)
+    batch = data / fetch.BATCHES / "data_batch_3"
+    if damage == "changed":
+        batch.write_bytes(b"evil" + BATCHES["data_batch_3"][4:])
+    else:
+        batch.unlink()
+    assert not fetch.cifar10_present(data)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert batch.read_bytes() == BATCHES["data_batch_3"]
+    assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
+    assert server.connections == 0
+
+
+def test_unreadable_batch_is_named(data, server):
+    put_batches(data)
+    batch = data / fetch.BATCHES / "data_batch_1"
+    batch.unlink()
+    batch.mkdir()
+    assert str(batch) in fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+
+
+def test_no_torch(data):
+    put_batches(data)
+    code = (
+        "import json, sys, pathlib; from pipeline.data import fetch; fetch.BATCH_MD5 = json.loads(sys.argv[2]);"
+        "fetch.cifar10(pathlib.Path(sys.argv[1]), [], 5);"
+        "print([m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(data), json.dumps(fetch.BATCH_MD5)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout.strip(), ended.stderr) == ("[]", "")
+
+
+# The download
+
+
+def test_a_cut_download_goes_on(data, server, capsys):
+    message = fails(StageError, fetch.cifar10, data, server.urls("cut"), 5)
+    assert "127.0.0.1 broke the connection" in message
+    have = part_of(data).stat().st_size
+    assert 0 < have <= CUT
+    assert part_of(data).read_bytes() == ARCHIVE[:have]
+    assert not (data / fetch.ARCHIVE).exists()
+
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert server.requests == [("cut", None), ("good", f"bytes={have}-")]
+    assert fetch.cifar10_present(data)
+    assert not part_of(data).exists()
+    said = capsys.readouterr().err
+    assert "continued at 0 MB" in said
+    assert "\r" not in said  # no bar where nobody watches
+
+
+def test_a_stalling_mirror_gives_way_to_the_next(data, server):
+    fetch.cifar10(data, server.urls("stall", "good"), 1.0)
+    assert fetch.cifar10_present(data)
+    (_, first), (how, then) = server.requests
+    assert (first, how) == (None, "good")
+    assert 0 < int(then.removeprefix("bytes=").removesuffix("-")) <= CUT
+
+
+def test_a_mirror_that_only_stalls_is_named(data, server):
+    assert "127.0.0.1 was silent for 0.3 s" in fails(StageError, fetch.cifar10, data, server.urls("stall"), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", "answered 404"),
+        ("page", "offered 26 bytes of text/html"),
+        ("short", f"offered {CUT} bytes"),
+        ("long", f"offered {SIZE + 4} bytes"),
+        ("endless", "sent more than"),
+        ("silent-end", f"ended after {CUT} of {SIZE} bytes"),
+        ("wrong", f"sent another file (md5 {md5(bytes(SIZE))})"),
+    ],
+)
+def test_a_bad_mirror(data, server, how, says):
+    message = fails(StageError, fetch.cifar10, data, server.urls(how), 5)
+    assert f"127.0.0.1 {says}" in message
+    assert str(data) in message  # where to put it by hand
+    assert not (data / fetch.ARCHIVE).exists()
+    assert not (data / fetch.BATCHES).exists()
+    assert part_of(data).exists() == (how in ("endless", "silent-end"))
+
+    fetch.cifar10(data, server.urls(how, "good"), 5)
+    assert fetch.cifar10_present(data)
+
+
+@pytest.mark.parametrize("how", ["missing", "page", "page-of-any-length", "short", "long"])
+def test_a_bad_mirror_leaves_what_was_fetched(data, server, how):
+    put(part_of(data), ARCHIVE[:CUT])
+    fails(StageError, fetch.cifar10, data, server.urls(how), 5)
+    assert part_of(data).read_bytes() == ARCHIVE[:CUT]
+
+
+@pytest.mark.parametrize("how", ["ignores-range", "refuses-range", "elsewhere"])
+def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
+    put(part_of(data), ARCHIVE[:CUT])
+    fetch.cifar10(data, server.urls(how), 5)
+    assert fetch.cifar10_present(data)
+    assert server.requests[0] == (how, f"bytes={CUT}-")
+    assert server.requests[1:] == ([] if how == "ignores-range" else [(how, None)])
+
+
+@pytest.mark.parametrize("damaged", [bytes(CUT), bytes(SIZE), bytes(SIZE + 1)], ids=["some", "all", "more"])
+def test_a_damaged_part_is_fetched_anew(data, server, damaged):
+    put(part_of(data), damaged)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert fetch.cifar10_present(data)
+    expected = [("good", f"bytes={CUT}-")] if len(damaged) == CUT else []
+    assert server.requests == [*expected, ("good", None)]
+
+
+def test_one_clean_retry_then_the_next_mirror(data, server):
+    put(part_of(data), ARCHIVE[:CUT])
+    fetch.cifar10(data, server.urls("wrong", "good"), 5)
+    assert server.requests == [("wrong", f"bytes={CUT}-"), ("wrong", None), ("good", None)]
+
+
+def test_a_whole_part_is_not_fetched_again(data, server):
+    put(part_of(data), ARCHIVE)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert fetch.cifar10_present(data)
+    assert server.requests == []
+
+
+def test_offline(data):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/archive.tar.gz"
+        message = fails(StageError, fetch.cifar10, data, [url, "no address"], 5)
+    assert f"no answer from {url}, no address" in message
+    assert not data.exists()
+
+
+def test_a_bar_on_a_terminal(data, server, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert "100%" in capsys.readouterr().err
+
+
+# The disk
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for CUT bytes more."""
+
+    room = CUT
+
+    def write(self, content):
+        taken = super().write(content[: self.room])
+        self.room -= taken
+        if taken == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return taken
+
+
+def test_no_space_for_the_download(data, server, monkeypatch):
+    plain_open = Path.open
+
+    def open_on_full_disk(path, mode="r", **options):
+        if "b" in mode and mode != "rb":
+            return io.BufferedWriter(FullDisk(path, mode))
+        return plain_open(path, mode, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_on_full_disk)
+        message = fails(StageError, fetch.cifar10, data, server.urls("good", "good"), 5)
+    assert "no disk space" in message
+    assert len(server.requests) == 1  # another mirror would not help
+    assert part_of(data).read_bytes() == ARCHIVE[:CUT]
+    assert {p.name for p in data.iterdir()} == {part_of(data).name}
+
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert server.requests[1:] == [("good", f"bytes={CUT}-")]
+    assert fetch.cifar10_present(data)
+
+
+def test_no_space_to_unpack(data, server, monkeypatch):
+    put(data / fetch.ARCHIVE, ARCHIVE)
+    put(data / fetch.BATCHES / "data_batch_1", b"damaged")
+    before = tree(data)
+
+    def copy_some(source, target):
+        target.write(source.read(10))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", copy_some)
+        assert "no disk space" in fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+    assert tree(data) == before
+
+    fetch.cifar10(data, server.urls("good"), 5)
+    assert fetch.cifar10_present(data)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, server):
+    put(tmp_path / "raw", b"")
+    message = fails(StageError, fetch.cifar10, tmp_path / "raw", server.urls("good"), 5)
+    assert f"can't write {tmp_path / 'raw'}" in message
+
+
+# Archives that want to write elsewhere
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "../evil",
+        "/tmp/trainmark-evil",
+        "evil",
+        f"{fetch.BATCHES}/../evil",
+        f"{fetch.BATCHES}/..",
+        f"{fetch.BATCHES}/deeper/evil",
+        f"{fetch.BATCHES}/..\\evil",
+        f"{fetch.BATCHES}/C:evil",
+        f"/{fetch.BATCHES}/evil",
+        special(f"{fetch.BATCHES}/evil", tarfile.SYMTYPE, "/etc/passwd"),
+        special(f"{fetch.BATCHES}/evil", tarfile.SYMTYPE, "good"),
+        special(f"{fetch.BATCHES}/evil", tarfile.LNKTYPE, f"{fetch.BATCHES}/good"),
+        special(f"{fetch.BATCHES}/evil", tarfile.LNKTYPE, "../outside"),
+        special(f"{fetch.BATCHES}/evil", tarfile.FIFOTYPE),
+        special(f"{fetch.BATCHES}/evil", tarfile.CHRTYPE),
+        special(f"{fetch.BATCHES}/deeper", tarfile.DIRTYPE),
+        special(fetch.BATCHES, tarfile.SYMTYPE, "/"),
+    ],
+    ids=lambda member: member if isinstance(member, str) else f"{member.type!r} {member.linkname}",
+)
+def test_members_out_of_place_are_refused(tmp_path, member):
+    good = (f"{fetch.BATCHES}/good", b"good")
+    content = tar_of(folder_entry(), good, (member, b"evil" if isinstance(member, str) else b""))
+    put(tmp_path / "outside", b"outside")
+    path = put(tmp_path / "data" / "a.tar.gz", content)
+    before = tree(tmp_path)
+    message = fails(StageError, fetch.unpack, path, tmp_path / "data" / fetch.BATCHES, md5(content))
+    assert "evil" in message or "no plain file" in message
+    assert tree(tmp_path) == before
+    assert not Path("/tmp/trainmark-evil").exists()
+
+
+def test_a_member_twice_is_refused(tmp_path):
+    content = tar_of(*[(f"{fetch.BATCHES}/good", b"good")] * 2)
+    path = put(tmp_path / "a.tar.gz", content)
+    fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(content))
+    assert tree(tmp_path) == {Path("a.tar.gz"): content}
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MOST_UNPACKED_BYTES", 250_000)
+    path = put(tmp_path / "a.tar.gz", ARCHIVE)
+    message = fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(ARCHIVE))
+    assert "more than 250000 bytes" in message
+    assert tree(tmp_path) == {Path("a.tar.gz"): ARCHIVE}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [ARCHIVE[:CUT], ARCHIVE[:20] + bytes(99) + ARCHIVE[119:], b"text", b""],
+    ids=["cut", "changed", "text", "empty"],
+)
+def test_a_damaged_archive_is_not_unpacked(tmp_path, content):
+    path = put(tmp_path / "a.tar.gz", content)
+    assert str(path) in fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(content))
+    assert tree(tmp_path) == {Path("a.tar.gz"): content}
+
+
+@pytest.mark.parametrize(("at", "bytes_there"), [(-8, b"0000"), (100_000, b"\xff" * 1000)], ids=["checksum", "inside"])
+def test_an_archive_damaged_in_its_compression(tmp_path, at, bytes_there):
+    tar = gzip.decompress(tar_of((f"{fetch.BATCHES}/good", b" ".join(b"%d" % n for n in range(99_999)))))
+    packed = bytearray(gzip.compress(tar.rstrip(b"\0")))  # no end mark: tarfile reads up to the checksum
+    packed[at % len(packed) : at % len(packed) + len(bytes_there)] = bytes_there
+    path = put(tmp_path / "a.tar.gz", packed)
+    assert "can't be unpacked" in fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(packed))
+    assert tree(tmp_path) == {Path("a.tar.gz"): packed}
+
+
+def test_nothing_is_unpacked_with_a_wrong_digest(tmp_path):
+    path = put(tmp_path / "a.tar.gz", ARCHIVE)
+    assert "0" * 32 in fails(UsageError, fetch.unpack, path, tmp_path / fetch.BATCHES, "0" * 32)
+    assert tree(tmp_path) == {Path("a.tar.gz"): ARCHIVE}
+
+
+def test_a_sound_archive_with_other_batches_is_not_taken(data, server, monkeypatch):
+    put(data / fetch.ARCHIVE, ARCHIVE)
+    monkeypatch.setitem(fetch.BATCH_MD5, "test_batch", "0" * 32)
+    fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+
+
+# Who answers
+
+
+def test_reachable_in_the_given_order(server):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
+        first, second = server.urls("b", "a")
+        bad = ["", "no address", "http://", "http://[", f"http://:{server.server_port}/no-host"]
+        assert fetch.any_reachable([first, gone, *bad, second]) == [first, second]
+        assert server.connections <= 1  # one probe a host
+        assert fetch.reachable(first)
+        assert not fetch.reachable(gone)
+    assert server.requests == []
+
+
+def test_a_name_that_is_looked_up_for_ever(monkeypatch):
+    released = threading.Event()
+    ended = []
+
+    def looked_up(*_, **__):
+        ended.append(released.wait(60))
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    assert fetch.any_reachable(["https://a.invalid/x", "https://b.invalid/x"], timeout=0.2) == []
+    assert ended == []  # nobody waited for it
+    released.set()
+
+
+def test_the_proxy_is_probed(server, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}")
+    assert fetch.reachable("https://mirror.invalid/x")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    assert not fetch.reachable("https://mirror.invalid/x")

@@ -1,0 +1,373 @@
+"""What the tools of each system print, as recorded, and what is told from it; what must never be told."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from pipeline.profiling import system_info
+
+GIB = 2**30
+ROOT = Path(system_info.__file__).parents[2]
+
+SMI_FIELDS = ("name", "memory.total", "driver_version", "power.default_limit", "uuid")
+DESKTOP = "NVIDIA GeForce GTX 1060 6GB, 6144, 560.35.03, 120.00, GPU-5f0c8f1e-0000-1111-2222-333344445555\n"
+LAPTOP = "NVIDIA GeForce RTX 3060 Laptop GPU, 6144, 550.120, [N/A], GPU-0a1b2c3d-0000-1111-2222-333344445555\n"
+NO_DRIVER = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
+    "Make sure that the latest NVIDIA driver is installed and running.\n\n"
+)
+LSPCI = """\
+00:00.0 "Host bridge [0600]" "Intel Corporation [8086]" "8th Gen Core Host Bridge [3ec4]" -r07 -p00 "Lenovo [17aa]" "Device [3fd1]"
+00:02.0 "VGA compatible controller [0300]" "Intel Corporation [8086]" "CoffeeLake-H GT2 [UHD Graphics 630] [3e9b]" -p00 "Lenovo [17aa]" "Device [3fd1]"
+01:00.0 "VGA compatible controller [0300]" "NVIDIA Corporation [10de]" "GP106 [GeForce GTX 1060 6GB] [1c03]" -ra1 -p00 "ASUSTeK Computer Inc. [1043]" "Device [85ac]"
+03:00.0 "VGA compatible controller [0300]" "Advanced Micro Devices, Inc. [AMD/ATI] [1002]" "Navi 31 [Radeon RX 7900 XT/7900 XTX/7900M] [744c]" -rc8 -p00 "XFX Limited [1eae]" "Device [7901]"
+04:00.0 "VGA compatible controller [0300]" "Intel Corporation [8086]" "Device [7d55]" -r08 -p00 "Dell [1028]" "Device [0c8c]"
+"""  # noqa: E501
+SYSCTL_M1 = """\
+hw.model: MacBookAir10,1
+machdep.cpu.brand_string: Apple M1
+kern.osproductversion: 15.1
+hw.perflevel0.name: Performance
+hw.perflevel0.physicalcpu: 4
+hw.perflevel1.name: Efficiency
+hw.perflevel1.physicalcpu: 4
+"""
+IOREG_M1 = """\
++-o AGXAcceleratorG13G_B0  <class AGXAcceleratorG13G_B0, id 0x1000004b7, registered, matched, active, busy 0>
+    {
+      "MetalPluginName" = "AGXMetalG13G_B0"
+      "gpu-core-count" = 8
+      "GPUConfigurationVariable" = {"num_gps"=2,"gpu_gen"=13,"num_cores"=8,"num_mgpus"=1}
+    }
+"""
+IOREG_PRODUCT = """\
++-o product  <class IOPlatformDevice, id 0x100000115, !registered, !matched, active, busy 0, retain 5>
+    {
+      "product-name" = <"MacBook Air (M1, 2020)">
+    }
+"""
+DISPLAYS_M1 = """\
+{
+  "SPDisplaysDataType" : [
+    {
+      "_name" : "Apple M1",
+      "spdisplays_mtlgpufamilysupport" : "spdisplays_metal3",
+      "spdisplays_ndrvs" : [ { "_name" : "Color LCD", "_spdisplays_pixels" : "2880 x 1800" } ],
+      "spdisplays_vendor" : "sppci_vendor_Apple",
+      "sppci_bus" : "spdisplays_builtin",
+      "sppci_cores" : "8",
+      "sppci_device_type" : "spdisplays_gpu",
+      "sppci_model" : "Apple M1"
+    }
+  ]
+}
+"""
+HARDWARE = {"model": "LENOVO 20XW", "cpu": "Intel(R) Core(TM) i7-8700", "cores": 6, "memory_gib": 15.5}
+
+
+@pytest.fixture
+def fresh():
+    """Nothing remembered from this machine before the test, nor of the test's machine after it."""
+    caches = (system_info.facts, system_info.gpus, system_info._sysctl, system_info._cards)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def pci(root: Path, *devices: tuple[str, str, str]) -> Path:
+    """Linux' view of a bus with devices of these classes, vendors and ids."""
+    for index, (kind, vendor, device) in enumerate(devices):
+        files = {"class": f"0x{kind}", "vendor": f"0x{vendor}", "device": f"0x{device}"}
+        tree(root, {f"0000:{index:02x}:00.0/{key}": text for key, text in files.items()})
+    return root
+
+
+def recorded(monkeypatch, system: str, outputs: dict[str, str]) -> None:
+    """Puts the recorded output of each tool in its place; a tool without one isn't installed."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(system_info, "output", lambda *command: next(
+        (text for start, text in outputs.items() if " ".join(command).startswith(start)), ""
+    ))  # fmt: skip
+
+
+def test_nvidia_smi_tells_a_card_and_a_laptop_leaves_its_power_limit_out():
+    desktop, laptop = (system_info.nvidia_gpu(row) for row in system_info.parse_smi(DESKTOP + LAPTOP, SMI_FIELDS))
+    assert desktop == {
+        "vendor": "NVIDIA",
+        "name": "NVIDIA GeForce GTX 1060 6GB",
+        "for_training": True,
+        "memory_gib": 6.0,
+        "driver": "560.35.03",
+        "default_power_limit_watts": 120.0,
+    }
+    assert "default_power_limit_watts" not in laptop
+    assert system_info.parse_smi(NO_DRIVER, SMI_FIELDS) == []
+
+
+def test_a_card_whose_driver_does_not_answer_is_there_without_a_driver(monkeypatch, tmp_path, fresh):
+    bus = pci(tmp_path, ("030000", "8086", "3e9b"), ("030000", "10de", "1c03"), ("060000", "8086", "3ec4"))
+    monkeypatch.setattr(system_info, "PCI", bus)
+    recorded(monkeypatch, "linux", {"nvidia-smi": NO_DRIVER, "lspci": LSPCI})
+    assert system_info.gpus() == [
+        {"vendor": "Intel", "name": "Intel UHD Graphics 630", "for_training": False},
+        {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 1060 6GB", "for_training": True},
+    ]
+
+
+def test_a_card_is_told_once_where_its_driver_and_the_bus_both_show_it(monkeypatch, tmp_path, fresh):
+    monkeypatch.setattr(system_info, "PCI", pci(tmp_path, ("030000", "10de", "1c03"), ("030200", "10de", "1c03")))
+    recorded(monkeypatch, "linux", {"nvidia-smi": DESKTOP, "lspci": LSPCI})
+    assert [gpu["driver"] for gpu in system_info.gpus()] == ["560.35.03"]
+
+
+def test_without_lspci_a_card_goes_by_its_id_and_consoles_of_servers_are_no_gpus(monkeypatch, tmp_path, fresh):
+    bus = pci(tmp_path, ("030200", "10de", "1c60"), ("030000", "1a03", "2000"), ("030000", "102b", "0536"))
+    monkeypatch.setattr(system_info, "PCI", bus)
+    recorded(monkeypatch, "linux", {})
+    assert system_info.gpus() == [{"vendor": "NVIDIA", "name": "NVIDIA GPU 10de:1c60", "for_training": True}]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "device", "description", "name", "for_training"),
+    [
+        (
+            "1002",
+            "744c",
+            system_info.parse_lspci(LSPCI)["1002:744c"],
+            "AMD Radeon RX 7900 XT/7900 XTX/7900M",
+            True,
+        ),
+        ("1002", "740f", "Aldebaran/MI200 [Instinct MI210]", "AMD Instinct MI210", True),
+        ("1002", "1636", "Renoir [Radeon RX Vega 6 (Ryzen 4000/5000 Mobile Series)]", None, False),
+        ("1002", "164e", "Raphael", "AMD Raphael", False),
+        ("8086", "56a0", "DG2 [Arc A770]", "Intel Arc A770", True),
+        ("8086", "56a0", "Intel(R) Arc(TM) A770 Graphics", "Intel Arc A770 Graphics", True),  # Windows
+        ("8086", "56a0", "", "Intel GPU 8086:56a0", True),
+        ("8086", "7d55", "Meteor Lake-P [Intel Arc Graphics]", "Intel Arc Graphics", False),
+        ("10de", "2684", "AD102 [GeForce RTX 4090]", "NVIDIA GeForce RTX 4090", True),
+        ("10de", "0df4", "GF108M [GeForce GT 540M]", "NVIDIA GeForce GT 540M", False),  # of 2011
+    ],
+)
+def test_cards_train_and_display_adapters_in_processors_do_not(vendor, device, description, name, for_training):
+    gpu = system_info.pci_gpu(vendor, device, description=description)
+    assert gpu["for_training"] is for_training
+    assert name is None or gpu["name"] == name
+
+
+def test_lspci_knows_no_name_for_a_device_newer_than_its_list():
+    assert "8086:7d55" not in system_info.parse_lspci(LSPCI)
+
+
+def test_windows_tells_one_adapter_or_several(monkeypatch, fresh):
+    intel = {
+        "Name": "Intel(R) UHD Graphics 770",
+        "PNPDeviceID": r"PCI\VEN_8086&DEV_4680&SUBSYS_86941043&REV_0C\3&1",
+    }
+    nvidia = {
+        "Name": "NVIDIA GeForce GTX 1060 6GB",
+        "PNPDeviceID": r"PCI\VEN_10DE&DEV_1C03&SUBSYS_37261462\4&2",
+    }
+    remote = {"Name": "Microsoft Remote Display Adapter", "PNPDeviceID": r"SWD\REMOTEDISPLAYENUM\RDPIDD"}
+    assert system_info.windows_gpus(json.dumps(intel))[0]["name"] == "Intel UHD Graphics 770"
+    recorded(monkeypatch, "win32", {"nvidia-smi": DESKTOP, "powershell": json.dumps([intel, nvidia, remote])})
+    assert [(gpu["vendor"], gpu["for_training"]) for gpu in system_info.gpus()] == [
+        ("NVIDIA", True),
+        ("Intel", False),
+    ]
+    assert system_info.windows_name("Windows 10 Pro", "23H2", 22631) == "Windows 11 Pro 23H2"
+    assert system_info.windows_name("Windows 10 Pro", "22H2", 19045) == "Windows 10 Pro 22H2"
+
+
+def test_a_mac_tells_its_chip_its_kinds_of_core_and_its_gpu(monkeypatch, fresh):
+    outputs = {
+        "sysctl": SYSCTL_M1,
+        "ioreg -rd1 -c AGXAccelerator": IOREG_M1,
+        "ioreg -rd1 -c IOPlatformDevice": IOREG_PRODUCT,
+        "ioreg -rd1 -c IOPlatformExpertDevice": '"IOPlatformUUID" = "00000000-1111-2222-3333-444455556666"',
+    }
+    recorded(monkeypatch, "darwin", outputs)
+    gpu = {"vendor": "Apple", "name": "Apple M1", "for_training": True, "cores": 8}
+    facts = system_info.facts()
+    assert facts["gpus"] == [gpu] == system_info.parse_displays(DISPLAYS_M1)
+    told = {key: facts[key] for key in ("model", "cpu", "os", "performance_cores", "efficiency_cores")}
+    assert told == {
+        "model": "MacBook Air (M1, 2020), MacBookAir10,1",
+        "cpu": "Apple M1",
+        "os": "macOS 15.1",
+        "performance_cores": 4,
+        "efficiency_cores": 4,
+    }
+    assert "00000000-1111" not in json.dumps(facts)
+
+
+def test_a_python_for_intel_on_an_apple_chip_still_finds_the_chip(monkeypatch, fresh):
+    translated = "hw.model: MacBookAir10,1\nmachdep.cpu.brand_string: VirtualApple @ 2.50GHz\n"
+    outputs = {"sysctl": translated, "arch -arm64 sysctl": SYSCTL_M1, "ioreg -rd1 -c AGX": IOREG_M1}
+    recorded(monkeypatch, "darwin", outputs)
+    assert system_info.gpus()[0]["name"] == "Apple M1"
+
+
+def test_a_mac_with_an_intel_chip_or_in_a_virtual_machine_has_no_gpu_for_torch():
+    for name in ("Intel Iris Plus Graphics 655", "Apple Paravirtual device"):
+        text = json.dumps({"SPDisplaysDataType": [{"_name": name, "sppci_model": name}]})
+        assert [gpu["for_training"] for gpu in system_info.parse_displays(text)] == [False]
+
+
+def test_the_cpu_is_named_on_x86_and_on_arm_which_gives_numbers_only():
+    x86 = "processor\t: 0\nmodel\t\t: 158\nmodel name\t: Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz\n"
+    assert system_info.parse_cpuinfo(x86) == "Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz"
+    core = "processor\t: {}\nBogoMIPS\t: 48.00\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {}\n\n"
+    big_little = "".join(core.format(index, part) for index, part in enumerate(["0xd05"] * 4 + ["0xd0b"] * 4))
+    assert system_info.parse_cpuinfo(big_little) == "Cortex-A55 + Cortex-A76"
+    assert system_info.parse_cpuinfo(core.format(0, "0xfff")) == "ARM 0x41:0xfff"
+    assert system_info.parse_cpuinfo("") is None
+
+
+def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
+    names = {"sys_vendor": "HP", "product_name": "HP EliteBook 840 G8 Notebook PC"}
+    bought = tree(tmp_path / "a", {f"sys/class/dmi/id/{key}": text for key, text in names.items()})
+    assert system_info.linux_model(bought) == "HP EliteBook 840 G8 Notebook PC"
+    names = {"sys_vendor": "System manufacturer", "product_name": "System Product Name"}
+    names |= {"board_vendor": "ASUSTeK COMPUTER INC.", "board_name": "PRIME B450-PLUS"}
+    built = tree(tmp_path / "b", {f"sys/class/dmi/id/{key}": text for key, text in names.items()})
+    assert system_info.linux_model(built) == "ASUSTeK COMPUTER INC. PRIME B450-PLUS"
+    board = tree(tmp_path / "c", {"proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"})
+    assert system_info.linux_model(board) == "Raspberry Pi 5 Model B Rev 1.0"
+    assert system_info.linux_model(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("cpus", "limits", "told"),
+    [
+        (8, (None, None, None), {}),
+        (2, (None, None, None), {"usable_cores": 2}),
+        (8, (4.0, 2 * GIB, GIB), {"usable_cores": 4, "memory_limit_gib": 2.0}),
+        (2, (0.25, None, None), {"usable_cores": 0.25}),
+        (8, (64.0, 64 * GIB, GIB), {}),  # more than there is
+    ],
+)
+def test_what_a_process_may_use_is_told_where_it_is_less_than_all(monkeypatch, fresh, cpus, limits, told):
+    recorded(monkeypatch, "linux", {})
+    monkeypatch.setattr(system_info.os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.setattr(system_info.cgroup, "limits", lambda: system_info.cgroup.Limits(*limits))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    facts = system_info.facts()
+    assert {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts} == told
+    assert facts["logical_cores"] == 8
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs taskset and two cores"
+)
+def test_a_part_of_the_cores_is_another_machine():
+    script = "import json, os; from pipeline.profiling import system_info; os.sched_setaffinity(0, {}); print(json.dumps(system_info.facts()))"
+    every = os.sched_getaffinity(0)
+    whole, part = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", script.format(cpus)], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for cpus in (every, {min(every)})
+    )
+    assert part["usable_cores"] == 1
+    assert whole["machine"] != part["machine"]
+
+
+def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
+    mouse = {"hidpp_battery_0/type": "Battery", "hidpp_battery_0/scope": "Device"}
+    desktop = tree(tmp_path / "a", mouse | {"hidpp_battery_0/status": "Discharging"})
+    assert system_info.linux_power_source(desktop) is None
+    laptop = {"AC/type": "Mains", "AC/online": "0", "BAT0/type": "Battery", "BAT0/status": "Discharging"}
+    assert system_info.linux_power_source(tree(tmp_path / "b", laptop)) == "battery"
+    # A weak charger: on the mains, and the battery still gives some.
+    assert system_info.linux_power_source(tree(tmp_path / "b", {"AC/online": "1"})) == "mains"
+
+
+def test_the_power_limit_of_now_is_told_where_all_cards_of_the_name_agree(monkeypatch):
+    recorded(monkeypatch, "linux", {"nvidia-smi": "A, 100.00\nB, 250.00\nB, 300.00\nC, [N/A]\nA, 100.00\n"})
+    assert [system_info.power_limit_watts(name) for name in "ABCD"] == [100.0, None, None, None]
+    recorded(monkeypatch, "linux", {"nvidia-smi": "A, 80.00\n"})
+    assert system_info.power_limit_watts("A") == 80.0  # set anew since
+
+
+def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines_apart():
+    gpu = {
+        "vendor": "NVIDIA",
+        "name": "NVIDIA GeForce GTX 1060 6GB",
+        "for_training": True,
+        "driver": "560.35.03",
+    }
+    bus = [{"vendor": "10de", "device": "1c03", "memory_gib": 0.0}]
+    here = system_info.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
+    assert here == system_info.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
+    assert here == system_info.fingerprint(HARDWARE, [], bus, "a" * 32)
+    for memory in (15.4, 15.6, 16.0):  # of 16
+        assert here == system_info.fingerprint(HARDWARE | {"memory_gib": memory}, [gpu], bus, "a" * 32)
+    others = {
+        system_info.fingerprint(HARDWARE, [gpu], bus, "b" * 32),
+        system_info.fingerprint(HARDWARE, [gpu], bus * 2, "a" * 32),
+        system_info.fingerprint(HARDWARE | {"memory_gib": 31.3}, [gpu], bus, "a" * 32),
+        system_info.fingerprint(HARDWARE | {"usable_cores": 3}, [gpu], bus, "a" * 32),
+        system_info.fingerprint(HARDWARE | {"memory_limit_gib": 8.0}, [gpu], bus, "a" * 32),
+    }
+    assert len(others | {here}) == 6
+
+
+@pytest.mark.parametrize(
+    ("reported", "installed"),
+    [(0.5, 0.5), (7.6, 8), (11.4, 12), (13.9, 16), (14.1, 16), (15.9, 16), (36.0, 48), (503.5, 512)],
+)
+def test_memory_counts_by_the_size_that_is_sold(reported, installed):
+    assert system_info.installed_gib(reported) == installed
+
+
+def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
+    script = (
+        "import json, sys; from pipeline.profiling import system_info; facts = system_info.facts(); "
+        "print(json.dumps([facts, 'torch' in sys.modules], allow_nan=False))"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    first, second = (
+        json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    )
+    assert first == second
+    facts, imports_torch = first
+    assert not imports_torch
+    assert len(facts["machine"]) == 12 and int(facts["machine"], 16) >= 0
+    assert facts["memory_gib"] > 0 and facts["python"] == platform.python_version()
+    assert not [key for key, value in facts.items() if value in (None, "", 0, "unknown")]
+
+    text = json.dumps({key: value for key, value in facts.items() if key != "machine"})
+    assert str(Path.home()) not in text
+    names = [socket.gethostname(), psutil.Process().username().split("\\")[-1]]
+    # A name such as "vm" or "root" is part of many words; as a value of its own it would be a leak.
+    assert not [name for name in names if f'"{name}"' in text or (len(name) > 6 and name in text)]
+
+
+def test_a_process_is_as_old_as_the_clock_says():
+    first, passed = system_info.process_age(), time.perf_counter()
+    time.sleep(0.05)
+    second, passed = system_info.process_age(), time.perf_counter() - passed
+    assert second - first == pytest.approx(passed, abs=0.03)
+    assert first == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)

@@ -1,0 +1,557 @@
+"""What a run shows: parameters, tags, data sets, warnings and a description, from which no path leaks."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import config, files
+from pipeline.errors import StageError, UsageError
+from pipeline.profiling import score_steps
+from pipeline.tracking import records
+
+HARDWARE = {
+    "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "logical_cores": 4,
+    "os": "Debian GNU/Linux 12", "torch": "2.14.1", "gpus": [],
+}  # fmt: skip
+GPU = {
+    "name": "NVIDIA T4",
+    "memory_gib": 14.6,
+    "gpu_cores": 40,
+    "power_limit_watts": 70.0,
+    "driver": "580.65",
+    "threads": 3,
+}
+
+
+SPEED = score_steps.metric("convnet_fp32", "images_per_second")
+"""The figure of a sustained step."""
+
+
+def backend(kind="cuda", index=0, name=None):
+    return SimpleNamespace(kind=kind, index=index, name=name or kind)
+
+
+def inputs_of(settings, **changes):
+    """What `download` would write down for `settings`."""
+    data = {
+        "requested": settings.data.source, "source": "folder", "digest": "sha256:d1", "limit": settings.data.limit,
+        "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16], "reason": None,
+    }  # fmt: skip
+    weights = {
+        "model": settings.work.model, "requested": config.shareable(settings.work.weights), "used": "random",
+        "digest": None, "hub": None, "reason": None,
+    }  # fmt: skip
+    inputs = {"data": data, "weights": weights, "fallback": []}
+    for key, value in changes.items():
+        inputs[key] = value if key == "fallback" else inputs[key] | value
+    return inputs
+
+
+def tags_of(settings, *, inputs=None, hardware=HARDWARE, on=None, accelerator=GPU, conditions=None, fallback=()):
+    return records.tags(
+        settings,
+        inputs or inputs_of(settings),
+        hardware,
+        on or backend(),
+        accelerator,
+        conditions or {},
+        list(fallback),
+    )
+
+
+def line(call, *args):
+    with pytest.raises(UsageError) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# --- what download left
+
+
+def test_inputs_are_those_that_download_left(settings_of, tmp_path):
+    settings = settings_of("data.limit=5")
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings))
+    assert records.inputs_for(settings, tmp_path) == inputs_of(settings)
+
+
+def test_inputs_fit_whatever_does_not_concern_them(settings_of, tmp_path):
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
+    for other in ("seed=3", "epochs=2", "recipe=finetune", "device=cpu", "image_size=32"):
+        records.inputs_for(settings_of(other), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.source=synthetic", 'data.source: "synthetic" is not what `download` looked at ("folder"): '),
+        ("data.limit=3", "data.limit: 3 is not what `download` looked at (null): "),
+        ("model=resnet34", 'model: "resnet34" is not what `download` looked at ("resnet18.a1_in1k"): '),
+        ("weights=pretrained", 'weights: "pretrained" is not what `download` looked at ("random"): '),
+        ("weights=/srv/a.safetensors", 'weights: "a.safetensors" is not what `download` looked at ("random"): '),
+    ],
+)
+def test_inputs_for_other_settings_are_refused(settings_of, tmp_path, override, said):
+    files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
+    message = line(records.inputs_for, settings_of(override), tmp_path)
+    assert message == said + "run `python -m pipeline.download` with the same settings first"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/srv/models/mine.safetensors",
+        "mine.safetensors",
+        "~/mine.safetensors",
+        "weights/mine.safetensors",
+    ],
+)
+def test_inputs_fit_weights_from_a_file(settings_of, tmp_path, path):
+    settings = settings_of(f"weights={path}")
+    left = inputs_of(settings, weights={"requested": config.shareable(path), "used": "file", "digest": "sha256:w1"})
+    files.write_json(tmp_path / "inputs.json", left)
+    assert records.inputs_for(settings, tmp_path) == left
+
+
+# --- parameters
+
+
+def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_of):
+    found = records.params(settings_of("recipe=blog", "seed=4", "lr=0.25"))
+    assert {key.partition(".")[0] for key in found} == {"train", "settings"}
+    assert all(type(value) is str for value in found.values())
+    assert found["train.optimizer"] == "ranger21"
+    assert found["train.lr"] == "0.25"
+    assert found["train.normalize"] == "false"
+    assert found["train.threads"] == "null"
+    assert found["train.optimizer_options.num_warm_up_iterations"] == "0"
+    assert not any("momentum" in key for key in found)  # of an optimizer that was not chosen
+    assert found["train.scheduler_options.max_lr"] == "0.1"
+    assert found["settings.recipe"] == "blog"
+    assert found["settings.seed"] == "4"
+    assert found["settings.data.source"] == "folder"
+    assert found["settings.tracking.experiment"] == "trainmark"
+    assert json.loads(found["settings.data.mirrors"]) == list(settings_of().data.mirrors)
+
+
+def test_every_key_of_the_recipe_and_of_the_settings_is_there(settings_of):
+    found = records.params(settings_of())
+    shown = {key.replace("recipes.NAME", "train") for key, *_ in config.describe()}
+    for key in shown:
+        name = key if key.startswith("train.") else f"settings.{key}"
+        assert any(other == name or other.startswith(f"{name}.") for other in found), name
+
+
+def test_prefixes_of_what_is_trained_are_json(settings_of):
+    assert records.params(settings_of("trainable=[layer4, fc]"))["train.trainable"] == '["layer4", "fc"]'
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("data/raw", "data/raw"),
+        ("weights/mine.safetensors", "weights/mine.safetensors"),
+        ("/home/jane/pictures", "pictures"),
+        ("/home/jane/pictures/", "pictures"),
+        ("~/pictures", "pictures"),
+        ("../jane/pictures", "pictures"),
+        ("C:\\Users\\jane\\pictures", "pictures"),
+        ("c:/Users/jane/pictures", "pictures"),
+        ("\\\\server\\jane\\pictures", "pictures"),
+        ("pretrained", "pretrained"),
+    ],
+)
+def test_of_a_path_outside_the_project_the_last_part_alone_is_shared(path, shown):
+    assert config.shareable(path) == shown
+
+
+def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
+    settings = settings_of(f"weights={tmp_path}/jane/mine.safetensors")
+    assert settings.data.path == str(pictures)
+    weights = {"used": "file", "digest": "sha256:w1"}
+    inputs = inputs_of(settings, weights=weights)
+    own = tags_of(settings, inputs=inputs)
+    shared = [
+        records.effective(settings),
+        records.params(settings),
+        own,
+        records.datasets(inputs, {"train": 54, "validation": 6}, 0),
+        records.warnings(settings, inputs, own, None, False),
+    ]
+    text = json.dumps(shared)
+    assert str(tmp_path) not in text
+    assert "jane" not in text
+    assert records.params(settings)["settings.data.path"] == "pictures"
+    assert records.params(settings)["train.weights"] == "mine.safetensors"
+
+
+def test_the_runs_own_settings_hold_the_chosen_recipe_alone(settings_of):
+    settings = settings_of("recipe=finetune", "epochs=3")
+    own = records.effective(settings)
+    assert list(own["recipes"]) == ["finetune"]
+    assert own["recipes"]["finetune"]["epochs"] == 3
+    assert "linear-probe" not in config.dump(own)
+    described = {key.partition(".")[0] for key, *_ in config.describe()}
+    assert set(own) == described
+
+
+# --- tags
+
+
+def test_tags_say_what_ran_where(settings_of):
+    settings = settings_of("recipe=blog", "precision=bf16", "label=my desk")
+    inputs = inputs_of(settings)
+    assert tags_of(settings, inputs=inputs, on=backend(index=1), conditions={"power_source": "mains"}) == {
+        "hardware": "NVIDIA T4",
+        "hardware.model": "LENOVO 20XW",
+        "hardware.memory_gib": "14.6",
+        "hardware.cpu": "AMD EPYC",
+        "hardware.cores": "2",
+        "hardware.usable_cores": "4",
+        "hardware.gpu_cores": "40",
+        "hardware.power_limit_watts": "70.0",
+        "machine": "b72054f1a41b",
+        "label": "my desk",
+        "device": "cuda:1",
+        "backend": "cuda",
+        "software.os": "Debian GNU/Linux 12",
+        "software.torch": "2.14.1",
+        "software.threads": "3",
+        "software.driver": "580.65",
+        "recipe": "blog",
+        "precision": "bf16",
+        "dataset": "folder",
+        "weights": "random",
+        "workload": config.workload(settings.work, inputs),
+        "software.execution": str(config.EXECUTION_VERSION),
+        "power_source": "mains",
+    }
+
+
+def test_a_part_of_a_machine_says_how_much_it_may_use(settings_of):
+    found = tags_of(settings_of(), hardware=HARDWARE | {"usable_cores": 1.5, "memory_limit_gib": 2.0})
+    assert (found["hardware.usable_cores"], found["hardware.memory_limit_gib"]) == ("1.5", "2.0")
+
+
+def test_facts_that_are_not_known_have_no_tag(settings_of):
+    found = tags_of(
+        settings_of(), hardware={"machine": "b72054f1a41b"}, on=backend("mps"), accelerator={"name": "Apple M3"}
+    )
+    assert set(found) == {
+        "hardware", "machine", "device", "backend", "software.execution", "recipe", "precision", "dataset", "weights",
+        "workload",
+    }  # fmt: skip
+    assert "None" not in found.values()
+
+
+@pytest.mark.parametrize(("index", "shown"), [(0, "cuda"), (1, "cuda:1")])
+def test_amds_gpus_are_driven_as_cuda_by_the_backend_rocm(settings_of, index, shown):
+    found = tags_of(settings_of(), on=backend(index=index, name="rocm"))
+    assert (found["device"], found["backend"]) == (shown, "rocm")
+
+
+# --- demos
+
+
+def test_a_run_with_a_fallback_is_a_demo_by_name_and_experiment(settings_of):
+    settings = settings_of("recipe=blog", "tracking.experiment=mine")
+    own = tags_of(settings, fallback=["data", "device"])
+    assert own["fallback"] == "data device"
+    assert records.run_name(own) == "DEMO · NVIDIA T4 · blog · fp32"
+    assert records.experiment(settings, own) == "mine-demo"
+
+
+def test_a_run_without_one_is_none(settings_of):
+    settings = settings_of("recipe=blog", "tracking.experiment=mine")
+    own = tags_of(settings)
+    assert records.run_name(own) == "NVIDIA T4 · blog · fp32"
+    assert records.experiment(settings, own) == "mine"
+
+
+# --- warnings
+
+
+def warnings_of(settings, inputs=None, own=None, unused=None, overridden=False):
+    inputs = inputs or inputs_of(settings)
+    return records.warnings(settings, inputs, own or tags_of(settings, inputs=inputs), unused, overridden)
+
+
+def test_a_run_as_it_should_be_has_no_warnings(settings_of, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # which says nothing on cuda
+    assert warnings_of(settings_of()) == []
+
+
+def test_each_fallback_is_said_with_its_reason(settings_of):
+    inputs = inputs_of(
+        settings_of(), data={"reason": "no mirror"}, weights={"reason": "no hub"}, fallback=["data", "weights"]
+    )
+    assert warnings_of(settings_of(), inputs, unused="NVIDIA GTX 1060 is there, but old") == [
+        "DEMO: generated pictures in place of CIFAR-10 (no mirror)",
+        "DEMO: random weights in place of pretrained ones (no hub)",
+        "DEMO: trained on the CPU beside a GPU: NVIDIA GTX 1060 is there, but old",
+    ]
+
+
+def test_metal_test_split_and_optimizers_rate_are_said(settings_of, monkeypatch):
+    settings = settings_of("recipe=blog")
+    own = tags_of(settings, on=backend("mps"))
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    found = warnings_of(settings, own=own, overridden=True)
+    assert len(found) == 3
+    for word, said in zip(("Metal", "test split", "ranger21 overrides the schedule"), found, strict=True):
+        assert word in said
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
+    assert len(warnings_of(settings, own=own)) == 1
+
+
+# --- data sets
+
+
+def test_each_split_is_a_data_set_with_its_purpose(settings_of):
+    rows = records.datasets(inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}, 0)
+    assert [(row["name"], row["context"]) for row in rows] == [
+        ("folder-train", "training"), ("folder-validation", "validation"), ("folder-test", "testing")
+    ]  # fmt: skip
+    assert [json.loads(row["profile"]) for row in rows] == [
+        {"images": count, "classes": ["blue", "green", "red"]} for count in (54, 6, 30)
+    ]
+    assert all(0 < len(row["digest"]) <= 36 for row in rows)
+    assert len({row["digest"] for row in rows}) == 3
+
+
+def test_digests_tell_other_images_apart_and_nothing_else(settings_of):
+    inputs, counts = inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}
+
+    def digests(inputs=inputs, counts=counts, seed=0):
+        return [row["digest"] for row in records.datasets(inputs, counts, seed)]
+
+    same = digests()
+    assert digests() == same
+    reseeded = digests(seed=1)
+    assert reseeded[2] == same[2]  # the test split is the same under every seed
+    assert not set(reseeded[:2]) & set(same)
+    for other in ({"digest": "sha256:d2"}, {"limit": 3}):
+        assert not set(digests(inputs_of(settings_of(), data=other))) & set(same)
+    alone = records.datasets(inputs, {"test": 30}, 0)[0]
+    assert alone["digest"] == same[2]  # what evaluate says beside what train said
+
+
+# --- description
+
+
+@pytest.fixture
+def record(settings_of):
+    settings = settings_of("recipe=finetune")
+    own = tags_of(settings)
+    last = {"epoch": 2, "speed/train_images_per_second": 12345.6}
+    return {
+        "tags": own,
+        "facts": {
+            "model": "resnet18.a1_in1k", "trainable": 5130, "parameters": 11181642, "images": {"train": 45000},
+            "classes": ["blue", "green", "red"], "verdict": "limited by compute: 99% of the speed of one fixed batch",
+        },
+        "metrics": {"best/val_accuracy": 0.8765, "best/epoch": 2, "time/total_seconds": 61.5},
+        "epochs": [{"figures": {"epoch": 1}}, {"figures": last}],
+        "warnings": [],
+    }  # fmt: skip
+
+
+def test_the_description_says_machine_work_and_result(record):
+    text = records.description(record, {})
+    machine, work, result, part = text.strip().split("\n\n")
+    assert machine == (
+        "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
+    )
+    assert work.startswith(f"**Work** `finetune` (workload `{record['tags']['workload']}`): resnet18.a1_in1k with ")
+    assert "5,130 of 11,181,642 parameters trained on 45,000 images of 3 classes (folder) for 2 epochs, fp32" in work
+    assert result == (
+        "**Result** best validation accuracy 87.65% in epoch 2; 61.50 s in all; last epoch 12,346 images/s"
+    )
+    assert part == "**Machine's part** limited by compute: 99% of the speed of one fixed batch"
+    assert text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_the_description_after_evaluation_says_the_test_accuracy(record):
+    text = records.description(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
+    assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in text
+
+
+def test_the_description_of_features_computed_once_says_their_speed(record):
+    record["metrics"]["speed/feature_images_per_second"] = 2345.6
+    record["epochs"][-1]["figures"].pop("speed/train_images_per_second")
+    text = records.description(record, {})
+    assert "the frozen network's features computed once at 2,346 images/s" in text
+    assert "last epoch" not in text
+
+
+@pytest.fixture
+def sustained():
+    """What `sustain` found."""
+    figures = {SPEED: 8765.4, score_steps.metric("convnet_fp32", "batch_size"): 128.0}
+    return {"metrics": figures, "tags": {score_steps.tag("convnet_fp32", "precision"): "fp32"}, "warnings": []}
+
+
+def test_the_description_says_what_the_machine_keeps_up(record, sustained):
+    before = records.description(record, {})
+    text = records.description(record, {"sustain": sustained})
+    assert text == f"{before}\n**Sustained** convnet fp32 8,765.4 images/s (fp32, batch 128)\n"
+    older = {
+        "metrics": {"speed/sustained_images_per_second": 8765.4},
+        "tags": {"sustained.workload": "0123456789"},
+        "warnings": [],
+    }
+    text = records.description(record, {"sustain": older})
+    assert text.startswith(before) and "8,765 images/s" in text and "`0123456789`" in text
+
+
+def test_the_description_says_nothing_of_what_was_not_sustained(record):
+    nothing = {"metrics": {}, "tags": {}, "warnings": []}
+    assert records.description(record, {"sustain": nothing}) == records.description(record, {})
+
+
+def test_the_description_lists_the_warnings(record, sustained):
+    record["warnings"] = ["the machine ran on battery", "validated on the test split"]
+    said = "**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n"
+    assert records.description(record, {}).endswith(said)
+    sustained["warnings"] = ["while one step was repeated, the machine ran on battery"]
+    assert records.description(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
+    record["warnings"] = []
+    text = records.description(record, {"sustain": sustained})
+    assert text.endswith(f"**Warnings**\n\n- {sustained['warnings'][0]}\n")
+
+
+def test_the_description_of_a_machine_that_tells_little(record):
+    own = copy.deepcopy(record["tags"])
+    for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
+        del own[key]
+    record["tags"] = own
+    assert records.description(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
+
+
+# --- repeats
+
+
+@pytest.mark.parametrize(("repeat", "below"), [(1, ""), (2, "/repeats/2"), (10, "/repeats/10")])
+def test_the_first_repeat_lies_where_a_single_training_does(tmp_path, repeat, below):
+    found = records.folders(tmp_path, repeat)
+    assert {stage: path.relative_to(tmp_path).as_posix() for stage, path in found.items()} == {
+        stage: stage + below for stage in ("train", "evaluate", "sustain")
+    }
+
+
+def test_all_repeats_that_were_trained_are_read_in_their_order(tmp_path):
+    for repeat in range(1, 12):
+        folder = records.folders(tmp_path, repeat)["train"]
+        files.write_json(folder / "record.json", {"tags": {"repeat": str(repeat), "repeats": "11"}})
+    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == list(range(1, 12))
+    (records.folders(tmp_path, 7)["train"] / "record.json").unlink()
+    assert [records.repeat_of(each) for each in records.present(tmp_path)] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    with pytest.raises(StageError, match=r"7.record\.json is missing"):
+        records.trained(tmp_path)
+    files.write_json(tmp_path / "train" / "record.json", {"tags": {}})
+    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == [1] and records.planned(tmp_path) == 1
+
+
+def test_where_nothing_was_trained_a_single_training_is_missing(tmp_path):
+    assert records.planned(tmp_path) == 1 and records.present(tmp_path) == []
+    with pytest.raises(StageError, match=r"record\.json is missing"):
+        records.trained(tmp_path)
+
+
+@pytest.mark.parametrize(("fallback", "demo"), [({}, ""), ({"fallback": "data"}, "DEMO · ")])
+def test_repeats_are_numbered_and_the_run_above_says_how_many(fallback, demo):
+    own = {"hardware": "M1", "recipe": "blog", "precision": "fp32", "repeats.id": "a", "repeats": "5"} | fallback
+    assert records.run_name(own | {"repeat": "2"}) == f"{demo}M1 · blog · fp32 · 2/5"
+    assert records.run_name(own) == f"{demo}M1 · blog · fp32 × 5"
+
+
+def test_the_summary_is_median_and_sample_deviation_of_what_all_have():
+    found = records.summary(
+        [
+            {"test/accuracy": 0.5, "time/total_seconds": 9.0, "time/to_target_seconds": 5.0},
+            {"test/accuracy": 0.75, "time/total_seconds": 1.0},
+            {"test/accuracy": 1.0, "time/total_seconds": 2.0, "time/to_target_seconds": 1.0},
+        ]
+    )
+    assert found == {
+        "test/accuracy": 0.75, "std/test/accuracy": 0.25,
+        "time/total_seconds": 2.0, "std/time/total_seconds": pytest.approx(19**0.5),
+    }  # fmt: skip
+
+
+def test_the_course_is_the_median_of_each_epoch(record):
+    three = [copy.deepcopy(record) for _ in range(3)]
+    for each, losses in zip(three, ([4.0, 3.0], [1.0, 2.0], [2.0, 9.0]), strict=True):
+        each["epochs"] = [
+            {"at": 100 * number + int(loss), "system": [{}], "figures": {"epoch": number, "train/loss": loss}}
+            for number, loss in enumerate(losses, 1)
+        ]
+    three[1]["epochs"][1]["figures"]["energy"] = 1.0
+    assert records.course(three) == [
+        {"at": 104, "figures": {"epoch": 1, "train/loss": 2.0}, "system": []},
+        {"at": 209, "figures": {"epoch": 2, "train/loss": 3.0}, "system": []},
+    ]
+    assert [type(epoch["figures"]["epoch"]) for epoch in records.course(three[:2])] == [int, int]
+
+
+def test_tags_above_repeats_are_those_that_all_share_and_every_word_of_any():
+    first = {"hardware": "M1", "repeats": "2", "repeat": "1", "energy.source": "rapl", "taints": "load", "label": None}
+    other = {"hardware": "M1", "repeats": "2", "repeat": "2", "repeat.pause_seconds": "3.0", "energy.source": "nvml"}
+    other |= {"taints": "swap load", "behavior": "thermal", "sustained.taints": "load"}
+    assert records.shared_tags([first, other]) == {
+        "hardware": "M1", "repeats": "2", "energy.source": None, "taints": "load swap", "label": None,
+        "behavior": "thermal", "sustained.taints": "load",
+    }  # fmt: skip
+    assert records.shared_tags([first | {"taints": None}, {"hardware": "M2"}])["taints"] is None
+
+
+def repeats_of(record, count=3):
+    found = []
+    for number in range(1, count + 1):
+        own = copy.deepcopy(record)
+        own["tags"] |= {"repeats.id": "a" * 32, "repeat": str(number), "repeats": str(count)}
+        own |= {"experiment": "trainmark", "started": 1, "params": {"settings.seed": str(number + 6)}}
+        own["metrics"] |= {"time/total_seconds": 10.0 + number, "best/val_accuracy": number / 8}
+        found.append({"train": own, "evaluate": {"metrics": {"test/accuracy": number / 4}}})
+    return found
+
+
+def test_what_stands_above_repeats_begins_with_what_they_share(record):
+    (_, second, _) = repeats_of(record)
+    second["train"]["tags"] |= {"taints": "load", "behavior": "drift", "repeat.pause_seconds": "3.0"}
+    second["train"]["params"] |= {"train.lr": "0.1"}
+    found = records.parent(second["train"])
+    assert found["name"].endswith(" × 3") and found["params"] == {"train.lr": "0.1"} and found["datasets"] == []
+    assert found["tags"] == record["tags"] | {"repeats.id": "a" * 32, "repeats": "3"}
+
+
+def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(record, sustained):
+    three = repeats_of(record)
+    for each, speed in zip(three, (100.0, 104.0, 102.0), strict=True):
+        each["sustain"] = copy.deepcopy(sustained)
+        each["sustain"]["metrics"][SPEED] = speed
+    three[1]["train"]["warnings"] = three[2]["train"]["warnings"] = ["it was hot"]
+    text = records.parent_description(three)
+    for words in (
+        "**Machine**", "**Work**", "**Sustained** convnet fp32 102.0 images/s (fp32, batch 128)",
+        "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
+        "test accuracy 50.00% (25.00% to 75.00%), best validation accuracy 25.00% (12.50% to 37.50%)",
+        "| Seconds in all | convnet fp32 |", "| 1 | 7 | 25.00% | 12.50% | 11.00 | 100.0 |",
+        "| 3 | 9 | 75.00% | 37.50% | 13.00 | 102.0 |", "- it was hot (repeat 2, 3)",
+    ):  # fmt: skip
+        assert words in text, words
+    del three[1]["evaluate"], three[1]["sustain"]
+    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in records.parent_description(three)
+
+
+def test_above_repeats_that_nothing_was_sustained_beside_stands_nothing_of_it(record):
+    text = records.parent_description(repeats_of(record))
+    assert "**Sustained**" not in text and "| 1 | 7 | 25.00% | 12.50% | 11.00 |\n" in text
+
+
+def test_a_description_ends_where_mlflow_has_no_more_room(record):
+    text = records.parent_description(repeats_of(record, 400))
+    assert 7900 < len(text) <= records.DESCRIPTION_LENGTH
+    assert text.endswith(" |\n\nMore in the repeats' own runs.\n")
