@@ -61,7 +61,7 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
         "setup": clock.total("setup"),
         "speed": images / clock.total("features") if work.job.on_features else trained,
         "steps": work.job.times.percentiles(),
-        "fault": backend.recording_fault,
+        "fault": backend.capture_error,
         "how": {
             "features": "cache" if work.job.on_features else "recompute",
             "channels_last": work.channels_last,
@@ -79,13 +79,13 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
     return result
 
 
-def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.Work, float]:
+def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.TrainingSetup, float]:
     """What a training needs, built, warmed up and put back to its beginning, with the bytes that a step takes on the
     device; its clock has `setup`."""
     recipe = settings.work
     backend = setup.device_for(settings.device, recipe)
     backend.release_memory()  # what an earlier turn held
-    clock = Clock(backend.synchronise)
+    clock = Clock(backend.synchronize)
     path = weights_of(recipe)
     with clock.span("setup"):
         work = setup.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
@@ -95,7 +95,7 @@ def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.Work,
 
 
 def trained_once(
-    work: setup.Work, settings: config.Settings, splits: setup.Splits, working: float
+    work: setup.TrainingSetup, settings: config.Settings, splits: setup.Splits, working: float
 ) -> tuple[list[dict[str, Any]], list[float], str]:
     """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
     where the images lay; the work's clock has `training.TOTAL`."""
@@ -110,7 +110,7 @@ def trained_once(
     for row in loop.train(
         work.job,
         lambda epoch: setup.shuffled(work, samples["train"], settings.seed, epoch),
-        lambda: batching.batches(setup.validated_in(samples), recipe.batch_size, backend),
+        lambda: batching.batches(setup.val_split(samples), recipe.batch_size, backend),
     ):
         rows.append(row)
         at.append(time.perf_counter())
@@ -119,15 +119,15 @@ def trained_once(
 
 def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> float:
     """Seconds that so many steps take."""
-    backend.synchronise()
+    backend.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    backend.synchronise()
+    backend.synchronize()
     return time.perf_counter() - start
 
 
-def _fixed_speed(work: setup.Work, splits: setup.Splits, passed: int) -> float:
+def _fixed_speed(work: setup.TrainingSetup, splits: setup.Splits, passed: int) -> float:
     """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
     backend = work.job.backend
     step, size = setup.fixed_step(work, splits)

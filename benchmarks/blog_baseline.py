@@ -91,7 +91,7 @@ def baseline(
     optimizer, scheduler = setup.schedule(recipe, network, len(train[0]))
     per_batch = recipe.scheduler_step == "batch"
     _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
-    backend.synchronise()
+    backend.synchronize()
     rows = []
     for _ in range(epochs):
         start = time.perf_counter()

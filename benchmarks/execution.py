@@ -48,11 +48,11 @@ def step_of(
 
 def speed(backend: devices.Backend, step: Callable[[], None], batch: int) -> float:
     """Images a second over STEPS steps."""
-    backend.synchronise()
+    backend.synchronize()
     start = time.perf_counter()
     for _ in range(STEPS):
         step()
-    backend.synchronise()
+    backend.synchronize()
     return STEPS * batch / (time.perf_counter() - start)
 
 
@@ -78,7 +78,7 @@ def main(device: str = "auto", batch: str = "1024") -> None:
             start = time.perf_counter()
             for _ in range(5):
                 step()
-            backend.synchronise()
+            backend.synchronize()
             key = (precision, "channels_last" if layout else "contiguous", "benchmark" if tuned else "", compiled)
             ways[key] = [time.perf_counter() - start]
             ways[key] += [speed(backend, step, int(batch)) for _ in range(ROUNDS)]

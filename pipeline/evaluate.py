@@ -97,16 +97,16 @@ def _measured(
     net = net.to(backend.device).to(memory_format=setup.layout(channels_last))
 
     height, width, _ = test.inputs.shape[1:]
-    enlarge = batching.filters(height, width, recipe.image_size, backend.device)
+    enlarge = batching.resize_weights(height, width, recipe.image_size, backend.device)
 
     def ready(images: Tensor) -> Tensor:
         return batching.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
-    totals = loop.Totals(backend.device)
-    score = loop.scorer(net, ready, backend, recipe.precision, totals)
+    totals = loop.RunningMetrics(backend.device)
+    score = loop.make_eval_step(net, ready, backend, recipe.precision, totals)
     sizes = setup.sizes(test, recipe.batch_size)
     loop.evaluate(net, score, totals, [setup.first(test, size, backend) for size in sizes])
-    clock = Clock(backend.synchronise)
+    clock = Clock(backend.synchronize)
     predictions: list[Tensor] = []
     with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
         if record["tags"]["data.placement"] == "device":

@@ -213,7 +213,7 @@ def _repeated(step: score_steps.Step, recipe: config.Recipe, seconds: float, bac
     """Raises OutOfMemoryError where the batch does not fit."""
     images = _made(BATCHES * recipe.batch_size, recipe.image_size)
     work = _built(recipe, images, backend)
-    if not backend.refuses_memory:
+    if not backend.raises_oom:
         _refuse_too_large(work, images)
     batches = _forever(images.to(backend.device), recipe.batch_size)
     steps = _steps_a_slice(work, batches, seconds)
@@ -224,15 +224,15 @@ def _repeated(step: score_steps.Step, recipe: config.Recipe, seconds: float, bac
     return Course(recipe.batch_size, slices, spent)
 
 
-def _built(recipe: config.Recipe, images: batching.Split, backend: devices.Backend) -> setup.Work:
+def _built(recipe: config.Recipe, images: batching.Split, backend: devices.Backend) -> setup.TrainingSetup:
     """The step's model on the device, in training mode."""
     splits = {"train": images, "validation": images}
-    work = setup.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronise))
+    work = setup.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronize))
     work.job.set_mode()
     return work
 
 
-def _refuse_too_large(work: setup.Work, images: batching.Split) -> None:
+def _refuse_too_large(work: setup.TrainingSetup, images: batching.Split) -> None:
     """Raises OutOfMemoryError where a step would take more memory than is free. A CPU does not refuse: it swaps, or the
     system kills the process."""
     backend = work.job.backend
@@ -247,7 +247,9 @@ def _forever(images: batching.Split, batch_size: int) -> Iterator[tuple[torch.Te
     return itertools.cycle(list(cut))
 
 
-def _steps_a_slice(work: setup.Work, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float) -> int:
+def _steps_a_slice(
+    work: setup.TrainingSetup, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float
+) -> int:
     """How many steps make a slice, by the second step: the first one also does what is done once."""
     job, clock = work.job, work.job.clock
     with clock.span("first step"):
@@ -259,7 +261,7 @@ def _steps_a_slice(work: setup.Work, batches: Iterator[tuple[torch.Tensor, torch
 
 def _slices(
     title: str,
-    work: setup.Work,
+    work: setup.TrainingSetup,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     steps: int,
     seconds: float,
@@ -301,7 +303,7 @@ def _largest_batch(device: str, step: score_steps.Step) -> int | None:
     found."""
     recipe = dataclasses.replace(_recipe(step, "fp32", step.batch_size), graph=False)
     backend = setup.device_for(device, recipe)
-    if not backend.refuses_memory:
+    if not backend.raises_oom:
         return None
     try:
         with backend.memory_errors():

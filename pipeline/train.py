@@ -55,7 +55,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     _check(recipe)
     energy.check(settings.energy.source)
     backend = setup.device_for(settings.device, recipe)
-    clock = Clock(backend.synchronise)
+    clock = Clock(backend.synchronize)
     hardware = files.read_json(folder / "hardware.json")
     inputs = records.inputs_for(settings, folder)
     unused = devices.unused_gpu() if settings.device == "auto" else None
@@ -91,7 +91,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
 
 
 def _train(
-    work: setup.Work,
+    work: setup.TrainingSetup,
     splits: setup.Splits,
     shown: Shown,
     settings: config.Settings,
@@ -166,7 +166,7 @@ def _shown(images: batching.Split, seed: int, classes: Sequence[str]) -> Shown:
     return images.inputs.numpy()[chosen], [classes[label] for label in images.labels.numpy()[chosen]]
 
 
-def _measured(work: setup.Work, splits: setup.Splits) -> Measured:
+def _measured(work: setup.TrainingSetup, splits: setup.Splits) -> Measured:
     """Warms up, and takes the machine's measure."""
     clock = work.job.clock
     with clock.span("setup"):
@@ -177,7 +177,7 @@ def _measured(work: setup.Work, splits: setup.Splits) -> Measured:
 
 
 def _epochs(
-    work: setup.Work,
+    work: setup.TrainingSetup,
     splits: setup.Splits,
     settings: config.Settings,
     record: dict[str, Any],
@@ -189,8 +189,8 @@ def _epochs(
     backend = job.backend
     with clock.span("setup"):
         setup.restart(work, seed)
-    if backend.recording_fault:
-        record["warnings"].append(f"launched piece by piece, since it can't be recorded: {backend.recording_fault}")
+    if backend.capture_error:
+        record["warnings"].append(f"launched piece by piece, since it can't be recorded: {backend.capture_error}")
     joules: dict[str, list[float]] = {}
     chosen = settings.energy.source
     with energy.source(chosen, backend.energy) as reading:
@@ -209,7 +209,7 @@ def _epochs(
                 for name, split in samples.items():
                     samples[name] = setup.features(work, split, advance)
             record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
-        train, validated = samples["train"], setup.validated_in(samples)
+        train, validated = samples["train"], setup.val_split(samples)
 
         def train_batches(epoch: int) -> loop.Batches:
             return setup.shuffled(work, train, seed, epoch)
@@ -252,7 +252,7 @@ def _account(
         terminal.say(f"energy   not measured: {why}")
 
 
-def _judge(record: dict[str, Any], work: setup.Work, splits: setup.Splits, measured: Measured) -> None:
+def _judge(record: dict[str, Any], work: setup.TrainingSetup, splits: setup.Splits, measured: Measured) -> None:
     """Holds the speed against the machine's own ceilings, and taints the record where it is impossibly far above
     them."""
     clock, backend = work.job.clock, work.job.backend
@@ -296,7 +296,7 @@ def _advice(
         return reason
     plain = dataclasses.replace(settings.work, weights="random", graph=False, compile="off")
     with backend.memory_errors():
-        work = setup.build(plain, settings.seed, classes, None, splits, backend, Clock(backend.synchronise))
+        work = setup.build(plain, settings.seed, classes, None, splits, backend, Clock(backend.synchronize))
     largest = setup.largest_batch(work, tuple(splits["train"].inputs.shape[1:]), below=tried)
     if not largest:
         return reason
@@ -317,7 +317,7 @@ def _record(
     settings: config.Settings,
     hardware: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    work: setup.Work,
+    work: setup.TrainingSetup,
     splits: setup.Splits,
     unused_gpu: str | None,
     before: system_state.Sample,

@@ -17,7 +17,7 @@ from pipeline.training import loop, optimizers
 class Standin(Backend):
     """Tensors are the CPU's, time is its own: what `queue` takes passes when somebody waits for the device.
 
-    `calls` holds in order what was asked of it: `synchronise`, `now`, `reset`, `peak`, and of `Marked`, `mark`.
+    `calls` holds in order what was asked of it: `synchronize`, `now`, `reset`, `peak`, and of `Marked`, `mark`.
     """
 
     kind = name = "mps"
@@ -38,8 +38,8 @@ class Standin(Backend):
     def queue(self, seconds):
         self.queued += seconds
 
-    def synchronise(self):
-        self.calls.append("synchronise")
+    def synchronize(self):
+        self.calls.append("synchronize")
         self.time += self.queued
         self.queued = 0.0
 
@@ -61,11 +61,11 @@ class Standin(Backend):
 class Marked(Standin):
     """With marks in its queue: a mark is reached when what was queued before it is done."""
 
-    def mark(self):
+    def record_event(self):
         self.calls.append("mark")
         return self.time + self.queued
 
-    def seconds_between(self, first, last):
+    def elapsed_seconds(self, first, last):
         assert last <= self.time  # the device was waited for
         return last - first
 
@@ -111,7 +111,7 @@ class Recording(Cpu):
         super().__init__()
         self.recorder = Recorder(warm_ups)
 
-    def captured(self, function):
+    def capture_graph(self, function):
         return Captured(function, self.recorder, self.fails)
 
     @staticmethod
@@ -137,7 +137,7 @@ class Away(Cpu):
     def device(self):
         return Elsewhere("cpu")
 
-    def send(self, tensors):
+    def to_device_async(self, tensors):
         copies = tuple(tensor.clone() for tensor in tensors)
         self.sent.append([weakref.ref(copy) for copy in copies])
 
@@ -204,11 +204,11 @@ def job_of(
         )
         return built, schedule
 
-    return loop.Job(
+    return loop.TrainLoop(
         network=network,
         build=build,
         backend=backend,
-        clock=Clock(backend.synchronise, getattr(backend, "now", time.perf_counter)),
+        clock=Clock(backend.synchronize, getattr(backend, "now", time.perf_counter)),
         ready=ready,
         set_mode=set_mode or network.train,
         epochs=epochs,

@@ -110,7 +110,7 @@ def test_a_batch_of_each_size_is_passed_before_the_clock_starts(outputs, monkeyp
 def test_the_speed_is_images_over_the_time_of_the_clock(outputs, monkeypatch):
     readings = iter([10.0, 12.5])
     real = evaluate.Clock
-    monkeypatch.setattr(evaluate, "Clock", lambda synchronise: real(synchronise, lambda: next(readings)))
+    monkeypatch.setattr(evaluate, "Clock", lambda synchronize: real(synchronize, lambda: next(readings)))
     assert evaluate.run(generated(), outputs)["metrics"]["speed/test_images_per_second"] == 60 / 2.5
 
 

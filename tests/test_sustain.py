@@ -472,7 +472,7 @@ def test_a_processor_is_not_given_more_than_its_free_memory(repeat, slices, monk
 class Refusing(Cpu):
     """A device that says no: it has no room for more than 8 images."""
 
-    refuses_memory = True
+    raises_oom = True
 
     def __init__(self):
         super().__init__()

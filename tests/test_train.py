@@ -485,9 +485,9 @@ LASTING = {
 class Scripted(Clock):
     """Its time passes in spans alone, in each as long as is said, and for a quarter of a second before each."""
 
-    def __init__(self, synchronise):
+    def __init__(self, synchronize):
         self.time = 0.0
-        super().__init__(synchronise, lambda: self.time)
+        super().__init__(synchronize, lambda: self.time)
 
     @contextmanager
     def span(self, name):
@@ -502,7 +502,7 @@ def clocks(monkeypatch):
     """The clocks that a training makes."""
     made = []
     real = train.Clock
-    monkeypatch.setattr(train, "Clock", lambda synchronise: made.append(real(synchronise)) or made[-1])
+    monkeypatch.setattr(train, "Clock", lambda synchronize: made.append(real(synchronize)) or made[-1])
     return made
 
 
@@ -741,7 +741,7 @@ def test_features_are_held_against_their_own_ceiling(trained, measuring, most):
 def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
     script(monkeypatch, [0.5])
     backend = Cpu()
-    backend.recording_fault = "it asks the host"
+    backend.capture_error = "it asks the host"
     monkeypatch.setattr(devices, "select", lambda device: backend)
     assert trained("epochs=1")["warnings"] == ["launched piece by piece, since it can't be recorded: it asks the host"]
 

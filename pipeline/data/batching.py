@@ -64,7 +64,7 @@ class Taps(NamedTuple):
     of_second: Tensor
 
 
-class Filters(NamedTuple):
+class ResizeWeights(NamedTuple):
     """What (H, W) is enlarged to (S, S) by: the same weights as matrices, `columns` (W, S) and `rows` (S, H) float32,
     and as `Taps`."""
 
@@ -112,7 +112,9 @@ def shuffled(
 
     `flip` mirrors each image left to right with probability one half.
     """
-    cut = batches(split, batch_size, backend, drawn_order(len(split), backend, seed, epoch).to(split.labels.device))
+    cut = batches(
+        split, batch_size, backend, epoch_permutation(len(split), backend, seed, epoch).to(split.labels.device)
+    )
     if not flip:
         yield from cut
         return
@@ -122,17 +124,17 @@ def shuffled(
         yield torch.where(chosen, images.flip(2), images), labels
 
 
-def drawn_order(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
+def epoch_permutation(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
     """(count,) int64: the order of an epoch's samples, as `shuffled` has them."""
     return torch.argsort(_draw(count, seed, 2 * epoch, _drawn_on(backend)))
 
 
-def filters(height: int, width: int, image_size: int, device: torch.device) -> Filters | None:
+def resize_weights(height: int, width: int, image_size: int, device: torch.device) -> ResizeWeights | None:
     """What `prepare` enlarges (height, width) to `image_size` by; None where nothing is to be enlarged."""
     if (height, width) == (image_size, image_size) or max(height, width) > image_size:
         return None
     columns, rows = _taps(width, image_size), _taps(height, image_size)
-    return Filters(
+    return ResizeWeights(
         _product(columns, width).T.contiguous().to(device),
         _product(rows, height).to(device),
         Taps(*(part.to(device) for part in columns)),
@@ -140,11 +142,13 @@ def filters(height: int, width: int, image_size: int, device: torch.device) -> F
     )
 
 
-def prepare(images: Tensor, image_size: int, enlarge: Filters | None = None, *, channels_last: bool = False) -> Tensor:
+def prepare(
+    images: Tensor, image_size: int, enlarge: ResizeWeights | None = None, *, channels_last: bool = False
+) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, image_size, image_size) float32 from 0 to 1, resized as PIL does it.
 
     Bilinear, with a widened filter when shrinking, and rounded to 8 bits, as torchvision's Resize does on a PIL image
-    (Pillow, src/libImaging/Resample.c). `enlarge`: the `filters`, where they are at hand. Enlarging goes by columns
+    (Pillow, src/libImaging/Resample.c). `enlarge`: the `resize_weights`, if any. Enlarging goes by columns
     first and rounds in between, as PIL does: by two matrix products, on an H100 0.5 microseconds an image from 32 to
     96 pixels, where torch's own interpolation takes 1.1; compiled, by one kernel that reads each output's four inputs,
     on an H200 in 0.08. Shrunk by torch, which rounds once, values may differ by one step of 1/255. So may enlarged ones
@@ -153,7 +157,7 @@ def prepare(images: Tensor, image_size: int, enlarge: Filters | None = None, *, 
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     height, width = images.shape[1:3]
-    enlarge = enlarge or filters(height, width, image_size, images.device)
+    enlarge = enlarge or resize_weights(height, width, image_size, images.device)
     if enlarge is None:
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         if (height, width) != (image_size, image_size):
@@ -166,7 +170,7 @@ def prepare(images: Tensor, image_size: int, enlarge: Filters | None = None, *, 
     return pixels.div_(255).contiguous(memory_format=layout)
 
 
-def _multiplied(images: Tensor, enlarge: Filters, channels_last: bool) -> Tensor:
+def _multiplied(images: Tensor, enlarge: ResizeWeights, channels_last: bool) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 from 0 to 255, enlarged; few kernels, and fast ones."""
     columns, rows = enlarge.columns, enlarge.rows
     size, height = rows.shape
@@ -180,7 +184,7 @@ def _multiplied(images: Tensor, enlarge: Filters, channels_last: bool) -> Tensor
     return pixels.round_()
 
 
-def _gathered(images: Tensor, enlarge: Filters) -> Tensor:
+def _gathered(images: Tensor, enlarge: ResizeWeights) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, S, S, 3) float32 from 0 to 255, as `_multiplied`; many kernels, but the compiler makes
     one of them."""
     (left, right, of_left, of_right), (upper, lower, of_upper, of_lower) = enlarge.across, enlarge.down
@@ -226,7 +230,7 @@ def _sent(cut: Iterator[tuple[Tensor, Tensor]], backend: Backend) -> Iterator[tu
     """Batches of host memory on the device, each sent before the one ahead of it is asked for."""
     ahead = None
     for batch in cut:
-        coming = backend.send(batch)
+        coming = backend.to_device_async(batch)
         if ahead is not None:
             images, labels = ahead()
             yield images, labels

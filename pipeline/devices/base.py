@@ -51,12 +51,12 @@ class Backend:
     sorts_int64 = False
     """Whether 64-bit integers are known to be multiplied, shifted and sorted right here; else the host does it."""
 
-    refuses_memory = True
+    raises_oom = True
     """Whether it says no when there isn't enough memory. A CPU swaps, and in the end the system kills the process."""
 
     def __init__(self, index: int = 0):
         self.index = index
-        self.recording_fault: str | None = None
+        self.capture_error: str | None = None
         """Why something could not be recorded (`captured`) and is launched piece by piece."""
 
     @property
@@ -69,7 +69,7 @@ class Backend:
         """How many such devices this build of torch can use here."""
         raise NotImplementedError
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits until the device has done all the work queued on it."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Backend:
     def release_memory(self) -> None:
         """Gives back what torch keeps of freed tensors, so that another program, or a larger block, may have it."""
 
-    def send(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         """Starts to copy tensors from host memory to the device. Gives a function that returns the copies in the
         same order, for use on the stream that is current when it is called; it holds them for as long as it is held.
 
@@ -106,19 +106,19 @@ class Backend:
         sent = tuple(tensor.to(self.device) for tensor in tensors)
         return lambda: sent
 
-    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def capture_graph(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of tensors, so that its launches cost the host next to nothing: they are recorded at the first
         call with each shape, which calls `function` several times, and replayed from then on. Its result then stands
         until the next call of anything captured. Here it is `function` itself."""
         return function
 
-    def mark(self) -> object | None:
+    def record_event(self) -> object | None:
         """A mark in the device's own queue, behind the work queued so far, that will know when it was reached. None:
         there is none that we trust, and who measures must wait for the device and read the clock."""
         return None
 
-    def seconds_between(self, first: Any, last: Any) -> float:
-        """Seconds that the device took from one `mark` to another; valid once it was waited for (`synchronise`)."""
+    def elapsed_seconds(self, first: Any, last: Any) -> float:
+        """Seconds that the device took from one `mark` to another; valid once it was waited for (`synchronize`)."""
         raise NotImplementedError
 
     def energy(self) -> tuple[str, float] | None:

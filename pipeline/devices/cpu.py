@@ -23,7 +23,7 @@ class Cpu(Backend):
 
     kind = name = "cpu"
     asynchronous = False
-    refuses_memory = False
+    raises_oom = False
     sorts_int64 = True
     compile_modes = ("off", "default")
     # Of ResNet-18's 62 tensors: 6 ms a step with AdamW, 26 with foreach (2 cores).
@@ -43,7 +43,7 @@ class Cpu(Backend):
         """There is always one."""
         return 1
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is queued: torch's CPU operators return when they are done."""
 
     def tune(self, *, repeated: bool = True) -> None:

@@ -75,7 +75,7 @@ class Cuda(Backend):
         an H100, where bf16 does 98,400 with it and 55,000 without (benchmarks/execution.py, blog)."""
         return self._tensor_cores and precision != "fp32"
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits for every stream of the device."""
         torch.cuda.synchronize(self.device)
 
@@ -108,7 +108,7 @@ class Cuda(Backend):
         gc.collect()  # graphs and compiled functions hold tensors in cycles
         torch.cuda.empty_cache()
 
-    def send(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         """By way of page-locked memory and on a stream of its own, beside the work that is queued. The tensors given
         may be written anew at once, unless they are page-locked themselves."""
         if self._copies is None:
@@ -129,21 +129,21 @@ class Cuda(Backend):
 
         return arrived
 
-    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """By a CUDA graph for each shape; what can't be recorded is left as it is, and `recording_fault` says why."""
+    def capture_graph(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """By a CUDA graph for each shape; what can't be recorded is left as it is, and `capture_error` says why."""
 
         def note(reason: str) -> None:
-            self.recording_fault = reason
+            self.capture_error = reason
 
         return Captured(function, self._recorder, note)
 
-    def mark(self) -> object | None:
+    def record_event(self) -> object | None:
         """An event on the current stream."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def seconds_between(self, first: Any, last: Any) -> float:
+    def elapsed_seconds(self, first: Any, last: Any) -> float:
         """By the card's clock, to half a microsecond (CUDA runtime, cudaEventElapsedTime)."""
         return float(first.elapsed_time(last)) / 1000
 

@@ -43,7 +43,7 @@ class Mps(Backend):
         """Metal's convolutions want their images contiguous."""
         return False
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits for all kernels. Metal keeps no peak of its memory, so it is sampled here, with the work's
         buffers still in Metal's heap."""
         torch.mps.synchronize()

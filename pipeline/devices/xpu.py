@@ -19,7 +19,7 @@ class Xpu(Backend):
         """GPUs that Intel's driver shows to torch."""
         return torch.xpu.device_count()
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits for every queue of the device."""
         torch.xpu.synchronize(self.device)
 

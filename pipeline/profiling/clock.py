@@ -26,14 +26,14 @@ class Clock:
     """Adds up seconds by the name of a span.
 
     Devices work asynchronously: a clock read while work is still queued times the queueing. So
-    `synchronise` (a backend's) is called before each reading, at the start of a span and at its end.
+    `synchronize` (a backend's) is called before each reading, at the start of a span and at its end.
     Spans do not nest; what lies between two of them is unaccounted.
     """
 
-    def __init__(self, synchronise: Callable[[], None], now: Callable[[], float] = time.perf_counter):
+    def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter):
         self.seconds: dict[str, float] = {}
         self.now = now
-        self._synchronise = synchronise
+        self._synchronise = synchronize
         self._open: str | None = None
         self._first: float | None = None
 
@@ -78,7 +78,9 @@ class StepTimes:
         self.seconds: list[float] = []
         self._backend, self._now = backend, now
         self._marks: list[tuple[Any, Any, int]] = []
-        self._every = EVERY_MARKED if backend.mark() is not None else EVERY_AWAITED if backend.asynchronous else 1
+        self._every = (
+            EVERY_MARKED if backend.record_event() is not None else EVERY_AWAITED if backend.asynchronous else 1
+        )
         self._count = 0
 
     def step(self, steps: int = 1) -> AbstractContextManager[None]:
@@ -88,7 +90,7 @@ class StepTimes:
 
     def collect(self) -> None:
         """Reads the marks since the last call; the device must have been waited for."""
-        self.seconds += [self._backend.seconds_between(first, last) / steps for first, last, steps in self._marks]
+        self.seconds += [self._backend.elapsed_seconds(first, last) / steps for first, last, steps in self._marks]
         self._marks.clear()
 
     def percentiles(self) -> dict[str, float]:
@@ -104,13 +106,13 @@ class StepTimes:
 
     @contextmanager
     def _timed(self, steps: int) -> Iterator[None]:
-        first = self._backend.mark()
+        first = self._backend.record_event()
         if first is not None:
             yield
-            self._marks.append((first, self._backend.mark(), steps))
+            self._marks.append((first, self._backend.record_event(), steps))
             return
-        self._backend.synchronise()
+        self._backend.synchronize()
         start = self._now()
         yield
-        self._backend.synchronise()
+        self._backend.synchronize()
         self.seconds.append((self._now() - start) / steps)

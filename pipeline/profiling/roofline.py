@@ -72,7 +72,7 @@ class Measured:
 
 def fastest(
     work: Callable[[], object],
-    synchronise: Callable[[], None],
+    synchronize: Callable[[], None],
     *,
     seconds: float = 1.0,
     now: Callable[[], float] = time.perf_counter,
@@ -81,12 +81,12 @@ def fastest(
 
     The least, since other load can only slow a machine down: the fastest window is nearest to its ceiling.
     """
-    return min(windows(work, synchronise, seconds=seconds, now=now))
+    return min(windows(work, synchronize, seconds=seconds, now=now))
 
 
 def windows(
     work: Callable[[], object],
-    synchronise: Callable[[], None],
+    synchronize: Callable[[], None],
     *,
     seconds: float,
     least: int = 2,
@@ -97,11 +97,11 @@ def windows(
     """
 
     def window(calls: int) -> float:
-        synchronise()
+        synchronize()
         start = now()
         for _ in range(calls):
             work()
-        synchronise()
+        synchronize()
         return now() - start
 
     work()
@@ -138,7 +138,7 @@ def memory_bytes_per_second(backend: Backend) -> float:
     side = COPIED_SIDE if backend.asynchronous else HOST_COPIED_SIDE
     source = _normal(backend, torch.float32, side, seed=0)
     target = torch.empty_like(source)
-    seconds = fastest(lambda: target.copy_(source), backend.synchronise, seconds=COPY_SECONDS)
+    seconds = fastest(lambda: target.copy_(source), backend.synchronize, seconds=COPY_SECONDS)
     return (source.nbytes + target.nbytes) / seconds
 
 
@@ -263,7 +263,7 @@ def _product_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
     """Its matrices are gone when it returns, before those of the next side are made."""
     left, right = (_normal(backend, dtype, side, seed) for seed in range(2))
     product = torch.empty_like(left)
-    return fastest(lambda: torch.mm(left, right, out=product), backend.synchronise, seconds=SIDE_SECONDS)
+    return fastest(lambda: torch.mm(left, right, out=product), backend.synchronize, seconds=SIDE_SECONDS)
 
 
 def _normal(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:

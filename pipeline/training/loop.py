@@ -34,7 +34,7 @@ class NonFiniteLossError(StageError):
     """The loss became NaN or infinite: what follows would be noise."""
 
 
-class Totals:
+class RunningMetrics:
     """Loss and correct answers summed over samples on the device; read once, since reading waits for it."""
 
     def __init__(self, device: torch.device):
@@ -57,13 +57,13 @@ class Totals:
         return self._loss.item() / count, self._correct.item() / count
 
 
-class Job:
+class TrainLoop:
     """One training on one device: all that the loop needs beside the samples.
 
     `network` maps what `ready` makes of a batch to logits: the whole model on images, or its head alone on features
     computed before (`on_features`: images then never pass the network, and none count as trained). `recorded`: the
     launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`), those
-    of a head for `STRETCH` steps at once, where its optimizer's are among them (`optim.recordable`).
+    of a head for `STRETCH` steps at once, where its optimizer's are among them (`optim.capturable`).
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class Job:
         """`per_batch`: whether the schedule moves with each batch, or with each epoch."""
         self.backend, self.clock, self.precision = backend, clock, precision
         self.times = StepTimes(backend, clock.now)
-        self.totals = Totals(backend.device)
+        self.totals = RunningMetrics(backend.device)
         self._build = build
         self.optimizer, self.scheduler = build()
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         # fp16 alone has so little range that gradients would vanish.
         self.scaler = torch.amp.GradScaler(backend.kind) if precision == "fp16" else None
         self._unscaled = self.scaler.state_dict() if self.scaler else {}
-        self._whole = recorded and self.scaler is None and optimizers.recordable(self.optimizer, self.scheduler)
+        self._whole = recorded and self.scaler is None and optimizers.capturable(self.optimizer, self.scheduler)
         stretch = STRETCH if self._whole and on_features else 1
         self.at_once = stretch * batch_size
         """How many samples `step` takes at most."""
@@ -103,8 +103,8 @@ class Job:
             [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups] for _ in range(stretch)
         ]
         work: Callable[..., Any] = self._whole_steps if self._whole else self._gradients
-        self._step = backend.captured(work) if recorded else work
-        self.score = scorer(network, ready, backend, precision, self.totals, recorded=recorded)
+        self._step = backend.capture_graph(work) if recorded else work
+        self.score = make_eval_step(network, ready, backend, precision, self.totals, recorded=recorded)
 
     def step(self, inputs: Tensor, labels: Tensor, *, scheduled: bool = False) -> tuple[float, float | None]:
         """A step of training on each batch of these samples, which are on the device; losses and correct answers go to
@@ -178,8 +178,14 @@ class Job:
                 self.optimizer.step()
 
 
-def scorer(
-    network: nn.Module, ready: Ready, backend: Backend, precision: str, totals: Totals, *, recorded: bool = False
+def make_eval_step(
+    network: nn.Module,
+    ready: Ready,
+    backend: Backend,
+    precision: str,
+    totals: RunningMetrics,
+    *,
+    recorded: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function that passes a batch through `network` in evaluation mode, adds its loss and correct answers to
     `totals`, and gives the predicted labels, (B,) int64; they stand until the next batch."""
@@ -193,11 +199,14 @@ def scorer(
         totals.add(F.cross_entropy(logits, labels), logits, labels)
         return logits.argmax(1)
 
-    return backend.captured(score) if recorded else score
+    return backend.capture_graph(score) if recorded else score
 
 
 def train(
-    job: Job, train_batches: Callable[[int], Batches], val_batches: Callable[[], Batches], progress: Progress = silent
+    job: TrainLoop,
+    train_batches: Callable[[int], Batches],
+    val_batches: Callable[[], Batches],
+    progress: Progress = silent,
 ) -> Iterator[dict[str, float]]:
     """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
 
@@ -244,12 +253,12 @@ def train(
 def evaluate(
     network: nn.Module,
     score: Callable[[Tensor, Tensor], Tensor],
-    totals: Totals,
+    totals: RunningMetrics,
     batches: Batches,
     predictions: list[Tensor] | None = None,
     progress: Progress = silent,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (a fraction) over `batches`, by a `scorer` of `network` that adds to `totals`; appends
+    """Mean loss and accuracy (a fraction) over `batches`, by an eval step of `network` that adds to `totals`; appends
     each batch's predicted labels, (B,) int64 on the device, to `predictions` where given."""
     network.eval()
     totals.reset()
@@ -282,7 +291,7 @@ def compute_features(
     return batching.Split(inputs, labels)
 
 
-def warm_up(job: Job, training: Batches, validation: Batches) -> None:
+def warm_up(job: TrainLoop, training: Batches, validation: Batches) -> None:
     """Takes real steps, so that the first timed one does not pay for what is done once by shape (allocation, choice
     of kernels, compiling, recording). The network has learnt from them, and `job.restart` is due."""
     job.set_mode()
@@ -291,7 +300,7 @@ def warm_up(job: Job, training: Batches, validation: Batches) -> None:
     job.network.eval()
     for inputs, labels in validation:
         job.score(inputs, labels)
-    job.backend.synchronise()
+    job.backend.synchronize()
 
 
 def _refuse_non_finite(which: str, loss: float, epoch: int) -> None:

@@ -339,7 +339,7 @@ def overrides_schedule(optimizer: torch.optim.Optimizer) -> bool:
     return "applied_lr" in optimizer.param_groups[0]
 
 
-def recordable(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> bool:
+def capturable(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> bool:
     """Whether a step of `optimizer` may be recorded and replayed: nothing in it is decided by the host, its schedule
     moves no more than the rate (`recorded_rates`), and its state begins as zeros (`forget`)."""
     cls, group = type(optimizer), optimizer.param_groups[0]
@@ -363,7 +363,7 @@ def recorded_rates(optimizer: torch.optim.Optimizer, rates: Sequence[torch.Tenso
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Puts a `recordable` optimizer back to its beginning, its state where it is: a recorded step goes on using it."""
+    """Puts a `capturable` optimizer back to its beginning, its state where it is: a recorded step goes on using it."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):

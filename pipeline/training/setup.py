@@ -36,29 +36,29 @@ LARGEST_BATCH = 2**20
 """As far as `batch_size` goes."""
 
 
-class Stepper(Protocol):
-    """See `Work.stepper`."""
+class StepFactory(Protocol):
+    """See `TrainingSetup.make_step`."""
 
     def __call__(self, *, raw: bool, recorded: bool) -> Callable[[Tensor, Tensor], object]:
         """A function of a batch and its labels; `raw`: of uint8 images, else of prepared ones."""
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingSetup:
     """A model on its device and the job that trains it, or its head on features computed before."""
 
     recipe: config.Recipe
     net: classifier.Classifier
-    job: loop.Job
+    job: loop.TrainLoop
     features: Callable[[Tensor], Tensor]
     """What the head takes of a batch of uint8 images, (B, D) float32; it stands until the next batch."""
     channels_last: bool
     compile_mode: str
     recorded: bool
     """Whether launches are recorded and replayed (`Backend.captured`)."""
-    stepper: Stepper
+    make_step: StepFactory
     """Makes another step of the same work, or pass that computes features, with an optimizer of its own."""
-    renew: Callable[[int], None]
+    reinit_weights: Callable[[int], None]
     """Puts the model, in its own memory, into the state that it has before any step with random numbers from a seed."""
 
 
@@ -93,10 +93,10 @@ def drawn(images: Splits, settings: config.Settings) -> Splits:
 
 def build(
     recipe: config.Recipe, seed: int, classes: int, weights: Path | None, splits: Splits, backend: Backend, clock: Clock
-) -> Work:
+) -> TrainingSetup:
     """The recipe's model with fresh random numbers from `seed`, and its job. Raises UsageError where a setting does not
     fit the model or the device."""
-    train, validated = splits["train"], validated_in(splits)
+    train, validated = splits["train"], val_split(splits)
 
     def fresh(seed: int) -> classifier.Classifier:
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def build(
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
     height, width, _ = train.inputs.shape[1:]
-    enlarge = batching.filters(height, width, recipe.image_size, backend.device)
+    enlarge = batching.resize_weights(height, width, recipe.image_size, backend.device)
 
     def prepared(images: Tensor) -> Tensor:
         return batching.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
@@ -128,8 +128,8 @@ def build(
     def unchanged(inputs: Tensor) -> Tensor:
         return inputs
 
-    def job(ready: loop.Ready, *, recorded: bool = recorded) -> loop.Job:
-        return loop.Job(
+    def job(ready: loop.Ready, *, recorded: bool = recorded) -> loop.TrainLoop:
+        return loop.TrainLoop(
             network=network,
             build=lambda: schedule(recipe, net, len(train), backend.optimizer_options),
             backend=backend,
@@ -151,20 +151,20 @@ def build(
             with backend.autocast(recipe.precision):
                 return frozen(inputs).float()
 
-        return backend.captured(extract) if recorded else extract
+        return backend.capture_graph(extract) if recorded else extract
 
-    def stepper(*, raw: bool, recorded: bool) -> Callable[[Tensor, Tensor], object]:
+    def make_step(*, raw: bool, recorded: bool) -> Callable[[Tensor, Tensor], object]:
         taken = ready if raw else unchanged
         if not cached:
             return job(taken, recorded=recorded).step
         extract = extractor(taken, recorded=recorded)
         return lambda images, _: extract(images)
 
-    def renew(seed: int) -> None:
+    def reinit_weights(seed: int) -> None:
         net.load_state_dict(fresh(seed).state_dict())
         fold_again()
 
-    return Work(
+    return TrainingSetup(
         recipe=recipe,
         net=net,
         job=job(unchanged if cached else ready),
@@ -172,12 +172,12 @@ def build(
         channels_last=channels_last,
         compile_mode=mode,
         recorded=recorded,
-        stepper=stepper,
-        renew=renew,
+        make_step=make_step,
+        reinit_weights=reinit_weights,
     )
 
 
-def warm_up(work: Work, splits: Splits) -> float:
+def warm_up(work: TrainingSetup, splits: Splits) -> float:
     """Does once all that is done once by shape: kernels are chosen, graphs compiled and recorded. `restart` is due.
 
     Gives the bytes of device memory that the same takes when it is done again, most of them; 0 on a CPU, whose memory
@@ -194,13 +194,13 @@ def warm_up(work: Work, splits: Splits) -> float:
             yield batching.Split(*first(few, size, backend))
 
     def once() -> None:
-        train, validated = splits["train"], validated_in(splits)
+        train, validated = splits["train"], val_split(splits)
         training = [batch for few in some(train, job.at_once) for batch in shuffled(work, few, seed=0, epoch=0)]
         if backend.asynchronous or work.recorded or work.compile_mode != "off":
             validation = [(few.inputs, few.labels) for few in some(validated, job.batch_size)]
         else:  # a CPU by itself does nothing once by shape
             validation = training[:1]
-        batching.drawn_order(len(train), backend, seed=0, epoch=0)  # of so many, sorted by kernels of their own
+        batching.epoch_permutation(len(train), backend, seed=0, epoch=0)  # of so many, sorted by kernels of their own
         loop.warm_up(job, training, validation)
 
     try:
@@ -216,43 +216,43 @@ def warm_up(work: Work, splits: Splits) -> float:
     return backend.memory_mib().get("peak", 0.0) * 2**20
 
 
-def restart(work: Work, seed: int) -> None:
+def restart(work: TrainingSetup, seed: int) -> None:
     """Puts model, optimizer, schedule and random numbers to the beginning of a training with `seed`; what was compiled
     and recorded stays."""
-    work.renew(seed)
+    work.reinit_weights(seed)
     work.job.restart()
     torch.manual_seed(seed)  # what dropout draws does not depend on how the model was built
 
 
-def features(work: Work, split: batching.Split, progress: loop.Progress = loop.silent) -> batching.Split:
+def features(work: TrainingSetup, split: batching.Split, progress: loop.Progress = loop.silent) -> batching.Split:
     """What the head takes of each of the split's images, where these are."""
     work.net.eval()
     batches = batching.batches(split, work.recipe.batch_size, work.job.backend)
     return loop.compute_features(work.features, split, batches, progress)
 
 
-def shuffled(work: Work, split: batching.Split, seed: int, epoch: int) -> loop.Batches:
+def shuffled(work: TrainingSetup, split: batching.Split, seed: int, epoch: int) -> loop.Batches:
     """The split's samples as an epoch of the training takes them, so many at once as its step does."""
     return batching.shuffled(split, work.job.at_once, work.job.backend, seed, epoch, flip=work.recipe.flip)
 
 
-def fixed_step(work: Work, splits: Splits) -> tuple[Callable[[], object], int]:
+def fixed_step(work: TrainingSetup, splits: Splits) -> tuple[Callable[[], object], int]:
     """The step, or the pass that computes features, on one prepared batch that lies on the device, as often as it is
     called; and the batch's size. The model learns from it."""
     backend, recipe = work.job.backend, work.recipe
     size = min(recipe.batch_size, len(splits["train"]))
     images, labels = first(splits["train"], size, backend)
     fixed = batching.prepare(images, recipe.image_size, channels_last=work.channels_last)
-    step = work.stepper(raw=False, recorded=work.recorded)
+    step = work.make_step(raw=False, recorded=work.recorded)
     work.net.eval() if work.job.on_features else work.job.set_mode()
     return lambda: step(fixed, labels), size
 
 
-def measure_ceilings(work: Work, splits: Splits) -> roofline.Measured:
+def measure_ceilings(work: TrainingSetup, splits: Splits) -> roofline.Measured:
     """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
     backend = work.job.backend
     once, size = fixed_step(work, splits)
-    steps = roofline.windows(once, backend.synchronise, seconds=roofline.STEP_SECONDS, least=roofline.STEP_WINDOWS)
+    steps = roofline.windows(once, backend.synchronize, seconds=roofline.STEP_SECONDS, least=roofline.STEP_WINDOWS)
     measured = roofline.Measured(
         images_per_second=size / min(steps),
         slowest_images_per_second=size / max(steps),
@@ -263,7 +263,7 @@ def measure_ceilings(work: Work, splits: Splits) -> roofline.Measured:
     return measured
 
 
-def flops_per_image(work: Work) -> float | None:
+def flops_per_image(work: TrainingSetup) -> float | None:
     """Floating-point operations that an image takes in one training step, or in computing its features."""
     shape = (3, work.recipe.image_size, work.recipe.image_size)
     if work.job.on_features:
@@ -272,7 +272,7 @@ def flops_per_image(work: Work) -> float | None:
     return roofline.train_flops(work.net, shape, set_mode=lambda net: classifier.set_mode(net, frozen_batch_norm))
 
 
-def place(work: Work, splits: Splits, working: float, device_gib: float | None) -> tuple[Splits, str]:
+def place(work: TrainingSetup, splits: Splits, working: float, device_gib: float | None) -> tuple[Splits, str]:
     """The splits where they are trained from, and that place: `device`, where they fit beside the `working` bytes of
     a step, else `host`. `device_gib`: the most they may take, in GiB, where that is less."""
     backend = work.job.backend
@@ -286,7 +286,7 @@ def place(work: Work, splits: Splits, working: float, device_gib: float | None) 
     return {name: split.to(backend.device) for name, split in splits.items()}, "device"
 
 
-def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None = None) -> int | None:
+def largest_batch(work: TrainingSetup, image_shape: tuple[int, ...], *, below: int | None = None) -> int | None:
     """The largest power of two whose step fits the device's memory, by taking steps: downwards from under `below`, or
     upwards from 2; None where none fits. Images are (N, *image_shape) uint8. The model learns from it. A single image
     is not tried: BatchNorm refuses one whose maps are a pixel.
@@ -317,7 +317,7 @@ def largest_batch(work: Work, image_shape: tuple[int, ...], *, below: int | None
     return None
 
 
-def saved_bytes_per_image(work: Work, images: batching.Split) -> float:
+def saved_bytes_per_image(work: TrainingSetup, images: batching.Split) -> float:
     """Bytes that a step saves of each image for its backward pass, from steps of two and of four of `images`. The model
     learns from them."""
 
@@ -332,11 +332,11 @@ def saved_bytes_per_image(work: Work, images: batching.Split) -> float:
             step(*first(images, size, work.job.backend))
         return sum(storages.values())
 
-    step = work.stepper(raw=True, recorded=False)
+    step = work.make_step(raw=True, recorded=False)
     return (saved(4) - saved(2)) / 2
 
 
-def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
+def _takes_step(work: TrainingSetup, size: int, image_shape: tuple[int, ...]) -> bool:
     """Whether a step of `size` images is done without running out of memory."""
     backend = work.job.backend
     work.net.eval() if work.job.on_features else work.job.set_mode()
@@ -345,10 +345,10 @@ def _takes_step(work: Work, size: int, image_shape: tuple[int, ...]) -> bool:
         with backend.memory_errors():
             images = torch.zeros((size, *image_shape), dtype=torch.uint8, device=backend.device)
             labels = torch.zeros(size, dtype=torch.int64, device=backend.device)
-            step = work.stepper(raw=True, recorded=False)
+            step = work.make_step(raw=True, recorded=False)
             for _ in range(2):  # the optimizer's state is there from the first one's end on
                 step(images, labels)
-            backend.synchronise()
+            backend.synchronize()
     except OutOfMemoryError:
         return False
     finally:
@@ -363,7 +363,7 @@ def first(split: batching.Split, size: int, backend: Backend) -> tuple[Tensor, T
     return batch
 
 
-def validated_in(splits: Splits) -> batching.Split:
+def val_split(splits: Splits) -> batching.Split:
     """The split that a training is validated on."""
     return next(split for name, split in splits.items() if name != "train")
 

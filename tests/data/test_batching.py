@@ -395,7 +395,7 @@ def test_images_are_enlarged_as_pil_does_it_to_the_last_bit(side, size):
 
 @pytest.mark.parametrize(("height", "width", "size"), [(30, 20, 40), (32, 32, 96), (1, 3, 97)])
 def test_filters_are_weights_of_two_neighbours(height, width, size):
-    found = batching.filters(height, width, size, torch.device("cpu"))
+    found = batching.resize_weights(height, width, size, torch.device("cpu"))
     assert (found.columns.shape, found.rows.shape) == ((width, size), (size, height))
     for weights, taps in ((found.columns.T, found.across), (found.rows, found.down)):
         assert weights.sum(1) == pytest.approx(1, abs=2e-6)
@@ -408,7 +408,7 @@ def test_filters_are_weights_of_two_neighbours(height, width, size):
 
 def test_filters_at_hand_are_used(way):
     batch = torch.from_numpy(noise(2, 30, 20))
-    found = batching.filters(30, 20, 40, torch.device("cpu"))
+    found = batching.resize_weights(30, 20, 40, torch.device("cpu"))
     dimmed = found._replace(columns=found.columns / 2, across=found.across._replace(of_first=found.across.of_first / 2))
     for channels_last in (False, True):
         at_hand = batching.prepare(batch, 40, found, channels_last=channels_last)
@@ -419,7 +419,7 @@ def test_filters_at_hand_are_used(way):
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 96), (30, 20, 40), (11, 32, 64)])
 def test_both_ways_to_enlarge_give_the_same_pixels(height, width, size):
     batch = torch.from_numpy(noise(4, height, width))
-    found = batching.filters(height, width, size, torch.device("cpu"))
+    found = batching.resize_weights(height, width, size, torch.device("cpu"))
     for channels_last in (False, True):
         products = batching._multiplied(batch, found, channels_last)
         assert torch.equal(products, batching._gathered(batch, found).permute(0, 3, 1, 2))
@@ -427,7 +427,7 @@ def test_both_ways_to_enlarge_give_the_same_pixels(height, width, size):
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 20), (20, 41), (80, 80)])
 def test_there_are_no_filters_where_nothing_is_enlarged_or_something_shrunk(height, width):
-    assert batching.filters(height, width, 40, torch.device("cpu")) is None
+    assert batching.resize_weights(height, width, 40, torch.device("cpu")) is None
 
 
 def test_plain_bilinear_would_not_pass_when_shrinking():

@@ -377,7 +377,7 @@ def test_the_cpu_is_one_device_without_an_index_named_by_the_machine(monkeypatch
     assert (Cpu.count(), chosen.channels_last("fp32"), chosen.asynchronous) == (1, True, False)
     facts = chosen.facts()
     assert (facts["name"], facts["memory_gib"]) == ("AMD EPYC", 23.5)
-    assert chosen.synchronise() is None
+    assert chosen.synchronize() is None
 
 
 # --- CUDA
@@ -464,7 +464,7 @@ def test_cudas_memory_and_waiting_are_of_the_device_itself(monkeypatch, card):
     graphs = [torch.nn.Identity() for _ in range(2)]
     second._recorder._hidden |= {graphs[0]: 3 * MIB, graphs[1]: 7 * MIB}
     second.reset_peak_memory()
-    second.synchronise()
+    second.synchronize()
     assert asked == [(what, torch.device("cuda:1")) for what in ("reset", "wait")]
     del asked[:]
     assert second.memory_mib() == {"peak": 2.0 + 7.0, "peak_reserved": 5.0, "driver": 54.0}
@@ -543,7 +543,7 @@ def test_cuda_copies_on_a_stream_of_its_own_and_the_reader_waits_for_it(queues, 
     card((8, 0), (8, 0))
     chosen = Cuda(1)
     assert queues.made == 0
-    arrived = chosen.send((queues.Tensor(queues, "a"), queues.Tensor(queues, "b")))
+    arrived = chosen.to_device_async((queues.Tensor(queues, "a"), queues.Tensor(queues, "b")))
     side = "side of cuda:1"
     assert queues.calls == [
         "pin a", f"copy a to cuda:1 on {side}, non_blocking=True",
@@ -558,15 +558,15 @@ def test_cuda_copies_on_a_stream_of_its_own_and_the_reader_waits_for_it(queues, 
         "A is read on the reader's",
         "B is read on the reader's",
     ]
-    chosen.send(())
+    chosen.to_device_async(())
     assert queues.made == 1  # one for all copies
 
 
 def test_cudas_mark_is_an_event_on_the_current_stream(queues, card):
     card((8, 0))
-    first, last = Cuda().mark(), Cuda().mark()
+    first, last = Cuda().record_event(), Cuda().record_event()
     assert queues.calls == ["mark on main, {'enable_timing': True}"] * 2
-    assert Cuda().seconds_between(first, last) == 0.25
+    assert Cuda().elapsed_seconds(first, last) == 0.25
 
 
 def test_what_cuda_cannot_record_is_called_as_it_is_and_why_is_kept(monkeypatch, card):
@@ -577,18 +577,18 @@ def test_what_cuda_cannot_record_is_called_as_it_is_and_why_is_kept(monkeypatch,
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be")
 
     monkeypatch.setattr(chosen._recorder, "record", record)
-    assert chosen.recording_fault is None
-    doubled = chosen.captured(lambda tensor: 2 * tensor)
-    assert chosen.recording_fault is None
+    assert chosen.capture_error is None
+    doubled = chosen.capture_graph(lambda tensor: 2 * tensor)
+    assert chosen.capture_error is None
     assert doubled(torch.ones(2)).tolist() == [2, 2]
-    assert chosen.recording_fault == "CUDA error: operation not permitted when stream is capturing"
-    assert Cuda().recording_fault is None
+    assert chosen.capture_error == "CUDA error: operation not permitted when stream is capturing"
+    assert Cuda().capture_error is None
 
 
 def test_all_that_cuda_records_shares_one_recorder_a_device(card):
     card((8, 0), (8, 0))
     chosen = Cuda(1)
-    recorders = {chosen.captured(abs)._recorder for _ in range(2)}
+    recorders = {chosen.capture_graph(abs)._recorder for _ in range(2)}
     assert recorders == {chosen._recorder}
     assert chosen._recorder._device == torch.device("cuda:1")
 
@@ -598,12 +598,12 @@ def test_a_real_card_gets_what_was_sent_and_tells_time_and_memory():
     chosen = devices.select("cuda")
     chosen.reset_peak_memory()
     matrix, sums = torch.ones(4096, 4096, device=chosen.device), []
-    first = chosen.mark()
+    first = chosen.record_event()
     for index in range(12):
         if index % 3 == 0:  # idle: the copy is read at once, so that it must be waited for
-            chosen.synchronise()
+            chosen.synchronize()
         host = torch.full((2**22,), index, dtype=torch.int32)
-        arrived = chosen.send((host,))
+        arrived = chosen.to_device_async((host,))
         host.zero_()  # what was sent may be written anew
         (numbers,) = arrived()
         if index % 3 == 1:  # busy: the copy is read late, when its memory is free, and the next one was sent
@@ -611,10 +611,10 @@ def test_a_real_card_gets_what_was_sent_and_tells_time_and_memory():
                 matrix @ matrix
         sums.append(numbers.sum())
         del numbers, arrived
-    last = chosen.mark()
-    chosen.synchronise()
+    last = chosen.record_event()
+    chosen.synchronize()
     assert [total.item() / 2**22 for total in sums] == list(range(12))
-    assert 0 < chosen.seconds_between(first, last) < 60
+    assert 0 < chosen.elapsed_seconds(first, last) < 60
     memory = chosen.memory_mib()
     assert 64 < memory["peak"] <= memory["peak_reserved"] < memory["driver"] <= chosen.capacity_mib()
     assert 0 < chosen.free_bytes() / MIB < chosen.capacity_mib()
@@ -649,13 +649,13 @@ class Metal:
 
     def __init__(self, monkeypatch):
         self.memory, self.held, self.free, self.waited = 0, 0, 0, 0
-        monkeypatch.setattr(torch.mps, "synchronize", self.synchronise)
+        monkeypatch.setattr(torch.mps, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: self.memory)
         monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: self.held)
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
         monkeypatch.setattr(mps.psutil, "virtual_memory", lambda: SimpleNamespace(available=self.free))
 
-    def synchronise(self):
+    def synchronize(self):
         self.waited += 1
 
 
@@ -669,14 +669,14 @@ def test_metals_peak_is_sampled_whenever_the_device_is_waited_for(metal):
     assert "peak" not in chosen.memory_mib()  # not 0
     for mebibytes in (3, 8, 5):
         metal.memory = mebibytes * MIB
-        chosen.synchronise()
+        chosen.synchronize()
     assert (metal.waited, chosen.memory_mib()["peak"]) == (3, 8.0)
     metal.memory, metal.held = 100 * MIB, 40 * MIB  # nobody waited meanwhile
     assert chosen.memory_mib() == {"peak": 8.0, "current": 40.0, "driver": 100.0}
     chosen.reset_peak_memory()
     assert chosen.memory_mib() == {"current": 40.0, "driver": 100.0}
     metal.memory = 2 * MIB
-    chosen.synchronise()
+    chosen.synchronize()
     assert chosen.memory_mib()["peak"] == 2.0
 
 
@@ -750,8 +750,8 @@ def test_a_backend_that_cannot_record_leaves_a_function_as_it_is(backend):
         assert line(chosen.recorded, True, mode) == (
             f"graph: true is not allowed on {chosen.kind}: expected auto | false"
         )
-    assert chosen.captured(abs) is abs
-    assert chosen.recording_fault is None
+    assert chosen.capture_graph(abs) is abs
+    assert chosen.capture_error is None
 
 
 def test_torchs_optimizers_are_fused_where_that_is_faster():
@@ -772,19 +772,19 @@ def test_a_backend_that_tells_nothing_of_its_memory_tells_none():
 
 def test_a_backend_without_marks_of_its_own_gives_none():
     backend = Backend()
-    assert backend.mark() is None
+    assert backend.record_event() is None
     with pytest.raises(NotImplementedError):
-        backend.seconds_between(None, None)
+        backend.elapsed_seconds(None, None)
 
 
 @pytest.mark.parametrize("backend", [Cpu, Standin])
 def test_a_plain_copy_is_the_tensor_itself_where_it_is_there_already(backend):
     inputs, labels = torch.ones(2, 3), torch.tensor([0, 1])
-    arrived = backend().send((inputs, labels))
+    arrived = backend().to_device_async((inputs, labels))
     first, second = arrived()
     assert first is inputs
     assert second is labels
-    assert backend().send(())() == ()
+    assert backend().to_device_async(())() == ()
 
 
 def test_a_plain_copy_is_done_when_it_was_sent(monkeypatch):
@@ -792,7 +792,7 @@ def test_a_plain_copy_is_done_when_it_was_sent(monkeypatch):
     host = torch.ones(2, 3)
     copied = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: copied.append((args, options)) or self)
-    arrived = Standin().send((host,))
+    arrived = Standin().to_device_async((host,))
     assert copied == [((torch.device("meta"),), {})]  # nothing non-blocking
     assert arrived() == (host,)
     assert len(copied) == 1

@@ -60,7 +60,7 @@ def test_a_span_lasts_as_long_as_the_work_it_queued(device):
     backend = devices.select(device)
     matrix = torch.randn(4096, 4096, device=backend.device)
     matrix @ matrix
-    clock = Clock(backend.synchronise)
+    clock = Clock(backend.synchronize)
     with clock.span("work") as span:
         start = time.perf_counter()
         for _ in range(50):
@@ -117,7 +117,7 @@ def test_a_recorded_training_has_the_losses_of_an_unrecorded_one(deterministic, 
             f"recipe={recipe}", f"precision={precision}", cached=recipe == "linear-probe", backend=backend,
             recorded=recorded, batch_size=2 if recipe == "linear-probe" else 8,  # a head: 8 and 3 steps
         )  # fmt: skip
-        assert backend.recording_fault is None
+        assert backend.capture_error is None
         assert (backend._recorder._pool is not None) is recorded
     assert losses(rows[True]) == pytest.approx(losses(rows[False]), rel=tolerance)
     assert [row["train/lr"] for row in rows[True]] == [row["train/lr"] for row in rows[False]]
@@ -179,29 +179,29 @@ def test_what_waits_for_the_device_is_not_recorded_and_the_device_goes_on_workin
     def filled(tensor):
         return torch.full((3,), tensor.sum().item(), device=tensor.device)
 
-    call, ones = backend.captured(filled), torch.ones(5, device=backend.device)
+    call, ones = backend.capture_graph(filled), torch.ones(5, device=backend.device)
     for factor in (1, 2, 3):
         assert call(factor * ones).tolist() == [5 * factor] * 3
-    fault = backend.recording_fault
+    fault = backend.capture_error
     assert fault
     assert "\n" not in fault
     # Random numbers, products, new memory, and graphs are as before.
-    backend.synchronise()
+    backend.synchronize()
     assert 0.4 < torch.rand(100_000, device=backend.device).mean().item() < 0.6
     assert (torch.ones(64, 64, device=backend.device) @ torch.ones(64, 64, device=backend.device)).unique().item() == 64
     assert torch.zeros(2**24, device=backend.device).sum().item() == 0
-    assert backend.send((torch.arange(4),))()[0].tolist() == [0, 1, 2, 3]
+    assert backend.to_device_async((torch.arange(4),))()[0].tolist() == [0, 1, 2, 3]
     backend.release_memory()
-    again = backend.captured(lambda tensor: 2 * tensor + torch.zeros(5, device=tensor.device))
+    again = backend.capture_graph(lambda tensor: 2 * tensor + torch.zeros(5, device=tensor.device))
     for factor in (1, 2, 3):
         assert again(factor * ones).tolist() == [2 * factor] * 5
-    assert backend.recording_fault == fault  # that one could be recorded
+    assert backend.capture_error == fault  # that one could be recorded
 
 
 @pytest.mark.cuda
 def test_what_was_recorded_writes_to_the_same_memory_and_leaves_its_arguments_alone():
     backend = devices.select("cuda")
-    call = backend.captured(lambda tensor: tensor.mul_(2) + 1)
+    call = backend.capture_graph(lambda tensor: tensor.mul_(2) + 1)
     given = torch.arange(4.0, device=backend.device)
     first = call(given)
     assert first.tolist() == [1, 3, 5, 7]
@@ -231,8 +231,8 @@ def peak_of(recorded):
     backend.reset_peak_memory()
     for _ in range(3):
         job.step(inputs, labels)
-    backend.synchronise()
-    assert backend.recording_fault is None
+    backend.synchronize()
+    assert backend.capture_error is None
     memory = backend.memory_mib()
     assert memory["peak"] < memory["driver"]
     return memory["peak"]
@@ -259,7 +259,7 @@ def test_a_span_agrees_with_the_cards_own_clock():
     def marked(count):
         """Seconds by two of CUDA's events, and by the clock."""
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        clock = Clock(backend.synchronise)
+        clock = Clock(backend.synchronize)
         with clock.span("work") as span:
             first.record()
             for _ in range(count):
@@ -277,7 +277,7 @@ def test_a_span_agrees_with_the_cards_own_clock():
 @pytest.mark.cuda
 def test_what_a_graph_takes_beside_the_allocators_count_is_told_while_the_graph_is_there():
     backend = devices.select("cuda")
-    doubled = backend.captured(lambda tensor: (tensor * 2).relu().sum())
+    doubled = backend.capture_graph(lambda tensor: (tensor * 2).relu().sum())
     assert float(doubled(torch.ones(2**20, device=backend.device))) == 2**21
     backend.release_memory()
     backend.reset_peak_memory()
@@ -293,7 +293,7 @@ def test_every_fourth_step_is_timed_by_the_cards_marks():
     backend = devices.select("cuda")
     matrix = torch.randn(4096, 4096, device=backend.device)
     torch.mm(matrix, matrix)
-    clock = Clock(backend.synchronise)
+    clock = Clock(backend.synchronize)
     times = StepTimes(backend, clock.now)
     with clock.span("train") as span:
         for number in range(1, 13):

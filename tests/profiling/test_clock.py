@@ -18,8 +18,8 @@ class Device:
     def queue(self, seconds):
         self.queued += seconds
 
-    def synchronise(self):
-        self.calls.append("synchronise")
+    def synchronize(self):
+        self.calls.append("synchronize")
         self.time += self.queued
         self.queued = 0.0
 
@@ -35,13 +35,13 @@ def device():
 
 @pytest.fixture
 def clock(device):
-    return Clock(device.synchronise, device.now)
+    return Clock(device.synchronize, device.now)
 
 
 def test_it_synchronises_before_each_reading(device, clock):
     with clock.span("train"):
         device.calls.append("work")
-    assert device.calls == ["synchronise", "now", "work", "synchronise", "now"]
+    assert device.calls == ["synchronize", "now", "work", "synchronize", "now"]
 
 
 def test_queued_work_is_billed_where_it_was_queued(device, clock):
@@ -108,11 +108,11 @@ def test_a_device_that_fails_when_waited_for(device):
     def fail():
         raise RuntimeError("device lost")
 
-    clock = Clock(device.synchronise, device.now)
+    clock = Clock(device.synchronize, device.now)
     with pytest.raises(RuntimeError, match="device lost"), clock.span("train"):
         clock._synchronise = fail
     assert clock.seconds == {}
-    clock._synchronise = device.synchronise
+    clock._synchronise = device.synchronize
     with clock.span("train"):
         device.queue(1)
     assert clock.seconds == {"train": 1}
@@ -166,7 +166,7 @@ def test_every_fourth_step_is_timed_by_marks_without_waiting_for_the_device():
     stepped(times, backend, range(1, 14))
     assert backend.calls == ["mark"] * 6  # neither waited for nor the clock read
     assert times.seconds == []
-    backend.synchronise()
+    backend.synchronize()
     times.collect()
     assert times.seconds == [4, 8, 12]
 
@@ -178,7 +178,7 @@ def test_of_steps_that_are_queued_as_one_their_mean_counts():
         for seconds, steps in ((8, 8), (3, 2)):
             with times.step(steps):
                 backend.queue(seconds)
-        backend.synchronise()
+        backend.synchronize()
         times.collect()
         assert times.seconds == [1, 1.5]
 
@@ -188,7 +188,7 @@ def test_marks_are_read_once_and_steps_counted_on_over_epochs():
     times = StepTimes(backend, backend.now)
     for epoch in ((1, 2, 3, 4, 5), (), (6, 7, 8)):
         stepped(times, backend, epoch)
-        backend.synchronise()
+        backend.synchronize()
         times.collect()
     assert times.seconds == [4, 8]
 
@@ -199,7 +199,7 @@ def test_every_twentieth_step_is_waited_for_where_there_are_no_marks():
     for number in range(1, 46):
         backend.calls.append(number)
         stepped(times, backend, [number])
-    waited = ["synchronise", "now", "synchronise", "now"]
+    waited = ["synchronize", "now", "synchronize", "now"]
     before = [number for number in range(1, 46) if number <= 20]
     assert backend.calls == [*before, *waited, *range(21, 41), *waited, *range(41, 46)]
     times.collect()
@@ -214,7 +214,7 @@ def test_a_step_that_fails_is_not_timed():
             backend.queue(1)
             raise ZeroDivisionError
         stepped(times, backend, [2])
-        backend.synchronise()
+        backend.synchronize()
         times.collect()
         assert times.seconds == [2]
 

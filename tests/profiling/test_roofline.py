@@ -41,39 +41,39 @@ def windows_of(calls):
 
 
 def test_no_clock_is_read_before_the_device_is_waited_for(backend):
-    roofline.fastest(scripted(backend, [2.0] * 9), backend.synchronise, seconds=8, now=backend.now)
+    roofline.fastest(scripted(backend, [2.0] * 9), backend.synchronize, seconds=8, now=backend.now)
     before = [backend.calls[index - 1] for index, call in enumerate(backend.calls) if call == "now"]
-    assert before == ["synchronise"] * 8
+    assert before == ["synchronize"] * 8
 
 
 def test_the_fastest_window_counts(backend):
     work = scripted(backend, [0.5, 4.0, 3.0, 5.0])  # the first is not timed
-    assert roofline.fastest(work, backend.synchronise, seconds=12, now=backend.now) == 3
+    assert roofline.fastest(work, backend.synchronize, seconds=12, now=backend.now) == 3
     assert windows_of(backend.calls) == [1, 1, 1]
 
 
 def test_two_windows_are_timed_of_the_slowest_work(backend):
     work = scripted(backend, [9.0, 7.0, 8.0])
-    assert roofline.fastest(work, backend.synchronise, seconds=1, now=backend.now) == 7
+    assert roofline.fastest(work, backend.synchronize, seconds=1, now=backend.now) == 7
     assert windows_of(backend.calls) == [1, 1]
 
 
 def test_every_window_is_told_as_many_as_are_asked_for_at_least(backend):
     work = scripted(backend, [9.0, 3.0, 1.0, 2.0, 7.0])
-    assert roofline.windows(work, backend.synchronise, seconds=1, least=3, now=backend.now) == [3, 1, 2]
+    assert roofline.windows(work, backend.synchronize, seconds=1, least=3, now=backend.now) == [3, 1, 2]
     assert windows_of(backend.calls) == [1, 1, 1]
 
 
 def test_fast_work_is_called_many_times_a_window(backend):
     call = 2**-8
     work = scripted(backend, [5.0, 2 * call, *[call] * 6, *[call / 2] * 6])
-    assert roofline.fastest(work, backend.synchronise, seconds=8.5 * call, now=backend.now) == call / 2
+    assert roofline.fastest(work, backend.synchronize, seconds=8.5 * call, now=backend.now) == call / 2
     assert windows_of(backend.calls) == [1, 6, 6]  # 50 ms are 6.4 times the first window
 
 
 def test_work_too_fast_for_the_clock(backend):
     work = scripted(backend, [0.0, 0.0, *[2**-20] * 50_000])
-    assert roofline.fastest(work, backend.synchronise, seconds=0, now=backend.now) == 2**-20
+    assert roofline.fastest(work, backend.synchronize, seconds=0, now=backend.now) == 2**-20
     assert windows_of(backend.calls) == [1, 50_000]
 
 
@@ -155,7 +155,7 @@ def test_copies_on_the_cpu(small):
 @pytest.mark.parametrize(("asynchronous", "side"), [(False, 64), (True, 128)])
 def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch, asynchronous, side):
     monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
-    monkeypatch.setattr(roofline, "fastest", lambda work, synchronise, *, seconds: (work(), 0.5)[1])
+    monkeypatch.setattr(roofline, "fastest", lambda work, synchronize, *, seconds: (work(), 0.5)[1])
     assert roofline.memory_bytes_per_second(Cpu()) == 2 * side * side * 4 / 0.5
 
 

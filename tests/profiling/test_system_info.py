@@ -279,7 +279,10 @@ def test_what_a_process_may_use_is_told_where_it_is_less_than_all(monkeypatch, f
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs taskset and two cores"
 )
 def test_a_part_of_the_cores_is_another_machine():
-    script = "import json, os; from pipeline.profiling import system_info; os.sched_setaffinity(0, {}); print(json.dumps(system_info.facts()))"
+    script = (
+        "import json, os; from pipeline.profiling import system_info; os.sched_setaffinity(0, {}); "
+        "print(json.dumps(system_info.facts()))"
+    )
     every = os.sched_getaffinity(0)
     whole, part = (
         json.loads(

@@ -205,7 +205,7 @@ def test_the_clock_is_never_read_before_the_device_is_waited_for():
     assert backend.calls.count("now") == 8  # an epoch: training and validation, each from and to
     for index, call in enumerate(backend.calls):
         if call == "now":
-            assert backend.calls[index - 1] == "synchronise"
+            assert backend.calls[index - 1] == "synchronize"
 
 
 def test_queued_work_is_billed_to_training_or_validation_and_nothing_else_is():
@@ -228,7 +228,7 @@ def test_the_peak_is_an_epochs_own_taken_after_its_work_is_done():
     job = job_of(Queued(linear(), backend, 1.0), backend=backend, epochs=2)
     figures = trained(job, samples(4), samples(4))
     assert [row["memory/peak_mib"] for row in figures] == [12.5, 3.0]
-    epoch = ["reset", *["synchronise", "now"] * 4, "peak"]
+    epoch = ["reset", *["synchronize", "now"] * 4, "peak"]
     assert backend.calls == epoch * 2
 
 
@@ -280,7 +280,7 @@ def test_warm_up_takes_real_steps_then_waits_and_never_reads_the_clock():
     job = job_of(Queued(network, backend, 1.0), backend=backend)
     batches = list(batching.batches(samples(5), 4, backend))
     loop.warm_up(job, batches, batches[1:])
-    assert backend.calls == ["synchronise"]
+    assert backend.calls == ["synchronize"]
     assert backend.time == 103.0  # two batches to train on, the last one to validate
     assert not torch.equal(network.weight, before)
     assert job.clock.seconds == {}
@@ -518,8 +518,8 @@ def test_evaluate_drops_nothing_and_gives_predictions_in_order():
     split = samples(11)
     state = copy.deepcopy(network.state_dict())
     predictions, heard = [], []
-    totals = loop.Totals(torch.device("cpu"))
-    score = loop.scorer(network.train(), lambda inputs: inputs, Cpu(), "fp32", totals)
+    totals = loop.RunningMetrics(torch.device("cpu"))
+    score = loop.make_eval_step(network.train(), lambda inputs: inputs, Cpu(), "fp32", totals)
     for _ in range(2):  # the second time says nothing of the first
         predictions.clear()
         loss, accuracy = loop.evaluate(
@@ -538,8 +538,8 @@ def test_evaluate_drops_nothing_and_gives_predictions_in_order():
 
 def test_predictions_outlive_the_memory_that_a_recorded_scorer_writes_them_to():
     network, split, backend = linear(), samples(23), Recording()
-    totals = loop.Totals(backend.device)
-    score = loop.scorer(network, lambda inputs: inputs, backend, "fp32", totals, recorded=True)
+    totals = loop.RunningMetrics(backend.device)
+    score = loop.make_eval_step(network, lambda inputs: inputs, backend, "fp32", totals, recorded=True)
     loop.evaluate(network, score, totals, batching.batches(split, 4, backend))  # recorded
     predictions = []
     loss, _ = loop.evaluate(network, score, totals, batching.batches(split, 4, backend), predictions)

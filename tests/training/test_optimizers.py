@@ -280,13 +280,13 @@ def test_which_optimizers_can_be_recorded(name, options, schedule, can):
     optimizer = optimizer_of(name, options, fastest=FASTEST)
     kind, _, rate_only = schedule.partition("-")
     scheduler = scheduler_of(kind, optimizer, **({"cycle_momentum": False} if rate_only else {}))
-    assert optimizers.recordable(optimizer, scheduler) is can
+    assert optimizers.capturable(optimizer, scheduler) is can
 
 
 def test_nothing_can_be_recorded_that_is_not_made_the_fastest_way():
     for name in ("adamw", "adam", "sgd"):
         optimizer = optimizer_of(name)
-        assert optimizers.recordable(optimizer, scheduler_of("constant", optimizer)) is False
+        assert optimizers.capturable(optimizer, scheduler_of("constant", optimizer)) is False
 
 
 def test_inside_the_rates_are_those_given_and_afterwards_the_optimizers_own():
@@ -309,7 +309,7 @@ def test_inside_the_rates_are_those_given_and_afterwards_the_optimizers_own():
 def test_what_is_forgotten_is_so_in_its_own_memory_and_training_starts_anew(name, options):
     params = parameters()
     optimizer = optimizer_of(name, options, params, fastest=FASTEST)
-    assert optimizers.recordable(optimizer, scheduler_of("constant", optimizer))
+    assert optimizers.capturable(optimizer, scheduler_of("constant", optimizer))
     weights = []
     for _ in range(2):
         with torch.no_grad():

@@ -43,7 +43,7 @@ def build(splits):
 
     def make(recipe, backend=None, seed=0):
         backend = backend or Cpu()
-        return setup.build(recipe, seed, CLASSES, None, splits, backend, Clock(backend.synchronise))
+        return setup.build(recipe, seed, CLASSES, None, splits, backend, Clock(backend.synchronize))
 
     return make
 
@@ -51,7 +51,7 @@ def build(splits):
 def epochs(work, splits):
     """Trains; the figures of the epochs that do not tell the time, and the model's state."""
     recipe, backend, train = work.recipe, work.job.backend, splits["train"]
-    validated = setup.validated_in(splits)
+    validated = setup.val_split(splits)
     if work.job.on_features:
         train, validated = (setup.features(work, split) for split in (train, validated))
     found = loop.train(
@@ -150,13 +150,13 @@ def test_launches_are_recorded_where_the_device_can(build, backend, recorded):
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, [4, 8]), (10, [10]), (64, [20])])
 def test_the_warm_up_takes_each_shape_that_the_training_will(build, splits, monkeypatch, batch_size, expected):
     """Of 20 images: two batches of 8 and one of 4, two of 10, one of all."""
-    taken, step = [], loop.Job.step
+    taken, step = [], loop.TrainLoop.step
 
     def sized(job, inputs, labels):
         taken.append(len(labels))
         return step(job, inputs, labels)
 
-    monkeypatch.setattr(loop.Job, "step", sized)
+    monkeypatch.setattr(loop.TrainLoop, "step", sized)
     setup.warm_up(build(recipe_of("finetune", f"batch_size={batch_size}")), splits)
     assert taken == expected
 
@@ -290,7 +290,7 @@ class Sized(Cpu):
     def tune(self, *, repeated=True):
         self.repeated = repeated
 
-    def stepper(self, *, raw, recorded):
+    def make_step(self, *, raw, recorded):
         assert raw and not recorded
 
         def step(images, labels):
@@ -332,7 +332,7 @@ class Sized(Cpu):
 )
 def test_the_largest_batch_is_the_last_that_fits(build, capacity, refused, below, largest, tried):
     backend = Sized(capacity, refused)
-    work = dataclasses.replace(build(recipe_of("finetune"), backend), stepper=backend.stepper)
+    work = dataclasses.replace(build(recipe_of("finetune"), backend), make_step=backend.make_step)
     assert setup.largest_batch(work, (16, 16, 3), below=below) == largest
     assert backend.tried == tried
     assert backend.released == len(tried) and backend.repeated
@@ -341,7 +341,7 @@ def test_the_largest_batch_is_the_last_that_fits(build, capacity, refused, below
 def test_no_batch_larger_than_the_setting_allows_is_tried(build, monkeypatch):
     monkeypatch.setattr(setup, "LARGEST_BATCH", 64)
     backend = Sized(1000)
-    work = dataclasses.replace(build(recipe_of("finetune"), backend), stepper=backend.stepper)
+    work = dataclasses.replace(build(recipe_of("finetune"), backend), make_step=backend.make_step)
     assert setup.largest_batch(work, (16, 16, 3)) == 64 and backend.tried[-1] == 64
     assert setup.LARGEST_BATCH <= 2**20  # what `batch_size` takes
 
@@ -383,7 +383,7 @@ def test_what_is_not_a_lack_of_memory_is_no_answer(build):
     def fail(images, labels):
         raise RuntimeError("shapes do not fit")
 
-    work = dataclasses.replace(build(recipe_of("finetune")), stepper=lambda **_: fail)
+    work = dataclasses.replace(build(recipe_of("finetune")), make_step=lambda **_: fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         setup.largest_batch(work, (16, 16, 3), below=9)
 
@@ -416,14 +416,14 @@ def test_the_ceiling_is_that_of_the_trainings_own_step_on_one_batch(build, split
     setup.warm_up(work, splits)
     taken, prepared, prepare = [], [], batching.prepare
 
-    def stepper(*, raw, recorded):
+    def make_step(*, raw, recorded):
         assert not raw and recorded == work.recorded
-        step = work.stepper(raw=raw, recorded=recorded)
+        step = work.make_step(raw=raw, recorded=recorded)
         return lambda images, labels: taken.append((images, labels)) or step(images, labels)
 
     monkeypatch.setattr(batching, "prepare", lambda *args, **kwargs: prepared.append(1) or prepare(*args, **kwargs))
     before = {key: tensor.clone() for key, tensor in work.net.state_dict().items()}
-    measured = setup.measure_ceilings(dataclasses.replace(work, stepper=stepper), splits)
+    measured = setup.measure_ceilings(dataclasses.replace(work, make_step=make_step), splits)
 
     assert all(value > 0 for value in vars(measured).values())
     assert len(taken) == 3 and all(each[0] is taken[0][0] for each in taken)
@@ -434,7 +434,7 @@ def test_the_ceiling_is_that_of_the_trainings_own_step_on_one_batch(build, split
 
 
 def test_a_training_of_less_than_a_batch_is_measured_with_what_there_is(build, splits, monkeypatch):
-    sizes, step, asked = [], loop.Job.step, []
+    sizes, step, asked = [], loop.TrainLoop.step, []
 
     def sized(job, inputs, labels):
         sizes.append(len(labels))
@@ -445,7 +445,7 @@ def test_a_training_of_less_than_a_batch_is_measured_with_what_there_is(build, s
         work()
         return [0.5, 1.0, 2.0]
 
-    monkeypatch.setattr(loop.Job, "step", sized)
+    monkeypatch.setattr(loop.TrainLoop, "step", sized)
     monkeypatch.setattr(roofline, "windows", lasting)
     measured = setup.measure_ceilings(build(recipe_of("finetune", "batch_size=64")), splits)
     assert set(sizes) == {20} and asked[0] == roofline.STEP_WINDOWS
@@ -466,8 +466,8 @@ def test_memory_that_does_not_last_for_the_ceilings_is_told_as_such(build, split
 
 
 def test_the_split_to_validate_on_is_the_one_that_is_not_trained_on(splits):
-    assert setup.validated_in(splits) is splits["validation"]
-    assert setup.validated_in({"train": splits["train"], "test": splits["validation"]}) is splits["validation"]
+    assert setup.val_split(splits) is splits["validation"]
+    assert setup.val_split({"train": splits["train"], "test": splits["validation"]}) is splits["validation"]
 
 
 def test_the_first_samples_are_one_batch_on_the_device(splits):
