@@ -319,7 +319,7 @@ def test_repeats_that_were_cut_off_go_on_are_cached_and_put_back_below_the_run_a
 def test_another_machine_trains_again(project):
     """Another fingerprint in hardware.json, as a clone that shares the cache would write it."""
     changed = (project.root / "pipeline" / "hardware.py").read_text()
-    spoofed = changed.replace("facts = machine.facts()", 'facts = machine.facts() | {"machine": "0123456789ab"}')
+    spoofed = changed.replace("facts = system_info.facts()", 'facts = system_info.facts() | {"machine": "0123456789ab"}')
     assert spoofed != changed
     (project.root / "pipeline" / "hardware.py").write_text(spoofed)
     output = project.dvc("status")
