@@ -172,9 +172,7 @@ class Data:
 class Energy:
     """How the energy is measured."""
 
-    source: str = setting(
-        one_of("auto", "meter", "powermetrics"), "the device's own counter; a plug meter that you read; Apple's tool"
-    )
+    source: str = setting(one_of("auto", "powermetrics"), "the device's own counter; Apple's tool")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,6 @@ def _epochs(
     joules: dict[str, list[float]] = {}
     chosen = settings.energy.source
     with energy.source(chosen, backend.energy) as reading:
-        begun = energy.ask_reading("before the training") if chosen == "meter" else 0.0
         with clock.span("upload"):
             samples, placement = setup.place(work, splits, measured.working, settings.data.device_gib)
         record["tags"]["data.placement"] = placement
@@ -226,11 +225,6 @@ def _epochs(
                     break
                 finish(figures)
                 yield figures
-        if chosen == "meter":
-            try:
-                joules["meter"] = [energy.ask_reading("after the training", begun) - begun]
-            except StageError as error:  # the training is worth more than its energy
-                terminal.say(f"note     {error}")
     _account(record, joules, chosen, images * (1 if job.on_features else recipe.epochs), clock)
     _judge(record, work, splits, measured)
 
@@ -241,8 +235,7 @@ def _account(
     """Puts what `images` took in energy, by the source `chosen`, into the record; says so where that can't be told."""
     whole = len(record["epochs"]) + 1 + record["facts"]["features_cached"]  # spans, if no reading was missed
     for source, spent in joules.items():
-        complete = source == "meter" or len(spent) == whole
-        if complete and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
+        if len(spent) == whole and sum(spent) > 0 and clock.total("features", "train", "validate") > METERED_SECONDS:
             record["tags"]["energy.source"] = source
             record["metrics"]["energy/joules"] = sum(spent)
             record["metrics"]["energy/images_per_joule"] = images / sum(spent)

@@ -13,12 +13,9 @@ spans, `reading()` before and after each; with `meter`, where `reading()` gives 
 first span and after the last.
 """
 
-import json
-import math
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +25,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from pipeline import terminal
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import UsageError
 
 Reading = Callable[[], tuple[str, float] | None]
 """The source's name and its joules since a moment that stays the same; None where they can't be told."""
@@ -47,16 +44,10 @@ STALE_SECONDS = 2.0
 PATIENCE_SECONDS = 2.0
 """How long a child may take to end once it is told to, before it is killed."""
 
-TRIES = 3
-
-JOULES = {"kwh": 3.6e6, "wh": 3.6e3, "j": 1.0}
-
 
 def check(chosen: str) -> None:
     """Raises UsageError where the source (`energy.source`) can't be had here: no terminal for `meter`; no such tool,
     no leave to run it, or no figures from it for `powermetrics`, which is run for one sample."""
-    if chosen == "meter" and (sys.stdin is None or not sys.stdin.isatty()):
-        raise _refusal(chosen, "a terminal to type readings into")
     if chosen == "powermetrics":
         with Powermetrics():
             pass
@@ -72,44 +63,8 @@ def source(chosen: str, counter: Reading) -> Iterator[Reading]:
     if chosen == "powermetrics":
         with Powermetrics() as tool:
             yield tool.reading
-    elif chosen == "meter":
-        yield lambda: None
     else:
         yield counter
-
-
-def ask_reading(when: str, least: float = 0.0, ask: Callable[[str], str] = input) -> float:
-    """Joules on the plug meter, typed by the user; `when` is such as "before the training".
-
-    What can't be read, or is below `least` (the reading before), is asked again; raises StageError after three tries
-    and where the input ends. A meter that shows 0.01 kWh tells 36,000 J from 72,000 J, and nothing between.
-    """
-    prompt = f"meter    what it shows {when}, in kWh (or with a unit: 123 Wh, 4.5e5 J): "
-    for _ in range(TRIES):
-        try:
-            typed = ask(prompt)
-        except EOFError:
-            terminal.say("")  # else the refusal stands behind the prompt
-            raise StageError(f"energy.source: no reading of the meter {when}: the input ended") from None
-        joules = parse_reading(typed)
-        if joules is None:
-            terminal.say(f"meter    {json.dumps(typed, ensure_ascii=False)} is no reading: expected such as 0.123 kWh")
-        elif joules < least:
-            now, before = joules / JOULES["kwh"], least / JOULES["kwh"]
-            terminal.say(f"meter    {now:.9g} kWh is less than before, which was {before:.9g} kWh")
-        else:
-            return joules
-    raise StageError(f"energy.source: no reading of the meter {when} in {TRIES} tries")
-
-
-def parse_reading(text: str) -> float | None:
-    """Joules of `0.123 kWh`, `123 Wh`, `4.5e5 J` or a number alone, which is kWh; a comma may stand for the point."""
-    match = re.fullmatch(r"\s*(\d+(?:[.,]\d*)?|[.,]\d+)(e[-+]?\d+)?\s*(kwh|wh|j)?\s*", text, re.IGNORECASE)
-    if match is None:
-        return None
-    number, exponent, unit = match.groups()
-    joules = float(number.replace(",", ".") + (exponent or "")) * JOULES[(unit or "kWh").lower()]
-    return joules if math.isfinite(joules) else None
 
 
 class Powermetrics:

@@ -463,7 +463,7 @@ def test_the_run_that_is_shown_is_the_most_typical_one():
 def test_energies_of_two_sources_are_no_figure():
     store = Store().add(2, metrics={"energy/images_per_joule": 5.0}, energy__source="nvml")
     assert row(store.compare(), "GPU A").figures["images_per_joule"].value == 5
-    store.runs[0]["tags"]["energy.source"] = "meter"
+    store.runs[0]["tags"]["energy.source"] = "powermetrics"
     only = row(store.compare(), "GPU A")
     assert "images_per_joule" not in only.figures and only.energy_source == ""
 

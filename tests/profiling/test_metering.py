@@ -1,6 +1,5 @@
 """Energy from a plug meter that is read by eye, and from Apple's tool: here a script that stands for it."""
 
-import io
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from conftest import fails
 
 from pipeline import config
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import UsageError
 from pipeline.profiling import energy
 from pipeline.profiling.energy import Powermetrics
 
@@ -86,89 +85,6 @@ class Time:
 
     def __call__(self):
         return self.now
-
-
-def typing(*lines):
-    """Stands for `input`: types these lines, then ends the input; keeps the prompts."""
-    rest = list(lines)
-
-    def ask(prompt):
-        ask.prompts.append(prompt)
-        if not rest:
-            raise EOFError
-        return rest.pop(0)
-
-    ask.prompts = []
-    return ask
-
-
-# --- the plug meter
-
-
-@pytest.mark.parametrize(
-    ("text", "joules"),
-    [
-        ("0.123 kWh", 442_800),
-        ("0,123 kWh", 442_800),
-        ("0.123", 442_800),
-        (" 12 ", 43_200_000),
-        (".5", 1_800_000),
-        ("1.", 3_600_000),
-        ("123 Wh", 442_800),
-        ("123wh", 442_800),
-        ("4.5e5 J", 450_000),
-        ("4,5E+5 j", 450_000),
-        ("1e-3 KWH", 3600),
-        ("0", 0),
-    ],
-)
-def test_a_reading_is_read(text, joules):
-    assert energy.parse_reading(text) == pytest.approx(joules)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "kWh", "-1", "1,234.5", "1 234", "0.1 kW", "12 MJ", "1e", "e5", "1e999", "nan", "0x10", ".", "1 2"],
-)
-def test_nonsense_is_no_reading(text):
-    assert energy.parse_reading(text) is None
-
-
-def test_a_reading_is_asked_for_with_what_to_type(capsys):
-    ask = typing("0.5")
-    assert energy.ask_reading("before the training", ask=ask) == 1_800_000
-    (prompt,) = ask.prompts
-    assert "before the training" in prompt and "kWh" in prompt and "123 Wh" in prompt
-    assert capsys.readouterr().out == ""
-
-
-def test_what_cannot_be_read_is_asked_again(capsys):
-    ask = typing("half", "", "0,5 kWh")
-    assert energy.ask_reading("before the training", ask=ask) == 1_800_000
-    assert len(ask.prompts) == 3
-    first, second = capsys.readouterr().out.splitlines()
-    assert '"half" is no reading' in first and '"" is no reading' in second
-
-
-def test_a_reading_below_the_one_before_is_asked_again(capsys):
-    ask = typing("1234.567", "1234.569")
-    least = energy.parse_reading("1234.568")
-    assert energy.ask_reading("after the training", least, ask) == energy.parse_reading("1234.569")
-    assert capsys.readouterr().out == "meter    1234.567 kWh is less than before, which was 1234.568 kWh\n"
-    assert energy.ask_reading("after the training", least, typing("1234.568")) == least
-
-
-@pytest.mark.parametrize("lines", [["half"] * 3, ["0.1"] * 3, ["half", "0.1", "half"]])
-def test_three_tries_are_all(lines):
-    ask = typing(*lines, "0.5")
-    line = fails(StageError, energy.ask_reading, "after the training", 1_000_000, ask)
-    assert line == "energy.source: no reading of the meter after the training in 3 tries"
-    assert len(ask.prompts) == 3
-
-
-def test_an_input_that_ends():
-    line = fails(StageError, energy.ask_reading, "before the training", 0.0, typing("half"))
-    assert line == "energy.source: no reading of the meter before the training: the input ended"
 
 
 # --- powermetrics' words
@@ -322,20 +238,6 @@ def refusal(source):
     return line.removeprefix(start)
 
 
-@pytest.mark.parametrize("stdin", [None, io.StringIO()])
-def test_a_meter_needs_a_terminal(monkeypatch, stdin):
-    monkeypatch.setattr(sys, "stdin", stdin)
-    assert refusal("meter") == "a terminal to type readings into"
-
-
-def test_what_is_there_passes(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdin", terminal)
-    energy.check("meter")
-    energy.check("auto")
-
-
 def test_without_the_tool(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refusal("powermetrics") == "a Mac, whose tool it is"
@@ -387,11 +289,6 @@ def test_auto_is_the_devices_own_counter():
 
     with energy.source("auto", counter) as reading:
         assert reading is counter
-
-
-def test_a_meter_is_not_read_each_epoch():
-    with energy.source("meter", lambda: ("nvml", 1.0)) as reading:
-        assert reading() is None
 
 
 @needs_sh
