@@ -17,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions as expected
 from selenium.webdriver.support.ui import WebDriverWait
-from test_store import fresh_store
+from stores import fresh_store
 
 from pipeline import compare, config, ui
 from pipeline.profiling import score_steps

@@ -23,7 +23,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_store import AT, DATASET, client, fresh_store, own_store, runs  # noqa: F401 (own_store: each has its own)
+from stores import AT, DATASET, client, fresh_store, own_store, runs  # noqa: F401 (own_store: each has its own)
 
 from pipeline import bundle, config, files
 from pipeline.errors import StageError, UsageError
@@ -333,7 +333,7 @@ def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
     assert sorted(each["tags"]["repeat"] for each in store.finished_runs()) == ["1", "2", "3"]
 
 
-def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, own_store):  # noqa: F811
+def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, own_store):
     live_repeats(tmp_path)
     before = dump(own_store)
     publisher.gather(repeat_of(2), "trainmark")
@@ -420,7 +420,7 @@ def test_of_repeats_what_was_deleted_stays_deleted(tmp_path, elsewhere, gone):
         ({"repeat": "3", "repeats": "4"}, "repeats: 4, where one that is there says 3"),
     ],
 )
-def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, other, said, in_store):  # noqa: F811
+def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, other, said, in_store):
     first = pack(tmp_path / "first.zip", repeat_parts(2))
     pack(tmp_path / "x.zip", repeat_parts(7, 9, **{"repeats": "3"} | other))
     if in_store:
@@ -433,7 +433,7 @@ def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, oth
 
 
 @pytest.mark.parametrize("broken", ["start", "mark", "log_series"])
-def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monkeypatch, broken):  # noqa: F811
+def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monkeypatch, broken):
     """The second of the calls fails: a repeat's start, another one's mark or course."""
     path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
     calls, real = [], getattr(store, broken)
@@ -570,7 +570,7 @@ def test_importing_twice_adds_nothing(tmp_path, elsewhere, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("is in this store already")
 
 
-def test_the_own_bundle_adds_nothing(tmp_path, own_store):  # noqa: F811
+def test_the_own_bundle_adds_nothing(tmp_path, own_store):
     live(tmp_path / "a")
     bundle.export(tmp_path / "x.zip")
     before = dump(own_store)
@@ -646,7 +646,7 @@ def test_a_run_that_was_deleted_stays_deleted(tmp_path, elsewhere, capsys):
     assert dump(path) == before and "deleted in this store" in capsys.readouterr().out
 
 
-def test_a_run_under_way_is_left_alone(tmp_path, own_store):  # noqa: F811
+def test_a_run_under_way_is_left_alone(tmp_path, own_store):
     record = record_of()
     store.mark(store.start(record), record)
     before = dump(own_store)
@@ -716,7 +716,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     assert "no .safetensors file" in refused(pack(tmp_path / "a.zip", parts), tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path, own_store):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path, own_store):
     parts = whole_parts()
     parts["train/best.safetensors"] = checkpoint(record_of(), tmp_path / "best.safetensors")
     before = dump(own_store)
@@ -1279,7 +1279,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("make, said", BAD.values(), ids=BAD)
-def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, own_store, make, said):  # noqa: F811
+def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, own_store, make, said):
     make(tmp_path / "x.zip")
     good = pack(tmp_path / "good.zip", whole_parts(7))
     before = dump(own_store)
@@ -1292,7 +1292,7 @@ def test_a_bad_bundle_is_a_line_and_leaves_the_store_alone(tmp_path, own_store, 
     assert not list(tmp_path.glob("mlruns/*/*"))
 
 
-def test_what_is_no_file_is_refused(tmp_path, own_store):  # noqa: F811
+def test_what_is_no_file_is_refused(tmp_path, own_store):
     for name in ("missing.zip", "."):
         with pytest.raises(UsageError, match="there is no such file"):
             bundle.import_runs([tmp_path / name])
@@ -1307,7 +1307,7 @@ CONFLICTS = {
 
 @pytest.mark.parametrize("in_store", [True, False])
 @pytest.mark.parametrize(("file", "path", "other"), CONFLICTS.values(), ids=CONFLICTS)
-def test_a_run_with_another_content_is_refused_by_name(tmp_path, own_store, file, path, other, in_store):  # noqa: F811
+def test_a_run_with_another_content_is_refused_by_name(tmp_path, own_store, file, path, other, in_store):
     first = pack(tmp_path / "first.zip", whole_parts())
     pack(tmp_path / "x.zip", whole_parts(2), parts_with(file, path, other))
     if in_store:
@@ -1324,7 +1324,7 @@ def test_a_run_with_another_content_is_refused_by_name(tmp_path, own_store, file
 @pytest.mark.parametrize(
     ("broken", "away"), [("start", False), ("log_epoch", True), ("log_text", False), ("mark", False), ("mark", True)]
 )
-def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monkeypatch, capsys, broken, away):  # noqa: F811
+def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monkeypatch, capsys, broken, away):
     """`away`: the store stays away, so that nothing can be deleted again."""
     pack(tmp_path / "a.zip", whole_parts(1), whole_parts(2), whole_parts(3))
     calls = []
@@ -1381,7 +1381,7 @@ def test_a_stage_that_is_added_by_half_is_added_again(tmp_path, elsewhere, monke
     assert found == next(iter(there(tmp_path).values()))[1]
 
 
-def test_a_full_disk_is_said(tmp_path, own_store, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_said(tmp_path, own_store, monkeypatch):
     pack(tmp_path / "a.zip", whole_parts())
 
     def full(*args, **kwargs):
@@ -1393,7 +1393,7 @@ def test_a_full_disk_is_said(tmp_path, own_store, monkeypatch):  # noqa: F811
             bundle.read(tmp_path / "a.zip", tmp_path / "unpacked")
 
 
-def test_nothing_is_imported_into_a_run_under_way(tmp_path, own_store, monkeypatch):  # noqa: F811
+def test_nothing_is_imported_into_a_run_under_way(tmp_path, own_store, monkeypatch):
     pack(tmp_path / "a.zip", whole_parts())
     monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
     before = dump(own_store)
@@ -1595,7 +1595,7 @@ KINDS = ["values", "structure", "bytes"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [250, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_no_bundle_ends_in_a_traceback(tmp_path, own_store, monkeypatch, kind, count):  # noqa: F811
+def test_no_bundle_ends_in_a_traceback(tmp_path, own_store, monkeypatch, kind, count):
     taken = []
     path = tmp_path / "x.zip"
     if kind == "bytes":

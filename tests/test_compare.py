@@ -10,8 +10,8 @@ import pytest
 from conftest import fails
 from made import EPOCHS, Store, two
 from mlflow.entities import Metric, Param, RunTag
-from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from test_train import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import compare, config, files
 from pipeline.comparison import build
@@ -68,7 +68,7 @@ def verdicts(found):
 
 
 @pytest.fixture
-def outputs(once, tmp_path, light):  # noqa: F811
+def outputs(once, tmp_path, light):
     """What a training and the stages after it left, for the test to change."""
     return shutil.copytree(once.outputs, tmp_path / "outputs")
 
@@ -90,7 +90,7 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, c
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
 
 
-def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, driven, capsys):  # noqa: F811
+def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, driven, capsys):
     settings = generated("repeats=3", "epochs=1")
     prepare(settings, tmp_path / "outputs")
     driven(settings, tmp_path / "outputs", "train")
@@ -106,7 +106,7 @@ def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, driv
     assert len([run for run in runs() if "restored" in run.data.tags]) == 4
 
 
-def test_of_repeats_that_were_cut_off_those_that_are_there_are_put_back(tmp_path, light, driven):  # noqa: F811
+def test_of_repeats_that_were_cut_off_those_that_are_there_are_put_back(tmp_path, light, driven):
     settings = generated("repeats=3", "epochs=1")
     prepare(settings, tmp_path / "outputs")
     driven(settings, tmp_path / "outputs", "train")

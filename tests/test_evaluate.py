@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 from mlflow.entities import ViewType
-from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from test_train import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import evaluate, files, plots, train
 from pipeline.data import batching, datasets
@@ -19,7 +19,7 @@ LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matri
 
 
 @pytest.fixture
-def outputs(once, own_store, tmp_path, light):  # noqa: F811
+def outputs(once, own_store, tmp_path, light):
     """What a training left, its run in the store, not evaluated yet."""
     shutil.copy(once.trained, own_store)
     return shutil.copytree(once.outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("evaluate", "sustain"))
@@ -168,7 +168,7 @@ def test_the_test_split_is_an_input_of_the_run(outputs):
     assert [each["name"] for each in result["datasets"]] == ["synthetic-test"]
 
 
-def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path, light, driven, capsys):  # noqa: F811
+def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path, light, driven, capsys):
     settings, outputs = generated("repeats=3", "epochs=1"), tmp_path / "outputs"
     prepare(settings, outputs)
     driven(settings, outputs, "train")
@@ -191,7 +191,7 @@ def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path
     assert not [each for each in said if "-S repeats=3" in each]
 
 
-def test_a_repeat_is_evaluated_beside_what_the_others_left(tmp_path, light, driven):  # noqa: F811
+def test_a_repeat_is_evaluated_beside_what_the_others_left(tmp_path, light, driven):
     settings, outputs = generated("repeats=2", "epochs=1"), tmp_path / "outputs"
     prepare(settings, outputs)
     driven(settings, outputs, "train")
@@ -204,7 +204,7 @@ def test_a_repeat_is_evaluated_beside_what_the_others_left(tmp_path, light, driv
     assert left == {"record.json", "metrics.json", "repeats/2/record.json", "repeats/2/metrics.json"}
 
 
-def test_a_repeat_with_a_checkpoint_of_another_is_refused(tmp_path, light, driven):  # noqa: F811
+def test_a_repeat_with_a_checkpoint_of_another_is_refused(tmp_path, light, driven):
     settings, outputs = generated("repeats=2", "epochs=1"), tmp_path / "outputs"
     prepare(settings, outputs)
     driven(settings, outputs, "train")
@@ -217,7 +217,7 @@ def test_a_single_run_is_told_how_to_get_an_interval(outputs, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("-S repeats=3 trains three times")
 
 
-def test_the_test_split_that_was_validated_on_is_logged_once(tmp_path, light):  # noqa: F811
+def test_the_test_split_that_was_validated_on_is_logged_once(tmp_path, light):
     settings = generated("validation=test", "epochs=1")
     prepare(settings, tmp_path / "outputs")
     record = train.run(settings, tmp_path / "outputs")

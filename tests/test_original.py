@@ -8,9 +8,9 @@ import shutil
 import sys
 
 import pytest
+from stores import own_store, runs  # noqa: F401 (each test has its own)
 from test_bundle import elsewhere, parts_of, write  # noqa: F401 (elsewhere: each machine has its own store)
 from test_results import later_of, result_of
-from test_store import own_store, runs  # noqa: F401 (each test has its own)
 
 from pipeline import bundle, cli, compare
 from pipeline.comparison import groups
@@ -35,7 +35,7 @@ def measured(place, first, *, seconds, accuracy, **tags):
 
 
 @pytest.fixture
-def gathered(tmp_path, elsewhere):  # noqa: F811
+def gathered(tmp_path, elsewhere):
     """Brings the runs of both machines, the GTX's with this accuracy, into a third store by their bundles."""
 
     def gather(accuracy):

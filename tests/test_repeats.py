@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_store import client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
+from stores import client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
 
 from pipeline import config, files, repeats
 from pipeline.errors import StageError, UsageError

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from stores import own_store  # noqa: F401 (each test has its own)
 from test_bundle import (
     dump,
     evaluation_of,
@@ -16,7 +17,6 @@ from test_bundle import (
     record_of,
     sustained_of,
 )
-from test_store import own_store  # noqa: F401 (each test has its own)
 
 from pipeline import config
 from pipeline.errors import StageError, UsageError
@@ -277,7 +277,7 @@ def command(*paths):
     )  # fmt: skip
 
 
-def test_the_command_ends_with_a_status_that_tells(tmp_path, capsys, own_store):  # noqa: F811
+def test_the_command_ends_with_a_status_that_tells(tmp_path, capsys, own_store):
     before = dump(own_store)
     good, bad = pack(tmp_path / "a.zip", whole(result_of())), pack(tmp_path / "b.zip", demo())
     check.main([str(good)])
@@ -335,7 +335,7 @@ def two(tmp_path):
 
 
 @pytest.mark.usefixtures("capsys")
-def test_the_same_bundles_give_the_same_reports_and_no_store_is_touched(two, own_store, monkeypatch):  # noqa: F811
+def test_the_same_bundles_give_the_same_reports_and_no_store_is_touched(two, own_store, monkeypatch):
     before, beside = dump(own_store), sorted(own_store.parent.rglob("*"))
     reports = []
     for _ in range(2):

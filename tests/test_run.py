@@ -5,8 +5,8 @@ import sys
 import threading
 
 import pytest
-from test_store import own_store, runs  # noqa: F401 (own_store: each test has its own)
-from test_train import REPEATED, SMALL, STEPS, light, once, threads  # noqa: F401 (threads: one is enough)
+from stores import own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import REPEATED, SMALL, STEPS, light, once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import compare, config, download, evaluate, files, hardware, repeats, run, sustain, train
 from pipeline.errors import StageError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import fails
 from mlflow.entities import ViewType
-from test_store import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from test_train import REPEATED, STEPS, generated, light, once, threads  # noqa: F401 (threads: one is enough)
+from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import REPEATED, STEPS, generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import config, devices, files, sustain
 from pipeline.data import batching
@@ -36,7 +36,7 @@ def course(*slices, batch_size=8, energy=None):
 
 
 @pytest.fixture
-def outputs(once, own_store, tmp_path, light, monkeypatch):  # noqa: F811
+def outputs(once, own_store, tmp_path, light, monkeypatch):
     """What a training left, its run in the store, with nothing repeated yet, on a CPU whose best precision is bf16."""
     monkeypatch.setattr(Cpu, "best_precision", lambda self: "bf16")
     shutil.copy(once.trained, own_store)

@@ -2,39 +2,25 @@
 
 import csv
 import gc
-import io
 import json
-import shutil
-import sys
-import warnings
 import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import fails
-from test_store import client, fresh_store, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from stores import client, fresh_store, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import REPEATED, SMALL, STEPS, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import config, devices, download, evaluate, files, hardware, plots, repeats, sustain, train
+from pipeline import config, devices, files, hardware, plots, train
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.models import classifier
 from pipeline.profiling import energy, roofline, system_info, system_state
 from pipeline.profiling.clock import Clock
-from pipeline.profiling.score_steps import Step
 from pipeline.tracking import records, store
 from pipeline.training import loop, setup
-
-SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
-REPEATED = ("sustain_seconds=0.1",)
-STEPS = (
-    Step("convnet_fp32", "convnet fp32", "test_resnet.r160_in1k", 32, 8, best_precision=False),
-    Step("convnet_best", "convnet best", "test_resnet.r160_in1k", 32, 8, best_precision=True),
-    Step("transformer_best", "transformer best", "test_vit.r160_in1k", 160, 2, best_precision=True),
-)
-"""Small steps to repeat, for a while."""
 
 CEILINGS = {"ceiling/matmul_tflops", "ceiling/memory_gb_per_second", "ceiling/synthetic_images_per_second"}
 ONCE = {
@@ -53,66 +39,6 @@ LEFT = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    """One thread does so little work fastest; what a test sets does not last."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(setup, "THREADS", 1)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def generated(*overrides):
-    """Settings for generated pictures, 6 of each of 10 classes to train and to test on, that need no files."""
-    mine = ("data.source=synthetic", "data.limit=6", "recipe=linear-probe", "weights=random", "device=cpu", "seed=0")
-    return config.load([*mine, "sustain_seconds=0", *SMALL, *overrides])
-
-
-def prepare(settings, folder):
-    for stage in (hardware, download):
-        stage.run(settings, folder)
-
-
-def trained_once(factory):
-    """What a training and the stages after it left, made once: `settings`, `outputs` and, as it was after training
-    and at the end, the store (`trained`, `completed`)."""
-    root = factory.getbasetemp() / "once"
-    made = SimpleNamespace(
-        settings=generated(*REPEATED),
-        outputs=root / "outputs",
-        trained=root / "trained.db",
-        completed=root / "completed.db",
-    )
-    if not made.completed.exists():
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what MLflow imports to log a model warns of its own code
-            patch.chdir(root)
-            patch.setenv("MLFLOW_TRACKING_URI", fresh_store(root / "store.db", factory))
-            prepare(made.settings, made.outputs)
-            train.run(made.settings, made.outputs)
-            shutil.copy(root / "store.db", made.trained)
-            evaluate.run(made.settings, made.outputs)
-            sustain.run(made.settings, made.outputs, steps=STEPS)
-            shutil.copytree(root / "mlruns", root / "kept")  # stores copied from these two write into mlruns, too
-            (root / "store.db").rename(made.completed)
-    return made
-
-
-@pytest.fixture
-def once(tmp_path_factory):
-    return trained_once(tmp_path_factory)
-
-
-@pytest.fixture
-def light(monkeypatch, once):
-    """Leaves out what takes long and is tested elsewhere: the model in MLflow, and drawing. Not of `once`."""
-    monkeypatch.setattr(store, "log_model", lambda *args: None)
-    monkeypatch.setattr(plots, "save", lambda figure, path: files.write_text(path, "a picture"))
-
-
 @pytest.fixture
 def trained(settings_of, tmp_path, light):
     """Trains on `pictures` with `key=value` overrides; gives the record."""
@@ -123,23 +49,6 @@ def trained(settings_of, tmp_path, light):
         return train.run(settings, tmp_path / "outputs")
 
     return run
-
-
-@pytest.fixture
-def driven(monkeypatch):
-    """Drives stages of repeats, each of which runs in this process."""
-    modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
-
-    def drive(settings, folder, *stages):
-        def child(command, number, where, lock):
-            for stage in stages:
-                modules[stage].run(settings, where, number)
-            return 0
-
-        monkeypatch.setattr(repeats, "_waited_for", child)
-        repeats.drive(settings, folder, stages, settings.repeats, [])
-
-    return drive
 
 
 @pytest.fixture
@@ -964,61 +873,6 @@ def test_a_counter_that_stands_still_gives_no_energy(trained, monkeypatch):
     monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
     record = trained("epochs=1")
     assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
-
-
-@pytest.fixture
-def meter(monkeypatch):
-    """Types these readings of a plug meter into a terminal."""
-    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
-
-    def types(*readings):
-        terminal = io.StringIO("".join(f"{reading}\n" for reading in readings))
-        terminal.isatty = lambda: True
-        monkeypatch.setattr(sys, "stdin", terminal)
-
-    return types
-
-
-@pytest.mark.parametrize(("features", "images"), [("cache", 60), ("recompute", 120)])
-def test_a_plug_meter_is_asked_for_before_and_after_the_training(
-    trained, meter, monkeypatch, clocks, capsys, features, images
-):
-    asked, ask = [], energy.ask_reading
-
-    def asks(when, *args):
-        asked.append((when, clocks[0]._open, "train" in clocks[0].seconds, "upload" in clocks[0].seconds))
-        return ask(when, *args)
-
-    monkeypatch.setattr(energy, "ask_reading", asks)
-    meter("1.5 kWh", "1.4 kWh", "1.5001 kWh")
-    record = trained("energy.source=meter", f"features={features}")
-    assert asked == [("before the training", None, False, False), ("after the training", None, True, True)]
-    assert "1.4 kWh is less than before" in capsys.readouterr().out
-    assert record["metrics"]["energy/joules"] == pytest.approx(360)
-    assert record["metrics"]["energy/images_per_joule"] == pytest.approx(images / 360)
-    (run,) = runs()
-    assert run.data.tags["energy.source"] == "meter" and run.data.metrics["energy/joules"] == pytest.approx(360)
-
-
-def test_a_second_reading_that_does_not_come_costs_no_training(trained, meter, capsys):
-    meter("1.5 kWh")
-    record = trained("energy.source=meter")
-    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
-    assert runs()[0].info.status == "FINISHED"
-    assert "no reading of the meter after the training: the input ended" in capsys.readouterr().out
-
-
-def test_a_first_reading_that_does_not_come_fails_the_run_before_it_trains(trained, meter):
-    meter()
-    assert "no reading of the meter before the training" in fails(StageError, trained, "energy.source=meter")
-    assert runs()[0].info.status == "FAILED" and "train/loss" not in runs()[0].data.metrics
-
-
-def test_a_meter_without_a_terminal_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    with pytest.raises(UsageError, match=r'^energy\.source: "meter" is not allowed here'):
-        train.run(generated("energy.source=meter"), tmp_path / "outputs")
-    assert runs() == [] and not (tmp_path / "outputs").exists()
 
 
 def test_apples_tool_takes_the_counters_place(trained, monkeypatch):

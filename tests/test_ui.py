@@ -8,7 +8,7 @@ import webbrowser
 from contextlib import ExitStack
 
 import pytest
-from test_store import client, own_store, record_of  # noqa: F401 (own_store: each test has its own)
+from stores import client, own_store, record_of  # noqa: F401 (own_store: each test has its own)
 
 from pipeline import config, ui
 from pipeline.errors import StageError

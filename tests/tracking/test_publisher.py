@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 from mlflow import MlflowClient
-from test_store import QUIET, client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from test_train import light, once, threads  # noqa: F401 (threads: one is enough)
+from stores import QUIET, client, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import light, once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import bundle, files
 from pipeline.errors import StageError
@@ -17,7 +17,7 @@ OTHER = {"restored", "mlflow.log-model.history"}
 
 
 @pytest.fixture
-def left(once, tmp_path):  # noqa: F811
+def left(once, tmp_path):
     """The record of the training, and the folder that it, its evaluation and what was sustained were left in, for the
     test to change."""
     folder = shutil.copytree(once.outputs, tmp_path / "outputs")
@@ -54,7 +54,7 @@ def whole(at, run_id, tmp_path):
 
 
 @QUIET
-def test_a_restored_run_is_the_live_one(once, left, tmp_path):  # noqa: F811
+def test_a_restored_run_is_the_live_one(once, left, tmp_path):
     record, folder = left
     root = once.completed.parent
     shutil.copytree(root / "kept", root / "mlruns", dirs_exist_ok=True)
@@ -259,6 +259,6 @@ def test_the_model_asks_for_released_packages(left, monkeypatch):
     assert not any("+" in each for each in requirements)  # a build such as 2.14.1+cu130 is not on the index
 
 
-def test_what_the_stages_leave_may_go_into_a_bundle(once):  # noqa: F811
+def test_what_the_stages_leave_may_go_into_a_bundle(once):
     record, found = bundle.vetted(once.outputs, "outputs")
     assert set(found) == {"evaluate", "sustain"} and {each["id"] for each in found.values()} == {record["id"]}

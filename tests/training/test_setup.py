@@ -7,7 +7,7 @@ import torch
 from conftest import fails
 from standin import Recording
 from test_loop import never_warmed
-from test_train import SMALL, threads  # noqa: F401 (threads: one is enough)
+from trainings import SMALL, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import config
 from pipeline.data import batching

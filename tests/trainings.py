@@ -1,0 +1,100 @@
+"""Small trainings that several test modules share."""
+
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stores import fresh_store
+
+from pipeline import config, download, evaluate, files, hardware, plots, repeats, sustain, train
+from pipeline.profiling.score_steps import Step
+from pipeline.tracking import store
+from pipeline.training import setup
+
+SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
+REPEATED = ("sustain_seconds=0.1",)
+STEPS = (
+    Step("convnet_fp32", "convnet fp32", "test_resnet.r160_in1k", 32, 8, best_precision=False),
+    Step("convnet_best", "convnet best", "test_resnet.r160_in1k", 32, 8, best_precision=True),
+    Step("transformer_best", "transformer best", "test_vit.r160_in1k", 160, 2, best_precision=True),
+)
+"""Small steps to repeat, for a while."""
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """One thread does so little work fastest; what a test sets does not last."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(setup, "THREADS", 1)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generated(*overrides):
+    """Settings for generated pictures, 6 of each of 10 classes to train and to test on, that need no files."""
+    mine = ("data.source=synthetic", "data.limit=6", "recipe=linear-probe", "weights=random", "device=cpu", "seed=0")
+    return config.load([*mine, "sustain_seconds=0", *SMALL, *overrides])
+
+
+def prepare(settings, folder):
+    for stage in (hardware, download):
+        stage.run(settings, folder)
+
+
+def trained_once(factory):
+    """What a training and the stages after it left, made once: `settings`, `outputs` and, as it was after training
+    and at the end, the store (`trained`, `completed`)."""
+    root = factory.getbasetemp() / "once"
+    made = SimpleNamespace(
+        settings=generated(*REPEATED),
+        outputs=root / "outputs",
+        trained=root / "trained.db",
+        completed=root / "completed.db",
+    )
+    if not made.completed.exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what MLflow imports to log a model warns of its own code
+            patch.chdir(root)
+            patch.setenv("MLFLOW_TRACKING_URI", fresh_store(root / "store.db", factory))
+            prepare(made.settings, made.outputs)
+            train.run(made.settings, made.outputs)
+            shutil.copy(root / "store.db", made.trained)
+            evaluate.run(made.settings, made.outputs)
+            sustain.run(made.settings, made.outputs, steps=STEPS)
+            shutil.copytree(root / "mlruns", root / "kept")  # stores copied from these two write into mlruns, too
+            (root / "store.db").rename(made.completed)
+    return made
+
+
+@pytest.fixture
+def once(tmp_path_factory):
+    return trained_once(tmp_path_factory)
+
+
+@pytest.fixture
+def light(monkeypatch, once):
+    """Leaves out what takes long and is tested elsewhere: the model in MLflow, and drawing. Not of `once`."""
+    monkeypatch.setattr(store, "log_model", lambda *args: None)
+    monkeypatch.setattr(plots, "save", lambda figure, path: files.write_text(path, "a picture"))
+
+
+@pytest.fixture
+def driven(monkeypatch):
+    """Drives stages of repeats, each of which runs in this process."""
+    modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
+
+    def drive(settings, folder, *stages):
+        def child(command, number, where, lock):
+            for stage in stages:
+                modules[stage].run(settings, where, number)
+            return 0
+
+        monkeypatch.setattr(repeats, "_waited_for", child)
+        repeats.drive(settings, folder, stages, settings.repeats, [])
+
+    return drive
