@@ -86,7 +86,7 @@ class Run:
     @property
     def folders(self) -> publisher.Folders:
         """Where its files are, by stage."""
-        return records.folders(self.folder)
+        return records.stage_folders(self.folder)
 
     @property
     def shown(self) -> str:
@@ -153,12 +153,12 @@ def _fetched(scratch: Path, with_models: bool, experiment: str | None, *, pictur
         except UsageError as error:
             terminal.say(f"left out {error}")
             continue
-        found.append(Run(record, results, row["tags"].get(publisher.IMPORTED_RUN, row["run_id"]), folder, SCHEMA))
+        found.append(Run(record, results, row["tags"].get(publisher.IMPORTED_RUN_TAG, row["run_id"]), folder, SCHEMA))
     return found
 
 
 def _fullness(tags: Mapping[str, str]) -> tuple[int, bool]:
-    return sum(publisher.digest_tag(stage) in tags for stage in publisher.LATER), "restored" not in tags
+    return sum(publisher.digest_tag(stage) in tags for stage in publisher.LATER_STAGES), "restored" not in tags
 
 
 def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: bool, *, pictures: bool) -> None:
@@ -171,14 +171,14 @@ def _fetch(row: Mapping[str, Any], folder: Path, scratch: Path, with_models: boo
     if with_models:
         wanted[publisher.CHECKPOINT] = CHECKPOINT
     parts = ["", "records", "checkpoints"] + ["plots"] * pictures
-    there = [path for part in parts for path in store.artifacts(run_id, part)]
+    there = [path for part in parts for path in store.list_artifacts(run_id, part)]
     for path in there:
         part, _, name = path.rpartition("/")
         if part == "plots" and _limit(drawn := f"{'evaluate' if name in EVALUATED else 'train'}/plots/{name}"):
             wanted[path] = drawn
     for path in wanted.keys() & set(there):
         (folder / wanted[path]).parent.mkdir(parents=True, exist_ok=True)
-        store.download(run_id, path, scratch).replace(folder / wanted[path])
+        store.download_artifact(run_id, path, scratch).replace(folder / wanted[path])
 
 
 def _limit(name: str) -> int:
@@ -195,7 +195,7 @@ def _manifest(found: Sequence[Run]) -> dict[str, Any]:
                 "record": run.record["id"],
                 "run_id": run.run_id,
                 "start": run.record["started"],
-                "end": publisher.ended(run.record, run.results),
+                "end": publisher.end_time(run.record, run.results),
                 "files": {
                     path.relative_to(run.folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
                     for path in paths
@@ -318,7 +318,7 @@ def _read(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Run]:
         own = folder / listing["record"]
         within = f"{where}: runs/{listing['record']}"
         record, results = vetted(own, within)
-        said = {"record": record["id"], "start": record["started"], "end": publisher.ended(record, results)}
+        said = {"record": record["id"], "start": record["started"], "end": publisher.end_time(record, results)}
         for key, value in said.items():
             if listing[key] != value:
                 raise bundle_schema.refusal(within, f"{key}: {MANIFEST} says {listing[key]}, the record {value}")
@@ -451,7 +451,7 @@ def vetted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, dict[str
                     raise bundle_schema.refusal(f"{where}/{stage}/plots/{picture.name}", "it is no PNG picture")
     if (folder / CHECKPOINT).exists():
         _vet_checkpoint(folder / CHECKPOINT, record, f"{where}/{CHECKPOINT}")
-    if len(records.description(record, results)) > records.DESCRIPTION_LENGTH:
+    if len(records.describe_run(record, results)) > records.DESCRIPTION_LENGTH:
         raise bundle_schema.refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
     return record, results
 
@@ -513,12 +513,14 @@ def import_runs(paths: Sequence[Path]) -> None:
         _refuse_conflicts(found, fetched)
         made: list[store.Handle] = []
         try:
-            with store.discarded_by_failure(made):
-                found.sort(key=lambda each: records.repeat_of(each[1].record))  # the run above begins with the first
+            with store.discard_on_failure(made):
+                found.sort(
+                    key=lambda each: records.repeat_number(each[1].record)
+                )  # the run above begins with the first
                 for _, run in found:
                     _put(run, fetched, made)
                 for run in {run.record["tags"].get(store.REPEATS_TAG): run for _, run in found}.values():
-                    publisher.gather(run.record, run.record["experiment"])
+                    publisher.update_parent(run.record, run.record["experiment"])
         except BaseException:
             if made:
                 terminal.say("note     what was imported above is deleted again")
@@ -532,9 +534,13 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
         earlier = seen.setdefault(run.record["id"], {})
         for stage in _newer(run, earlier, f"{where}: {run.shown}"):
             earlier[stage] = run.stages[stage]
-        handle = store.find(run.record["id"], run.record["experiment"])
+        handle = store.find_run(run.record["id"], run.record["experiment"])
         if handle is not None and not store.is_deleted(handle):
-            _newer(run, publisher.held(handle.run_id, store.tags(handle), scratch, run.stages), f"{where}: {run.shown}")
+            _newer(
+                run,
+                publisher.records_in_store(handle.run_id, store.run_tags(handle), scratch, run.stages),
+                f"{where}: {run.shown}",
+            )
         _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
             from pipeline.models import classifier  # torch takes seconds to import, and most bundles hold no model
@@ -553,7 +559,7 @@ def _refuse_another(run: Run, siblings: dict[str, dict[str, Mapping[str, str]]],
     if shared is None:
         return
     if shared not in siblings:
-        _, there = store.repeats(shared, run.record["experiment"])
+        _, there = store.find_repeats(shared, run.record["experiment"])
         siblings[shared] = {row["tags"][store.RECORD_TAG]: row["tags"] for row in there.values()}
     for record_id, tags in siblings[shared].items():
         if record_id != run.record["id"] and tags["repeat"] == own["repeat"]:
@@ -585,23 +591,23 @@ def _newer(run: Run, held: Mapping[str, Mapping[str, Any]], where: str) -> list[
 
 def _put(run: Run, scratch: Path, made: list[store.Handle]) -> None:
     record, experiment = run.record, run.record["experiment"]
-    handle = store.find(record["id"], experiment)
+    handle = store.find_run(record["id"], experiment)
     if handle is None:
-        marks = {"imported": f"from a bundle of schema {run.schema}", publisher.IMPORTED_RUN: run.run_id}
-        made += publisher.restore(record, experiment, run.folders, marks)
+        marks = {"imported": f"from a bundle of schema {run.schema}", publisher.IMPORTED_RUN_TAG: run.run_id}
+        made += publisher.restore_run(record, experiment, run.folders, marks)
         terminal.say(f"imported {run.shown} into {experiment}")
         return
     if store.is_deleted(handle):
         terminal.say(f"left out {run.shown}: it was deleted in this store")
         return
-    held = publisher.held(handle.run_id, store.tags(handle), scratch, run.stages)
+    held = publisher.records_in_store(handle.run_id, store.run_tags(handle), scratch, run.stages)
     whole = "train" in held  # else it is under way, or failed
     stages = _newer(run, held, run.shown) if whole else []
-    best = run.checkpoint if whole and not store.artifacts(handle.run_id, "checkpoints") else None
+    best = run.checkpoint if whole and not store.list_artifacts(handle.run_id, "checkpoints") else None
     if stages or best:
         later = {stage: held[stage] for stage in held if stage != "train"}
         later |= {stage: run.results[stage] for stage in stages}
-        publisher.add(handle, record, stages, later, run.folders, best)
+        publisher.add_stages(handle, record, stages, later, run.folders, best)
         terminal.say(f"added    {', '.join(stages) or 'model'} to {run.shown}")
     else:
         terminal.say(f"there    {run.shown} is in this store already")

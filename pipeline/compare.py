@@ -28,7 +28,7 @@ def run(settings: config.Settings, folder: Path) -> build.Comparison:
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
     terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + store.shown_uri() + ")")
     if experiment_id:
-        terminal.say("         " + store.link(experiment_id))
+        terminal.say("         " + store.run_table_link(experiment_id))
     return found
 
 
@@ -46,40 +46,40 @@ def write(found: build.Comparison, folder: Path) -> dict[str, dict[str, str]]:
 
 def _log(experiment: str, found: build.Comparison, drawn: Mapping[str, Mapping[str, str]]) -> None:
     """Puts the reports and the charts into the store's run for them, over those of the last time."""
-    handle = store.comparison(experiment)
+    handle = store.comparison_run(experiment)
     if handle is None:
         return
-    with store.ended_by_failure(handle), tempfile.TemporaryDirectory() as folder:
+    with store.end_on_failure(handle), tempfile.TemporaryDirectory() as folder:
         artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
         for place, pictures in drawn.items():
             for name, svg in pictures.items():
                 file = Path(folder) / place / f"{name}.svg"
                 files.write_text(file, svg)
                 artifacts[f"charts/{place}/{name}.svg"] = file
-        store.log_files(handle, artifacts)
+        store.log_artifacts(handle, artifacts)
         store.set_tags(handle, {"mlflow.note.content": report.description(found)})
-        store.end(handle, "FINISHED")
+        store.end_run(handle, "FINISHED")
 
 
 def _in_store(settings: config.Settings, folder: Path) -> str | None:
     """Makes sure that the training in `folder`, with all its repeats that are there and what later stages found, stands
     in the store; the id of its experiment."""
-    trained = records.present(folder)
+    trained = records.present_records(folder)
     if not trained:
         return None
-    experiment = records.experiment(settings, trained[0]["tags"])
+    experiment = records.experiment_name(settings, trained[0]["tags"])
     changed = False
     for record in trained:
-        folders = records.folders(folder, records.repeat_of(record))
-        if store.find(record["id"], experiment) is None:
-            publisher.restore(record, experiment, folders)
+        folders = records.stage_folders(folder, records.repeat_number(record))
+        if store.find_run(record["id"], experiment) is None:
+            publisher.restore_run(record, experiment, folders)
             terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
             changed = True
         else:
-            changed |= publisher.supplement(record, experiment, folders)
+            changed |= publisher.add_missing_stages(record, experiment, folders)
     if changed:
-        publisher.gather(trained[0], experiment)
-    handle = store.find(trained[0]["id"], experiment)
+        publisher.update_parent(trained[0], experiment)
+    handle = store.find_run(trained[0]["id"], experiment)
     return handle.experiment_id if handle else None
 
 

@@ -3,7 +3,7 @@
 from pipeline import repeats
 
 if __name__ == "__main__":
-    repeats.enter(__doc__, "evaluate")
+    repeats.start_stage(__doc__, "evaluate")
 
 import csv
 import io
@@ -30,8 +30,8 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
     it; leaves its part of `folder/evaluate`. Returns the result."""
     recipe = settings.work
     backend = setup.device_for(settings.device, recipe)
-    inputs = records.inputs_for(settings, folder)
-    folders = records.folders(folder, number)
+    inputs = records.load_inputs(settings, folder)
+    folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
     classes = inputs["data"]["classes"]
     images, labels = datasets.decode(settings.data, inputs["data"], "test", recipe.image_size)
@@ -39,21 +39,21 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
     with backend.memory_errors():
         predictions, metrics = _measured(net, batching.as_split(images, labels), settings, record, backend)
 
-    planned = records.planned(folder)
-    out = repeats.emptied(folder, "evaluate", number, planned)
+    planned = records.planned_repeats(folder)
+    out = repeats.clear_outputs(folder, "evaluate", number, planned)
     result = {
         "id": record["id"],
         "metrics": metrics,
         "tags": {"label": settings.label},
         "datasets": [
             dataset
-            for dataset in records.datasets(inputs, {"test": len(labels)}, settings.seed)
+            for dataset in records.dataset_inputs(inputs, {"test": len(labels)}, settings.seed)
             if dataset not in record["datasets"]
         ],
         "ended": store.now(),
     }
     _leave(result, labels, predictions, classes, record["name"], out)
-    publisher.complete("evaluate", record, result, records.experiment(settings, record["tags"]), folders)
+    publisher.publish_stage("evaluate", record, result, records.experiment_name(settings, record["tags"]), folders)
     _announce(record, metrics)
     if planned == 1:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
@@ -161,4 +161,4 @@ def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    repeats.main("evaluate", run, __doc__)
+    repeats.run_stage("evaluate", run, __doc__)

@@ -92,32 +92,32 @@ class Plan:
 # --- the command line of the stages
 
 
-def enter(doc: str | None, stage: str) -> None:
+def start_stage(doc: str | None, stage: str) -> None:
     """What a stage's command does before it imports torch, which takes seconds: answers --help, refuses a wrong
     setting, and drives the stage where it is repeated, which ends the process."""
     settings = cli.answer_early(doc)
-    if _child() is None:
+    if _child_environment() is None:
         with cli.ending(cli.program()):
-            planned = settings.repeats if stage == "train" else records.planned(cli.OUTPUTS)
+            planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
             if planned > 1:
-                drive(settings, cli.OUTPUTS, [stage], planned, command(stage))
+                run_repeats(settings, cli.OUTPUTS, [stage], planned, child_command(stage))
                 sys.exit(0)
 
 
-def main(stage: str, run: Run, doc: str | None) -> None:
+def run_stage(stage: str, run: Run, doc: str | None) -> None:
     """Runs a stage from the command line, as a driver's child or once, and ends the process with its exit status."""
 
     def once(settings: config.Settings, folder: Path) -> None:
         run(settings, folder, 1)
         summarise(folder, stage)
 
-    if not as_child(run, doc):
+    if not run_as_child(run, doc):
         cli.main(once, doc)
 
 
-def as_child(run: Run, doc: str | None) -> bool:
+def run_as_child(run: Run, doc: str | None) -> bool:
     """Runs one repeat where this process is a driver's child, and ends the process; else False."""
-    child = _child()
+    child = _child_environment()
     if child is None:
         return False
     number, folder = child
@@ -133,12 +133,12 @@ def as_child(run: Run, doc: str | None) -> bool:
     return True
 
 
-def command(name: str) -> list[str]:
+def child_command(name: str) -> list[str]:
     """The command of a child: this process's own, as a module of Python."""
     return [sys.executable, "-m", f"pipeline.{name}", *sys.argv[1:]]
 
 
-def _child() -> tuple[int, Path] | None:
+def _child_environment() -> tuple[int, Path] | None:
     number, _, folder = os.environ.get(CHILD, "").partition(":")
     return (int(number), Path(folder)) if number else None
 
@@ -146,7 +146,9 @@ def _child() -> tuple[int, Path] | None:
 # --- the driver
 
 
-def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int, command: Sequence[str]) -> None:
+def run_repeats(
+    settings: config.Settings, folder: Path, stages: Sequence[str], planned: int, command: Sequence[str]
+) -> None:
     """Starts `command`, which runs `stages` for one repeat, for each repeat that is missing in `folder`.
 
     A set that was cut off goes on, if nothing that matters has changed; everything else starts anew, and what earlier
@@ -157,19 +159,19 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
 
     store.store_uri()  # refuses a store that would be lost, before any work
     path = folder / stages[0] / PLAN
-    with _held(folder) as lock, _stoppable(twice=True):
-        plan = _begun(settings, folder, stages, planned)
+    with _lock(folder) as lock, _stoppable(twice=True):
+        plan = _load_or_new_plan(settings, folder, stages, planned)
         try:
             for number in range(1, planned + 1):
-                if not _missing(plan, folder, stages, number):
+                if not _missing_of(plan, folder, stages, number):
                     continue
                 if "train" in stages or "sustain" in stages:  # an accuracy is the same at any hour
                     _pause(plan)
-                _start(plan, path, number, command, folder, lock)
-                _keep(folder, stages, number)
+                _run_repeat(plan, path, number, command, folder, lock)
+                _save_repeat(folder, stages, number)
                 if "train" in stages:
-                    record = files.read_json(records.folders(folder, number)["train"] / "record.json")
-                    publisher.gather(record, records.experiment(settings, record["tags"]))
+                    record = files.read_json(records.stage_folders(folder, number)["train"] / "record.json")
+                    publisher.update_parent(record, records.experiment_name(settings, record["tags"]))
             _finish(settings, folder, stages)
         except BaseException as error:
             with suppress(StageError):
@@ -177,31 +179,31 @@ def drive(settings: config.Settings, folder: Path, stages: Sequence[str], planne
             raise
         plan.ended = store.now()
         plan.write(path)
-        _forget(folder, stages)
+        _delete_saved(folder, stages)
 
 
-def unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
+def find_unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
     """The folder below `base` that holds a set of repeats which was cut off, and which goes on with `settings` and with
     what `folder` says of machine, data and weights; of several the one that was worked on last. Where there is none,
     it says why the last set does not go on."""
-    fixed = _fixed(settings, folder, ["train"])
+    fixed = _fixed_values(settings, folder, ["train"])
     paths = sorted(base.glob(f"*/train/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     plans = [(path.parent.parent, plan) for path in paths if (plan := Plan.read(path)) and plan.ended is None]
     for other, plan in plans:
-        if plan.fixed == fixed and _free(other):
+        if plan.fixed == fixed and _is_free(other):
             return other
     for other, plan in plans[:1]:
         if plan.fixed != fixed:
-            terminal.say(f"note     {_other(plan, fixed)}, in {other.name}: a new set starts")
+            terminal.say(f"note     {_difference(plan, fixed)}, in {other.name}: a new set starts")
     return None
 
 
-def missing(folder: Path, stages: Sequence[str], number: int) -> list[str]:
+def missing_stages(folder: Path, stages: Sequence[str], number: int) -> list[str]:
     """The stages, of those that a driver runs in one process, whose record of this repeat is not there."""
-    return _missing(_plan(folder, stages[0]), folder, stages, number)
+    return _missing_of(_plan(folder, stages[0]), folder, stages, number)
 
 
-def tags(settings: config.Settings, folder: Path, number: int) -> dict[str, str]:
+def repeat_tags(settings: config.Settings, folder: Path, number: int) -> dict[str, str]:
     """The tags of the training that is this repeat (see records.py); of a single one there are none."""
     if settings.repeats == 1:
         return {}
@@ -211,10 +213,10 @@ def tags(settings: config.Settings, folder: Path, number: int) -> dict[str, str]
     return own if pause is None else own | {"repeat.pause_seconds": f"{pause:.1f}"}
 
 
-def emptied(folder: Path, stage: str, number: int, planned: int) -> Path:
+def clear_outputs(folder: Path, stage: str, number: int, planned: int) -> Path:
     """The folder of a stage's repeat, without anything of an earlier one. The first of several has the others, and the
     plan, in it: these stay."""
-    out = records.folders(folder, number)[stage]
+    out = records.stage_folders(folder, number)[stage]
     kept = {"repeats", PLAN} if number == 1 and planned > 1 else set()
     for path in out.iterdir() if out.exists() else ():
         if path.name not in kept:
@@ -224,41 +226,43 @@ def emptied(folder: Path, stage: str, number: int, planned: int) -> Path:
 
 def summarise(folder: Path, stage: str) -> None:
     """Writes what a stage found of all repeats, or of a single training."""
-    trained = records.trained(folder)
+    trained = records.training_records(folder)
     if stage == "train":
-        figures = [records.figures(record) for record in trained]
+        figures = [records.final_metrics(record) for record in trained]
     else:
-        paths = [records.folders(folder, records.repeat_of(record))[stage] / "record.json" for record in trained]
+        paths = [
+            records.stage_folders(folder, records.repeat_number(record))[stage] / "record.json" for record in trained
+        ]
         figures = [files.read_json(path)["metrics"] for path in paths]
     records.write_summary(folder, stage, trained, figures)
     if stage == "evaluate" and len(trained) > 1:
-        terminal.say(f"repeats  {records.spread([record['metrics'] for record in trained], figures)}")
+        terminal.say(f"repeats  {records.describe_spread([record['metrics'] for record in trained], figures)}")
 
 
-def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
+def _load_or_new_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
     """The plan of a set that was cut off, or a new one, written, with nothing left of what was there."""
     from pipeline.tracking import store
 
     path = folder / stages[0] / PLAN
-    fixed = _fixed(settings, folder, stages)
+    fixed = _fixed_values(settings, folder, stages)
     plan = Plan.read(path)
     if plan is not None and plan.ended is None and plan.fixed == fixed:
-        _bring_back(folder, stages)
-        whole = sum(not _missing(plan, folder, stages, number) for number in range(1, planned + 1))
+        _restore_repeats(folder, stages)
+        whole = sum(not _missing_of(plan, folder, stages, number) for number in range(1, planned + 1))
         terminal.say(f"resumed  {whole} of {planned} repeats are there")
         # What was killed could not say so.
-        store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present(folder)])
-        store.refer_to(plan.id)
+        store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present_records(folder)])
+        store.refer_given_run(plan.id)
         plan.pause_seconds = settings.repeat_pause
         return plan
     if plan is not None and plan.ended is None:
-        terminal.say(f"note     {_other(plan, fixed)}: it starts anew")
+        terminal.say(f"note     {_difference(plan, fixed)}: it starts anew")
     if "train" in stages:
         set_id, seeds = uuid.uuid4().hex, [settings.seed + number for number in range(planned)]
     else:
-        trained = records.trained(folder)
+        trained = records.training_records(folder)
         set_id, seeds = trained[0]["tags"]["repeats.id"], [int(each["params"]["settings.seed"]) for each in trained]
-    _forget(folder, stages)
+    _delete_saved(folder, stages)
     for stage in stages:
         shutil.rmtree(folder / stage, ignore_errors=True)
     plan = Plan(set_id, planned, seeds, settings.repeat_pause, fixed)
@@ -266,27 +270,27 @@ def _begun(settings: config.Settings, folder: Path, stages: Sequence[str], plann
     return plan
 
 
-def _keep(folder: Path, stages: Sequence[str], number: int) -> None:
+def _save_repeat(folder: Path, stages: Sequence[str], number: int) -> None:
     """Keeps what a repeat left, whole or not at all. Links take no room."""
     for stage in stages:
         kept = folder / UNFINISHED / stage / str(number)
         aside = kept.with_name(f".{number}")
         shutil.rmtree(aside, ignore_errors=True)
         others = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
-        shutil.copytree(records.folders(folder, number)[stage], aside, ignore=others, copy_function=_link)
+        shutil.copytree(records.stage_folders(folder, number)[stage], aside, ignore=others, copy_function=_link)
         shutil.rmtree(kept, ignore_errors=True)
         aside.replace(kept)
 
 
-def _bring_back(folder: Path, stages: Sequence[str]) -> None:
+def _restore_repeats(folder: Path, stages: Sequence[str]) -> None:
     """Puts what was kept of each repeat back to where it was deleted."""
     for stage in stages:
         for kept in (folder / UNFINISHED / stage).glob("[0-9]*"):
-            target = records.folders(folder, int(kept.name))[stage]
+            target = records.stage_folders(folder, int(kept.name))[stage]
             shutil.copytree(kept, target, copy_function=_link, dirs_exist_ok=True)
 
 
-def _forget(folder: Path, stages: Sequence[str]) -> None:
+def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
     for stage in stages:
         shutil.rmtree(folder / UNFINISHED / stage, ignore_errors=True)
 
@@ -305,8 +309,8 @@ def _plan(folder: Path, stage: str) -> Plan:
     return Plan(**files.read_json(folder / stage / PLAN))
 
 
-def _missing(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> list[str]:
-    own = records.folders(folder, number)
+def _missing_of(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> list[str]:
+    own = records.stage_folders(folder, number)
     left = {stage: own[stage] / "record.json" for stage in ("train", *stages)}
     found = {stage: files.read_json(path) for stage, path in left.items() if path.exists()}
     training = found.get("train")
@@ -315,11 +319,11 @@ def _missing(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> li
     return [stage for stage in stages if stage not in found or found[stage]["id"] != training["id"]]
 
 
-def _fixed(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     """What all repeats of a set share, by dotted key: settings, machine, data, weights and versions; for later stages
     also the trainings."""
-    hardware, inputs = files.read_json(folder / "hardware.json"), records.inputs_for(settings, folder)
-    fixed = {key: value for key, value in records.effective(settings).items() if key not in NOT_FIXED}
+    hardware, inputs = files.read_json(folder / "hardware.json"), records.load_inputs(settings, folder)
+    fixed = {key: value for key, value in records.effective_settings(settings).items() if key not in NOT_FIXED}
     fixed |= {
         "machine": hardware["machine"],
         "torch": hardware.get("torch"),
@@ -329,12 +333,12 @@ def _fixed(settings: config.Settings, folder: Path, stages: Sequence[str]) -> di
         "workload version": config.WORKLOAD_VERSION,
     }
     if "train" not in stages:
-        fixed["trainings"] = [record["id"] for record in records.trained(folder)]
+        fixed["trainings"] = [record["id"] for record in records.training_records(folder)]
     flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # as it comes back from a file
     return flat
 
 
-def _other(plan: Plan, fixed: dict[str, Any]) -> str:
+def _difference(plan: Plan, fixed: dict[str, Any]) -> str:
     """What differs from a plan, in words."""
     every = dict.fromkeys([*plan.fixed, *fixed])
     keys = [key for key in every if plan.fixed.get(key) != fixed.get(key)]
@@ -351,7 +355,7 @@ def _pause(plan: Plan) -> None:
         time.sleep(left)
 
 
-def _start(plan: Plan, path: Path, number: int, command: Sequence[str], folder: Path, lock: IO[str]) -> None:
+def _run_repeat(plan: Plan, path: Path, number: int, command: Sequence[str], folder: Path, lock: IO[str]) -> None:
     """Runs one repeat in a process of its own, and notes it in the plan."""
     last, start = plan.last_end(), time.time_ns() // 1_000_000
     entry: dict[str, Any] = {"repeat": number, "start": start}
@@ -361,7 +365,7 @@ def _start(plan: Plan, path: Path, number: int, command: Sequence[str], folder: 
     plan.write(path)
     terminal.say(f"repeat   {number} of {plan.repeats}, seed {plan.seeds[number - 1]}")
     try:
-        status = entry["status"] = _waited_for(command, number, folder, lock)
+        status = entry["status"] = _run_child(command, number, folder, lock)
     finally:
         entry["end"] = time.time_ns() // 1_000_000
         plan.write(path)
@@ -374,7 +378,7 @@ def _start(plan: Plan, path: Path, number: int, command: Sequence[str], folder: 
         )
 
 
-def _waited_for(command: Sequence[str], number: int, folder: Path, lock: IO[str]) -> int:
+def _run_child(command: Sequence[str], number: int, folder: Path, lock: IO[str]) -> int:
     """The exit status of a child as a shell counts it: 128 and the signal that killed it. Ctrl-C and SIGTERM are passed
     on, and the child's end is waited for; a second time kills it."""
     environment = os.environ | {CHILD: f"{number}:{folder.absolute()}"}
@@ -398,13 +402,13 @@ def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> N
     """Brings together what all repeats left."""
     from pipeline.tracking import publisher
 
-    trained = records.trained(folder)
-    experiment = records.experiment(settings, trained[0]["tags"])
+    trained = records.training_records(folder)
+    experiment = records.experiment_name(settings, trained[0]["tags"])
     for stage in stages:
         summarise(folder, stage)
     for record in trained:  # a child that was killed may have left what it had not logged yet
-        publisher.supplement(record, experiment, records.folders(folder, records.repeat_of(record)))
-    publisher.gather(trained[0], experiment)
+        publisher.add_missing_stages(record, experiment, records.stage_folders(folder, records.repeat_number(record)))
+    publisher.update_parent(trained[0], experiment)
 
 
 # --- processes
@@ -434,7 +438,7 @@ def _stoppable(*, twice: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[IO[str]]:
+def _lock(folder: Path) -> Iterator[IO[str]]:
     """Holds a folder for this process and the children that inherit the file. Raises StageError where another does."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
@@ -448,10 +452,10 @@ def _held(folder: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _free(folder: Path) -> bool:
+def _is_free(folder: Path) -> bool:
     """Whether nobody holds a folder."""
     try:
-        with _held(folder):
+        with _lock(folder):
             return True
     except StageError:
         return False

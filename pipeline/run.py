@@ -20,11 +20,11 @@ def run(settings: config.Settings, folder: Path) -> None:
     for stage in (hardware, download):
         stage.run(settings, own)
     if settings.repeats > 1:
-        cut_off = repeats.unfinished(RUNS, settings, own)
+        cut_off = repeats.find_unfinished(RUNS, settings, own)
         if cut_off is not None:
             shutil.rmtree(own)
             own = cut_off
-        repeats.drive(settings, own, REPEATED, settings.repeats, repeats.command("run"))
+        repeats.run_repeats(settings, own, REPEATED, settings.repeats, repeats.child_command("run"))
     else:
         once(settings, own, time.monotonic() - begun)
     from pipeline import compare  # not before: a machine that lacks its scipy can be measured all the same
@@ -48,7 +48,7 @@ def repeat(settings: config.Settings, folder: Path, number: int) -> None:
     from pipeline import evaluate, sustain, train
 
     stages = {"train": train.run, "evaluate": evaluate.run, "sustain": sustain.run}
-    for stage in repeats.missing(folder, REPEATED, number):
+    for stage in repeats.missing_stages(folder, REPEATED, number):
         stages[stage](settings, folder, number)
 
 
@@ -69,5 +69,5 @@ def _own_folder(name: str) -> Path:
 if __name__ == "__main__":
     from pipeline import cli
 
-    if not repeats.as_child(repeat, __doc__):
+    if not repeats.run_as_child(repeat, __doc__):
         cli.main(run, __doc__)

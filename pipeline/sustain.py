@@ -3,7 +3,7 @@
 from pipeline import repeats
 
 if __name__ == "__main__":
-    repeats.enter(__doc__, "sustain")
+    repeats.start_stage(__doc__, "sustain")
 
 import dataclasses
 import itertools
@@ -83,16 +83,16 @@ def run(
 
     The largest batch of the first step is sought when all else is written: that search may end the process.
     """
-    folders = records.folders(folder, number)
+    folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
         began = store.now()
         result |= _measured(settings, steps)
-        attempts = publisher.attempts(record, records.experiment(settings, record["tags"])) + 1
+        attempts = publisher.count_attempts(record, records.experiment_name(settings, record["tags"])) + 1
         result["tags"] |= {"sustained.started": str(began), "sustained.attempts": str(attempts)}
     result["ended"] = store.now()
-    repeats.emptied(folder, "sustain", number, records.planned(folder))
+    repeats.clear_outputs(folder, "sustain", number, records.planned_repeats(folder))
     _leave(result, record, settings, folders)
     if settings.sustain_seconds and settings.largest_batch:
         largest = _largest_batch(settings.device, steps[0])
@@ -111,7 +111,7 @@ def _leave(
     files.write_json(out / "metrics.json", result["metrics"])
     files.write_json(out / "record.json", result)
     if result["metrics"] or result["warnings"]:
-        publisher.complete("sustain", record, result, records.experiment(settings, record["tags"]), folders)
+        publisher.publish_stage("sustain", record, result, records.experiment_name(settings, record["tags"]), folders)
 
 
 def _measured(settings: config.Settings, steps: Sequence[score_steps.Step]) -> dict[str, Any]:
@@ -324,4 +324,4 @@ def _announce(step: score_steps.Step, precision: str, course: Course) -> None:
 
 
 if __name__ == "__main__":
-    repeats.main("sustain", run, __doc__)
+    repeats.run_stage("sustain", run, __doc__)

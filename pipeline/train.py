@@ -3,7 +3,7 @@
 from pipeline import repeats
 
 if __name__ == "__main__":
-    repeats.enter(__doc__, "train")
+    repeats.start_stage(__doc__, "train")
 
 import csv
 import dataclasses
@@ -57,7 +57,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     backend = setup.device_for(settings.device, recipe)
     clock = Clock(backend.synchronize)
     hardware = files.read_json(folder / "hardware.json")
-    inputs = records.inputs_for(settings, folder)
+    inputs = records.load_inputs(settings, folder)
     unused = devices.unused_gpu() if settings.device == "auto" else None
     if unused:
         terminal.shout("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused)
@@ -72,10 +72,10 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         classes = inputs["data"]["classes"]
         work = setup.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
 
-    out = repeats.emptied(folder, "train", number, settings.repeats)
+    out = repeats.clear_outputs(folder, "train", number, settings.repeats)
     with clock.span("inspect"):
         record = _record(settings, hardware, inputs, work, splits, unused, before)
-    record["tags"] |= repeats.tags(settings, folder, number)
+    record["tags"] |= repeats.repeat_tags(settings, folder, number)
     record["name"] = records.run_name(record["tags"])
     _announce(record)
     record["metrics"]["time/startup_seconds"] = startup
@@ -103,10 +103,10 @@ def _train(
     this process before."""
     clock, backend = work.job.clock, work.job.backend
     with clock.span("log"):
-        handle = store.start(record, _above(record))
-    with store.ended_by_failure(handle):
+        handle = store.start_run(record, _above(record))
+    with store.end_on_failure(handle):
         with clock.span("log"):
-            store.mark(handle, record)
+            store.mark_run(handle, record)
         with store.SystemMetrics(handle.run_id) as system, backend.memory_errors():
             measured = _measured(work, splits)
             best, target = 0.0, settings.work.target_accuracy
@@ -128,19 +128,19 @@ def _train(
         _draw(record, settings, shown, out)
         record["metrics"]["time/process_seconds"] = system_info.process_age() - earlier
         _leave(record, settings, out)
-        publisher.training(handle, record, out)
+        publisher.publish_training(handle, record, out)
         # Last: without it, a training that could not be logged whole is taken for none.
         files.write_json(out / "record.json", record)
-        store.end(handle, "FINISHED", record["ended"])
+        store.end_run(handle, "FINISHED", record["ended"])
 
 
 def _above(record: Mapping[str, Any]) -> store.Handle | None:
     """The run above the repeats, on which work goes on; None for a single training."""
     if store.REPEATS_TAG not in record["tags"]:
         return None
-    parent, is_new = publisher.above(record, record["experiment"])
+    parent, is_new = publisher.parent_run(record, record["experiment"])
     if not is_new and not store.is_deleted(parent):
-        store.resume(parent)
+        store.resume_run(parent)
     return parent
 
 
@@ -320,21 +320,21 @@ def _record(
     accelerator = backend.facts()
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
     threads = {"threads": devices.torch_facts()["threads"]}
-    own = records.tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
+    own = records.run_tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
     trainable, parameters = classifier.counts(work.net)
     return {
         "id": uuid.uuid4().hex,
         "name": records.run_name(own),
-        "experiment": records.experiment(settings, own),
+        "experiment": records.experiment_name(settings, own),
         "started": store.now(),
         "ended": None,
-        "params": records.params(settings)
+        "params": records.run_params(settings)
         | {"model.parameters": str(parameters), "model.trainable_parameters": str(trainable)},
         "tags": own,
-        "datasets": records.datasets(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
+        "datasets": records.dataset_inputs(inputs, {name: len(split) for name, split in splits.items()}, settings.seed),
         "epochs": [],
         "metrics": {},
-        "warnings": records.warnings(
+        "warnings": records.run_warnings(
             settings, inputs, own, unused_gpu, optimizers.overrides_schedule(work.job.optimizer)
         ),
         "facts": {
@@ -446,9 +446,9 @@ def _draw(record: dict[str, Any], settings: config.Settings, shown: Shown, out: 
 def _leave(record: Mapping[str, Any], settings: config.Settings, out: Path) -> None:
     """Writes all else that the run's page is made from, so that it can be made again."""
     files.write_json(out / "hardware.json", record["hardware"])
-    files.write_text(out / "params.yaml", config.dump(records.effective(settings)))
+    files.write_text(out / "params.yaml", config.dump(records.effective_settings(settings)))
     files.write_text(out / "curves.csv", _csv([epoch["figures"] for epoch in record["epochs"]]))
-    files.write_json(out / "metrics.json", records.figures(record))
+    files.write_json(out / "metrics.json", records.final_metrics(record))
 
 
 def _csv(epochs: list[dict[str, float]]) -> str:
@@ -460,4 +460,4 @@ def _csv(epochs: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    repeats.main("train", run, __doc__)
+    repeats.run_stage("train", run, __doc__)

@@ -22,8 +22,8 @@ def run(settings: config.Settings, folder: Path) -> None:
     if experiment is None:
         raise StageError(f'no experiment "{settings.tracking.experiment}" in {store.shown_uri()} yet: make run')
     if store.store_uri().startswith("http"):
-        terminal.say(store.link(experiment))
-        webbrowser.open(store.link(experiment))
+        terminal.say(store.run_table_link(experiment))
+        webbrowser.open(store.run_table_link(experiment))
         return
     port = next((port for port in PORTS if not _answers(port)), None)
     if port is None:
@@ -36,8 +36,8 @@ def run(settings: config.Settings, folder: Path) -> None:
             time.sleep(0.2)
         if server.poll() is not None:
             raise StageError(f"MLflow's UI ended with status {server.returncode}: see above")
-        terminal.say(f"\nThe runs side by side: {store.link(experiment, base)}\nCtrl-C ends the server.\n")
-        webbrowser.open(store.link(experiment, base))
+        terminal.say(f"\nThe runs side by side: {store.run_table_link(experiment, base)}\nCtrl-C ends the server.\n")
+        webbrowser.open(store.run_table_link(experiment, base))
 
 
 def _answers(port: int) -> bool:

@@ -126,7 +126,7 @@ def _other_work(run: bundle.Run, settings: config.Settings) -> Iterator[str]:
         for digest in DATA
     }
     if tags["workload"] not in known:
-        others = _other_settings(run.record["params"], records.params(expected))
+        others = _other_settings(run.record["params"], records.run_params(expected))
         reason = ", ".join(others[:3]) or f"other data than {' or '.join(DATA.values())}, weights or code"
         yield f"workload {tags['workload']} is not that of {recipe} in params.yaml: {reason}"
     for step in score_steps.STEPS:

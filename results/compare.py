@@ -29,8 +29,8 @@ def run(folder: Path = RESULTS) -> build.Comparison:
             for row in store.finished_runs():
                 home.setdefault(row["run_id"], path.name)
         rows = store.finished_runs()
-        there = {row["tags"][publisher.IMPORTED_RUN]: row["run_id"] for row in rows}
-        rows = [row | {"run_id": row["tags"][publisher.IMPORTED_RUN]} for row in rows]
+        there = {row["tags"][publisher.IMPORTED_RUN_TAG]: row["run_id"] for row in rows}
+        rows = [row | {"run_id": row["tags"][publisher.IMPORTED_RUN_TAG]} for row in rows]
         found = build.compare(
             sorted(rows, key=lambda row: (row["started"], row["run_id"]), reverse=True),
             lambda run_id: store.history(there[run_id], build.COURSES),

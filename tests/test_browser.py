@@ -48,11 +48,11 @@ def log(own_store, run, name, **tags):
     """Puts a made run into MLflow; its id there. A tag's dot is written as two underscores."""
     tags = run["tags"] | {key.replace("__", "."): value for key, value in tags.items()}
     record = {"name": name, "experiment": "trainmark", "started": run["started"], "params": run["params"]}
-    handle = store.start(record | {"tags": tags, "datasets": []})
-    store.log_figures(handle, run["metrics"], run["started"])
+    handle = store.start_run(record | {"tags": tags, "datasets": []})
+    store.log_metrics(handle, run["metrics"], run["started"])
     for key, values in own_store.courses[run["run_id"]].items():
         store.log_series(handle, key, values, run["started"])
-    store.end(handle, "FINISHED", run["started"] + 10_000)
+    store.end_run(handle, "FINISHED", run["started"] + 10_000)
     return handle.run_id
 
 

@@ -185,17 +185,17 @@ def live(folder, number=1, later=True, parent=None, **changes):
     record = record_of(number, **changes)
     evaluation, sustained = evaluation_of(record), sustained_of(record)
     write(folder, parts_of(record))
-    handle = store.start(record, parent)
-    store.mark(handle, record)
+    handle = store.start_run(record, parent)
+    store.mark_run(handle, record)
     for epoch in record["epochs"]:
         store.log_epoch(handle, epoch)
-    publisher.training(handle, record, folder / "train")
-    store.end(handle, "FINISHED", record["ended"])
+    publisher.publish_training(handle, record, folder / "train")
+    store.end_run(handle, "FINISHED", record["ended"])
     if later:
         write(folder, parts_of(record, evaluation))
-        publisher.complete("evaluate", record, evaluation, record["experiment"], records.folders(folder))
+        publisher.publish_stage("evaluate", record, evaluation, record["experiment"], records.stage_folders(folder))
         write(folder, parts_of(record, evaluation, sustained))
-        publisher.complete("sustain", record, sustained, record["experiment"], records.folders(folder))
+        publisher.publish_stage("sustain", record, sustained, record["experiment"], records.stage_folders(folder))
     return record, handle
 
 
@@ -289,20 +289,20 @@ def repeat_parts(number, count=3, **tags):
 def live_repeats(folder, count=3):
     """Trainings and later stages as the stages log them; the run above."""
     first = repeat_of(1, count)
-    parent = store.start(records.parent(first))
+    parent = store.start_run(records.parent_fields(first))
     for number in range(1, count + 1):
         record = repeat_of(number, count)
         changes = {key: record[key] for key in ("tags", "name", "started", "params", "metrics", "epochs")}
         live(folder / str(number), number, later=False, parent=parent, **changes)
-        publisher.gather(record, "trainmark")
+        publisher.update_parent(record, "trainmark")
     for stage in ("evaluate", "sustain"):
         for number in range(1, count + 1):
             parts = repeat_parts(number, count)
             if f"{stage}/record.json" in parts:
                 result = json.loads(parts[f"{stage}/record.json"])
-                there = records.folders(write(folder / str(number), parts))
-                publisher.complete(stage, repeat_of(number, count), result, "trainmark", there)
-        publisher.gather(first, "trainmark")
+                there = records.stage_folders(write(folder / str(number), parts))
+                publisher.publish_stage(stage, repeat_of(number, count), result, "trainmark", there)
+        publisher.update_parent(first, "trainmark")
     return parent
 
 
@@ -336,7 +336,7 @@ def test_above_repeats_stand_their_medians_spread_and_course(tmp_path):
 def test_bringing_the_run_above_up_to_date_again_adds_nothing(tmp_path, own_store):
     live_repeats(tmp_path)
     before = dump(own_store)
-    publisher.gather(repeat_of(2), "trainmark")
+    publisher.update_parent(repeat_of(2), "trainmark")
     assert dump(own_store) == before
 
 
@@ -432,7 +432,7 @@ def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, oth
     assert dump(own_store) == before
 
 
-@pytest.mark.parametrize("broken", ["start", "mark", "log_series"])
+@pytest.mark.parametrize("broken", ["start_run", "mark_run", "log_series"])
 def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monkeypatch, broken):
     """The second of the calls fails: a repeat's start, another one's mark or course."""
     path = pack(tmp_path / "x.zip", *(repeat_parts(number, 2) for number in (1, 2)))
@@ -449,7 +449,7 @@ def test_repeats_that_come_by_half_leave_no_run_above(tmp_path, own_store, monke
         with pytest.raises(StageError, match=r"^the store is away$"):
             bundle.import_runs([path])
     assert all(run.info.lifecycle_stage == "deleted" for run in runs())
-    assert store.repeats(REPEATS_ID, "trainmark") == (None, {})
+    assert store.find_repeats(REPEATS_ID, "trainmark") == (None, {})
     bundle.import_runs([path])
     assert len(store.finished_runs()) == 2
 
@@ -542,7 +542,7 @@ def test_runs_come_whole_into_another_store(tmp_path, elsewhere, capsys):
     assert len(after[record["id"]][1]["metrics"]["val/loss"]) == 2
     assert len(after[record["id"]][1]["metrics"][COURSE]) == 2
     assert "plots/confusion_matrix.png" in after[record["id"]][1]["artifacts"]
-    tags = client().get_run(store.find(record["id"], "trainmark").run_id).data.tags
+    tags = client().get_run(store.find_run(record["id"], "trainmark").run_id).data.tags
     assert tags["imported"] == "from a bundle of schema 3" and "restored" not in tags
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
@@ -648,7 +648,7 @@ def test_a_run_that_was_deleted_stays_deleted(tmp_path, elsewhere, capsys):
 
 def test_a_run_under_way_is_left_alone(tmp_path, own_store):
     record = record_of()
-    store.mark(store.start(record), record)
+    store.mark_run(store.start_run(record), record)
     before = dump(own_store)
     bundle.import_runs([pack(tmp_path / "a.zip", whole_parts())])
     assert dump(own_store) == before
@@ -737,7 +737,7 @@ def test_a_store_without_runs_is_said(tmp_path):
 def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
     for number, experiment in ((1, "trainmark"), (2, "results")):
         live(tmp_path / experiment, number, later=False, experiment=experiment)
-    publisher.restore(record_of(1), "results", records.folders(tmp_path / "trainmark"))
+    publisher.restore_run(record_of(1), "results", records.stage_folders(tmp_path / "trainmark"))
     for chosen, numbers in (("trainmark", {1}), ("results", {1, 2})):
         bundle.main(["export", "--experiment", chosen, "--out", str(tmp_path / f"{chosen}.zip")])
         found = bundle.read(tmp_path / f"{chosen}.zip", tmp_path / f"of {chosen}")
@@ -748,12 +748,12 @@ def test_the_runs_of_one_experiment_are_exported_alone(tmp_path):
 
 def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
     record, handle = live(tmp_path / "a", 1, later=False)
-    publisher.restore(record, "another", records.folders(tmp_path / "a"))
+    publisher.restore_run(record, "another", records.stage_folders(tmp_path / "a"))
     failed, unfinished = live(tmp_path / "b", 2)[1], live(tmp_path / "c", 3)[1]
-    store.end(failed, "FAILED")
-    store.resume(unfinished)
-    plain = store.start(record_of(4))
-    store.end(plain, "FINISHED")
+    store.end_run(failed, "FAILED")
+    store.resume_run(unfinished)
+    plain = store.start_run(record_of(4))
+    store.end_run(plain, "FINISHED")
     capsys.readouterr()
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
@@ -768,7 +768,7 @@ def test_only_finished_runs_are_exported_and_a_training_once(tmp_path, capsys):
 def test_the_run_that_holds_most_is_exported(tmp_path):
     record, _ = live(tmp_path / "a", 1, later=False)
     folder = write(tmp_path / "b", whole_parts())
-    (restored,) = publisher.restore(record, "another", records.folders(folder))
+    (restored,) = publisher.restore_run(record, "another", records.stage_folders(folder))
     bundle.export(tmp_path / "x.zip")
     (run,) = bundle.read(tmp_path / "x.zip", tmp_path / "unpacked")
     assert run.run_id == restored.run_id and set(run.stages) == {"train", "evaluate", "sustain"}
@@ -826,8 +826,8 @@ def test_what_names_machine_or_user_is_not_written(tmp_path, someone, file, said
     else:
         place = {"train": "warnings|0", "evaluate": "tags|label", "sustain": "warnings|0"}[file.split("/")[0]]
         parts[file] = json.dumps(put_in(json.loads(parts[file]), place, said)).encode()
-    publisher.restore(
-        json.loads(parts["train/record.json"]), "trainmark", records.folders(write(tmp_path / "a", parts))
+    publisher.restore_run(
+        json.loads(parts["train/record.json"]), "trainmark", records.stage_folders(write(tmp_path / "a", parts))
     )
     with pytest.raises(StageError) as caught:
         bundle.export(tmp_path / "x.zip")
@@ -1322,7 +1322,8 @@ def test_a_run_with_another_content_is_refused_by_name(tmp_path, own_store, file
 
 
 @pytest.mark.parametrize(
-    ("broken", "away"), [("start", False), ("log_epoch", True), ("log_text", False), ("mark", False), ("mark", True)]
+    ("broken", "away"),
+    [("start_run", False), ("log_epoch", True), ("log_text", False), ("mark_run", False), ("mark_run", True)],
 )
 def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monkeypatch, capsys, broken, away):
     """`away`: the store stays away, so that nothing can be deleted again."""
@@ -1332,7 +1333,7 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monk
 
     def fails(*args):
         calls.append(args)
-        run_ids = {each[0].run_id if broken != "start" else each[0]["id"] for each in calls}
+        run_ids = {each[0].run_id if broken != "start_run" else each[0]["id"] for each in calls}
         if len(run_ids) < 2:
             return real(*args)
         raise StageError("the store is away")
@@ -1343,14 +1344,14 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monk
     with monkeypatch.context() as patch:
         patch.setattr(store, broken, fails)
         if away:
-            patch.setattr(store, "discard", gone)
+            patch.setattr(store, "discard_run", gone)
         with pytest.raises(StageError, match=r"^the store is away$"):
             bundle.import_runs([tmp_path / "a.zip"])
     whole_ones = [run["tags"]["record"] for run in store.finished_runs()]
     assert whole_ones == ([f"{1:032x}"] if away else [])
     if not away:
         assert all(run.info.lifecycle_stage == "deleted" for run in runs())
-        assert all(store.find(f"{number:032x}", "trainmark") is None for number in (1, 2, 3))
+        assert all(store.find_run(f"{number:032x}", "trainmark") is None for number in (1, 2, 3))
     assert "what was imported above is deleted again" in capsys.readouterr().out
 
     bundle.import_runs([tmp_path / "a.zip"])
@@ -1360,7 +1361,7 @@ def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monk
     assert dump(own_store) == before
 
 
-@pytest.mark.parametrize("broken", ["log_series", "log_text", "end"])
+@pytest.mark.parametrize("broken", ["log_series", "log_text", "end_run"])
 def test_a_stage_that_is_added_by_half_is_added_again(tmp_path, elsewhere, monkeypatch, broken):
     pack(tmp_path / "a.zip", parts_of(record_of()))
     pack(tmp_path / "b.zip", whole_parts())
@@ -1585,8 +1586,8 @@ def survives(path, folder, monkeypatch):
     for run in found:
         at = Checked()
         monkeypatch.setattr(store, "_client", lambda at=at: at)
-        publisher.restore(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
-        assert at.ended == [("FINISHED", publisher.ended(run.record, run.results))]
+        publisher.restore_run(run.record, run.record["experiment"], run.folders, {"imported.run_id": run.run_id})
+        assert at.ended == [("FINISHED", publisher.end_time(run.record, run.results))]
     return True
 
 
@@ -1710,4 +1711,4 @@ def test_runs_go_to_a_server_and_back(tmp_path, elsewhere, server, monkeypatch):
     elsewhere("other")
     bundle.import_runs([tmp_path / "y.zip", tmp_path / "x.zip"])
     assert there(tmp_path) == before
-    assert store.tags(store.find(record["id"], "trainmark"))["imported.run_id"] == handle.run_id
+    assert store.run_tags(store.find_run(record["id"], "trainmark"))["imported.run_id"] == handle.run_id

@@ -84,7 +84,7 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, reports, c
     assert record["tags"]["hardware"] in text and run.info.run_id[:8] in text
     said = capsys.readouterr().out
     assert found.advice in said and "make ui" in said and "nothing was trained" in said
-    assert store.link(run.info.experiment_id) in said
+    assert store.run_table_link(run.info.experiment_id) in said
 
     assert compare.run(generated(), outputs) == found
     assert len(runs()) == 1 and "nothing was trained" not in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_of_repeats_that_were_cut_off_those_that_are_there_are_put_back(tmp_path
     settings = generated("repeats=3", "epochs=1")
     prepare(settings, tmp_path / "outputs")
     driven(settings, tmp_path / "outputs", "train")
-    (records.folders(tmp_path / "outputs", 3)["train"] / "record.json").unlink()
+    (records.stage_folders(tmp_path / "outputs", 3)["train"] / "record.json").unlink()
     compare.run(generated("tracking.experiment=another"), tmp_path / "outputs")
     put = {run.info.run_name.split(" · ")[-1]: run for run in runs() if "restored" in run.data.tags}
     assert set(put) == {"1/3", "2/3", "fp32 × 3"} and put["fp32 × 3"].info.status == "SCHEDULED"

@@ -134,9 +134,9 @@ def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch, place):
 def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
     (before,) = runs()
     statuses = []
-    log = publisher.evaluation
+    log = publisher.publish_evaluation
     watched = {"evaluate": lambda *args: (statuses.append(runs()[0].info.status), log(*args))}
-    monkeypatch.setattr(publisher, "LATER", publisher.LATER | watched)
+    monkeypatch.setattr(publisher, "LATER_STAGES", publisher.LATER_STAGES | watched)
     record = files.read_json(outputs / "train" / "record.json")
     result = evaluate.run(generated("label=under the desk"), outputs)
     (run,) = runs()
@@ -176,13 +176,13 @@ def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(tmp_path
     results = [
         files.read_json(outputs / "evaluate" / place / "record.json") for place in (".", "repeats/2", "repeats/3")
     ]
-    for each, record in zip(results, records.trained(outputs), strict=True):
-        run = client().get_run(store.find(record["id"], "trainmark").run_id)
+    for each, record in zip(results, records.training_records(outputs), strict=True):
+        run = client().get_run(store.find_run(record["id"], "trainmark").run_id)
         assert each["id"] == record["id"] and each["metrics"].items() <= run.data.metrics.items()
         assert run.info.status == "FINISHED"
     # Heads of three seeds answer differently.
     assert len({each["metrics"]["test/loss"] for each in results}) == 3
-    summary = records.summary([each["metrics"] for each in results])
+    summary = records.summarise_metrics([each["metrics"] for each in results])
     assert files.read_json(outputs / "evaluate" / "metrics.json") == summary
     (parent,) = [run for run in runs() if run.info.run_name.endswith(" × 3")]
     assert summary.items() <= parent.data.metrics.items()
@@ -196,7 +196,7 @@ def test_a_repeat_is_evaluated_beside_what_the_others_left(tmp_path, light, driv
     prepare(settings, outputs)
     driven(settings, outputs, "train")
     for number in (2, 1, 2):
-        stale = records.folders(outputs, number)["evaluate"] / "stale.txt"
+        stale = records.stage_folders(outputs, number)["evaluate"] / "stale.txt"
         files.write_text(stale, "stale")
         evaluate.run(settings, outputs, number)
         assert not stale.exists()
@@ -327,8 +327,8 @@ def test_a_failing_restore_is_not_evaluated(outputs, monkeypatch):
     def fails(*args):
         raise StageError("the store is away")
 
-    monkeypatch.setattr(publisher, "training", fails)
+    monkeypatch.setattr(publisher, "publish_training", fails)
     with pytest.raises(StageError, match="the store is away"):
         evaluate.run(generated("tracking.experiment=another"), outputs)
     record = files.read_json(outputs / "train" / "record.json")
-    assert store.find(record["id"], "another") is None
+    assert store.find_run(record["id"], "another") is None

@@ -31,7 +31,7 @@ def measured(place, first, *, seconds, accuracy, **tags):
         evaluation, sustained = later_of(record)
         evaluation["metrics"]["test/accuracy"] = accuracy + noise / 10
         folder = write(place / str(number), parts_of(record, evaluation, sustained))
-        publisher.restore(record, record["experiment"], records.folders(folder))
+        publisher.restore_run(record, record["experiment"], records.stage_folders(folder))
 
 
 @pytest.fixture

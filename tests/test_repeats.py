@@ -77,8 +77,8 @@ def prepared(place, **changes):
 def gathered(monkeypatch):
     """The store is left alone: the repeats after whose end the run above is brought up to date."""
     calls = []
-    monkeypatch.setattr(publisher, "gather", lambda record, experiment: calls.append(record["tags"]["repeat"]))
-    monkeypatch.setattr(records, "spread", lambda trained, evaluated: "a spread")
+    monkeypatch.setattr(publisher, "update_parent", lambda record, experiment: calls.append(record["tags"]["repeat"]))
+    monkeypatch.setattr(records, "describe_spread", lambda trained, evaluated: "a spread")
     return calls
 
 
@@ -87,13 +87,13 @@ def supplemented(monkeypatch):
     """The repeats whose run gets what it lacks of later stages; nothing is logged."""
     calls = []
     monkeypatch.setattr(
-        publisher, "supplement", lambda record, experiment, folders: calls.append(folders["train"].name)
+        publisher, "add_missing_stages", lambda record, experiment, folders: calls.append(folders["train"].name)
     )
     return calls
 
 
 def drive(settings, folder, command, stages=ALL):
-    repeats.drive(settings, folder, stages, settings.repeats, command)
+    repeats.run_repeats(settings, folder, stages, settings.repeats, command)
 
 
 def calls(folder):
@@ -133,14 +133,14 @@ def test_the_plan_is_there_before_the_first_repeat_and_tells_what_happened(setti
 
 
 def test_a_training_knows_which_repeat_it_is(settings_for, folder):
-    assert repeats.tags(settings_for("repeats=1"), folder, 1) == {}
+    assert repeats.repeat_tags(settings_for("repeats=1"), folder, 1) == {}
     plan = repeats.Plan("a" * 32, 3, [4, 5, 6], 0.0, {}, [{"repeat": 1, "start": 1}])
     plan.write(folder / "train" / "set.json")
     own = {"repeats.id": "a" * 32, "repeat": "1", "repeats": "3"}
-    assert repeats.tags(settings_for(), folder, 1) == own
+    assert repeats.repeat_tags(settings_for(), folder, 1) == own
     plan.order.append({"repeat": 2, "start": 2, "pause_seconds": 3600.04})
     plan.write(folder / "train" / "set.json")
-    assert repeats.tags(settings_for(), folder, 2) == own | {"repeat": "2", "repeat.pause_seconds": "3600.0"}
+    assert repeats.repeat_tags(settings_for(), folder, 2) == own | {"repeat": "2", "repeat.pause_seconds": "3600.0"}
 
 
 def test_each_stage_is_summed_up(settings_for, folder):
@@ -248,18 +248,18 @@ def test_a_set_goes_on_though_dvc_deleted_what_its_first_repeats_left(settings_f
 def test_of_a_repeat_the_stages_that_are_missing_are_done(settings_for, folder):
     cut_off(settings_for(), folder)
     (folder / "sustain" / "record.json").unlink()
-    assert repeats.missing(folder, ALL, 1) == ["sustain"]
+    assert repeats.missing_stages(folder, ALL, 1) == ["sustain"]
     files.write_json(folder / "evaluate" / "record.json", {"id": "another"})
-    assert repeats.missing(folder, ALL, 1) == ["evaluate", "sustain"]
+    assert repeats.missing_stages(folder, ALL, 1) == ["evaluate", "sustain"]
     files.write_json(folder / "train" / "record.json", {"id": "another", "tags": {"repeats.id": "b" * 32}})
-    assert repeats.missing(folder, ALL, 1) == list(ALL) == repeats.missing(folder, ALL, 2)
+    assert repeats.missing_stages(folder, ALL, 1) == list(ALL) == repeats.missing_stages(folder, ALL, 2)
 
 
 def test_a_set_of_which_all_is_there_but_its_end_is_brought_to_its_end(
     settings_for, folder, gathered, supplemented, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(publisher, "gather", lambda *args: len(calls(folder)) == 3 and fail())
+        patch.setattr(publisher, "update_parent", lambda *args: len(calls(folder)) == 3 and fail())
         with pytest.raises(StageError, match="away"):
             drive(settings_for(), folder, child())
     drive(settings_for(), folder, child())
@@ -343,12 +343,12 @@ def test_another_process_at_the_same_set_is_refused(settings_for, folder):
 
 
 def test_a_child_that_outlives_its_driver_holds_the_set(folder):
-    with repeats._held(folder) as lock:
+    with repeats._lock(folder) as lock:
         command = [sys.executable, "-c", "input()"]
         left = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, pass_fds=(lock.fileno(),))
-    assert not repeats._free(folder)
+    assert not repeats._is_free(folder)
     left.communicate("\n", timeout=30)
-    assert repeats._free(folder)
+    assert repeats._is_free(folder)
 
 
 # --- below runs/
@@ -365,20 +365,20 @@ def base(tmp_path, settings_for):
 
 
 def test_the_newest_set_of_the_same_settings_goes_on(settings_for, base, folder, capsys):
-    assert repeats.unfinished(base, settings_for(), folder) == base / "b"
-    assert repeats.unfinished(base, settings_for("seed=6"), folder) == base / "c"
+    assert repeats.find_unfinished(base, settings_for(), folder) == base / "b"
+    assert repeats.find_unfinished(base, settings_for("seed=6"), folder) == base / "c"
     assert capsys.readouterr().out.count("note") == 0
     drive(settings_for(), base / "b", child())
-    assert repeats.unfinished(base, settings_for(), folder) == base / "a"
-    with repeats._held(base / "a"):
-        assert repeats.unfinished(base, settings_for(), folder) is None
+    assert repeats.find_unfinished(base, settings_for(), folder) == base / "a"
+    with repeats._lock(base / "a"):
+        assert repeats.find_unfinished(base, settings_for(), folder) is None
 
 
 def test_why_the_newest_set_does_not_go_on_is_said(settings_for, base, folder, capsys):
-    assert repeats.unfinished(base, settings_for("seed=9", "label=desk"), folder) is None
+    assert repeats.find_unfinished(base, settings_for("seed=9", "label=desk"), folder) is None
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert "begun with another seed, label, in c" in line
-    assert repeats.unfinished(base / "nowhere", settings_for(), folder) is None
+    assert repeats.find_unfinished(base / "nowhere", settings_for(), folder) is None
 
 
 # --- how it ends
@@ -402,8 +402,8 @@ from pipeline.tracking import store
 folder = os.environ["TRAINMARK_REPEAT"].partition(":")[2]
 own = dict([("repeats.id", json.loads(Path(folder, "train", "set.json").read_text())["id"]), ("repeats", "3")])
 record = dict(name="x", experiment="mine", started=1, params=dict(), datasets=[], tags=own)
-above = store.start(record)
-store.start(record | dict(tags=own | dict(repeat="1")), above)
+above = store.start_run(record)
+store.start_run(record | dict(tags=own | dict(repeat="1")), above)
 """
 """Makes the run above and the first one below it, which then run."""
 
@@ -430,9 +430,9 @@ def test_a_set_that_goes_on_ends_what_was_left_running_by_a_kill(settings_for, f
     with pytest.raises(repeats.RepeatFailedError):
         drive(settings_for(), folder, child(first=FAILS_AT_2))
     own = {"repeats.id": plan_of(folder)["id"], "repeats": "3"}
-    parent = store.start(record_of(tags=own, datasets=[]))
-    logged, killed = (store.start(record_of(tags=own | {"repeat": number}), parent) for number in "12")
-    store.mark(logged, record_of(id=files.read_json(folder / "train" / "record.json")["id"]))
+    parent = store.start_run(record_of(tags=own, datasets=[]))
+    logged, killed = (store.start_run(record_of(tags=own | {"repeat": number}), parent) for number in "12")
+    store.mark_run(logged, record_of(id=files.read_json(folder / "train" / "record.json")["id"]))
     drive(settings_for(), folder, child())
     status = [client().get_run(each.run_id).info.status for each in (parent, logged, killed)]
     assert status == ["KILLED", "FINISHED", "KILLED"]  # a child that trains sets the one above RUNNING again
@@ -444,10 +444,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a sh
 from pathlib import Path
 from pipeline import cli, config, repeats
 from pipeline.tracking import publisher, records
-publisher.gather = lambda *args: None
+publisher.update_parent = lambda *args: None
 settings = config.load({overrides!r})
 with cli.ending("python -m pipeline.run"):
-    repeats.drive(settings, Path({folder!r}), {stages!r}, 3, {command!r})
+    repeats.run_repeats(settings, Path({folder!r}), {stages!r}, 3, {command!r})
 """
 
 WAITS = """
@@ -465,7 +465,7 @@ def wait(settings, folder, number):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["run.py"]
-repeats.as_child(wait, "")
+repeats.run_as_child(wait, "")
 """
 """A child that waits to be stopped, and takes some time for its end."""
 
@@ -544,11 +544,11 @@ def entered(monkeypatch, settings_for, folder):
 
     def enter(stage, *arguments):
         driven = []
-        monkeypatch.setattr(repeats, "drive", lambda *args: driven.append(args))
+        monkeypatch.setattr(repeats, "run_repeats", lambda *args: driven.append(args))
         monkeypatch.setattr(sys, "argv", [f"pipeline/{stage}.py", *arguments])
         monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
         try:
-            repeats.enter("", stage)
+            repeats.start_stage("", stage)
         except SystemExit as ended:
             return driven, ended.code
         return driven, None
@@ -585,10 +585,10 @@ def test_a_wrong_setting_is_refused_first(entered, capsys):
 def test_a_child_runs_its_repeat_in_its_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run.py", "--repeats", "3"])
     ran = []
-    assert not repeats.as_child(lambda *args: ran.append(args), "")
+    assert not repeats.run_as_child(lambda *args: ran.append(args), "")
     place = tmp_path / "with:colon"
     monkeypatch.setenv(repeats.CHILD, f"2:{place}")
-    assert repeats.as_child(lambda *args: ran.append(args), "")
+    assert repeats.run_as_child(lambda *args: ran.append(args), "")
     assert ran == [(config.load(["repeats=3"]), place, 2)]
 
 
@@ -602,7 +602,7 @@ def test_a_stage_alone_is_summed_up(monkeypatch, folder):
         files.write_json(where / "train" / "record.json", record)
         assert number == 1
 
-    repeats.main("train", once, "")
+    repeats.run_stage("train", once, "")
     assert (folder / "train" / "repeats" / "figures.csv").read_text() == "repeat,seed,b,a\n1,0,2,1\n"
     assert not (folder / "train" / "metrics.json").exists() and not (folder / "train" / "set.json").exists()
 
@@ -628,9 +628,12 @@ def test_of_an_earlier_repeat_nothing_stays_and_of_others_all(tmp_path, number, 
     out = tmp_path / "train"
     for name in ("a.txt", "b/c.txt", "set.json", "repeats/2/a.txt", "repeats/3/a.txt"):
         files.write_text(out / name, "stale")
-    assert repeats.emptied(tmp_path, "train", number, planned) == records.folders(tmp_path, number)["train"]
+    assert repeats.clear_outputs(tmp_path, "train", number, planned) == records.stage_folders(tmp_path, number)["train"]
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == left
-    assert repeats.emptied(tmp_path, "sustain", number, planned) == records.folders(tmp_path, number)["sustain"]
+    assert (
+        repeats.clear_outputs(tmp_path, "sustain", number, planned)
+        == records.stage_folders(tmp_path, number)["sustain"]
+    )
 
 
 # --- all of it
@@ -657,7 +660,7 @@ def test_a_real_set_is_one_process_a_repeat_below_one_run(tmp_path):
     ended = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     (own,) = (tmp_path / "runs").iterdir()
-    two = records.trained(own)
+    two = records.training_records(own)
     assert [each["params"]["settings.seed"] for each in two] == ["0", "1"]
     found = {run.info.run_name.split(" · ")[-1]: run for run in runs() if "workload" in run.data.tags}
     assert set(found) == {"1/2", "2/2", "fp32 × 2"} and {run.info.status for run in found.values()} == {"FINISHED"}

@@ -36,7 +36,7 @@ def result_of(number=1, *, recipe="blog", data=PUBLISHED, weights=None, settings
     del own["taints"]
     own |= {key.replace("__", "."): value for key, value in tags.items()}
     facts = record_of()["facts"] | {"weights_digest": weights}
-    changes = {"params": records.params(chosen), "tags": own, "facts": facts, "name": records.run_name(own)}
+    changes = {"params": records.run_params(chosen), "tags": own, "facts": facts, "name": records.run_name(own)}
     if "fallback" in own:
         changes["experiment"] = "trainmark-demo"
     return record_of(number, **changes)
@@ -160,7 +160,7 @@ def other_seconds():
     return parts_of(result_of(), *later_of(result_of(), seconds=5.0))
 
 
-BLOG = {key: records.params(config.load(["recipe=blog"]))[f"train.{key}"] for key in ("lr", "epochs")}
+BLOG = {key: records.run_params(config.load(["recipe=blog"]))[f"train.{key}"] for key in ("lr", "epochs")}
 
 
 @pytest.mark.parametrize(

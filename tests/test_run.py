@@ -65,13 +65,13 @@ def test_the_training_learns_how_long_the_stages_before_took(settings_of, monkey
 def driven(monkeypatch):
     """What is driven; no process is started."""
     calls = []
-    monkeypatch.setattr(repeats, "drive", lambda *args: calls.append(args))
+    monkeypatch.setattr(repeats, "run_repeats", lambda *args: calls.append(args))
     return calls
 
 
 def test_repeats_are_driven_and_compared(settings_of, base, called, driven, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--repeats", "3"])
-    monkeypatch.setattr(repeats, "unfinished", lambda *_: None)
+    monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
     settings, own = settings_of("repeats=3"), base / "20260102-030405-linear-probe"
     run.run(settings, base)
     assert driven == [(settings, own, run.REPEATED, 3, [sys.executable, "-m", "pipeline.run", "--repeats", "3"])]
@@ -80,7 +80,7 @@ def test_repeats_are_driven_and_compared(settings_of, base, called, driven, monk
 
 def test_repeats_that_were_cut_off_go_on_in_their_folder(settings_of, base, called, driven, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(repeats, "unfinished", lambda *args: asked.append(args) or tmp_path / "earlier")
+    monkeypatch.setattr(repeats, "find_unfinished", lambda *args: asked.append(args) or tmp_path / "earlier")
     settings, own = settings_of("repeats=3"), base / "20260102-030405-linear-probe"
     run.run(settings, base)
     assert asked == [(base, settings, own)] and not own.exists()
@@ -92,8 +92,8 @@ def test_a_failing_repeat_is_not_compared(settings_of, base, called, monkeypatch
     def fails(*args):
         raise repeats.RepeatFailedError("repeat 2 of 3 ended", 7)
 
-    monkeypatch.setattr(repeats, "unfinished", lambda *_: None)
-    monkeypatch.setattr(repeats, "drive", fails)
+    monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
+    monkeypatch.setattr(repeats, "run_repeats", fails)
     with pytest.raises(repeats.RepeatFailedError):
         run.run(settings_of("repeats=3"), base)
     assert [stage for stage, *_ in called] == [hardware, download]
@@ -102,7 +102,7 @@ def test_a_failing_repeat_is_not_compared(settings_of, base, called, monkeypatch
 @pytest.mark.parametrize("missing", [("train", "evaluate", "sustain"), ("sustain",), ()])
 def test_a_repeat_runs_the_stages_that_are_missing(settings_of, called, monkeypatch, tmp_path, missing):
     asked = []
-    monkeypatch.setattr(repeats, "missing", lambda *args: asked.append(args) or list(missing))
+    monkeypatch.setattr(repeats, "missing_stages", lambda *args: asked.append(args) or list(missing))
     settings = settings_of("repeats=3")
     run.repeat(settings, tmp_path, 2)
     assert asked == [(tmp_path, run.REPEATED, 2)]

@@ -287,7 +287,9 @@ def test_for_no_time_nothing_is_repeated_and_the_run_stays_as_it_is(repeat, outp
     assert ("sustained.convnet_fp32.workload" in after.data.tags) == measured
     assert files.read_json(outputs / "sustain" / "metrics.json") == {}
     assert files.read_json(outputs / "sustain" / "record.json") == result
-    assert "sustain" not in publisher.results(records.trained(outputs)[0], records.folders(outputs))
+    assert "sustain" not in publisher.stage_records(
+        records.training_records(outputs)[0], records.stage_folders(outputs)
+    )
 
 
 def test_a_score_counts_how_often_it_was_measured_undisturbed(repeat, slices, monkeypatch):
@@ -307,7 +309,7 @@ def test_nothing_of_an_earlier_one_stays(repeat, outputs, slices):
 
 def test_a_repeat_leaves_its_own_part(outputs, slices):
     slices((8, 1.0))
-    second = records.folders(outputs, 2)
+    second = records.stage_folders(outputs, 2)
     shutil.copytree(outputs / "train", second["train"], ignore=shutil.ignore_patterns("repeats"))
     record = files.read_json(second["train"] / "record.json") | {"id": "2" * 32}
     files.write_json(second["train"] / "record.json", record)
@@ -614,5 +616,5 @@ def test_what_was_found_for_another_training_is_not_this_ones(repeat, outputs, s
     slices((8, 1.0))
     repeat()
     record = files.read_json(outputs / "train" / "record.json")
-    assert set(publisher.results(record, records.folders(outputs))) == {"sustain"}
-    assert publisher.results(record | {"id": "another"}, records.folders(outputs)) == {}
+    assert set(publisher.stage_records(record, records.stage_folders(outputs))) == {"sustain"}
+    assert publisher.stage_records(record | {"id": "another"}, records.stage_folders(outputs)) == {}

@@ -107,7 +107,7 @@ WAYS = [("recipe=linear-probe",), ("recipe=finetune", "batch_size=16"), ("recipe
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, repeated, out, way):
     repeated(*way, "repeats=3", "seed=4")
-    three = records.trained(out.parent)
+    three = records.training_records(out.parent)
     alone = [trained(*way, f"seed={seed}") for seed in (4, 5, 6)]
     for repeat, single in zip(three, alone, strict=True):
         assert untimed(repeat) == untimed(single)
@@ -118,7 +118,7 @@ def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, repeated
 
 def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     repeated("repeats=3")
-    three = records.trained(out.parent)
+    three = records.training_records(out.parent)
     assert len({each["id"] for each in three}) == 3
     (shared,) = {each["tags"]["repeats.id"] for each in three}
     assert [(each["tags"]["repeat"], each["tags"]["repeats"]) for each in three] == [(n, "3") for n in "123"]
@@ -126,15 +126,17 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT}
     assert left_in(out) == LEFT | others | {"repeats/figures.csv", "set.json"}
     for number, record in enumerate(three, 1):
-        _, facts = classifier.load_checkpoint(records.folders(out.parent, number)["train"] / "best.safetensors")
+        _, facts = classifier.load_checkpoint(records.stage_folders(out.parent, number)["train"] / "best.safetensors")
         assert facts.record == record["id"]
-    assert files.read_json(out / "metrics.json") == records.summary([records.figures(each) for each in three])
+    assert files.read_json(out / "metrics.json") == records.summarise_metrics(
+        [records.final_metrics(each) for each in three]
+    )
     with (out / "repeats" / "figures.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["repeat"], row["seed"]) for row in rows] == [("1", "0"), ("2", "1"), ("3", "2")]
-    assert [float(row["train/loss"]) for row in rows] == [records.figures(each)["train/loss"] for each in three]
+    assert [float(row["train/loss"]) for row in rows] == [records.final_metrics(each)["train/loss"] for each in three]
 
-    parent, there = store.repeats(shared, "trainmark")
+    parent, there = store.find_repeats(shared, "trainmark")
     run = client().get_run(parent.run_id)
     hardware = three[0]["tags"]["hardware"]
     assert run.info.status == "FINISHED" and run.info.run_name == f"{hardware} · linear-probe · fp32 × 3"
@@ -173,25 +175,25 @@ def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_l
     ended = [(f"{number}/3", status if number == failing else "FINISHED") for number in range(1, failing + 1)]
     assert found() == [*ended, ("fp32 × 3", status)]
     assert len(store.finished_runs()) == failing - 1
-    first = [record["id"] for record in records.present(out.parent)]
+    first = [record["id"] for record in records.present_records(out.parent)]
 
     repeated("repeats=3", "epochs=1")
     assert len(begun) == 4  # the one that failed, and three
     whole = [(f"{number}/3", "FINISHED") for number in (1, 2, 3)]
     assert found() == sorted([*whole, (f"{failing}/3", status), ("fp32 × 3", "FINISHED")])
-    assert [record["id"] for record in records.trained(out.parent)][: failing - 1] == first
-    assert len({record["tags"]["repeats.id"] for record in records.trained(out.parent)}) == 1
+    assert [record["id"] for record in records.training_records(out.parent)][: failing - 1] == first
+    assert len({record["tags"]["repeats.id"] for record in records.training_records(out.parent)}) == 1
 
 
 def test_repeats_below_a_run_that_was_deleted_meanwhile_come_to_their_end(repeated, out, monkeypatch):
-    start = store.start
+    start = store.start_run
 
     def deletes(record, parent=None):
         if parent is not None and not store.is_deleted(parent):
             client().delete_run(parent.run_id)
         return start(record, parent)
 
-    monkeypatch.setattr(store, "start", deletes)
+    monkeypatch.setattr(store, "start_run", deletes)
     repeated("repeats=2", "epochs=1")
     assert sorted(run["name"].split(" · ")[-1] for run in store.finished_runs()) == ["1/2", "2/2"]
 
@@ -341,10 +343,10 @@ def test_a_store_that_is_not_there_ends_it_before_it_starts(trained, out, monkey
     assert left_in(out) == set()
 
 
-@pytest.mark.parametrize("broken", ["log_epoch", "log_files", "log_model", "set_tags"])
+@pytest.mark.parametrize("broken", ["log_epoch", "log_artifacts", "log_model", "set_tags"])
 def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, broken):
     script(monkeypatch, [0.5])
-    mark = store.mark
+    mark = store.mark_run
     real = getattr(store, broken)
     marked = []
 
@@ -353,7 +355,7 @@ def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, b
             return real(*args)  # `mark` sets a tag, too
         raise StageError("the store is away")
 
-    monkeypatch.setattr(store, "mark", lambda *args: (mark(*args), marked.append(True)))
+    monkeypatch.setattr(store, "mark_run", lambda *args: (mark(*args), marked.append(True)))
     monkeypatch.setattr(store, broken, fails)
     with pytest.raises(StageError, match="the store is away"):
         trained("epochs=1")
@@ -434,7 +436,16 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
         monkeypatch.setattr(module, name, call)
 
     names = {
-        store: ("start", "mark", "log_epoch", "log_figures", "log_files", "log_model", "set_tags", "end"),
+        store: (
+            "start_run",
+            "mark_run",
+            "log_epoch",
+            "log_metrics",
+            "log_artifacts",
+            "log_model",
+            "set_tags",
+            "end_run",
+        ),
         classifier: ("save_checkpoint",),
         plots: ("save",),
         files: ("write_json", "write_text"),
@@ -482,8 +493,8 @@ def test_the_times_of_starting_up_and_of_all_are_the_processs_without_earlier_st
     script(monkeypatch, [0.5])
     passed = [12.5]
     monkeypatch.setattr(system_info, "process_age", lambda: passed[0])
-    mark = store.mark
-    monkeypatch.setattr(store, "mark", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
+    mark = store.mark_run
+    monkeypatch.setattr(store, "mark_run", lambda *args: (passed.append(passed.pop() + 30), mark(*args)))
     prepare(generated(), tmp_path / "outputs")
     metrics = train.run(generated("epochs=1"), tmp_path / "outputs", earlier=earlier)["metrics"]
     assert metrics["time/startup_seconds"] == pytest.approx(12.5 - earlier, abs=1e-3)

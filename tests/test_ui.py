@@ -92,7 +92,7 @@ def test_a_store_that_is_a_server_needs_no_other(settings, server, opened, tmp_p
 
 
 def test_the_store_is_served_on_the_first_port_and_the_page_opened(settings, server, opened, ports, tmp_path, capsys):
-    experiment = store.start(record_of()).experiment_id
+    experiment = store.start_run(record_of()).experiment_id
     ui.run(settings, tmp_path)
     ((command, options),) = server.started
     assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
@@ -101,11 +101,11 @@ def test_the_store_is_served_on_the_first_port_and_the_page_opened(settings, ser
     assert options["cwd"] == config.ROOT
     assert options["env"]["MLFLOW_DISABLE_TELEMETRY"] == "true" and options["env"]["PATH"] == os.environ["PATH"]
     (page,) = opened
-    assert page == store.link(experiment, f"http://127.0.0.1:{ports[0]}") and page in capsys.readouterr().out
+    assert page == store.run_table_link(experiment, f"http://127.0.0.1:{ports[0]}") and page in capsys.readouterr().out
 
 
 def test_a_port_that_is_taken_is_passed_over(settings, server, opened, ports, tmp_path):
-    store.start(record_of())
+    store.start_run(record_of())
     with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[1])):
         ui.run(settings, tmp_path)
     ((command, _),) = server.started
@@ -114,7 +114,7 @@ def test_a_port_that_is_taken_is_passed_over(settings, server, opened, ports, tm
 
 
 def test_no_free_port_is_said(settings, server, opened, ports, tmp_path):
-    store.start(record_of())
+    store.start_run(record_of())
     with ExitStack() as taken:
         for port in ports:
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -124,7 +124,7 @@ def test_no_free_port_is_said(settings, server, opened, ports, tmp_path):
 
 
 def test_a_proxy_is_not_asked_which_port_is_free(settings, server, opened, ports, tmp_path, monkeypatch):
-    store.start(record_of())
+    store.start_run(record_of())
     for key in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(key, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as proxy:
@@ -135,7 +135,7 @@ def test_a_proxy_is_not_asked_which_port_is_free(settings, server, opened, ports
 
 
 def test_a_server_that_ends_is_said(settings, server, opened, ports, tmp_path, monkeypatch):
-    store.start(record_of())
+    store.start_run(record_of())
     monkeypatch.setattr(Server, "status", 1)
     with pytest.raises(StageError, match=r"^MLflow's UI ended with status 1: see above$"):
         ui.run(settings, tmp_path)
@@ -143,7 +143,7 @@ def test_a_server_that_ends_is_said(settings, server, opened, ports, tmp_path, m
 
 
 def test_it_waits_until_the_server_answers(settings, server, opened, ports, tmp_path, monkeypatch):
-    store.start(record_of())
+    store.start_run(record_of())
     answers = iter([False, False, False, True])  # the port is free; then not yet, not yet, now
     naps = []
     monkeypatch.setattr(ui, "_answers", lambda port: next(answers))
@@ -153,7 +153,7 @@ def test_it_waits_until_the_server_answers(settings, server, opened, ports, tmp_
 
 
 def test_a_demo_is_shown_where_nothing_else_is(settings, server, opened, ports, tmp_path):
-    demo = store.start(record_of(experiment="trainmark-demo")).experiment_id
-    client().delete_experiment(store.start(record_of()).experiment_id)
+    demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
+    client().delete_experiment(store.start_run(record_of()).experiment_id)
     ui.run(settings, tmp_path)
     assert f"/#/experiments/{demo}/runs?" in opened[0]

@@ -94,7 +94,7 @@ def driven(monkeypatch):
                 modules[stage].run(settings, where, number)
             return 0
 
-        monkeypatch.setattr(repeats, "_waited_for", child)
-        repeats.drive(settings, folder, stages, settings.repeats, [])
+        monkeypatch.setattr(repeats, "_run_child", child)
+        repeats.run_repeats(settings, folder, stages, settings.repeats, [])
 
     return drive

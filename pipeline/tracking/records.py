@@ -45,37 +45,39 @@ DESCRIPTION_LENGTH = 8000
 """In characters: MLflow's limit of a tag, which a description is."""
 
 
-def folders(outputs: Path, repeat: int = 1) -> dict[str, Path]:
+def stage_folders(outputs: Path, repeat: int = 1) -> dict[str, Path]:
     """Where each stage leaves the files of a repeat in `outputs`, by stage: of the first one, where those of a single
     training are."""
     own = Path() if repeat == 1 else Path("repeats", str(repeat))
     return {stage: outputs / stage / own for stage in STAGES}
 
 
-def repeat_of(record: Record) -> int:
+def repeat_number(record: Record) -> int:
     """Which repeat it is, counted from 1; a single training is the first."""
     return int(record["tags"].get("repeat", 1))
 
 
-def planned(outputs: Path) -> int:
+def planned_repeats(outputs: Path) -> int:
     """How many repeats the training in `outputs` was planned to have; 1 for a single one, and where there is none."""
-    first = folders(outputs)["train"] / "record.json"
+    first = stage_folders(outputs)["train"] / "record.json"
     return int(files.read_json(first)["tags"].get("repeats", 1)) if first.exists() else 1
 
 
-def trained(outputs: Path) -> list[dict[str, Any]]:
+def training_records(outputs: Path) -> list[dict[str, Any]]:
     """The records that `train` left in `outputs`, one for each repeat. Raises StageError where one is missing."""
-    repeats = range(1, planned(outputs) + 1)
-    return [files.read_json(folders(outputs, repeat)["train"] / "record.json") for repeat in repeats]
+    repeats = range(1, planned_repeats(outputs) + 1)
+    return [files.read_json(stage_folders(outputs, repeat)["train"] / "record.json") for repeat in repeats]
 
 
-def present(outputs: Path) -> list[dict[str, Any]]:
+def present_records(outputs: Path) -> list[dict[str, Any]]:
     """As `trained`, of the repeats that are there."""
-    paths = [folders(outputs, repeat)["train"] / "record.json" for repeat in range(1, planned(outputs) + 1)]
+    paths = [
+        stage_folders(outputs, repeat)["train"] / "record.json" for repeat in range(1, planned_repeats(outputs) + 1)
+    ]
     return [files.read_json(path) for path in paths if path.exists()]
 
 
-def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
+def load_inputs(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """What `download` left in `folder`. Raises UsageError where it looked at other data or weights."""
     inputs: dict[str, Any] = files.read_json(folder / "inputs.json")
     for key, wanted, have in (
@@ -92,7 +94,7 @@ def inputs_for(settings: config.Settings, folder: Path) -> dict[str, Any]:
     return inputs
 
 
-def effective(settings: config.Settings) -> dict[str, Any]:
+def effective_settings(settings: config.Settings) -> dict[str, Any]:
     """The settings as a run's own params.yaml: the chosen recipe alone, no absolute path."""
     work = settings.work.resolved()
     chosen = {"optimizer_options": work["optimizer"], "scheduler_options": work["scheduler"]}
@@ -114,9 +116,9 @@ def effective(settings: config.Settings) -> dict[str, Any]:
     }
 
 
-def params(settings: config.Settings) -> dict[str, str]:
+def run_params(settings: config.Settings) -> dict[str, str]:
     """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`; no absolute path."""
-    rest = effective(settings)
+    rest = effective_settings(settings)
     del rest["recipes"]
     work = settings.work.resolved() | {"weights": config.shareable(settings.work.weights)}
     keyed = {f"train.{key}": value for key, value in config.flat(work).items()}
@@ -124,7 +126,7 @@ def params(settings: config.Settings) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in keyed.items()}
 
 
-def tags(
+def run_tags(
     settings: config.Settings,
     inputs: Mapping[str, Any],
     hardware: Mapping[str, Any],
@@ -165,7 +167,7 @@ def tags(
     return {key: str(value) for key, value in known.items() if value is not None}
 
 
-def warnings(
+def run_warnings(
     settings: config.Settings,
     inputs: Mapping[str, Any],
     own: Mapping[str, str],
@@ -190,7 +192,7 @@ def warnings(
     return [sentence for sentence, holds in said.items() if holds]
 
 
-def experiment(settings: config.Settings, own: Mapping[str, str]) -> str:
+def experiment_name(settings: config.Settings, own: Mapping[str, str]) -> str:
     """The MLflow experiment of a run with the tags `own`: one with a fallback never stands among real ones."""
     return settings.tracking.experiment + ("-demo" if "fallback" in own else "")
 
@@ -206,7 +208,7 @@ def run_name(run_tags: Mapping[str, str]) -> str:
     return f"DEMO · {name}" if "fallback" in run_tags else name
 
 
-def datasets(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) -> list[dict[str, str]]:
+def dataset_inputs(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) -> list[dict[str, str]]:
     """Each split as MLflow takes a dataset: what it is for, where it is from, and a digest of its own."""
     data = inputs["data"]
     rows = []
@@ -225,7 +227,7 @@ def datasets(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) ->
     return rows
 
 
-def description(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def describe_run(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The run for a person to read in the UI, in Markdown: machine, work, result, speed, warnings. `found`: the records
     of later stages, by stage."""
     evaluation, sustained = found.get("evaluate"), found.get("sustain")
@@ -290,7 +292,7 @@ def _sustained(result: Record | None) -> list[str]:
 # --- repeats
 
 
-def parent(record: Record) -> dict[str, Any]:
+def parent_fields(record: Record) -> dict[str, Any]:
     """What the run above the repeats begins with, of the record of any of them, as `tracking.start` takes it."""
     own = {key: value for key, value in record["tags"].items() if key not in OF_ONE_REPEAT | KNOWN_LATE}
     return {
@@ -303,13 +305,13 @@ def parent(record: Record) -> dict[str, Any]:
     }
 
 
-def figures(record: Record) -> dict[str, float]:
+def final_metrics(record: Record) -> dict[str, float]:
     """All figures of a training by their names, those by epoch as they were in the last one."""
     found: dict[str, float] = record["epochs"][-1]["figures"] | record["metrics"]
     return {key: value for key, value in found.items() if key != "epoch"}
 
 
-def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def summarise_metrics(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The figures of at least two repeats as one: of those that all have, the median under the same name, and the
     sample standard deviation under `std/<name>`."""
     shared = [key for key in repeats[0] if all(key in each for each in repeats)]
@@ -322,19 +324,19 @@ def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def write_summary(outputs: Path, stage: str, trained: Sequence[Record], repeats: Sequence[Mapping[str, float]]) -> None:
     """Writes what `stage` found of all repeats: their figures to `repeats/figures.csv`, a row each, and where there are
     several, their summary in place of the first one's metrics.json."""
-    folder = folders(outputs)[stage]
+    folder = stage_folders(outputs)[stage]
     text = io.StringIO()
     names = ["repeat", "seed", *dict.fromkeys(key for each in repeats for key in each)]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for record, found in zip(trained, repeats, strict=True):
-        writer.writerow({"repeat": repeat_of(record), "seed": record["params"]["settings.seed"], **found})
+        writer.writerow({"repeat": repeat_number(record), "seed": record["params"]["settings.seed"], **found})
     files.write_text(folder / "repeats" / "figures.csv", text.getvalue())
     if len(repeats) > 1:
-        files.write_json(folder / "metrics.json", summary(repeats))
+        files.write_json(folder / "metrics.json", summarise_metrics(repeats))
 
 
-def course(repeats: Sequence[Record]) -> list[dict[str, Any]]:
+def median_epochs(repeats: Sequence[Record]) -> list[dict[str, Any]]:
     """The epochs of the records of repeats as one course, each with the median of every figure that all have."""
     merged = []
     for epochs in zip(*(record["epochs"] for record in repeats), strict=False):
@@ -357,7 +359,7 @@ def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | 
     return shared
 
 
-def spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]) -> str:
+def describe_spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]) -> str:
     """Time and accuracy of repeats in words, each as median and range; `evaluations`: their figures on test images,
     where there are any."""
 
@@ -371,7 +373,7 @@ def spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping
     return f"median and range of {len(repeats)}: {', '.join(words)}"
 
 
-def parent_description(repeats: Sequence[Mapping[str, Record]]) -> str:
+def describe_parent(repeats: Sequence[Mapping[str, Record]]) -> str:
     """The run above the repeats for a person to read, in Markdown. `repeats`: of each its records by stage, in order.
     What MLflow has no room for is left out at the end, which says so."""
     trainings = [each["train"] for each in repeats]
@@ -382,10 +384,10 @@ def parent_description(repeats: Sequence[Mapping[str, Record]]) -> str:
             warned.setdefault(warning, []).append(str(number))
     sustained = [each["sustain"] for each in repeats if "sustain" in each]
     if len(sustained) > 1:
-        sustained = [{**sustained[0], "metrics": summary([each["metrics"] for each in sustained])}]
+        sustained = [{**sustained[0], "metrics": summarise_metrics([each["metrics"] for each in sustained])}]
     lines = [
         *_work(trainings[0]),
-        f"**Repeats** {spread([each['metrics'] for each in trainings], evaluations)}",
+        f"**Repeats** {describe_spread([each['metrics'] for each in trainings], evaluations)}",
         "",
         *_sustained(sustained[0] if sustained else None),
         *_table(repeats),

@@ -83,7 +83,7 @@ def shown_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def start(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
+def start_run(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
     """Opens the record's run, with its params, tags and datasets: a new one below `parent`, else the one that
     `mlflow run` made, else a new one."""
     with _store_errors():
@@ -99,11 +99,13 @@ def start(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
             _describe_experiment(client, run.info.experiment_id)
         else:
             run = client.create_run(
-                _experiment(client, record["experiment"]), start_time=record["started"], run_name=record["name"]
+                _get_or_create_experiment(client, record["experiment"]),
+                start_time=record["started"],
+                run_name=record["name"],
             )
         handle = Handle(client, run.info.run_id, run.info.experiment_id)
-        params = [Param(key, _text(value)) for key, value in record["params"].items()]
-    with ended_by_failure(handle), _store_errors():
+        params = [Param(key, _param_text(value)) for key, value in record["params"].items()]
+    with end_on_failure(handle), _store_errors():
         for part in range(0, len(params), 100):  # the most that one call takes
             client.log_batch(handle.run_id, params=params[part : part + 100])
         set_tags(handle, record["tags"])
@@ -111,27 +113,27 @@ def start(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
     return handle
 
 
-def mark(handle: Handle, record: Mapping[str, Any]) -> None:
+def mark_run(handle: Handle, record: Mapping[str, Any]) -> None:
     """Says that the run is the record's, so that `find` finds it."""
     set_tags(handle, {RECORD_TAG: record["id"]})
 
 
-def find(record_id: str, experiment: str) -> Handle | None:
+def find_run(record_id: str, experiment: str) -> Handle | None:
     """The run of a record in `experiment` of the current store, under `mlflow run` in that of the run given.
 
     A deleted one counts: who deleted it does not want it back.
     """
-    runs = _tagged(RECORD_TAG, record_id, experiment)
+    runs = _find_tagged(RECORD_TAG, record_id, experiment)
     return _handle(runs[0]) if runs else None
 
 
-def repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, dict[str, Any]]]:
+def find_repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, dict[str, Any]]]:
     """The run above these repeats, found as `find` does, and by their numbers those that are finished, as
     `finished_runs` gives them."""
-    runs = _tagged(REPEATS_TAG, repeats_id, experiment)
+    runs = _find_tagged(REPEATS_TAG, repeats_id, experiment)
     parent = next((run for run in runs if REPEAT_TAG not in run.data.tags), None)
     finished = {
-        int(run.data.tags[REPEAT_TAG]): _row(run)
+        int(run.data.tags[REPEAT_TAG]): _row_of(run)
         for run in runs
         if REPEAT_TAG in run.data.tags
         and (run.info.status, run.info.lifecycle_stage) == ("FINISHED", LifecycleStage.ACTIVE)
@@ -151,37 +153,37 @@ def end_repeats(repeats_id: str, status: str, finished: Collection[str] = ()) ->
                 client.set_terminated(run.info.run_id, "FINISHED" if came_to_its_end else status)
 
 
-def refer_to(repeats_id: str) -> None:
+def refer_given_run(repeats_id: str) -> None:
     """Says in the run that `mlflow run` made, where another is the one above these repeats, which it is."""
     given = os.environ.get("MLFLOW_RUN_ID")
-    parent = repeats(repeats_id, "")[0] if given else None
+    parent = find_repeats(repeats_id, "")[0] if given else None
     if given and parent and parent.run_id != given:
         note = f"resumed: all of it is in run {parent.run_id}"
         set_tags(Handle(parent.client, given, parent.experiment_id), {"mlflow.note.content": note})
 
 
-def tags(handle: Handle) -> dict[str, str]:
+def run_tags(handle: Handle) -> dict[str, str]:
     """The run's tags."""
     with _store_errors():
         return dict(handle.client.get_run(handle.run_id).data.tags)
 
 
-def log_figures(handle: Handle, figures: Figures, at: int, step: int = 0) -> None:
+def log_metrics(handle: Handle, figures: Figures, at: int, step: int = 0) -> None:
     """Logs metrics at `at` (milliseconds since 1970) under `step`."""
-    _log_metrics(handle, [Metric(key, float(value), at, step) for key, value in figures.items()])
+    _log_batches(handle, [Metric(key, float(value), at, step) for key, value in figures.items()])
 
 
 def log_series(handle: Handle, key: str, values: Sequence[float], at: int) -> None:
     """Logs the course of one metric, its steps counted from 1."""
-    _log_metrics(handle, [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)])
+    _log_batches(handle, [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)])
 
 
 def log_epoch(handle: Handle, epoch: Mapping[str, Any]) -> None:
     """Logs one epoch of a record: its figures under its number, and what the machine did meanwhile."""
     figures = {key: value for key, value in epoch["figures"].items() if key != "epoch"}
-    log_figures(handle, figures, epoch["at"], epoch["figures"]["epoch"])
+    log_metrics(handle, figures, epoch["at"], epoch["figures"]["epoch"])
     for sample in epoch["system"]:
-        log_figures(handle, sample["figures"], sample["at"], sample["step"])
+        log_metrics(handle, sample["figures"], sample["at"], sample["step"])
 
 
 def log_datasets(handle: Handle, datasets: Iterable[Mapping[str, str]]) -> None:
@@ -190,7 +192,7 @@ def log_datasets(handle: Handle, datasets: Iterable[Mapping[str, str]]) -> None:
         handle.client.log_inputs(handle.run_id, [_dataset(**dataset) for dataset in datasets])
 
 
-def log_files(handle: Handle, artifacts: Mapping[str, Path]) -> None:
+def log_artifacts(handle: Handle, artifacts: Mapping[str, Path]) -> None:
     """Logs files under the artifact paths that key them; each keeps its own file name."""
     with _store_errors():
         for name, file in artifacts.items():
@@ -204,13 +206,13 @@ def log_text(handle: Handle, name: str, text: str) -> None:
         handle.client.log_text(handle.run_id, text, name)
 
 
-def artifacts(run_id: str, folder: str) -> list[str]:
+def list_artifacts(run_id: str, folder: str) -> list[str]:
     """The paths of a run's artifacts right below `folder`."""
     with _store_errors():
         return [each.path for each in _client().list_artifacts(run_id, folder)]
 
 
-def download(run_id: str, name: str, folder: Path) -> Path:
+def download_artifact(run_id: str, name: str, folder: Path) -> Path:
     """Fetches a run's artifact to somewhere in `folder`, which depends on the store; where it is then."""
     with _store_errors():
         return Path(_client().download_artifacts(run_id, name, str(folder)))
@@ -244,7 +246,7 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
         Schema([TensorSpec(np.dtype("float32"), (-1, classes))]),
     )
     example = np.zeros((2, *shape[1:]), np.float32)  # one image alone would fix the batch size at 1
-    with _store_errors(), _active(handle), warnings.catch_warnings():
+    with _store_errors(), _active_run(handle), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11's export
         mlflow.pytorch.log_model(
             model,
@@ -256,13 +258,13 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
         )
 
 
-def resume(handle: Handle) -> None:
+def resume_run(handle: Handle) -> None:
     """Says that work on the run goes on."""
     with _store_errors():
         handle.client.update_run(handle.run_id, status="RUNNING")
 
 
-def put_off(handle: Handle) -> None:
+def schedule_run(handle: Handle) -> None:
     """Says that the run waits for others, and that nothing works on it."""
     with _store_errors():
         handle.client.update_run(handle.run_id, status="SCHEDULED")
@@ -280,25 +282,25 @@ def is_deleted(handle: Handle) -> bool:
         return bool(handle.client.get_run(handle.run_id).info.lifecycle_stage == LifecycleStage.DELETED)
 
 
-def end(handle: Handle, status: str, at: int | None = None) -> None:
+def end_run(handle: Handle, status: str, at: int | None = None) -> None:
     """Ends the run: FINISHED, FAILED or KILLED."""
     with _store_errors():
         handle.client.set_terminated(handle.run_id, status, at)
 
 
 @contextmanager
-def ended_by_failure(handle: Handle) -> Iterator[None]:
+def end_on_failure(handle: Handle) -> Iterator[None]:
     """Ends the run as KILLED (Ctrl-C; MLflow's context manager would call it FAILED) or FAILED when that is how the
     block ends. A store that does not answer then does not hide why."""
     try:
         yield
     except BaseException as error:
         with suppress(StageError):
-            end(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            end_run(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
 
 
-def discard(handle: Handle) -> None:
+def discard_run(handle: Handle) -> None:
     """Deletes the run, which is then no record's any more, nor among repeats."""
     # First: nobody can change a deleted run, and `find` counts it.
     set_tags(handle, {RECORD_TAG: None, REPEATS_TAG: None})
@@ -307,7 +309,7 @@ def discard(handle: Handle) -> None:
 
 
 @contextmanager
-def discarded_by_failure(handles: Sequence[Handle]) -> Iterator[None]:
+def discard_on_failure(handles: Sequence[Handle]) -> Iterator[None]:
     """Discards the runs that `handles` holds by then where the block fails: nothing was trained, so none has failed. A
     store that does not answer then does not hide why."""
     try:
@@ -315,7 +317,7 @@ def discarded_by_failure(handles: Sequence[Handle]) -> Iterator[None]:
     except BaseException:
         for handle in handles:
             with suppress(StageError):
-                discard(handle)
+                discard_run(handle)
         raise
 
 
@@ -329,7 +331,7 @@ def finished_runs(experiment: str | None = None) -> list[dict[str, Any]]:
         client = _client()
         experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
         runs = _search(client, experiments, "attributes.status = 'FINISHED' and tags.workload != ''")
-    return [_row(run) for run in runs if REPEATS_TAG not in run.data.tags or REPEAT_TAG in run.data.tags]
+    return [_row_of(run) for run in runs if REPEATS_TAG not in run.data.tags or REPEAT_TAG in run.data.tags]
 
 
 def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:
@@ -340,12 +342,12 @@ def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:
     return {key: [metric.value for metric in sorted(course, key=_step)] for key, course in courses.items()}
 
 
-def comparison(experiment: str) -> Handle | None:
+def comparison_run(experiment: str) -> Handle | None:
     """The run that holds the comparison of all others, in `experiment`, under `mlflow run` in the one given; made where
     it is missing. None where it was deleted: who deleted it does not want it back."""
     with _store_errors():
         client = _client()
-        where = _given_experiment(client) or _experiment(client, experiment)
+        where = _given_experiment_id(client) or _get_or_create_experiment(client, experiment)
         found = client.search_runs([where], _COMPARISON, ViewType.ALL, 1)
         if found:
             run = found[0]
@@ -408,17 +410,17 @@ def _client() -> MlflowClient:
     return MlflowClient(store_uri())
 
 
-def _given_experiment(client: MlflowClient) -> str | None:
+def _given_experiment_id(client: MlflowClient) -> str | None:
     """The id of the experiment of the run that `mlflow run` made; None without one."""
     given = os.environ.get("MLFLOW_RUN_ID")
     return str(client.get_run(given).info.experiment_id) if given else None
 
 
-def _tagged(key: str, value: str, experiment: str) -> list[Run]:
+def _find_tagged(key: str, value: str, experiment: str) -> list[Run]:
     """The runs with this tag in `experiment`, under `mlflow run` in that of the run given; deleted ones, too."""
     with _store_errors():
         client = _client()
-        where = _given_experiment(client)
+        where = _given_experiment_id(client)
         if where is None and (found := client.get_experiment_by_name(experiment)):
             where = found.experiment_id
         return _search(client, [where] if where else [], f"tags.`{key}` = '{value}'", ViewType.ALL)
@@ -441,7 +443,7 @@ def _handle(run: Run) -> Handle:
     return Handle(_client(), run.info.run_id, str(run.info.experiment_id))
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _row_of(run: Run) -> dict[str, Any]:
     return {
         "run_id": run.info.run_id,
         "experiment_id": str(run.info.experiment_id),
@@ -453,7 +455,7 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
+def _get_or_create_experiment(client: MlflowClient, name: str) -> str:
     """The id of the experiment `name`, made where it is missing, its artifacts beside an SQLite store of ours."""
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
@@ -480,7 +482,7 @@ def _dataset(name: str, digest: str, source: str, context: str, profile: str) ->
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
-def _log_metrics(handle: Handle, metrics: Sequence[Metric]) -> None:
+def _log_batches(handle: Handle, metrics: Sequence[Metric]) -> None:
     with _store_errors():
         for part in range(0, len(metrics), 1000):  # the most that one call takes
             handle.client.log_batch(handle.run_id, metrics=metrics[part : part + 1000])
@@ -490,12 +492,12 @@ def _step(metric: Metric) -> int:
     return int(metric.step)
 
 
-def _text(value: Any) -> str:
+def _param_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
 @contextmanager
-def _active(handle: Handle) -> Iterator[None]:
+def _active_run(handle: Handle) -> Iterator[None]:
     """Makes the run the active one, for calls that take neither client nor run id; its status stays RUNNING."""
     environment = dict(os.environ)
     # MLflow loads the logged model once to try it, and would move an exported program, which can't be moved.
@@ -507,7 +509,7 @@ def _active(handle: Handle) -> Iterator[None]:
     try:
         with mlflow.start_run(run_id=handle.run_id):
             yield
-        resume(handle)
+        resume_run(handle)
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -528,17 +530,17 @@ def _store_errors() -> Iterator[None]:
         raise StageError(f"the MLflow store {store_uri()} can't be used: {first}") from error
 
 
-def link(experiment_id: str, base: str | None = None) -> str:
+def run_table_link(experiment_id: str, base: str | None = None) -> str:
     """Where the UI shows the experiment's runs side by side; `base` is the server's address."""
-    return views.link(base or _base(), experiment_id)
+    return views.run_table_link(base or _server_url(), experiment_id)
 
 
 def run_link(experiment_id: str, run_id: str) -> str:
     """Where the UI shows one run; no name or password of the server's is in it, for reports are shared."""
-    return views.run_link(re.sub(r"//[^/@]*@", "//", _base()), experiment_id, run_id)
+    return views.run_link(re.sub(r"//[^/@]*@", "//", _server_url()), experiment_id, run_id)
 
 
-def _base() -> str:
+def _server_url() -> str:
     uri = store_uri()
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 

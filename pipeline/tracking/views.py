@@ -93,7 +93,7 @@ def experiment_tags(experiment_id: str, comparison: str | None = None) -> dict[s
     }
 
 
-def link(base: str, experiment_id: str) -> str:
+def run_table_link(base: str, experiment_id: str) -> str:
     """Where the UI at `base` shows the run table, newest first."""
     return f"{base.rstrip('/')}/#{_page(experiment_id)}"
 

@@ -60,7 +60,7 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):
     shutil.copytree(root / "kept", root / "mlruns", dirs_exist_ok=True)
     at = MlflowClient(f"sqlite:///{once.completed.as_posix()}")
     (live,) = at.search_runs([at.get_experiment_by_name("trainmark").experiment_id])
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
 
     before, after = whole(at, live.info.run_id, tmp_path), whole(client(), handle.run_id, tmp_path)
     for part in before:
@@ -82,7 +82,7 @@ def test_a_restored_run_is_the_live_one(once, left, tmp_path):
     assert tags["restored"] == "from the cache of `dvc repro`; nothing was trained"
     assert "restored" not in live.data.tags
     assert tags["record"] == live.data.tags["record"] == record["id"]
-    assert store.find(record["id"], "trainmark").run_id == handle.run_id
+    assert store.find_run(record["id"], "trainmark").run_id == handle.run_id
 
 
 @pytest.mark.usefixtures("light")
@@ -91,7 +91,7 @@ def test_a_training_is_restored_without_what_was_never_found(left, gone):
     record, folder = left
     for stage in gone:
         shutil.rmtree(folder / stage)
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     run = client().get_run(handle.run_id)
     ended = [record["ended"], *(result_of(stage, folder)["ended"] for stage in {"evaluate", "sustain"} - set(gone))]
     assert (run.info.status, run.info.end_time) == ("FINISHED", max(ended))
@@ -118,10 +118,10 @@ def test_a_training_is_restored_without_what_was_never_found(left, gone):
 def test_what_was_found_for_another_training_is_left_alone(left, stage):
     record, folder = left
     both = {name: result_of(name, folder) for name in ("evaluate", "sustain")}
-    assert publisher.results(record, records.folders(folder)) == both
+    assert publisher.stage_records(record, records.stage_folders(folder)) == both
     files.write_json(folder / stage / "record.json", both.pop(stage) | {"id": "another"})
-    assert publisher.results(record, records.folders(folder)) == both
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    assert publisher.stage_records(record, records.stage_folders(folder)) == both
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     metrics = client().get_run(handle.run_id).data.metrics
     assert ("test/accuracy" in metrics) == (stage == "sustain")
     assert (score_steps.metric("convnet_fp32", "images_per_second") in metrics) == (stage == "evaluate")
@@ -132,18 +132,18 @@ def test_what_was_found_for_another_training_is_left_alone(left, stage):
 def test_whichever_stage_comes_last_the_run_is_described_with_what_all_found(left, last):
     record, folder = left
     shutil.move(folder / last, folder / "later")
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     shutil.move(folder / "later", folder / last)
     words = {"evaluate": "test accuracy", "sustain": "**Sustained**"}
     before = client().get_run(handle.run_id).data.tags["mlflow.note.content"]
     assert [stage for stage, word in words.items() if word not in before] == [last]
     result = result_of(last, folder)
-    publisher.complete(last, record, result, "trainmark", records.folders(folder))
+    publisher.publish_stage(last, record, result, "trainmark", records.stage_folders(folder))
     run = client().get_run(handle.run_id)
     assert all(word in run.data.tags["mlflow.note.content"] for word in words.values())
     assert result["metrics"].items() <= run.data.metrics.items()
-    ended = publisher.ended(
-        record, publisher.results(record, records.folders(folder))
+    ended = publisher.end_time(
+        record, publisher.stage_records(record, records.stage_folders(folder))
     )  # by whichever stage was last in time
     assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
     assert len(runs()) == 1
@@ -155,37 +155,37 @@ def test_what_a_run_lacks_of_later_stages_is_added_to_it_once(left, gone):
     record, folder = left
     for stage in gone:
         shutil.move(folder / stage, folder / f"{stage} later")
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     for stage in gone:
         shutil.move(folder / f"{stage} later", folder / stage)
-    assert publisher.supplement(record, "trainmark", records.folders(folder)) is bool(gone)
+    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is bool(gone)
     run = client().get_run(handle.run_id)
     for stage in ("evaluate", "sustain"):
         result = result_of(stage, folder)
         assert result["metrics"].items() <= run.data.metrics.items()
         assert run.data.tags[publisher.digest_tag(stage)] == publisher.digest(result)
     assert run.info.status == "FINISHED"
-    assert publisher.supplement(record, "trainmark", records.folders(folder)) is False
+    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is False
 
 
 @pytest.mark.usefixtures("light")
 def test_to_a_run_that_is_not_there_or_was_deleted_nothing_is_added(left):
     record, folder = left
-    assert publisher.supplement(record, "trainmark", records.folders(folder)) is False and runs() == []
+    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is False and runs() == []
     (folder / "evaluate" / "record.json").rename(folder / "later")
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     (folder / "later").rename(folder / "evaluate" / "record.json")
     client().delete_run(handle.run_id)
-    assert publisher.supplement(record, "trainmark", records.folders(folder)) is False
+    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is False
     assert "test/accuracy" not in client().get_run(handle.run_id).data.metrics
 
 
 @pytest.mark.usefixtures("light")
 def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
     record, folder = left
-    (handle,) = publisher.restore(record, "another", records.folders(folder))
+    (handle,) = publisher.restore_run(record, "another", records.stage_folders(folder))
     assert client().get_experiment(handle.experiment_id).name == "another"
-    assert store.find(record["id"], "trainmark") is None
+    assert store.find_run(record["id"], "trainmark") is None
     assert record["experiment"] == "trainmark"  # the record itself is left as it was
 
 
@@ -195,7 +195,7 @@ def test_a_run_is_restored_into_the_experiment_that_is_asked_for(left):
     [
         *(
             (name, StageError("the store is away"), "FAILED")
-            for name in ("log_epoch", "log_files", "log_model", "mark")
+            for name in ("log_epoch", "log_artifacts", "log_model", "mark_run")
         ),
         ("log_datasets", KeyboardInterrupt(), "KILLED"),
         ("log_series", StageError("the store is away"), "FAILED"),
@@ -214,13 +214,13 @@ def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(store, broken, fails)
         with pytest.raises(type(error)):
-            publisher.restore(record, "trainmark", records.folders(folder))
-    assert store.find(record["id"], "trainmark") is None
+            publisher.restore_run(record, "trainmark", records.stage_folders(folder))
+    assert store.find_run(record["id"], "trainmark") is None
     (failed,) = runs()
     assert failed.info.status == status and store.finished_runs() == []
 
-    (handle,) = publisher.restore(record, "trainmark", records.folders(folder))
-    assert store.find(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
+    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
+    assert store.find_run(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
     assert [run["run_id"] for run in store.finished_runs()] == [handle.run_id]
 
 
@@ -230,8 +230,8 @@ def test_a_damaged_checkpoint_is_no_run(left):
     best = folder / "train" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:1000])
     with pytest.raises(StageError, match=r"best\.safetensors"):
-        publisher.restore(record, "trainmark", records.folders(folder))
-    assert store.find(record["id"], "trainmark") is None
+        publisher.restore_run(record, "trainmark", records.stage_folders(folder))
+    assert store.find_run(record["id"], "trainmark") is None
 
 
 @pytest.mark.usefixtures("light")
@@ -240,8 +240,8 @@ def test_an_evaluation_sets_the_label_anew(left, label, shown):
     record, folder = left
     result = result_of("evaluate", folder)
     files.write_json(folder / "evaluate" / "record.json", result | {"tags": {"label": label}})
-    (handle,) = publisher.restore(
-        record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", records.folders(folder)
+    (handle,) = publisher.restore_run(
+        record | {"tags": record["tags"] | {"label": "attic"}}, "trainmark", records.stage_folders(folder)
     )
     tags = client().get_run(handle.run_id).data.tags
     assert tags.get("label") == shown
@@ -252,7 +252,7 @@ def test_the_model_asks_for_released_packages(left, monkeypatch):
     record, folder = left
     asked = []
     monkeypatch.setattr(store, "log_model", lambda handle, net, *rest: asked.append((net.training, *rest)))
-    publisher.restore(record, "trainmark", records.folders(folder))
+    publisher.restore_run(record, "trainmark", records.stage_folders(folder))
     ((training, image_size, classes, requirements),) = asked
     assert (training, image_size, classes) == (False, 32, 10)
     assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]

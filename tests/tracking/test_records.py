@@ -50,7 +50,7 @@ def inputs_of(settings, **changes):
 
 
 def tags_of(settings, *, inputs=None, hardware=HARDWARE, on=None, accelerator=GPU, conditions=None, fallback=()):
-    return records.tags(
+    return records.run_tags(
         settings,
         inputs or inputs_of(settings),
         hardware,
@@ -74,13 +74,13 @@ def line(call, *args):
 def test_inputs_are_those_that_download_left(settings_of, tmp_path):
     settings = settings_of("data.limit=5")
     files.write_json(tmp_path / "inputs.json", inputs_of(settings))
-    assert records.inputs_for(settings, tmp_path) == inputs_of(settings)
+    assert records.load_inputs(settings, tmp_path) == inputs_of(settings)
 
 
 def test_inputs_fit_whatever_does_not_concern_them(settings_of, tmp_path):
     files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
     for other in ("seed=3", "epochs=2", "recipe=finetune", "device=cpu", "image_size=32"):
-        records.inputs_for(settings_of(other), tmp_path)
+        records.load_inputs(settings_of(other), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_inputs_fit_whatever_does_not_concern_them(settings_of, tmp_path):
 )
 def test_inputs_for_other_settings_are_refused(settings_of, tmp_path, override, said):
     files.write_json(tmp_path / "inputs.json", inputs_of(settings_of()))
-    message = line(records.inputs_for, settings_of(override), tmp_path)
+    message = line(records.load_inputs, settings_of(override), tmp_path)
     assert message == said + "run `python -m pipeline.download` with the same settings first"
 
 
@@ -112,14 +112,14 @@ def test_inputs_fit_weights_from_a_file(settings_of, tmp_path, path):
     settings = settings_of(f"weights={path}")
     left = inputs_of(settings, weights={"requested": config.shareable(path), "used": "file", "digest": "sha256:w1"})
     files.write_json(tmp_path / "inputs.json", left)
-    assert records.inputs_for(settings, tmp_path) == left
+    assert records.load_inputs(settings, tmp_path) == left
 
 
 # --- parameters
 
 
 def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_of):
-    found = records.params(settings_of("recipe=blog", "seed=4", "lr=0.25"))
+    found = records.run_params(settings_of("recipe=blog", "seed=4", "lr=0.25"))
     assert {key.partition(".")[0] for key in found} == {"train", "settings"}
     assert all(type(value) is str for value in found.values())
     assert found["train.optimizer"] == "ranger21"
@@ -137,7 +137,7 @@ def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_
 
 
 def test_every_key_of_the_recipe_and_of_the_settings_is_there(settings_of):
-    found = records.params(settings_of())
+    found = records.run_params(settings_of())
     shown = {key.replace("recipes.NAME", "train") for key, *_ in config.describe()}
     for key in shown:
         name = key if key.startswith("train.") else f"settings.{key}"
@@ -145,7 +145,7 @@ def test_every_key_of_the_recipe_and_of_the_settings_is_there(settings_of):
 
 
 def test_prefixes_of_what_is_trained_are_json(settings_of):
-    assert records.params(settings_of("trainable=[layer4, fc]"))["train.trainable"] == '["layer4", "fc"]'
+    assert records.run_params(settings_of("trainable=[layer4, fc]"))["train.trainable"] == '["layer4", "fc"]'
 
 
 @pytest.mark.parametrize(
@@ -174,22 +174,22 @@ def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
     inputs = inputs_of(settings, weights=weights)
     own = tags_of(settings, inputs=inputs)
     shared = [
-        records.effective(settings),
-        records.params(settings),
+        records.effective_settings(settings),
+        records.run_params(settings),
         own,
-        records.datasets(inputs, {"train": 54, "validation": 6}, 0),
-        records.warnings(settings, inputs, own, None, False),
+        records.dataset_inputs(inputs, {"train": 54, "validation": 6}, 0),
+        records.run_warnings(settings, inputs, own, None, False),
     ]
     text = json.dumps(shared)
     assert str(tmp_path) not in text
     assert "jane" not in text
-    assert records.params(settings)["settings.data.path"] == "pictures"
-    assert records.params(settings)["train.weights"] == "mine.safetensors"
+    assert records.run_params(settings)["settings.data.path"] == "pictures"
+    assert records.run_params(settings)["train.weights"] == "mine.safetensors"
 
 
 def test_the_runs_own_settings_hold_the_chosen_recipe_alone(settings_of):
     settings = settings_of("recipe=finetune", "epochs=3")
-    own = records.effective(settings)
+    own = records.effective_settings(settings)
     assert list(own["recipes"]) == ["finetune"]
     assert own["recipes"]["finetune"]["epochs"] == 3
     assert "linear-probe" not in config.dump(own)
@@ -260,14 +260,14 @@ def test_a_run_with_a_fallback_is_a_demo_by_name_and_experiment(settings_of):
     own = tags_of(settings, fallback=["data", "device"])
     assert own["fallback"] == "data device"
     assert records.run_name(own) == "DEMO · NVIDIA T4 · blog · fp32"
-    assert records.experiment(settings, own) == "mine-demo"
+    assert records.experiment_name(settings, own) == "mine-demo"
 
 
 def test_a_run_without_one_is_none(settings_of):
     settings = settings_of("recipe=blog", "tracking.experiment=mine")
     own = tags_of(settings)
     assert records.run_name(own) == "NVIDIA T4 · blog · fp32"
-    assert records.experiment(settings, own) == "mine"
+    assert records.experiment_name(settings, own) == "mine"
 
 
 # --- warnings
@@ -275,7 +275,7 @@ def test_a_run_without_one_is_none(settings_of):
 
 def warnings_of(settings, inputs=None, own=None, unused=None, overridden=False):
     inputs = inputs or inputs_of(settings)
-    return records.warnings(settings, inputs, own or tags_of(settings, inputs=inputs), unused, overridden)
+    return records.run_warnings(settings, inputs, own or tags_of(settings, inputs=inputs), unused, overridden)
 
 
 def test_a_run_as_it_should_be_has_no_warnings(settings_of, monkeypatch):
@@ -310,7 +310,7 @@ def test_metal_test_split_and_optimizers_rate_are_said(settings_of, monkeypatch)
 
 
 def test_each_split_is_a_data_set_with_its_purpose(settings_of):
-    rows = records.datasets(inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}, 0)
+    rows = records.dataset_inputs(inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}, 0)
     assert [(row["name"], row["context"]) for row in rows] == [
         ("folder-train", "training"), ("folder-validation", "validation"), ("folder-test", "testing")
     ]  # fmt: skip
@@ -325,7 +325,7 @@ def test_digests_tell_other_images_apart_and_nothing_else(settings_of):
     inputs, counts = inputs_of(settings_of()), {"train": 54, "validation": 6, "test": 30}
 
     def digests(inputs=inputs, counts=counts, seed=0):
-        return [row["digest"] for row in records.datasets(inputs, counts, seed)]
+        return [row["digest"] for row in records.dataset_inputs(inputs, counts, seed)]
 
     same = digests()
     assert digests() == same
@@ -334,7 +334,7 @@ def test_digests_tell_other_images_apart_and_nothing_else(settings_of):
     assert not set(reseeded[:2]) & set(same)
     for other in ({"digest": "sha256:d2"}, {"limit": 3}):
         assert not set(digests(inputs_of(settings_of(), data=other))) & set(same)
-    alone = records.datasets(inputs, {"test": 30}, 0)[0]
+    alone = records.dataset_inputs(inputs, {"test": 30}, 0)[0]
     assert alone["digest"] == same[2]  # what evaluate says beside what train said
 
 
@@ -359,7 +359,7 @@ def record(settings_of):
 
 
 def test_the_description_says_machine_work_and_result(record):
-    text = records.description(record, {})
+    text = records.describe_run(record, {})
     machine, work, result, part = text.strip().split("\n\n")
     assert machine == (
         "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
@@ -374,14 +374,14 @@ def test_the_description_says_machine_work_and_result(record):
 
 
 def test_the_description_after_evaluation_says_the_test_accuracy(record):
-    text = records.description(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
+    text = records.describe_run(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
     assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in text
 
 
 def test_the_description_of_features_computed_once_says_their_speed(record):
     record["metrics"]["speed/feature_images_per_second"] = 2345.6
     record["epochs"][-1]["figures"].pop("speed/train_images_per_second")
-    text = records.description(record, {})
+    text = records.describe_run(record, {})
     assert "the frozen network's features computed once at 2,346 images/s" in text
     assert "last epoch" not in text
 
@@ -394,31 +394,31 @@ def sustained():
 
 
 def test_the_description_says_what_the_machine_keeps_up(record, sustained):
-    before = records.description(record, {})
-    text = records.description(record, {"sustain": sustained})
+    before = records.describe_run(record, {})
+    text = records.describe_run(record, {"sustain": sustained})
     assert text == f"{before}\n**Sustained** convnet fp32 8,765.4 images/s (fp32, batch 128)\n"
     older = {
         "metrics": {"speed/sustained_images_per_second": 8765.4},
         "tags": {"sustained.workload": "0123456789"},
         "warnings": [],
     }
-    text = records.description(record, {"sustain": older})
+    text = records.describe_run(record, {"sustain": older})
     assert text.startswith(before) and "8,765 images/s" in text and "`0123456789`" in text
 
 
 def test_the_description_says_nothing_of_what_was_not_sustained(record):
     nothing = {"metrics": {}, "tags": {}, "warnings": []}
-    assert records.description(record, {"sustain": nothing}) == records.description(record, {})
+    assert records.describe_run(record, {"sustain": nothing}) == records.describe_run(record, {})
 
 
 def test_the_description_lists_the_warnings(record, sustained):
     record["warnings"] = ["the machine ran on battery", "validated on the test split"]
     said = "**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n"
-    assert records.description(record, {}).endswith(said)
+    assert records.describe_run(record, {}).endswith(said)
     sustained["warnings"] = ["while one step was repeated, the machine ran on battery"]
-    assert records.description(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
+    assert records.describe_run(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
     record["warnings"] = []
-    text = records.description(record, {"sustain": sustained})
+    text = records.describe_run(record, {"sustain": sustained})
     assert text.endswith(f"**Warnings**\n\n- {sustained['warnings'][0]}\n")
 
 
@@ -427,7 +427,7 @@ def test_the_description_of_a_machine_that_tells_little(record):
     for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
         del own[key]
     record["tags"] = own
-    assert records.description(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
+    assert records.describe_run(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
 
 
 # --- repeats
@@ -435,7 +435,7 @@ def test_the_description_of_a_machine_that_tells_little(record):
 
 @pytest.mark.parametrize(("repeat", "below"), [(1, ""), (2, "/repeats/2"), (10, "/repeats/10")])
 def test_the_first_repeat_lies_where_a_single_training_does(tmp_path, repeat, below):
-    found = records.folders(tmp_path, repeat)
+    found = records.stage_folders(tmp_path, repeat)
     assert {stage: path.relative_to(tmp_path).as_posix() for stage, path in found.items()} == {
         stage: stage + below for stage in ("train", "evaluate", "sustain")
     }
@@ -443,21 +443,34 @@ def test_the_first_repeat_lies_where_a_single_training_does(tmp_path, repeat, be
 
 def test_all_repeats_that_were_trained_are_read_in_their_order(tmp_path):
     for repeat in range(1, 12):
-        folder = records.folders(tmp_path, repeat)["train"]
+        folder = records.stage_folders(tmp_path, repeat)["train"]
         files.write_json(folder / "record.json", {"tags": {"repeat": str(repeat), "repeats": "11"}})
-    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == list(range(1, 12))
-    (records.folders(tmp_path, 7)["train"] / "record.json").unlink()
-    assert [records.repeat_of(each) for each in records.present(tmp_path)] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert [records.repeat_number(each) for each in records.training_records(tmp_path)] == list(range(1, 12))
+    (records.stage_folders(tmp_path, 7)["train"] / "record.json").unlink()
+    assert [records.repeat_number(each) for each in records.present_records(tmp_path)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        8,
+        9,
+        10,
+        11,
+    ]
     with pytest.raises(StageError, match=r"7.record\.json is missing"):
-        records.trained(tmp_path)
+        records.training_records(tmp_path)
     files.write_json(tmp_path / "train" / "record.json", {"tags": {}})
-    assert [records.repeat_of(each) for each in records.trained(tmp_path)] == [1] and records.planned(tmp_path) == 1
+    assert [records.repeat_number(each) for each in records.training_records(tmp_path)] == [
+        1
+    ] and records.planned_repeats(tmp_path) == 1
 
 
 def test_where_nothing_was_trained_a_single_training_is_missing(tmp_path):
-    assert records.planned(tmp_path) == 1 and records.present(tmp_path) == []
+    assert records.planned_repeats(tmp_path) == 1 and records.present_records(tmp_path) == []
     with pytest.raises(StageError, match=r"record\.json is missing"):
-        records.trained(tmp_path)
+        records.training_records(tmp_path)
 
 
 @pytest.mark.parametrize(("fallback", "demo"), [({}, ""), ({"fallback": "data"}, "DEMO · ")])
@@ -468,7 +481,7 @@ def test_repeats_are_numbered_and_the_run_above_says_how_many(fallback, demo):
 
 
 def test_the_summary_is_median_and_sample_deviation_of_what_all_have():
-    found = records.summary(
+    found = records.summarise_metrics(
         [
             {"test/accuracy": 0.5, "time/total_seconds": 9.0, "time/to_target_seconds": 5.0},
             {"test/accuracy": 0.75, "time/total_seconds": 1.0},
@@ -489,11 +502,11 @@ def test_the_course_is_the_median_of_each_epoch(record):
             for number, loss in enumerate(losses, 1)
         ]
     three[1]["epochs"][1]["figures"]["energy"] = 1.0
-    assert records.course(three) == [
+    assert records.median_epochs(three) == [
         {"at": 104, "figures": {"epoch": 1, "train/loss": 2.0}, "system": []},
         {"at": 209, "figures": {"epoch": 2, "train/loss": 3.0}, "system": []},
     ]
-    assert [type(epoch["figures"]["epoch"]) for epoch in records.course(three[:2])] == [int, int]
+    assert [type(epoch["figures"]["epoch"]) for epoch in records.median_epochs(three[:2])] == [int, int]
 
 
 def test_tags_above_repeats_are_those_that_all_share_and_every_word_of_any():
@@ -522,7 +535,7 @@ def test_what_stands_above_repeats_begins_with_what_they_share(record):
     (_, second, _) = repeats_of(record)
     second["train"]["tags"] |= {"taints": "load", "behavior": "drift", "repeat.pause_seconds": "3.0"}
     second["train"]["params"] |= {"train.lr": "0.1"}
-    found = records.parent(second["train"])
+    found = records.parent_fields(second["train"])
     assert found["name"].endswith(" × 3") and found["params"] == {"train.lr": "0.1"} and found["datasets"] == []
     assert found["tags"] == record["tags"] | {"repeats.id": "a" * 32, "repeats": "3"}
 
@@ -533,7 +546,7 @@ def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(recor
         each["sustain"] = copy.deepcopy(sustained)
         each["sustain"]["metrics"][SPEED] = speed
     three[1]["train"]["warnings"] = three[2]["train"]["warnings"] = ["it was hot"]
-    text = records.parent_description(three)
+    text = records.describe_parent(three)
     for words in (
         "**Machine**", "**Work**", "**Sustained** convnet fp32 102.0 images/s (fp32, batch 128)",
         "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
@@ -543,15 +556,15 @@ def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(recor
     ):  # fmt: skip
         assert words in text, words
     del three[1]["evaluate"], three[1]["sustain"]
-    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in records.parent_description(three)
+    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in records.describe_parent(three)
 
 
 def test_above_repeats_that_nothing_was_sustained_beside_stands_nothing_of_it(record):
-    text = records.parent_description(repeats_of(record))
+    text = records.describe_parent(repeats_of(record))
     assert "**Sustained**" not in text and "| 1 | 7 | 25.00% | 12.50% | 11.00 |\n" in text
 
 
 def test_a_description_ends_where_mlflow_has_no_more_room(record):
-    text = records.parent_description(repeats_of(record, 400))
+    text = records.describe_parent(repeats_of(record, 400))
     assert 7900 < len(text) <= records.DESCRIPTION_LENGTH
     assert text.endswith(" |\n\nMore in the repeats' own runs.\n")

@@ -77,9 +77,9 @@ def test_artifacts_of_the_own_store_are_beside_it(monkeypatch, tmp_path, own_sto
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     if value is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     (tmp_path / "notes.txt").write_text("kept")
-    store.log_files(handle, {"papers/notes.txt": tmp_path / "notes.txt"})
+    store.log_artifacts(handle, {"papers/notes.txt": tmp_path / "notes.txt"})
     (kept,) = clone.rglob("notes.txt")
     assert kept.relative_to(clone).parts[0] == "mlartifacts"
     assert kept.parent.name == "papers" and kept.read_text() == "kept"
@@ -87,10 +87,10 @@ def test_artifacts_of_the_own_store_are_beside_it(monkeypatch, tmp_path, own_sto
 
 def test_link_is_to_the_store_that_is_a_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
-    assert store.link("7") == views.link("http://server:5000", "7")
+    assert store.run_table_link("7") == views.run_table_link("http://server:5000", "7")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
-    assert store.link("7") == views.link("http://127.0.0.1:5000", "7")
-    assert store.link("7", "http://127.0.0.1:5003") == views.link("http://127.0.0.1:5003", "7")
+    assert store.run_table_link("7") == views.run_table_link("http://127.0.0.1:5000", "7")
+    assert store.run_table_link("7", "http://127.0.0.1:5003") == views.run_table_link("http://127.0.0.1:5003", "7")
 
 
 def test_a_link_to_a_run_holds_no_password(monkeypatch):
@@ -105,7 +105,7 @@ def test_a_link_to_a_run_holds_no_password(monkeypatch):
 
 def test_start_makes_a_run_with_params_tags_and_datasets():
     record = record_of(tags={"workload": "w1", "hardware.cores": 2})
-    handle = store.start(record)
+    handle = store.start_run(record)
     run = run_of(handle)
     assert (run.info.run_name, run.info.status, run.info.start_time) == (record["name"], "RUNNING", AT)
     assert run.info.experiment_id == handle.experiment_id
@@ -117,7 +117,7 @@ def test_start_makes_a_run_with_params_tags_and_datasets():
 
 
 def test_the_experiment_is_made_once_and_says_what_it_shows():
-    first, second = store.start(record_of()), store.start(record_of())
+    first, second = store.start_run(record_of()), store.start_run(record_of())
     assert first.experiment_id == second.experiment_id and first.run_id != second.run_id
     experiment = client().get_experiment_by_name("trainmark")
     assert views.experiment_tags(experiment.experiment_id).items() <= experiment.tags.items()
@@ -125,7 +125,7 @@ def test_the_experiment_is_made_once_and_says_what_it_shows():
 
 def test_an_experiment_made_elsewhere_is_described_too():
     made = client().create_experiment("trainmark")
-    assert store.start(record_of()).experiment_id == made
+    assert store.start_run(record_of()).experiment_id == made
     assert views.experiment_tags(made).items() <= client().get_experiment(made).tags.items()
 
 
@@ -145,20 +145,20 @@ def batches(monkeypatch):
 
 def test_more_params_than_one_call_takes(batches):
     params = {f"train.optimizer_options.option{index:03}": str(index) for index in range(250)}
-    assert run_of(store.start(record_of(params=params))).data.params == params
+    assert run_of(store.start_run(record_of(params=params))).data.params == params
     assert batches == [(0, 100, 0), (0, 100, 0), (0, 50, 0), (0, 0, 2)]
 
 
 def test_more_metrics_than_one_call_takes(batches):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     figures = {f"figure{index}": index / 4 for index in range(1001)}
-    store.log_figures(handle, figures, AT)
+    store.log_metrics(handle, figures, AT)
     assert run_of(handle).data.metrics == figures
     assert batches[-2:] == [(1000, 0, 0), (1, 0, 0)]
 
 
 def test_an_epoch_is_logged_under_its_number_and_a_sample_under_its_own():
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     samples = [{"figures": {"system/cpu": 7.5}, "at": AT + step, "step": step} for step in (4, 5)]
     figures = {"epoch": 3, "train/loss": 0.25, "train/lr": 1}
     store.log_epoch(handle, {"at": AT + 9, "figures": figures, "system": samples})
@@ -174,7 +174,7 @@ def test_an_epoch_is_logged_under_its_number_and_a_sample_under_its_own():
 
 
 def test_a_series_is_logged_by_steps_counted_from_one(batches):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     store.log_series(handle, "sustained/images_per_second", [7.5, 8, 7.25], AT)
     course = client().get_metric_history(handle.run_id, "sustained/images_per_second")
     assert [(m.value, m.step, m.timestamp) for m in course] == [(7.5, 1, AT), (8.0, 2, AT), (7.25, 3, AT)]
@@ -187,7 +187,7 @@ def test_a_series_is_logged_by_steps_counted_from_one(batches):
 
 
 def test_tags_are_set_and_those_that_are_none_taken_away():
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     store.set_tags(handle, {"label": "desk", "restored": "yes"})
     store.set_tags(handle, {"label": None, "never": None, "count": 3})
     own = run_of(handle).data.tags
@@ -197,49 +197,49 @@ def test_tags_are_set_and_those_that_are_none_taken_away():
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
 def test_a_run_ends_as_it_ended_and_can_go_on(status):
-    handle = store.start(record_of())
-    store.end(handle, status, AT + 5)
+    handle = store.start_run(record_of())
+    store.end_run(handle, status, AT + 5)
     assert (run_of(handle).info.status, run_of(handle).info.end_time) == (status, AT + 5)
-    store.resume(handle)
+    store.resume_run(handle)
     assert run_of(handle).info.status == "RUNNING"
 
 
 def test_files_keep_their_names_and_folders(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    handle = store.start(record_of())
-    store.log_files(handle, {"a.txt": tmp_path / "a.txt", "plots/b.txt": tmp_path / "b.txt"})
+    handle = store.start_run(record_of())
+    store.log_artifacts(handle, {"a.txt": tmp_path / "a.txt", "plots/b.txt": tmp_path / "b.txt"})
     listed = [each.path for path in ("", "plots") for each in client().list_artifacts(handle.run_id, path)]
     assert listed == ["a.txt", "plots", "plots/b.txt"]
 
 
 def test_a_text_takes_the_place_of_one_that_was_there(tmp_path):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     for text in ("first", "größer"):
         store.log_text(handle, "records/a.json", text)
-    assert store.artifacts(handle.run_id, "records") == ["records/a.json"]
-    assert store.artifacts(handle.run_id, "nothing") == []
-    found = store.download(handle.run_id, "records/a.json", tmp_path)
+    assert store.list_artifacts(handle.run_id, "records") == ["records/a.json"]
+    assert store.list_artifacts(handle.run_id, "nothing") == []
+    found = store.download_artifact(handle.run_id, "records/a.json", tmp_path)
     assert tmp_path in found.parents and found.read_text(encoding="utf-8") == "größer"
 
 
 def test_a_run_that_is_discarded_is_deleted_and_no_record_s():
-    handle = store.start(record_of())
-    store.mark(handle, record_of())
-    store.discard(handle)
-    assert store.is_deleted(handle) and store.find("a1b2", "trainmark") is None
-    assert store.RECORD_TAG not in store.tags(handle)
+    handle = store.start_run(record_of())
+    store.mark_run(handle, record_of())
+    store.discard_run(handle)
+    assert store.is_deleted(handle) and store.find_run("a1b2", "trainmark") is None
+    assert store.RECORD_TAG not in store.run_tags(handle)
 
 
 @pytest.mark.parametrize("error", [StageError("full"), KeyboardInterrupt()])
 def test_what_fails_discards_the_runs_there_are_by_then(monkeypatch, error):
     made = []
-    with pytest.raises(type(error)), store.discarded_by_failure(made):
-        made += [store.start(record_of()), store.start(record_of())]
+    with pytest.raises(type(error)), store.discard_on_failure(made):
+        made += [store.start_run(record_of()), store.start_run(record_of())]
         raise error
     assert all(map(store.is_deleted, made))
-    with store.discarded_by_failure(made):
-        made = [store.start(record_of())]
+    with store.discard_on_failure(made):
+        made = [store.start_run(record_of())]
     assert not store.is_deleted(made[0])
 
 
@@ -258,7 +258,7 @@ def given(monkeypatch):
 
 
 def test_the_given_run_is_filled_in_its_own_experiment(given):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
     (run,) = runs()
     assert run.info.run_name == record_of()["name"]
@@ -270,15 +270,15 @@ def test_the_given_run_is_filled_in_its_own_experiment(given):
 
 
 def test_under_mlflow_run_a_run_is_found_in_the_experiment_of_the_one_given(given):
-    assert store.find("a1b2", "trainmark") is None
-    store.mark(store.start(record_of()), record_of())
-    handle = store.find("a1b2", "trainmark")
+    assert store.find_run("a1b2", "trainmark") is None
+    store.mark_run(store.start_run(record_of()), record_of())
+    handle = store.find_run("a1b2", "trainmark")
     assert (handle.run_id, handle.experiment_id) == (given.run_id, given.experiment_id)
 
 
 @QUIET
 def test_a_model_is_logged_to_the_given_run(given):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     before = dict(os.environ)
     store.log_model(handle, Mean(), 8, 3, ["torch"])
     assert dict(os.environ) == before
@@ -293,14 +293,14 @@ REPEATS_ID = "a" * 32
 
 def parent_of(**changes):
     own = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2"}
-    return store.start(record_of(name="both", tags=own, datasets=[], **changes))
+    return store.start_run(record_of(name="both", tags=own, datasets=[], **changes))
 
 
 def repeat_of(parent, number, status="FINISHED"):
     own = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2", "repeat": str(number)}
-    handle = store.start(record_of(name=f"repeat {number}", tags=own), parent)
+    handle = store.start_run(record_of(name=f"repeat {number}", tags=own), parent)
     if status:
-        store.end(handle, status)
+        store.end_run(handle, status)
     return handle
 
 
@@ -317,32 +317,32 @@ def test_under_mlflow_run_the_run_given_is_the_one_above_the_repeats(given):
     child = repeat_of(parent, 1)
     assert parent.run_id == given.run_id != child.run_id
     assert run_of(child).info.experiment_id == given.experiment_id
-    found, there = store.repeats(REPEATS_ID, "trainmark")
+    found, there = store.find_repeats(REPEATS_ID, "trainmark")
     assert found.run_id == given.run_id and [row["run_id"] for row in there.values()] == [child.run_id]
 
 
 def test_repeats_are_found_with_the_run_above_them_wherever_it_is(monkeypatch):
-    assert store.repeats(REPEATS_ID, "trainmark") == (None, {})
+    assert store.find_repeats(REPEATS_ID, "trainmark") == (None, {})
     parent = parent_of()
     children = [repeat_of(parent, number) for number in (2, 1)]
     repeat_of(parent, 3, status="FAILED")
     client().delete_run(repeat_of(parent, 4).run_id)
-    store.start(record_of(tags={"repeats.id": "b" * 32}))
+    store.start_run(record_of(tags={"repeats.id": "b" * 32}))
     whole = MlflowClient.search_runs
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: whole(*a, **k | {"max_results": 2}))
-    found, there = store.repeats(REPEATS_ID, "trainmark")
+    found, there = store.find_repeats(REPEATS_ID, "trainmark")
     assert found.run_id == parent.run_id
     assert {number: row["run_id"] for number, row in there.items()} == {2: children[0].run_id, 1: children[1].run_id}
-    assert store.repeats(REPEATS_ID, "another") == (None, {})
+    assert store.find_repeats(REPEATS_ID, "another") == (None, {})
 
 
 def test_a_deleted_run_above_repeats_is_found_unless_it_was_discarded():
     parent = parent_of()
     client().delete_run(parent.run_id)
-    assert store.repeats(REPEATS_ID, "trainmark")[0].run_id == parent.run_id
+    assert store.find_repeats(REPEATS_ID, "trainmark")[0].run_id == parent.run_id
     client().restore_run(parent.run_id)
-    store.discard(parent)
-    assert store.repeats(REPEATS_ID, "trainmark") == (None, {})
+    store.discard_run(parent)
+    assert store.find_repeats(REPEATS_ID, "trainmark") == (None, {})
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED", None])
@@ -352,7 +352,7 @@ def test_every_finished_repeat_counts_whatever_became_of_the_run_above_and_that_
     repeat_of(parent, 1)
     repeat_of(parent, 2, status="FAILED")
     if status:
-        store.end(parent, status)
+        store.end_run(parent, status)
     assert [run["name"] for run in store.finished_runs()] == ["repeat 1", "alone"]
     client().delete_run(parent.run_id)
     assert [run["name"] for run in store.finished_runs()] == ["repeat 1", "alone"]
@@ -362,8 +362,8 @@ def test_what_still_runs_of_repeats_is_ended_and_nothing_else():
     parent = parent_of(experiment="elsewhere")
     done, failed = repeat_of(parent, 1), repeat_of(parent, 2, status="FAILED")
     cut_off, logged = repeat_of(parent, 3, status=None), repeat_of(parent, 4, status=None)
-    store.mark(logged, record_of(id="c" * 32))
-    other = store.start(record_of(tags={"repeats.id": "b" * 32}))
+    store.mark_run(logged, record_of(id="c" * 32))
+    other = store.start_run(record_of(tags={"repeats.id": "b" * 32}))
     store.end_repeats(REPEATS_ID, "KILLED", ["c" * 32])
     status = [run_of(each).info.status for each in (parent, done, failed, cut_off, logged, other)]
     assert status == ["KILLED", "FINISHED", "FAILED", "KILLED", "FINISHED", "RUNNING"]
@@ -373,16 +373,16 @@ def test_a_given_run_says_where_the_repeats_stand_that_go_on(given, monkeypatch)
     with monkeypatch.context() as patch:
         patch.delenv("MLFLOW_RUN_ID")
         parent = parent_of(experiment=client().get_experiment(given.experiment_id).name)
-        store.refer_to(REPEATS_ID)
+        store.refer_given_run(REPEATS_ID)
     assert "mlflow.note.content" not in client().get_run(given.run_id).data.tags
-    store.refer_to(REPEATS_ID)
+    store.refer_given_run(REPEATS_ID)
     assert parent.run_id in client().get_run(given.run_id).data.tags["mlflow.note.content"]
     assert "mlflow.note.content" not in run_of(parent).data.tags
 
 
 def test_the_given_run_that_is_above_the_repeats_refers_to_none(given):
     parent = parent_of()
-    store.refer_to(REPEATS_ID)
+    store.refer_given_run(REPEATS_ID)
     assert parent.run_id == given.run_id and "mlflow.note.content" not in run_of(parent).data.tags
 
 
@@ -393,10 +393,10 @@ def test_a_single_training_may_stand_below_a_run_of_somebody_elses():
 
 
 def test_a_run_that_waits_for_others_is_neither_running_nor_finished():
-    handle = store.start(record_of())
-    store.put_off(handle)
+    handle = store.start_run(record_of())
+    store.schedule_run(handle)
     assert run_of(handle).info.status == "SCHEDULED" and not store.is_finished(handle)
-    store.end(handle, "FINISHED")
+    store.end_run(handle, "FINISHED")
     assert store.is_finished(handle)
 
 
@@ -404,45 +404,45 @@ def test_a_run_that_waits_for_others_is_neither_running_nor_finished():
 
 
 def test_a_run_is_found_once_it_is_marked():
-    handle, other = store.start(record_of()), store.start(record_of(id="c3d4"))
-    assert store.find("a1b2", "trainmark") is None
-    store.mark(handle, record_of())
-    store.mark(other, record_of(id="c3d4"))
+    handle, other = store.start_run(record_of()), store.start_run(record_of(id="c3d4"))
+    assert store.find_run("a1b2", "trainmark") is None
+    store.mark_run(handle, record_of())
+    store.mark_run(other, record_of(id="c3d4"))
     for record_id, expected in (("a1b2", handle), ("c3d4", other)):
-        found = store.find(record_id, "trainmark")
+        found = store.find_run(record_id, "trainmark")
         assert (found.run_id, found.experiment_id) == (expected.run_id, expected.experiment_id)
-    assert store.find("e5f6", "trainmark") is None
+    assert store.find_run("e5f6", "trainmark") is None
 
 
 def test_a_run_of_another_experiment_is_not_found():
-    store.mark(store.start(record_of(experiment="trainmark-demo")), record_of())
-    assert store.find("a1b2", "trainmark") is None
-    store.start(record_of())
-    assert store.find("a1b2", "trainmark") is None
-    assert store.find("a1b2", "trainmark-demo") is not None
+    store.mark_run(store.start_run(record_of(experiment="trainmark-demo")), record_of())
+    assert store.find_run("a1b2", "trainmark") is None
+    store.start_run(record_of())
+    assert store.find_run("a1b2", "trainmark") is None
+    assert store.find_run("a1b2", "trainmark-demo") is not None
 
 
 def test_a_deleted_run_is_found_and_said_to_be_deleted():
-    handle = store.start(record_of())
-    store.mark(handle, record_of())
+    handle = store.start_run(record_of())
+    store.mark_run(handle, record_of())
     assert not store.is_deleted(handle)
     client().delete_run(handle.run_id)
-    assert store.find("a1b2", "trainmark").run_id == handle.run_id
+    assert store.find_run("a1b2", "trainmark").run_id == handle.run_id
     assert store.is_deleted(handle)
 
 
 def test_a_deleted_experiment_is_refused():
-    client().delete_experiment(store.start(record_of()).experiment_id)
-    said = line(StageError, store.start, record_of())
+    client().delete_experiment(store.start_run(record_of()).experiment_id)
+    said = line(StageError, store.start_run, record_of())
     assert said.startswith('tracking.experiment: "trainmark" is deleted in this store')
     assert len(runs()) == 1
 
 
 def finished(name, status="FINISHED", **changes):
-    handle = store.start(record_of(name=name, **changes))
-    store.log_figures(handle, {"test/accuracy": 0.5}, AT)
+    handle = store.start_run(record_of(name=name, **changes))
+    store.log_metrics(handle, {"test/accuracy": 0.5}, AT)
     if status:
-        store.end(handle, status)
+        store.end_run(handle, status)
     return handle
 
 
@@ -483,34 +483,34 @@ def test_finished_runs_are_more_than_one_page(monkeypatch):
 
 
 def test_a_history_is_in_the_order_of_its_steps():
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     for step, value in ((2, 0.2), (1, 0.1), (3, 0.3)):
-        store.log_figures(handle, {"val/accuracy": value}, AT - step, step)
+        store.log_metrics(handle, {"val/accuracy": value}, AT - step, step)
     found = store.history(handle.run_id, ["val/accuracy", "val/loss"])
     assert found == {"val/accuracy": [0.1, 0.2, 0.3], "val/loss": []}
 
 
 def test_the_comparison_is_one_run_that_is_no_training():
-    first = store.comparison("trainmark")
-    assert store.comparison("trainmark").run_id == first.run_id
+    first = store.comparison_run("trainmark")
+    assert store.comparison_run("trainmark").run_id == first.run_id
     run = run_of(first)
     assert run.info.run_name == "comparison" and run.data.tags[store.COMPARISON_TAG] == "true"
-    store.end(first, "FINISHED")
+    store.end_run(first, "FINISHED")
     assert store.finished_runs() == []
-    assert store.comparison("another").run_id != first.run_id
+    assert store.comparison_run("another").run_id != first.run_id
 
 
 def test_the_experiment_leads_to_its_comparison():
-    handle = store.comparison("trainmark")
-    store.start(record_of())  # which describes the experiment, too
+    handle = store.comparison_run("trainmark")
+    store.start_run(record_of())  # which describes the experiment, too
     tags = client().get_experiment(handle.experiment_id).tags
     assert views.experiment_tags(handle.experiment_id, handle.run_id).items() <= tags.items()
 
 
 def test_a_comparison_that_was_deleted_stays_so():
-    handle = store.comparison("trainmark")
+    handle = store.comparison_run("trainmark")
     client().delete_run(handle.run_id)
-    assert store.comparison("trainmark") is None
+    assert store.comparison_run("trainmark") is None
     assert len(runs()) == 1
     tags = client().get_experiment(handle.experiment_id).tags
     assert views.experiment_tags(handle.experiment_id).items() <= tags.items()
@@ -520,14 +520,14 @@ def test_the_experiment_to_show_is_the_one_with_runs():
     assert store.experiment_to_show("trainmark") is None
     real = client().create_experiment("trainmark")
     assert store.experiment_to_show("trainmark") == real
-    demo = store.start(record_of(experiment="trainmark-demo")).experiment_id
+    demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
     assert store.experiment_to_show("trainmark") == demo
-    assert store.start(record_of()).experiment_id == real
+    assert store.start_run(record_of()).experiment_id == real
     assert store.experiment_to_show("trainmark") == real
 
 
 def test_a_deleted_experiment_is_not_shown():
-    client().delete_experiment(store.start(record_of()).experiment_id)
+    client().delete_experiment(store.start_run(record_of()).experiment_id)
     assert store.experiment_to_show("trainmark") is None
     demo = client().create_experiment("trainmark-demo")
     assert store.experiment_to_show("trainmark") == demo
@@ -546,7 +546,7 @@ class Mean(torch.nn.Module):
 @QUIET
 def test_a_model_is_logged_and_the_environment_left_as_it_was(monkeypatch):
     monkeypatch.setenv("MLFLOW_DEFAULT_PREDICTION_DEVICE", "cuda")
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     before = dict(os.environ)
     store.log_model(handle, Mean(), 8, 3, ["torch", "numpy"])
     assert dict(os.environ) == before
@@ -567,7 +567,7 @@ def test_a_model_that_cannot_be_logged_leaves_the_environment_as_it_was(monkeypa
         raise OSError("disk full\nand more")
 
     monkeypatch.setattr(mlflow.pytorch, "log_model", broken)
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     before = dict(os.environ)
     assert line(StageError, store.log_model, handle, Mean(), 8, 3, []).endswith(" can't be used: disk full")
     assert dict(os.environ) == before
@@ -578,7 +578,7 @@ def test_a_model_that_cannot_be_logged_leaves_the_environment_as_it_was(monkeypa
 
 
 def test_system_metrics_are_collected_and_the_store_left_alone(own_store, monkeypatch):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     system = store.SystemMetrics(handle.run_id)
     sampled = threading.Event()
     collect = system._monitor.collect_metrics
@@ -598,7 +598,7 @@ def test_system_metrics_are_collected_and_the_store_left_alone(own_store, monkey
 
 
 def test_system_metrics_end_with_what_they_are_for():
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     with pytest.raises(ZeroDivisionError), store.SystemMetrics(handle.run_id) as system:
         raise ZeroDivisionError
     assert not system._thread.is_alive()
@@ -611,22 +611,22 @@ def test_system_metrics_end_with_what_they_are_for():
 def everything(handle):
     """What is asked of a store, each as a call without arguments."""
     return [
-        lambda: store.start(record_of()),
-        lambda: store.mark(handle, record_of()),
-        lambda: store.find("a1b2", "trainmark"),
-        lambda: store.log_figures(handle, {"train/loss": 1.0}, AT),
+        lambda: store.start_run(record_of()),
+        lambda: store.mark_run(handle, record_of()),
+        lambda: store.find_run("a1b2", "trainmark"),
+        lambda: store.log_metrics(handle, {"train/loss": 1.0}, AT),
         lambda: store.log_datasets(handle, [DATASET]),
         lambda: store.set_tags(handle, {"label": None}),
         lambda: store.is_deleted(handle),
-        lambda: store.resume(handle),
-        lambda: store.end(handle, "FINISHED"),
-        lambda: store.tags(handle),
+        lambda: store.resume_run(handle),
+        lambda: store.end_run(handle, "FINISHED"),
+        lambda: store.run_tags(handle),
         lambda: store.log_text(handle, "a.txt", "a"),
-        lambda: store.artifacts(handle.run_id, ""),
-        lambda: store.download(handle.run_id, "a.txt", Path()),
-        lambda: store.discard(handle),
+        lambda: store.list_artifacts(handle.run_id, ""),
+        lambda: store.download_artifact(handle.run_id, "a.txt", Path()),
+        lambda: store.discard_run(handle),
         store.finished_runs,
-        lambda: store.comparison("trainmark"),
+        lambda: store.comparison_run("trainmark"),
         lambda: store.experiment_to_show("trainmark"),
     ]
 
@@ -635,13 +635,13 @@ def test_a_file_that_is_no_store_is_named(monkeypatch, tmp_path):
     (tmp_path / "broken.db").write_bytes(b"This is no database. " * 400)
     uri = f"sqlite:///{(tmp_path / 'broken.db').as_posix()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for call in (store.finished_runs, lambda: store.start(record_of())):
+    for call in (store.finished_runs, lambda: store.start_run(record_of())):
         said = line(StageError, call)
         assert said.startswith(f"the MLflow store {uri} can't be used: ") and "not a database" in said
 
 
 def test_a_store_that_breaks_meanwhile_is_named(own_store, caplog):
-    handle = store.start(record_of())
+    handle = store.start_run(record_of())
     with sqlite3.connect(own_store) as rows:
         rows.execute("drop table runs")
     for call in everything(handle)[:-1]:
@@ -665,10 +665,10 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
 
 def test_a_run_that_is_not_in_the_store_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    for call in (lambda: store.start(record_of()), lambda: store.find("a1b2", "trainmark")):
+    for call in (lambda: store.start_run(record_of()), lambda: store.find_run("a1b2", "trainmark")):
         assert "0" * 32 in line(StageError, call)
 
 
 def test_a_missing_artifact_is_named(tmp_path):
-    handle = store.start(record_of())
-    assert "gone.json" in line(StageError, store.log_files, handle, {"gone.json": tmp_path / "gone.json"})
+    handle = store.start_run(record_of())
+    assert "gone.json" in line(StageError, store.log_artifacts, handle, {"gone.json": tmp_path / "gone.json"})

@@ -145,13 +145,13 @@ def test_every_chart_has_its_place_and_other_metrics_are_folded(state):
 
 def test_links():
     table = "http://h:5000/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=trainmark"
-    assert views.link("http://h:5000", "7") == views.link("http://h:5000/", "7") == table
+    assert views.run_table_link("http://h:5000", "7") == views.run_table_link("http://h:5000/", "7") == table
     run = "http://h:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
     assert views.run_link("http://h:5000", "7", "abc") == views.run_link("http://h:5000/", "7", "abc") == run
 
 
 def test_the_description_begins_with_links_that_work_under_any_address():
-    table = views.link("", "7").removeprefix("/")
+    table = views.run_table_link("", "7").removeprefix("/")
     links = f"[Run table]({table}) · [Charts]({table}&compareRunsMode=CHART)"
     first = "**What is a machine worth for training?** "  # a line that is all the UI shows at first
     assert note().splitlines()[0] == first + links
