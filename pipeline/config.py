@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,23 @@ def matching(pattern: str, allowed: str) -> Check:
         return value
 
     return Check(read, allowed)
+
+
+def device_name() -> Check:
+    """`auto` or the name of a backend, with an index if there are several such devices: cuda:1.
+
+    The backends are the modules of pipeline/devices/. They are listed, not imported: that would import torch.
+    """
+    modules = {module.name for module in pkgutil.iter_modules([str(ROOT / "pipeline" / "devices")])}
+    gpus = sorted(modules - {"base", "cpu", "energy", "graphs"})
+    names = ["auto", "cpu", *gpus]
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(rf"auto|cpu|({'|'.join(gpus)})(:[0-9]+)?", value):
+            raise ValueError("cuda" if value == "gpu" else nearest(value, names))
+        return value
+
+    return Check(read, f"{' | '.join(names)}, or one of several, such as cuda:1")
 
 
 def texts(allowed: str) -> Check:
@@ -268,10 +286,7 @@ class Settings:
     """All of params.yaml."""
 
     recipe: str = setting(TEXT, "one of the names below recipes")
-    device: str = setting(
-        matching(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto | cpu | cuda | cuda:1 | mps | xpu"),
-        "what to train on; auto: the first that is there of cuda, mps, xpu, cpu",
-    )
+    device: str = setting(device_name(), "what to train on; auto: a GPU if there is one, else the CPU")
     seed: int = setting(whole(0), "of every random choice")
     label: str | None = setting(either(NULL, TEXT), "your own name for this machine")
     repeats: int = setting(whole(1, MOST_REPEATS), "number of processes, with seed, seed + 1, ...")

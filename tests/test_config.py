@@ -244,7 +244,8 @@ def test_missing_key(params, key):
         ("recipe=imagenet", 'recipe: "imagenet" is not allowed: expected blog | linear-probe | finetune'),
         (
             "device=cude",
-            'device: "cude" is not allowed: expected auto | cpu | cuda | cuda:1 | mps | xpu; did you mean cuda?',
+            'device: "cude" is not allowed: expected auto | cpu | cuda | mps | xpu, or one of several, such as cuda:1; '
+            "did you mean cuda?",
         ),
         (
             "data.source=sinthetic",
