@@ -41,7 +41,7 @@ class Measured(NamedTuple):
     ceilings, and the operations that an image takes."""
 
     working: float
-    ceilings: roofline.Measured
+    ceilings: roofline.Peaks
     flops: float | None
 
 
@@ -173,7 +173,7 @@ def _measured(work: setup.TrainingSetup, splits: setup.Splits) -> Measured:
         working = setup.warm_up(work, splits)
     with clock.span("ceilings"):
         flops = setup.flops_per_image(work)
-        return Measured(working, setup.measure_ceilings(work, splits), flops)
+        return Measured(working, setup.measure_peaks(work, splits), flops)
 
 
 def _epochs(
@@ -257,25 +257,25 @@ def _judge(record: dict[str, Any], work: setup.TrainingSetup, splits: setup.Spli
     # By the ceilings, too: a clock that does not wait for the device makes any training short.
     expected = speed * seconds / limits.images_per_second
     if max(seconds, expected) < roofline.STEP_SECONDS:
-        record["metrics"] |= roofline.rates(limits)
+        record["metrics"] |= roofline.peak_metrics(limits)
         record["facts"]["verdict"] = f"not judged: {seconds:.2f} s are too short to be held against its ceilings"
         terminal.say(f"machine  {record['facts']['verdict']}")
         return
-    figures = roofline.efficiency(speed, limits, flops)
+    figures = roofline.efficiency_metrics(speed, limits, flops)
     for _ in range(CEILINGS_AGAIN):
-        if not roofline.impossible(figures, limits):
+        if not roofline.implausible_reason(figures, limits):
             break
         # Other load may have held the machine down while it was measured.
         with suppress(OutOfMemoryError), clock.span("ceilings"), backend.memory_errors():
-            limits = roofline.best([limits, setup.measure_ceilings(work, splits)])
-        figures = roofline.efficiency(speed, limits, flops)
-    doubt = roofline.impossible(figures, limits)
+            limits = roofline.combine([limits, setup.measure_peaks(work, splits)])
+        figures = roofline.efficiency_metrics(speed, limits, flops)
+    doubt = roofline.implausible_reason(figures, limits)
     if doubt:
         record["tags"]["taints"] = "clock"
         record["warnings"].append(doubt)
         terminal.say(f"note     {doubt}")
     record["metrics"] |= figures
-    record["facts"]["verdict"] = roofline.verdict(figures, limits)
+    record["facts"]["verdict"] = roofline.describe(figures, limits)
     terminal.say(f"machine  {record['facts']['verdict']}")
 
 
@@ -313,7 +313,7 @@ def _record(
     work: setup.TrainingSetup,
     splits: setup.Splits,
     unused_gpu: str | None,
-    before: system_state.Sample,
+    before: system_state.SystemState,
 ) -> dict[str, Any]:
     """What is known of the training before it starts (see records.py)."""
     backend, recipe = work.job.backend, settings.work
@@ -407,7 +407,7 @@ def _times(clock: Clock) -> dict[str, float]:
     return taken | {"time/unaccounted_seconds": clock.unaccounted()}
 
 
-def _taint(record: dict[str, Any], before: system_state.Sample, after: system_state.Sample) -> None:
+def _taint(record: dict[str, Any], before: system_state.SystemState, after: system_state.SystemState) -> None:
     """Says in the run what disturbed it from outside, and how the machine itself behaved under the load."""
     figures = [epoch["figures"] for epoch in record["epochs"]]
     # On features an epoch is over before a machine could change its pace.

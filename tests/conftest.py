@@ -28,28 +28,28 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def calm(request, monkeypatch):
-    """A machine of which nothing is told and that keeps its pace, where that is not what is tested."""
+def calm_machine(request, monkeypatch):
+    """A machine that reports no state and keeps its pace, where that is not what is tested."""
     if request.module.__name__ != "test_system_state":
         monkeypatch.setattr(system_state, "sample", lambda *_: {})
-        monkeypatch.setattr(system_state, "DRIFT_CHANGE", math.inf)
+        monkeypatch.setattr(system_state, "MIN_DRIFT", math.inf)
 
 
 @pytest.fixture(autouse=True)
-def low_ceilings(request, monkeypatch):
-    """Ceilings that are measured in no time and accuse no clock, where they are not what is tested."""
+def instant_roofline(request, monkeypatch):
+    """Peaks that are measured in no time and doubt no clock, where they are not what is tested."""
     # torch takes seconds to import, and some modules do without it
-    ceilings = sys.modules.get("pipeline.profiling.roofline")
-    if ceilings is None or request.module.__name__ == "test_roofline":
+    roofline = sys.modules.get("pipeline.profiling.roofline")
+    if roofline is None or request.module.__name__ == "test_roofline":
         return
-    windows = ceilings.windows
-    monkeypatch.setattr(ceilings, "windows", lambda work, wait, **_: windows(work, wait, seconds=0.0))
+    time_calls = roofline.time_calls
+    monkeypatch.setattr(roofline, "time_calls", lambda work, wait, **_: time_calls(work, wait, seconds=0.0))
     for name in ("WINDOW_SECONDS", "STEP_SECONDS"):
-        monkeypatch.setattr(ceilings, name, 0.0)
-    for name in ("SMALLEST_SIDE", "LARGEST_SIDE", "COPIED_SIDE", "HOST_COPIED_SIDE"):
-        monkeypatch.setattr(ceilings, name, 64)
-    for name in ("TRUST", "TRUST_PRODUCTS"):
-        monkeypatch.setattr(ceilings, name, math.inf)
+        monkeypatch.setattr(roofline, name, 0.0)
+    for name in ("MIN_SIDE", "MAX_SIDE", "COPY_SIDE", "CPU_COPY_SIDE"):
+        monkeypatch.setattr(roofline, name, 64)
+    for name in ("MAX_VS_SYNTHETIC", "MAX_UTILISATION"):
+        monkeypatch.setattr(roofline, name, math.inf)
 
 
 def fails(kind, call, *args):

@@ -356,7 +356,7 @@ def test_what_disturbed_it_is_said_and_a_calm_one_takes_it_back(repeat, slices, 
 
 
 def test_a_machine_that_slows_down_behaves_so(repeat, slices, monkeypatch):
-    monkeypatch.setattr(system_state, "DRIFT_CHANGE", 0.03)
+    monkeypatch.setattr(system_state, "MIN_DRIFT", 0.03)
     slices(*((8, 1.0 + 0.05 * number) for number in range(12)))
     result = repeat(steps=[CONVNET])
     assert result["tags"]["sustained.behavior"] == "drift" and result["tags"]["sustained.taints"] is None

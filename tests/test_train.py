@@ -532,7 +532,7 @@ def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, ste
 
 
 def ceilings_of(images_per_second, matmul_flops=1e15):
-    return roofline.Measured(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
+    return roofline.Peaks(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
 
 
 SPEED = 54 / 10_000
@@ -542,8 +542,8 @@ SPEED = 54 / 10_000
 @pytest.fixture
 def measuring(monkeypatch, scripted, clocks):
     """Makes these be the ceilings that are measured, one after the other; gives those that are left."""
-    monkeypatch.setattr(roofline, "TRUST", 1.05)
-    monkeypatch.setattr(roofline, "TRUST_PRODUCTS", 4.2)
+    monkeypatch.setattr(roofline, "MAX_VS_SYNTHETIC", 1.05)
+    monkeypatch.setattr(roofline, "MAX_UTILISATION", 4.2)
 
     def script(*measured):
         left = list(measured)
@@ -553,7 +553,7 @@ def measuring(monkeypatch, scripted, clocks):
             assert splits["train"].inputs.dtype == torch.uint8
             return left.pop(0)
 
-        monkeypatch.setattr(setup, "measure_ceilings", measure)
+        monkeypatch.setattr(setup, "measure_peaks", measure)
         return left
 
     return script
@@ -618,16 +618,16 @@ def test_what_else_disturbs_a_run_with_a_doubted_clock_is_said_too(trained, meas
 
 def test_too_little_memory_to_measure_again_leaves_the_first_measurement(trained, measuring, monkeypatch):
     measuring(ceilings_of(SPEED / 2))
-    first = setup.measure_ceilings
+    first = setup.measure_peaks
 
     def once(work, splits):
-        monkeypatch.setattr(setup, "measure_ceilings", fail)
+        monkeypatch.setattr(setup, "measure_peaks", fail)
         return first(work, splits)
 
     def fail(*args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(setup, "measure_ceilings", once)
+    monkeypatch.setattr(setup, "measure_peaks", once)
     record = trained("features=recompute")
     assert record["tags"]["taints"] == "clock" and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(2)
 

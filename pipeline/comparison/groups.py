@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline import config
-from pipeline.profiling.system_state import OWN_NATURE
+from pipeline.profiling.system_state import BEHAVIORS
 
 Run = Mapping[str, Any]
 """As `tracking.finished_runs` gives it."""
@@ -188,7 +188,7 @@ def _disturbance(runs: Iterable[Run], tag: str) -> str:
 def taints(run: Run, tag: str) -> list[str]:
     """What somebody else did to the run, a word each; a stand-in is one of these things."""
     stand_ins = [f"{STAND_IN}{word}" for word in clean(run["tags"].get("fallback", "")).split()]
-    return [word for word in clean(run["tags"].get(tag, "")).split() if word not in OWN_NATURE] + stand_ins
+    return [word for word in clean(run["tags"].get(tag, "")).split() if word not in BEHAVIORS] + stand_ins
 
 
 def behavior(runs: Iterable[Run], taints_tag: str) -> list[str]:
@@ -197,7 +197,7 @@ def behavior(runs: Iterable[Run], taints_tag: str) -> list[str]:
     tags = [run["tags"] for run in runs]
     keys = (taints_tag, taints_tag.replace("taints", "behavior"))
     words = {word for own in tags for key in keys for word in clean(own.get(key, "")).split()}
-    return sorted(words & OWN_NATURE)
+    return sorted(words & BEHAVIORS)
 
 
 def names(runs: Iterable[Run]) -> dict[Entity, str]:

@@ -26,7 +26,7 @@ class NvmlEnergy:
 
     def joules(self) -> float | None:
         """The counter at this moment; None for a card that has none."""
-        millijoules = self._card.ask("nvmlDeviceGetTotalEnergyConsumption") if self._card else None
+        millijoules = self._card.query("nvmlDeviceGetTotalEnergyConsumption") if self._card else None
         return millijoules / 1000 if millijoules else None
 
 

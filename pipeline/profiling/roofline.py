@@ -1,9 +1,10 @@
-"""What this machine can do at most, measured in seconds before a training, and what the training made of it."""
+"""Peak rates of this machine, measured in seconds before a training, and how close the training came to them."""
 
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,87 +14,73 @@ from torch.utils import flop_counter
 from pipeline.devices import Backend
 
 WINDOW_SECONDS = 0.05
-"""What a window lasts: thousands of times what the clock resolves, and short enough to fall between other load."""
+"""Length of a timed window: thousands of times the clock's resolution, short enough to fall between other load."""
 
-SHORTEST_WINDOW = 1e-6
-"""What the first window, of one call, is taken to last at least: a coarse clock may tell none."""
+MIN_WINDOW_SECONDS = 1e-6
+"""Least length that the first window, of one call, counts as: a coarse clock may read none."""
 
-SMALLEST_SIDE, LARGEST_SIDE = 512, 8192
-"""Sides of the matrices that `matmul_flops` multiplies: the smallest, doubled up to the largest."""
+MIN_SIDE, MAX_SIDE = 512, 8192
+"""Sides of the square matrices that `matmul_flops` multiplies: MIN_SIDE, doubled up to MAX_SIDE."""
 
-LONG_PRODUCT_SECONDS = 0.02
+LONG_MATMUL_SECONDS = 0.02
 """A product that takes this long has filled the device: no larger one is tried."""
 
-SIDE_SECONDS = 0.1
-"""How long `matmul_flops` measures a side: of five sides in two formats, a second in all."""
+MATMUL_SECONDS = 0.1
+"""How long `matmul_flops` measures each side."""
 
-COPIED_SIDE, HOST_COPIED_SIDE = 8192, 5632
-"""Side of the float32 matrix that `memory_bytes_per_second` copies: 256 MiB; by a CPU, where it counts in the process's
-peak memory, 121 MiB, which are no faster (64 are, with a last-level cache of 32)."""
+COPY_SIDE, CPU_COPY_SIDE = 8192, 5632
+"""Side of the float32 matrix that `memory_bytes_per_second` copies: 256 MiB; 121 MiB on a CPU, where it counts in the
+process's peak memory."""
 
 COPY_SECONDS = 0.3
 """How long `memory_bytes_per_second` measures."""
 
 STEP_SECONDS, STEP_WINDOWS = 0.5, 3
-"""How long the training's own step is measured on one fixed batch: ten windows, or so many at least, where a step is
-long. A training that was timed for less is held against none of it: it may have had calmer moments than any window, and
-first steps are slow."""
+"""How long the training's own step is measured on one fixed batch, and in how many windows at least. A shorter training
+is not compared with the peaks: its first steps are slow, and it may have had calmer moments than any window."""
 
-TRUST = 1.05
+MAX_VS_SYNTHETIC = 1.05
 """How many times the speed of one fixed batch a training may reach before its clock is doubted."""
 
-TRUST_PRODUCTS = 4 * TRUST
-"""As TRUST, of the rate of products. No such bound is sharp: Winograd's convolutions save up to 3 of 4 of the
-multiplications that are counted (Lavin and Gray 2015), and convolutions may come from a better library: ResNet-18's
-forward pass took 0.96 to 1.06 of it on an AMD EPYC (float32, channels last)."""
+MAX_UTILISATION = 4 * MAX_VS_SYNTHETIC
+"""How many times the rate of matrix products it may reach: Winograd convolutions save up to 3 of 4 of the counted
+multiplications (Lavin and Gray 2015)."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The ceilings of one machine, for one step of training at one precision."""
+class Peaks:
+    """The peak rates of one machine, for one training step at one precision."""
 
     matmul_flops: float
-    """Floating-point operations a second of its best matrix product."""
+    """Floating-point operations a second of its fastest matrix product."""
 
     memory_bytes_per_second: float
-    """Read and written by a copy."""
+    """Bytes read and written by a copy."""
 
     images_per_second: float
-    """Of the training's own step, again and again on one fixed batch that lies on the device: its fastest window."""
+    """Of the training's own step, repeated on one fixed batch on the device: its fastest window."""
 
     slowest_images_per_second: float
     """Its slowest window."""
 
     @property
     def spread(self) -> float:
-        """How much faster the fastest window of the step was than its slowest one, as a fraction."""
+        """How much faster the step's fastest window was than its slowest one, as a fraction."""
         return self.images_per_second / self.slowest_images_per_second - 1
 
 
-def fastest(
-    work: Callable[[], object],
-    synchronize: Callable[[], None],
-    *,
-    seconds: float = 1.0,
-    now: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Least seconds of one call of `work` over `windows` for `seconds`.
-
-    The least, since other load can only slow a machine down: the fastest window is nearest to its ceiling.
-    """
-    return min(windows(work, synchronize, seconds=seconds, now=now))
-
-
-def windows(
+def time_calls(
     work: Callable[[], object],
     synchronize: Callable[[], None],
     *,
     seconds: float,
-    least: int = 2,
+    min_windows: int = 2,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Seconds of one call of `work` in each window of some 50 ms, for `seconds`, after a call that is not timed; of
-    `least` windows, where these take longer. The device is waited for at both ends of a window, not between its calls.
+    """Seconds of one call of `work`, a mean for each window of about 50 ms, for `seconds` and at least `min_windows`.
+
+    The first call is not timed. The device is synchronized at both ends of a window, not between its calls. Other load
+    only slows a machine down, so the fastest window is nearest to its peak.
     """
 
     def window(calls: int) -> float:
@@ -105,191 +92,190 @@ def windows(
         return now() - start
 
     work()
-    passed = max(window(1), SHORTEST_WINDOW)
-    found = [passed]
-    calls = max(1, round(WINDOW_SECONDS / passed))
-    while passed < seconds or len(found) < least:
-        took = window(calls)
-        found.append(took / calls)
-        passed += took
-    return found
+    total = max(window(1), MIN_WINDOW_SECONDS)
+    means = [total]
+    calls = max(1, round(WINDOW_SECONDS / total))
+    while total < seconds or len(means) < min_windows:
+        elapsed = window(calls)
+        means.append(elapsed / calls)
+        total += elapsed
+    return means
 
 
 def matmul_flops(backend: Backend, precision: str) -> float:
-    """Floating-point operations a second of a square matrix product at `precision`: best of the sides tried.
+    """Floating-point operations a second of a square matrix product at `precision`: the fastest of the sides tried.
 
-    A product of side n is 2 n^3 operations, a multiply-add being two (Golub and Van Loan, Matrix Computations,
-    section 1.1). The largest side is not always the fastest. Of float32, `backend.set_precision` must have said what
-    it means. It is tried for bf16 and fp16 too, since a device without their units can compute in it instead: a CPU
-    held to AVX2 did 2.5 GFLOP/s of bf16 products and 203 of float32. Needs up to 768 MiB on the device; raises
-    what torch raises where there is less.
+    A product of side n counts 2 n^3 operations, a multiply-add as two (Golub and Van Loan, Matrix Computations, section
+    1.1). `backend.set_precision` must have set what float32 means. float32 is tried for bf16 and fp16 too: a device
+    that only emulates these computes faster in float32. Needs up to 768 MiB on the device; raises torch's error where
+    there is less.
     """
-    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return max(_product_flops(backend, dtype) for dtype in {torch.float32, halves.get(precision, torch.float32)})
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return max(_best_matmul_flops(backend, dtype) for dtype in {torch.float32, half})
 
 
 def memory_bytes_per_second(backend: Backend) -> float:
-    """Bytes read plus bytes written a second when the device copies 256 MiB (a CPU: 121) to as much of its own memory.
+    """Bytes read plus bytes written a second when the device copies 256 MiB (a CPU: 121) within its own memory.
 
-    Counted as STREAM's copy is (McCalpin 1995): a CPU that reads a line before it overwrites it moves half as much
-    again. Some servers' last-level caches hold more than both; what they tell is in part the cache's speed. Raises
-    what torch raises where there is too little memory.
+    Counted like STREAM's copy (McCalpin 1995): a CPU that reads a cache line before it overwrites it moves half as much
+    again. Where a last-level cache holds both matrices, this is in part its speed. Raises torch's error where there is
+    too little memory.
     """
-    side = COPIED_SIDE if backend.asynchronous else HOST_COPIED_SIDE
-    source = _normal(backend, torch.float32, side, seed=0)
+    source = _random_matrix(backend, torch.float32, COPY_SIDE if backend.asynchronous else CPU_COPY_SIDE, seed=0)
     target = torch.empty_like(source)
-    seconds = fastest(lambda: target.copy_(source), backend.synchronize, seconds=COPY_SECONDS)
+    seconds = min(time_calls(lambda: target.copy_(source), backend.synchronize, seconds=COPY_SECONDS))
     return (source.nbytes + target.nbytes) / seconds
 
 
 def train_flops(
     net: nn.Module, inputs_shape: tuple[int, ...], *, set_mode: Callable[[nn.Module], None]
 ) -> float | None:
-    """Floating-point operations of one sample in one step of training: the forward pass, and of the backward pass
-    what the trainable parameters need. None where they can't be counted.
+    """Floating-point operations of one sample in one training step: the forward pass, and the part of the backward pass
+    that the trainable parameters need. None where they can't be counted.
 
-    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode; `net`
-    itself is left as it is. Counted are products and convolutions, by their shapes, a multiply-add as two
+    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode; `net` itself
+    does not change. Products and convolutions count by their shapes, a multiply-add as two
     (torch/utils/flop_counter.py); element-wise work (normalisation, activations, the optimizer) counts nothing.
     """
 
-    def step(copied: nn.Module, inputs: Tensor) -> None:
-        set_mode(copied)
+    def step(net: nn.Module, inputs: Tensor) -> None:
+        set_mode(net)
         labels = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
         with torch.enable_grad():
-            F.cross_entropy(copied(inputs), labels).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(net(inputs), labels).backward()  # type: ignore[no-untyped-call]
 
     return _flops_per_sample(net, inputs_shape, step)
 
 
 def forward_flops(net: nn.Module, inputs_shape: tuple[int, ...]) -> float | None:
-    """Floating-point operations of one sample in evaluation; counted as, and None where, `train_flops` says."""
+    """Floating-point operations of one sample in evaluation, counted like `train_flops`."""
 
-    def forward(copied: nn.Module, inputs: Tensor) -> None:
-        copied.eval()
-        with torch.no_grad():
-            copied(inputs)
+    @torch.no_grad()
+    def forward(net: nn.Module, inputs: Tensor) -> None:
+        net.eval()(inputs)
 
     return _flops_per_sample(net, inputs_shape, forward)
 
 
-def rates(ceilings: Measured) -> dict[str, float]:
-    """The ceilings themselves, by the names that MLflow shows."""
+def peak_metrics(peaks: Peaks) -> dict[str, float]:
+    """The peak rates by their names in MLflow."""
     return {
-        "ceiling/matmul_tflops": ceilings.matmul_flops / 1e12,
-        "ceiling/memory_gb_per_second": ceilings.memory_bytes_per_second / 1e9,
-        "ceiling/synthetic_images_per_second": ceilings.images_per_second,
+        "ceiling/matmul_tflops": peaks.matmul_flops / 1e12,
+        "ceiling/memory_gb_per_second": peaks.memory_bytes_per_second / 1e9,
+        "ceiling/synthetic_images_per_second": peaks.images_per_second,
     }
 
 
-def efficiency(images_per_second: float, ceilings: Measured, flops_per_image: float | None) -> dict[str, float]:
-    """What a training at `images_per_second` made of the machine, by the names that MLflow shows.
+def efficiency_metrics(images_per_second: float, peaks: Peaks, flops_per_image: float | None) -> dict[str, float]:
+    """The peak rates, and how close a training at `images_per_second` came to them, by their names in MLflow.
 
-    Model FLOPs utilisation is that of PaLM (Chowdhery et al. 2022, appendix B), but over the rate of this machine's
-    own products, not a data sheet's; it is left out where `flops_per_image` is None.
+    Model FLOPs utilisation is PaLM's (Chowdhery et al. 2022, appendix B), but relative to the measured rate of this
+    machine's products, not to a data sheet. It is left out where `flops_per_image` is None.
     """
-    figures = rates(ceilings) | {"efficiency/vs_synthetic": images_per_second / ceilings.images_per_second}
+    metrics = peak_metrics(peaks) | {"efficiency/vs_synthetic": images_per_second / peaks.images_per_second}
     if flops_per_image is not None:
-        utilisation = images_per_second * flops_per_image / ceilings.matmul_flops
-        figures["efficiency/model_flops_utilisation"] = utilisation
-    return figures
+        utilisation = images_per_second * flops_per_image / peaks.matmul_flops
+        metrics["efficiency/model_flops_utilisation"] = utilisation
+    return metrics
 
 
-def best(taken: Sequence[Measured]) -> Measured:
-    """The ceilings that several measurements found together: the fastest of each, and the slowest window of all."""
-    return Measured(
-        matmul_flops=max(each.matmul_flops for each in taken),
-        memory_bytes_per_second=max(each.memory_bytes_per_second for each in taken),
-        images_per_second=max(each.images_per_second for each in taken),
-        slowest_images_per_second=min(each.slowest_images_per_second for each in taken),
+def combine(measurements: Sequence[Peaks]) -> Peaks:
+    """The peaks of several measurements: the fastest of each rate, and the slowest window of all."""
+    return Peaks(
+        matmul_flops=max(peaks.matmul_flops for peaks in measurements),
+        memory_bytes_per_second=max(peaks.memory_bytes_per_second for peaks in measurements),
+        images_per_second=max(peaks.images_per_second for peaks in measurements),
+        slowest_images_per_second=min(peaks.slowest_images_per_second for peaks in measurements),
     )
 
 
-def verdict(figures: Mapping[str, float], ceilings: Measured) -> str:
-    """These figures (`efficiency`'s) in a sentence for people. It names the cause of what is above 1."""
-    share = figures["efficiency/vs_synthetic"]
-    said = f"images passed at {_percent(share)} of the speed of one fixed batch"
+def describe(metrics: Mapping[str, float], peaks: Peaks) -> str:
+    """The metrics of `efficiency_metrics` in a sentence, with a likely cause for any that is above 1."""
+    share = metrics["efficiency/vs_synthetic"]
+    sentence = f"images passed at {_percent(share)} of the speed of one fixed batch"
     if share > 1:
-        said += (
-            f": the machine may have been slower while that was measured (its windows were {ceilings.spread:.1%} apart)"
+        sentence += (
+            f": the machine may have been slower while that was measured (its windows were {peaks.spread:.1%} apart)"
         )
-    utilisation = figures.get("efficiency/model_flops_utilisation")
+    utilisation = metrics.get("efficiency/model_flops_utilisation")
     if utilisation is not None:
-        said += f"; the model's operations took {_percent(utilisation)} of the rate of this machine's matrix products"
+        sentence += (
+            f"; the model's operations took {_percent(utilisation)} of the rate of this machine's matrix products"
+        )
         if utilisation > 1:
-            said += (
+            sentence += (
                 ": its convolutions may need fewer operations than are counted, or it was slower while products were "
                 "measured"
             )
-    return said
+    return sentence
 
 
-def impossible(figures: Mapping[str, float], ceilings: Measured) -> str | None:
-    """Why these figures (`efficiency`'s) can't be this machine's, in a sentence for people; None where they can.
+def implausible_reason(metrics: Mapping[str, float], peaks: Peaks) -> str | None:
+    """Why the metrics of `efficiency_metrics` can't be right, in a sentence; None where they can.
 
-    Other load while the ceilings were measured makes them look low, so measure them again before accusing a clock.
+    Other load while the peaks were measured makes them too low, so measure them again before doubting a clock.
     """
-    share = figures["efficiency/vs_synthetic"]
-    utilisation = figures.get("efficiency/model_flops_utilisation", 0.0)
-    speed = share * figures["ceiling/synthetic_images_per_second"]
-    if share > TRUST:
-        against = f"{share:.2f} times what this machine did with one fixed batch"
-    elif utilisation > TRUST_PRODUCTS:
-        against = f"{utilisation:.2f} times what the rate of its matrix products allows"
+    share = metrics["efficiency/vs_synthetic"]
+    utilisation = metrics.get("efficiency/model_flops_utilisation", 0.0)
+    speed = share * metrics["ceiling/synthetic_images_per_second"]
+    if share > MAX_VS_SYNTHETIC:
+        excess = f"{share:.2f} times what this machine did with one fixed batch"
+    elif utilisation > MAX_UTILISATION:
+        excess = f"{utilisation:.2f} times what the rate of its matrix products allows"
     else:
         return None
     return (
-        f"{speed:,.0f} images/s is {against}: the clock was read too early, or the machine was slower whenever that "
-        f"was measured (its windows were {ceilings.spread:.0%} apart)"
+        f"{speed:,.0f} images/s is {excess}: the clock was read too early, or the machine was slower whenever that "
+        f"was measured (its windows were {peaks.spread:.0%} apart)"
     )
 
 
 def _percent(share: float) -> str:
-    """Of a share just above 1 it shows that it is."""
+    """With one more digit above 1, so that 100.4% does not read as 100%."""
     return f"{share:.1%}" if share > 1 else f"{share:.0%}"
 
 
-def _product_flops(backend: Backend, dtype: torch.dtype) -> float:
-    best, side = 0.0, SMALLEST_SIDE
+def _best_matmul_flops(backend: Backend, dtype: torch.dtype) -> float:
+    best, side = 0.0, MIN_SIDE
     while True:
-        seconds = _product_seconds(backend, dtype, side)
+        seconds = _matmul_seconds(backend, dtype, side)
         best = max(best, 2 * side**3 / seconds)
-        if seconds >= LONG_PRODUCT_SECONDS or side >= LARGEST_SIDE:
+        if seconds >= LONG_MATMUL_SECONDS or side >= MAX_SIDE:
             return best
         side *= 2
 
 
-def _product_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
-    """Its matrices are gone when it returns, before those of the next side are made."""
-    left, right = (_normal(backend, dtype, side, seed) for seed in range(2))
+def _matmul_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
+    """A function of its own, so that its matrices are freed before those of the next side are made."""
+    left, right = (_random_matrix(backend, dtype, side, seed) for seed in range(2))
     product = torch.empty_like(left)
-    return fastest(lambda: torch.mm(left, right, out=product), backend.synchronize, seconds=SIDE_SECONDS)
+    return min(time_calls(lambda: torch.mm(left, right, out=product), backend.synchronize, seconds=MATMUL_SECONDS))
 
 
-def _normal(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:
-    """(side, side) on the device: a random normal block made on the CPU, the same everywhere, repeated.
+def _random_matrix(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:
+    """(side, side) on the device: a normal block drawn on the CPU, the same everywhere, repeated.
 
     Zeros would flatter: they switch few transistors, so that a card at its power limit clocks higher (He 2024,
     "Strangely, Matrix Multiplications on GPUs Run Faster When Given 'Predictable' Data!").
     """
-    block = torch.randn(SMALLEST_SIDE, SMALLEST_SIDE, generator=torch.Generator().manual_seed(seed))
-    times = side // SMALLEST_SIDE
-    return block.to(backend.device, dtype).repeat(times, times)
+    block = torch.randn(MIN_SIDE, MIN_SIDE, generator=torch.Generator().manual_seed(seed))
+    repeats = side // MIN_SIDE
+    return block.to(backend.device, dtype).repeat(repeats, repeats)
 
 
 def _flops_per_sample(
     net: nn.Module, inputs_shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], None]
 ) -> float | None:
-    """What `run` does to a copy of `net` with a batch, counted on the meta device, where nothing is computed."""
+    """Operations of `run` on a copy of `net` and a batch, counted on the meta device, where nothing is computed."""
     counter = flop_counter.FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
     try:
-        copied = copy.deepcopy(net).to("meta")
+        meta_net = copy.deepcopy(net).to("meta")
         with counter:
             # Two samples: BatchNorm in training mode refuses one where it has one value a channel.
-            run(copied, torch.empty((2, *inputs_shape), device="meta"))
-    except Exception:  # whatever a network does that needs values: no training shall end for want of a count
+            run(meta_net, torch.empty((2, *inputs_shape), device="meta"))
+    except Exception:  # a network may do anything that needs values; that must not end a training
         return None
     return counter.get_total_flops() / 2
 
@@ -298,20 +284,13 @@ def _convolution_backward_flops(
     grad_shape: Sequence[int],
     inputs_shape: Sequence[int],
     weight_shape: Sequence[int],
-    bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    needed: Sequence[bool],
+    *rest: Any,
     out_shape: object,
 ) -> int:
-    """The gradients of inputs and of weights take the forward pass's multiply-adds each, where needed.
+    """The gradients of inputs and of weights take the forward pass's operations each, where they are needed.
 
-    torch 2.14's own formula for the weights' forgets the groups: `groups` times too much, so 14 times too much
-    for a whole step of EfficientNet-B0.
+    torch 2.14's own formula for the weights' gradient forgets the groups, and so counts it `groups` times.
     """
-    forward = flop_counter.conv_flop_count(list(inputs_shape), list(weight_shape), list(grad_shape), transposed)
-    return forward * sum(needed[:2])
+    _bias_shape, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = rest
+    forward: int = flop_counter.conv_flop_count(list(inputs_shape), list(weight_shape), list(grad_shape), transposed)
+    return forward * int(output_mask[0] + output_mask[1])

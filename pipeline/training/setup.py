@@ -248,12 +248,14 @@ def fixed_step(work: TrainingSetup, splits: Splits) -> tuple[Callable[[], object
     return lambda: step(fixed, labels), size
 
 
-def measure_ceilings(work: TrainingSetup, splits: Splits) -> roofline.Measured:
+def measure_peaks(work: TrainingSetup, splits: Splits) -> roofline.Peaks:
     """This machine's own limits for this work; the model has learnt from it, and `restart` is due."""
     backend = work.job.backend
     once, size = fixed_step(work, splits)
-    steps = roofline.windows(once, backend.synchronize, seconds=roofline.STEP_SECONDS, least=roofline.STEP_WINDOWS)
-    measured = roofline.Measured(
+    steps = roofline.time_calls(
+        once, backend.synchronize, seconds=roofline.STEP_SECONDS, min_windows=roofline.STEP_WINDOWS
+    )
+    measured = roofline.Peaks(
         images_per_second=size / min(steps),
         slowest_images_per_second=size / max(steps),
         matmul_flops=roofline.matmul_flops(backend, work.recipe.precision),

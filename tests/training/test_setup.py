@@ -93,7 +93,7 @@ def test_a_model_that_was_warmed_up_and_measured_trains_as_if_it_never_had_been(
     assert same(begun, cold.net.state_dict())
 
     setup.warm_up(warm, splits)
-    setup.measure_ceilings(warm, splits)
+    setup.measure_peaks(warm, splits)
     assert not same(begun, warm.net.state_dict())  # else nothing is tested here
     setup.restart(warm, seed=0)
     assert same(begun, warm.net.state_dict())
@@ -423,7 +423,7 @@ def test_the_ceiling_is_that_of_the_trainings_own_step_on_one_batch(build, split
 
     monkeypatch.setattr(batching, "prepare", lambda *args, **kwargs: prepared.append(1) or prepare(*args, **kwargs))
     before = {key: tensor.clone() for key, tensor in work.net.state_dict().items()}
-    measured = setup.measure_ceilings(dataclasses.replace(work, make_step=make_step), splits)
+    measured = setup.measure_peaks(dataclasses.replace(work, make_step=make_step), splits)
 
     assert all(value > 0 for value in vars(measured).values())
     assert len(taken) == 3 and all(each[0] is taken[0][0] for each in taken)
@@ -440,14 +440,14 @@ def test_a_training_of_less_than_a_batch_is_measured_with_what_there_is(build, s
         sizes.append(len(labels))
         step(job, inputs, labels)
 
-    def lasting(work, wait, *, least=2, **_):
-        asked.append(least)
+    def lasting(work, wait, *, min_windows=2, **_):
+        asked.append(min_windows)
         work()
         return [0.5, 1.0, 2.0]
 
     monkeypatch.setattr(loop.TrainLoop, "step", sized)
-    monkeypatch.setattr(roofline, "windows", lasting)
-    measured = setup.measure_ceilings(build(recipe_of("finetune", "batch_size=64")), splits)
+    monkeypatch.setattr(roofline, "time_calls", lasting)
+    measured = setup.measure_peaks(build(recipe_of("finetune", "batch_size=64")), splits)
     assert set(sizes) == {20} and asked[0] == roofline.STEP_WINDOWS
     assert (measured.images_per_second, measured.slowest_images_per_second) == (20 / 0.5, 20 / 2.0)
 
@@ -459,7 +459,7 @@ def test_memory_that_does_not_last_for_the_ceilings_is_told_as_such(build, split
     monkeypatch.setattr(roofline, "memory_bytes_per_second", fail)
     work = build(recipe_of("finetune"))
     with pytest.raises(OutOfMemoryError), work.job.backend.memory_errors():
-        setup.measure_ceilings(work, splits)
+        setup.measure_peaks(work, splits)
 
 
 # --- odds and ends
