@@ -198,8 +198,7 @@ def job_of(
             options=scheduler_options or {},
             lr=lr,
             epochs=epochs,
-            steps_per_epoch=steps,
-            per_batch=per_batch,
+            moves_per_epoch=steps if per_batch else 1,
             warmup_epochs=0,
         )
         return built, schedule

@@ -145,7 +145,7 @@ class TrainLoop:
         network."""
         optimizer, scheduler = self._build()
         if self._whole:
-            optimizers.forget(self.optimizer)
+            optimizers.reset_state(self.optimizer)
             for group, fresh in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
                 group["lr"] = fresh["lr"]
             self.scheduler.load_state_dict(scheduler.state_dict())
@@ -174,7 +174,7 @@ class TrainLoop:
         batches = zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
         for number, batch in enumerate(batches):
             self._gradients(*batch)
-            with optimizers.recorded_rates(self.optimizer, self._rates[number]):
+            with optimizers.use_rate_tensors(self.optimizer, self._rates[number]):
                 self.optimizer.step()
 
 

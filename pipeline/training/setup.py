@@ -401,8 +401,7 @@ def schedule(
         options=chosen["scheduler_options"],
         lr=recipe.lr,
         epochs=recipe.epochs,
-        steps_per_epoch=steps,
-        per_batch=recipe.scheduler_step == "batch",
+        moves_per_epoch=steps if recipe.scheduler_step == "batch" else 1,
         warmup_epochs=recipe.warmup_epochs,
     )
     return optimizer, scheduler
