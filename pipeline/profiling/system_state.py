@@ -6,7 +6,6 @@ nature (heat, throttling, drift), and a result. What can't be read is absent.
 
 import math
 import mmap
-import os
 import re
 import sys
 import warnings
@@ -19,6 +18,7 @@ import psutil
 
 from pipeline.files import contents
 from pipeline.profiling import system_info
+from pipeline.profiling.nvidia import NvidiaCard
 
 SystemState = Mapping[str, float | str | bool]
 """What `sample` returns."""
@@ -54,103 +54,17 @@ MIN_DRIFT_VALUES = 6
 SLOWDOWNS = frozenset({"hw slowdown", "sw thermal slowdown", "hw thermal slowdown", "hw power brake slowdown"})
 """Throttling that counts: heat, and a power supply that fails. A card at its own power limit works as it was sold."""
 
-THROTTLE_REASONS = {
-    0x4: "sw power cap", 0x8: "hw slowdown", 0x10: "sync boost", 0x20: "sw thermal slowdown",
-    0x40: "hw thermal slowdown", 0x80: "hw power brake slowdown", 0x100: "display clock setting",
-    0x200: "board limit", 0x400: "reliability",
-}  # fmt: skip
-"""Bits of nvml.h's nvmlClocksEventReasons, without an idle GPU (0x1) and clocks that its owner set (0x2)."""
-
 THERMAL_PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 """macOS's levels from 0 on, by its OSThermalNotification.h."""
 
 WINDOW_SECONDS = 0.5
 """How long CPU and swap are watched: at least 25 of the ticks that count CPU time."""
 
-NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 0, 1  # nvml.h
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")
-PID_NAMESPACE, INITIAL_PID_NAMESPACE = Path("/proc/self/ns/pid"), 0xEFFFFFFC  # linux/proc_ns.h: PROC_PID_INIT_INO
 SWAP_COUNTERS = {"linux": r"^pswp(?:in|out) (\d+)", "darwin": r"^Swap(?:ins|outs):\s+(\d+)"}
 
 command_output = partial(system_info.command_output, timeout_seconds=3)
 """Shorter than elsewhere: a run waits for it, before and after."""
-
-
-class NvidiaCard:
-    """One card as NVIDIA's management library (NVML) sees it."""
-
-    def __init__(self, nvml: Any, handle: Any):
-        self._nvml, self._handle = nvml, handle
-
-    @classmethod
-    def open(cls, uuid: str | None) -> "NvidiaCard | None":
-        """The card with this UUID (`GPU-...`); None without a UUID, without NVML, and for a card cut into MIG slices,
-        since NVML's figures are of all slices."""
-        if uuid is None:
-            return None
-        try:
-            import pynvml as nvml  # not there on macOS
-        except ImportError:
-            return None
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError:
-            return None
-        card = cls(nvml, None)
-        try:
-            card._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except nvml.NVMLError:
-            card.close()
-            return None
-        mig_mode = card.query("nvmlDeviceGetMigMode")  # [now, after the next reset]
-        if mig_mode and mig_mode[0]:
-            card.close()
-            return None
-        return card
-
-    def query(self, function: str, *arguments: Any) -> Any:
-        """Call a function of NVML for this card; None where card, driver or binding does not support it."""
-        call = getattr(self._nvml, function, None)
-        try:
-            return call and call(self._handle, *arguments)
-        except self._nvml.NVMLError:
-            return None
-
-    def close(self) -> None:
-        """Release NVML, which counts its users."""
-        try:
-            self._nvml.nvmlShutdown()
-        except self._nvml.NVMLError:
-            return
-
-    def state(self) -> dict[str, Any]:
-        """Temperature, clock, power and what throttles the card at this moment."""
-        milliwatts = self.query("nvmlDeviceGetPowerUsage")
-        reasons = self.query("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # the name before driver 535
-            reasons = self.query("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return _known({
-            "gpu_temperature_celsius": self.query("nvmlDeviceGetTemperature", NVML_TEMPERATURE_GPU),
-            "gpu_sm_clock_mhz": self.query("nvmlDeviceGetClockInfo", NVML_CLOCK_SM),
-            "gpu_power_watts": None if milliwatts is None else round(milliwatts / 1000, 1),
-            "gpu_throttle": ", ".join(name for bit, name in THROTTLE_REASONS.items() if (reasons or 0) & bit) or None,
-        })  # fmt: skip
-
-    def usage(self) -> dict[str, Any]:
-        """How busy the card was in NVML's last period of at most a second, and how many other processes compute."""
-        rates = self.query("nvmlDeviceGetUtilizationRates")
-        return _known({"gpu_load": None if rates is None else rates.gpu / 100, "gpu_processes": self._others()})
-
-    def _others(self) -> int | None:
-        running = self.query("nvmlDeviceGetComputeRunningProcesses")
-        if running is None:
-            return None
-        # On Windows every process with a window counts as computing too; its drawing is part of the load.
-        drawing = {process.pid for process in self.query("nvmlDeviceGetGraphicsRunningProcesses") or ()}
-        computing = {process.pid for process in running}
-        others = len(computing - drawing - {os.getpid()})
-        # In a container the list is short, or has the host's numbers, among which we can't find ourselves.
-        return others if _sees_all_processes() or (others and os.getpid() in computing) else None
 
 
 def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
@@ -162,7 +76,7 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
     `gpu_sm_clock_mhz`, `gpu_throttle` (names joined by a comma, only where it is throttled), `gpu_power_watts`.
     """
     card = NvidiaCard.open(gpu_uuid)
-    state = card.state() if card else {}  # first: clocks recover as soon as the work ends
+    state = _known(card.state()) if card else {}  # first: clocks recover as soon as the work ends
     state |= _known({
         "power_source": system_info.power_source(),
         "low_power_mode": _low_power_mode(),
@@ -174,7 +88,7 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
     if swapped is not None and (swapped_after := _swapped_bytes()) is not None:
         state["swapping"] = swapped_after - swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * WINDOW_SECONDS
     if card:
-        state |= card.usage()
+        state |= _known(card.usage())
         card.close()
     return state
 
@@ -335,12 +249,3 @@ def _thermal_pressure() -> str | None:
     if sys.platform != "darwin":
         return None
     return parse_thermal_pressure(command_output("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
-
-
-def _sees_all_processes() -> bool:
-    if sys.platform != "linux":
-        return True
-    try:
-        return PID_NAMESPACE.stat().st_ino == INITIAL_PID_NAMESPACE
-    except OSError:
-        return False
