@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from standin import Standin
-from test_system_state import UUID, Nvml, NVMLError
+from nvml import UUID, Nvml, NVMLError
 
 from pipeline.devices import energy
 from pipeline.devices.cpu import Cpu
@@ -108,7 +108,7 @@ def test_a_card_before_volta_tells_none(card, answer):
 def test_an_error_is_none_and_passes(card):
     fake = card()
     answers = iter([NVMLError("Unknown Error"), 2000])
-    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: fake.told(next(answers))
+    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: fake.answer(next(answers))
     backend = Cuda()
     assert backend.energy() is None
     assert backend.energy() == ("nvml", 2.0)

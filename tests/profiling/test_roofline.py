@@ -1,4 +1,4 @@
-"""Ceilings are measured with the device waited for, counted as defined, and held against a training rightly."""
+"""Peak rates are measured with the device synchronized, counted as defined, and compared rightly with a training."""
 
 import functools
 import math
@@ -13,149 +13,114 @@ from pipeline.devices.cpu import Cpu
 from pipeline.models import classifier
 from pipeline.profiling import roofline
 
-MEASURED = roofline.Measured(
+PEAKS = roofline.Peaks(
     matmul_flops=2e12, memory_bytes_per_second=5e10, images_per_second=1000.0, slowest_images_per_second=800.0
 )
 
 
 @pytest.fixture
-def backend():
-    return Standin()
+def time_scripted():
+    """Time work whose calls take these seconds, by the clock of an asynchronous device.
+
+    Returns the means that `time_calls` gives, and the device with its `calls`.
+    """
+
+    def run(durations, **options):
+        device = Standin()
+        remaining = iter(durations)
+
+        def work():
+            device.calls.append("work")
+            device.queue(next(remaining))
+
+        return roofline.time_calls(work, device.synchronize, now=device.now, **options), device
+
+    return run
 
 
-def scripted(backend, durations):
-    """Work whose calls keep `backend` busy for these seconds, one after the other."""
-    left = iter(durations)
-
-    def work():
-        backend.calls.append("work")
-        backend.queue(next(left))
-
-    return work
-
-
-def windows_of(calls):
-    """Calls of `work` between two readings of the clock, window by window."""
-    readings = [index for index, call in enumerate(calls) if call == "now"]
-    return [calls[start:end].count("work") for start, end in zip(readings[::2], readings[1::2], strict=True)]
-
-
-def test_no_clock_is_read_before_the_device_is_waited_for(backend):
-    roofline.fastest(scripted(backend, [2.0] * 9), backend.synchronize, seconds=8, now=backend.now)
-    before = [backend.calls[index - 1] for index, call in enumerate(backend.calls) if call == "now"]
+def test_no_clock_is_read_before_the_device_is_synchronized(time_scripted):
+    _, device = time_scripted([2.0] * 9, seconds=8)
+    before = [device.calls[index - 1] for index, call in enumerate(device.calls) if call == "now"]
     assert before == ["synchronize"] * 8
 
 
-def test_the_fastest_window_counts(backend):
-    work = scripted(backend, [0.5, 4.0, 3.0, 5.0])  # the first is not timed
-    assert roofline.fastest(work, backend.synchronize, seconds=12, now=backend.now) == 3
-    assert windows_of(backend.calls) == [1, 1, 1]
+CALL = 2**-8
 
 
-def test_two_windows_are_timed_of_the_slowest_work(backend):
-    work = scripted(backend, [9.0, 7.0, 8.0])
-    assert roofline.fastest(work, backend.synchronize, seconds=1, now=backend.now) == 7
-    assert windows_of(backend.calls) == [1, 1]
-
-
-def test_every_window_is_told_as_many_as_are_asked_for_at_least(backend):
-    work = scripted(backend, [9.0, 3.0, 1.0, 2.0, 7.0])
-    assert roofline.windows(work, backend.synchronize, seconds=1, least=3, now=backend.now) == [3, 1, 2]
-    assert windows_of(backend.calls) == [1, 1, 1]
-
-
-def test_fast_work_is_called_many_times_a_window(backend):
-    call = 2**-8
-    work = scripted(backend, [5.0, 2 * call, *[call] * 6, *[call / 2] * 6])
-    assert roofline.fastest(work, backend.synchronize, seconds=8.5 * call, now=backend.now) == call / 2
-    assert windows_of(backend.calls) == [1, 6, 6]  # 50 ms are 6.4 times the first window
-
-
-def test_work_too_fast_for_the_clock(backend):
-    work = scripted(backend, [0.0, 0.0, *[2**-20] * 50_000])
-    assert roofline.fastest(work, backend.synchronize, seconds=0, now=backend.now) == 2**-20
-    assert windows_of(backend.calls) == [1, 50_000]
-
-
-def test_by_itself_it_times_for_about_the_seconds_asked():
-    assert roofline.fastest(lambda: sum(range(1000)), lambda: None, seconds=0.001) > 0
+@pytest.mark.parametrize(
+    ("durations", "options", "means", "calls"),
+    [
+        ([0.5, 4.0, 3.0, 5.0], {"seconds": 12}, [4, 3, 5], [1, 1, 1]),  # the first is not timed
+        ([9.0, 7.0, 8.0], {"seconds": 1}, [7, 8], [1, 1]),
+        ([9.0, 3.0, 1.0, 2.0, 7.0], {"seconds": 1, "min_windows": 3}, [3, 1, 2], [1, 1, 1]),
+        # 50 ms are 6.4 times the first window.
+        ([5.0, 2 * CALL, *[CALL] * 6, *[CALL / 2] * 6], {"seconds": 8.5 * CALL}, [2 * CALL, CALL, CALL / 2], [1, 6, 6]),
+        # Faster than the clock can tell.
+        ([0.0, 0.0, *[2**-20] * 50_000], {"seconds": 0}, [1e-6, 2**-20], [1, 50_000]),
+    ],
+    ids=["first", "two windows", "three windows", "fast", "too fast"],
+)
+def test_each_window_has_the_mean_of_its_calls(time_scripted, durations, options, means, calls):
+    measured, device = time_scripted(durations, **options)
+    readings = [index for index, call in enumerate(device.calls) if call == "now"]
+    windows = zip(readings[::2], readings[1::2], strict=True)
+    assert measured == means
+    assert [device.calls[start:end].count("work") for start, end in windows] == calls
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Sizes and times that a test can afford."""
     for name, value in {
-        "WINDOW_SECONDS": 1e-4,
-        "SMALLEST_SIDE": 16,
-        "LARGEST_SIDE": 64,
-        "SIDE_SECONDS": 0,
-        "COPIED_SIDE": 128,
-        "HOST_COPIED_SIDE": 64,
-        "COPY_SECONDS": 0,
-    }.items():
+        "WINDOW_SECONDS": 1e-4, "MIN_SIDE": 16, "MAX_SIDE": 64, "MATMUL_SECONDS": 0,
+        "COPY_SIDE": 128, "CPU_COPY_SIDE": 64, "COPY_SECONDS": 0,
+    }.items():  # fmt: skip
         monkeypatch.setattr(roofline, name, value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_products_on_the_cpu(small, precision):
+def test_matmul_on_the_cpu_leaves_random_numbers_alone(small, precision):
     state = torch.get_rng_state()
-    with torch.no_grad():
-        rate = roofline.matmul_flops(Cpu(), precision)
-    assert math.isfinite(rate)
-    assert rate > 0
-    assert torch.equal(state, torch.get_rng_state())  # the training's random choices stay what they were
+    assert 0 < roofline.matmul_flops(Cpu(), precision) < math.inf
+    assert torch.equal(state, torch.get_rng_state())
 
 
-def rates(monkeypatch, table):
-    """Lets products take the seconds in `table`, by format and side; gives those that were timed."""
-    timed = []
+@pytest.mark.parametrize(
+    ("precision", "seconds", "expected", "timed"),
+    [
+        # A product that takes 20 ms ends the search; the fastest side counts.
+        ("fp32", {torch.float32: [0.001, 0.004, 0.04]}, 2 * 1024**3 / 0.004, 3),
+        ("tf32", {torch.float32: [1e-4] * 5}, 2 * 8192**3 / 1e-4, 5),
+        ("bf16", {torch.float32: [0.03], torch.bfloat16: [0.02]}, 2 * 512**3 / 0.02, 2),
+        # A device that only emulates a format computes faster in float32.
+        ("bf16", {torch.float32: [0.03], torch.bfloat16: [0.05]}, 2 * 512**3 / 0.03, 2),
+    ],
+)
+def test_the_fastest_side_and_format_count(monkeypatch, precision, seconds, expected, timed):
+    sides = []
 
-    def seconds(backend, dtype, side):
-        timed.append((dtype, side))
-        return table[dtype][side]
+    def matmul_seconds(backend, dtype, side):
+        sides.append(side)
+        return seconds[dtype][int(math.log2(side // 512))]
 
-    monkeypatch.setattr(roofline, "_product_seconds", seconds)
-    return timed
-
-
-def test_the_best_side_counts_and_none_larger_than_a_long_product(monkeypatch):
-    timed = rates(monkeypatch, {torch.float32: {512: 0.001, 1024: 0.004, 2048: 0.04}})
-    assert roofline.matmul_flops(Cpu(), "fp32") == 2 * 1024**3 / 0.004
-    assert timed == [(torch.float32, side) for side in (512, 1024, 2048)]
-
-
-def test_no_side_is_larger_than_the_largest(monkeypatch):
-    timed = rates(monkeypatch, {torch.float32: {512 * 2**power: 1e-4 for power in range(5)}})
-    assert roofline.matmul_flops(Cpu(), "tf32") == 2 * 8192**3 / 1e-4
-    assert len(timed) == 5
-
-
-@pytest.mark.parametrize(("half", "expected"), [(0.05, 2 * 512**3 / 0.03), (0.02, 2 * 512**3 / 0.02)])
-def test_a_format_that_is_only_emulated_is_no_ceiling(monkeypatch, half, expected):
-    timed = rates(monkeypatch, {torch.float32: {512: 0.03}, torch.bfloat16: {512: half}})
-    assert roofline.matmul_flops(Cpu(), "bf16") == expected
-    assert set(timed) == {(torch.float32, 512), (torch.bfloat16, 512)}
+    monkeypatch.setattr(roofline, "_matmul_seconds", matmul_seconds)
+    assert roofline.matmul_flops(Cpu(), precision) == expected
+    assert len(sides) == timed
 
 
-def test_what_is_multiplied_is_random_and_the_same_everywhere(small):
-    first, again = (roofline._normal(Cpu(), torch.bfloat16, 64, seed=0) for _ in range(2))
-    assert first.shape == (64, 64)
-    assert first.dtype == torch.bfloat16
+def test_matrices_are_random_and_the_same_everywhere(small):
+    first, again = (roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=0) for _ in range(2))
+    assert first.shape == (64, 64) and first.dtype == torch.bfloat16
     assert torch.equal(first, again)
     assert first.count_nonzero() == 64 * 64
-    assert not torch.equal(first, roofline._normal(Cpu(), torch.bfloat16, 64, seed=1))
-
-
-def test_copies_on_the_cpu(small):
-    rate = roofline.memory_bytes_per_second(Cpu())
-    assert math.isfinite(rate)
-    assert rate > 0
+    assert not torch.equal(first, roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=1))
 
 
 @pytest.mark.parametrize(("asynchronous", "side"), [(False, 64), (True, 128)])
-def test_a_copy_counts_what_it_reads_and_what_it_writes(small, monkeypatch, asynchronous, side):
+def test_a_copy_counts_the_bytes_it_reads_and_writes(small, monkeypatch, asynchronous, side):
     monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
-    monkeypatch.setattr(roofline, "fastest", lambda work, synchronize, *, seconds: (work(), 0.5)[1])
+    assert 0 < roofline.memory_bytes_per_second(Cpu()) < math.inf
+    monkeypatch.setattr(roofline, "time_calls", lambda work, synchronize, *, seconds: (work(), [0.5])[1])
     assert roofline.memory_bytes_per_second(Cpu()) == 2 * side * side * 4 / 0.5
 
 
@@ -169,20 +134,20 @@ def resnet(trainable):
 @functools.cache
 def convolutions():
     """Operations of each of ResNet-18's convolutions on one image of 96 x 96, by hand from its layers' shapes."""
-    found = {}
+    operations = {}
 
-    def note(name, layer, args, output):
+    def count(name, layer, args, output):
         height, width = output.shape[2:]
         kernel = layer.kernel_size[0] * layer.kernel_size[1]
-        found[name] = 2 * kernel * layer.in_channels * layer.out_channels * height * width
+        operations[name] = 2 * kernel * layer.in_channels * layer.out_channels * height * width
 
     net = resnet("all").eval()
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(functools.partial(note, name))
+            layer.register_forward_hook(functools.partial(count, name))
     with torch.no_grad():
         net(torch.zeros(1, 3, 96, 96))
-    return found
+    return operations
 
 
 HEAD = 2 * 512 * 10
@@ -267,72 +232,54 @@ def test_what_cannot_be_counted_is_left_out():
 
 
 def test_efficiency():
-    assert roofline.efficiency(800.0, MEASURED, 5e8) == {
+    metrics = roofline.efficiency_metrics(800.0, PEAKS, 5e8)
+    assert metrics == {
         "efficiency/vs_synthetic": 0.8,
         "efficiency/model_flops_utilisation": 0.2,
         "ceiling/matmul_tflops": 2.0,
         "ceiling/memory_gb_per_second": 50.0,
         "ceiling/synthetic_images_per_second": 1000.0,
     }
-    assert roofline.rates(MEASURED).items() < roofline.efficiency(800.0, MEASURED, None).items()
-    without = roofline.efficiency(800.0, MEASURED, None)
-    assert set(roofline.efficiency(800.0, MEASURED, 5e8)) - set(without) == {"efficiency/model_flops_utilisation"}
+    uncounted = roofline.efficiency_metrics(800.0, PEAKS, None)
+    assert metrics.keys() - uncounted.keys() == {"efficiency/model_flops_utilisation"}
+    assert roofline.peak_metrics(PEAKS).items() < uncounted.items()
 
 
 @pytest.mark.parametrize(
-    ("images_per_second", "utilisation", "said"),
+    ("images_per_second", "utilisation", "shown", "causes"),
     [
-        (830, None, "images passed at 83% of the speed of one fixed batch"),
-        (1000, None, "images passed at 100% of the speed of one fixed batch"),
-        (
-            980,
-            0.343,
-            "images passed at 98% of the speed of one fixed batch; the model's operations took 34% of the rate of this "
-            "machine's matrix products",
-        ),
+        (830, None, ["83% of the speed"], 0),
+        (1000, None, ["100% of the speed"], 0),
+        (980, 0.343, ["98% of the speed", "34% of the rate"], 0),
+        (1004, None, ["100.4% of the speed", "25.0% apart"], 1),
+        (900, 1.99, ["90% of the speed", "199.0% of the rate"], 1),
     ],
 )
-def test_the_verdict_says_the_shares_without_a_guess_at_what_limits(images_per_second, utilisation, said):
-    flops = utilisation and utilisation / images_per_second * MEASURED.matmul_flops
-    assert roofline.verdict(roofline.efficiency(images_per_second, MEASURED, flops), MEASURED) == said
-
-
-def test_nothing_above_1_is_said_without_its_cause():
-    faster = roofline.verdict(roofline.efficiency(1004.0, MEASURED, None), MEASURED)
-    assert "100.4% of the speed of one fixed batch: the machine may have been slower" in faster
-    assert "its windows were 25.0% apart" in faster
-    flops = 1.99 / 900 * MEASURED.matmul_flops
-    products = roofline.verdict(roofline.efficiency(900.0, MEASURED, flops), MEASURED)
-    assert "90% of the speed of one fixed batch;" in products
-    assert "199.0% of the rate of this machine's matrix products: " in products
+def test_the_sentence_has_the_shares_and_a_cause_of_each_above_1(images_per_second, utilisation, shown, causes):
+    flops = utilisation and utilisation / images_per_second * PEAKS.matmul_flops
+    sentence = roofline.describe(roofline.efficiency_metrics(images_per_second, PEAKS, flops), PEAKS)
+    assert all(text in sentence for text in shown) and sentence.count(": ") == causes
 
 
 @pytest.mark.parametrize(
-    ("share", "utilisation", "said"),
+    ("share", "utilisation", "shown"),
     [
         (1.05, 4.2, None),
         (0.5, None, None),
-        (1.31, 0.4, "1,310 images/s is 1.31 times what this machine did with one fixed batch: "),
-        (1.051, None, "1,051 images/s is 1.05 times what this machine did with one fixed batch: "),
-        (12.345, 9.0, "12,345 images/s is 12.35 times what this machine did with one fixed batch: "),
-        (1.0, 4.3, "1,000 images/s is 4.30 times what the rate of its matrix products allows: "),
+        (1.31, 0.4, "1,310 images/s is 1.31 times"),
+        (12.345, 9.0, "12,345 images/s is 12.35 times"),
+        (1.0, 4.3, "1,000 images/s is 4.30 times"),
     ],
 )
-def test_what_no_clock_can_be_trusted_with(share, utilisation, said):
-    figures = roofline.efficiency(1000.0 * share, MEASURED, None)
-    if utilisation is not None:
-        figures["efficiency/model_flops_utilisation"] = utilisation
-    doubt = roofline.impossible(figures, MEASURED)
-    if said is None:
-        assert doubt is None
-    else:
-        assert doubt.startswith(said) and doubt.endswith("(its windows were 25% apart)")
+def test_a_speed_far_above_the_peaks_is_implausible(share, utilisation, shown):
+    flops = utilisation and utilisation / (1000.0 * share) * PEAKS.matmul_flops
+    reason = roofline.implausible_reason(roofline.efficiency_metrics(1000.0 * share, PEAKS, flops), PEAKS)
+    assert (reason is None) if shown is None else (shown in reason and "25% apart" in reason)
 
 
-def test_several_measurements_are_one_with_the_best_of_each_and_the_slowest_window():
-    other = roofline.Measured(
+def test_several_measurements_combine_to_the_best_of_each_and_the_slowest_window():
+    other = roofline.Peaks(
         matmul_flops=3e12, memory_bytes_per_second=4e10, images_per_second=900.0, slowest_images_per_second=700.0
     )
-    best = roofline.best([MEASURED, other])
-    assert best == roofline.Measured(3e12, 5e10, 1000.0, 700.0) and best.spread == pytest.approx(3 / 7)
-    assert roofline.best([MEASURED]) == MEASURED
+    combined = roofline.combine([PEAKS, other])
+    assert combined == roofline.Peaks(3e12, 5e10, 1000.0, 700.0) and combined.spread == pytest.approx(3 / 7)
