@@ -19,7 +19,7 @@ def run(settings: config.Settings, folder: Path) -> build.Comparison:
         lambda run_id: store.history(run_id, build.COURSES),
         store.run_link,
         settings.compare,
-        config.prices(config.absolute(settings.compare.prices)),
+        config.read_prices(settings.compare.prices),
     )
     drawn = write(found, REPORTS)
     if drawn:

@@ -18,7 +18,7 @@ from pipeline.comparison.rows import Context, is_machine
 from pipeline.comparison.schema import Comparison, Part
 from pipeline.comparison.score_table import as_measured, score_of
 from pipeline.comparison.work_tables import COURSES, by_work, section_of
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, nearest
 
 __all__ = ["COURSES", "Comparison", "compare", "listed"]
 
@@ -77,7 +77,7 @@ def _check_reference(runs: Sequence[Run], reference: str | None) -> None:
     if reference is None or not runs or any(is_machine(run, reference) for run in runs):
         return
     known = sorted({clean(run["tags"][tag]) for run in runs for tag in ("hardware", "label") if run["tags"].get(tag)})
-    close = config.nearest(reference, known)
+    close = nearest(reference, known)
     raise UsageError(
         f'compare.reference: no run in this store is of "{clean(reference)}": expected null | a fingerprint | '
         + " | ".join(known[:10])

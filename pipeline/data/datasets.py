@@ -67,7 +67,8 @@ def resolve(data: config.Data) -> dict[str, Any]:
     height] where all images have one, else null) and `reason` (of a fallback, else null).
     Raises UsageError for data that the user must put right, StageError where cifar10 can't be had.
     """
-    source, reason = data.source, None
+    source: str = data.source
+    reason = None
     if source == "auto":
         source, reason = _auto(data)
     elif source == "cifar10":

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline import files
-from pipeline.config import Recipe, nearest
-from pipeline.errors import StageError, UsageError
+from pipeline.config import Recipe
+from pipeline.errors import StageError, UsageError, nearest
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """The base of all BatchNorm layers, timm's own among them."""
