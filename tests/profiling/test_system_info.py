@@ -1,7 +1,6 @@
-"""What the tools of each system print, as recorded, and what is told from it; what must never be told."""
+"""Facts from the recorded output of each system's tools, and what facts must never contain."""
 
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -55,29 +54,13 @@ IOREG_PRODUCT = """\
       "product-name" = <"MacBook Air (M1, 2020)">
     }
 """
-DISPLAYS_M1 = """\
-{
-  "SPDisplaysDataType" : [
-    {
-      "_name" : "Apple M1",
-      "spdisplays_mtlgpufamilysupport" : "spdisplays_metal3",
-      "spdisplays_ndrvs" : [ { "_name" : "Color LCD", "_spdisplays_pixels" : "2880 x 1800" } ],
-      "spdisplays_vendor" : "sppci_vendor_Apple",
-      "sppci_bus" : "spdisplays_builtin",
-      "sppci_cores" : "8",
-      "sppci_device_type" : "spdisplays_gpu",
-      "sppci_model" : "Apple M1"
-    }
-  ]
-}
-"""
 HARDWARE = {"model": "LENOVO 20XW", "cpu": "Intel(R) Core(TM) i7-8700", "cores": 6, "memory_gib": 15.5}
 
 
 @pytest.fixture
 def fresh():
-    """Nothing remembered from this machine before the test, nor of the test's machine after it."""
-    caches = (system_info.facts, system_info.gpus, system_info._sysctl, system_info._cards)
+    """No cached facts of this machine before the test, and none of the test's machine after it."""
+    caches = (system_info.facts, system_info.gpus, system_info._sysctl, system_info._nvidia_smi_rows)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -101,14 +84,14 @@ def pci(root: Path, *devices: tuple[str, str, str]) -> Path:
 
 
 def recorded(monkeypatch, system: str, outputs: dict[str, str]) -> None:
-    """Puts the recorded output of each tool in its place; a tool without one isn't installed."""
+    """Replace each tool by its recorded output; a tool without one isn't installed."""
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(system_info, "output", lambda *command: next(
+    monkeypatch.setattr(system_info, "command_output", lambda *command: next(
         (text for start, text in outputs.items() if " ".join(command).startswith(start)), ""
     ))  # fmt: skip
 
 
-def test_nvidia_smi_tells_a_card_and_a_laptop_leaves_its_power_limit_out():
+def test_nvidia_smi_describes_cards_and_leaves_out_what_it_does_not_know():
     desktop, laptop = (system_info.nvidia_gpu(row) for row in system_info.parse_smi(DESKTOP + LAPTOP, SMI_FIELDS))
     assert desktop == {
         "vendor": "NVIDIA",
@@ -119,42 +102,42 @@ def test_nvidia_smi_tells_a_card_and_a_laptop_leaves_its_power_limit_out():
         "default_power_limit_watts": 120.0,
     }
     assert "default_power_limit_watts" not in laptop
-    assert system_info.parse_smi(NO_DRIVER, SMI_FIELDS) == []
 
 
-def test_a_card_whose_driver_does_not_answer_is_there_without_a_driver(monkeypatch, tmp_path, fresh):
-    bus = pci(tmp_path, ("030000", "8086", "3e9b"), ("030000", "10de", "1c03"), ("060000", "8086", "3ec4"))
-    monkeypatch.setattr(system_info, "PCI", bus)
-    recorded(monkeypatch, "linux", {"nvidia-smi": NO_DRIVER, "lspci": LSPCI})
-    assert system_info.gpus() == [
-        {"vendor": "Intel", "name": "Intel UHD Graphics 630", "for_training": False},
-        {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 1060 6GB", "for_training": True},
-    ]
-
-
-def test_a_card_is_told_once_where_its_driver_and_the_bus_both_show_it(monkeypatch, tmp_path, fresh):
-    monkeypatch.setattr(system_info, "PCI", pci(tmp_path, ("030000", "10de", "1c03"), ("030200", "10de", "1c03")))
-    recorded(monkeypatch, "linux", {"nvidia-smi": DESKTOP, "lspci": LSPCI})
-    assert [gpu["driver"] for gpu in system_info.gpus()] == ["560.35.03"]
-
-
-def test_without_lspci_a_card_goes_by_its_id_and_consoles_of_servers_are_no_gpus(monkeypatch, tmp_path, fresh):
-    bus = pci(tmp_path, ("030200", "10de", "1c60"), ("030000", "1a03", "2000"), ("030000", "102b", "0536"))
-    monkeypatch.setattr(system_info, "PCI", bus)
-    recorded(monkeypatch, "linux", {})
-    assert system_info.gpus() == [{"vendor": "NVIDIA", "name": "NVIDIA GPU 10de:1c60", "for_training": True}]
+@pytest.mark.parametrize(
+    ("devices", "outputs", "expected"),
+    [
+        # A card whose driver does not answer is there, without a driver.
+        (
+            [("030000", "8086", "3e9b"), ("030000", "10de", "1c03"), ("060000", "8086", "3ec4")],
+            {"nvidia-smi": NO_DRIVER, "lspci": LSPCI},
+            [("Intel UHD Graphics 630", False, None), ("NVIDIA GeForce GTX 1060 6GB", True, None)],
+        ),
+        # A card that its driver and the bus both show counts once.
+        (
+            [("030000", "10de", "1c03"), ("030200", "10de", "1c03")],
+            {"nvidia-smi": DESKTOP, "lspci": LSPCI},
+            [("NVIDIA GeForce GTX 1060 6GB", True, "560.35.03")],
+        ),
+        # Without lspci a card goes by its id; the consoles of servers are no GPUs.
+        (
+            [("030200", "10de", "1c60"), ("030000", "1a03", "2000"), ("030000", "102b", "0536")],
+            {},
+            [("NVIDIA GPU 10de:1c60", True, None)],
+        ),
+    ],
+    ids=["no driver", "once", "no lspci"],
+)
+def test_linux_finds_gpus_on_the_bus_and_by_nvidia_smi(monkeypatch, tmp_path, fresh, devices, outputs, expected):
+    monkeypatch.setattr(system_info, "PCI", pci(tmp_path, *devices))
+    recorded(monkeypatch, "linux", outputs)
+    assert [(gpu["name"], gpu["for_training"], gpu.get("driver")) for gpu in system_info.gpus()] == expected
 
 
 @pytest.mark.parametrize(
     ("vendor", "device", "description", "name", "for_training"),
     [
-        (
-            "1002",
-            "744c",
-            system_info.parse_lspci(LSPCI)["1002:744c"],
-            "AMD Radeon RX 7900 XT/7900 XTX/7900M",
-            True,
-        ),
+        ("1002", "744c", "Navi 31 [Radeon RX 7900 XT/7900 XTX]", "AMD Radeon RX 7900 XT/7900 XTX", True),
         ("1002", "740f", "Aldebaran/MI200 [Instinct MI210]", "AMD Instinct MI210", True),
         ("1002", "1636", "Renoir [Radeon RX Vega 6 (Ryzen 4000/5000 Mobile Series)]", None, False),
         ("1002", "164e", "Raphael", "AMD Raphael", False),
@@ -172,7 +155,8 @@ def test_cards_train_and_display_adapters_in_processors_do_not(vendor, device, d
     assert name is None or gpu["name"] == name
 
 
-def test_lspci_knows_no_name_for_a_device_newer_than_its_list():
+def test_lspci_names_the_devices_of_its_list():
+    assert system_info.parse_lspci(LSPCI)["1002:744c"] == "Navi 31 [Radeon RX 7900 XT/7900 XTX/7900M]"
     assert "8086:7d55" not in system_info.parse_lspci(LSPCI)
 
 
@@ -206,9 +190,8 @@ def test_a_mac_tells_its_chip_its_kinds_of_core_and_its_gpu(monkeypatch, fresh):
     recorded(monkeypatch, "darwin", outputs)
     gpu = {"vendor": "Apple", "name": "Apple M1", "for_training": True, "cores": 8}
     facts = system_info.facts()
-    assert facts["gpus"] == [gpu] == system_info.parse_displays(DISPLAYS_M1)
-    told = {key: facts[key] for key in ("model", "cpu", "os", "performance_cores", "efficiency_cores")}
-    assert told == {
+    assert facts["gpus"] == [gpu]
+    assert {key: facts[key] for key in ("model", "cpu", "os", "performance_cores", "efficiency_cores")} == {
         "model": "MacBook Air (M1, 2020), MacBookAir10,1",
         "cpu": "Apple M1",
         "os": "macOS 15.1",
@@ -225,10 +208,9 @@ def test_a_python_for_intel_on_an_apple_chip_still_finds_the_chip(monkeypatch, f
     assert system_info.gpus()[0]["name"] == "Apple M1"
 
 
-def test_a_mac_with_an_intel_chip_or_in_a_virtual_machine_has_no_gpu_for_torch():
-    for name in ("Intel Iris Plus Graphics 655", "Apple Paravirtual device"):
-        text = json.dumps({"SPDisplaysDataType": [{"_name": name, "sppci_model": name}]})
-        assert [gpu["for_training"] for gpu in system_info.parse_displays(text)] == [False]
+def test_a_virtual_mac_shows_no_cores_and_has_no_gpu_for_torch(monkeypatch, fresh):
+    recorded(monkeypatch, "darwin", {"sysctl": SYSCTL_M1})
+    assert system_info.gpus() == []
 
 
 def test_the_cpu_is_named_on_x86_and_on_arm_which_gives_numbers_only():
@@ -255,7 +237,7 @@ def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cpus", "limits", "told"),
+    ("cpus", "limits", "expected"),
     [
         (8, (None, None, None), {}),
         (2, (None, None, None), {"usable_cores": 2}),
@@ -264,36 +246,15 @@ def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
         (8, (64.0, 64 * GIB, GIB), {}),  # more than there is
     ],
 )
-def test_what_a_process_may_use_is_told_where_it_is_less_than_all(monkeypatch, fresh, cpus, limits, told):
+def test_what_a_process_may_use_is_present_where_it_is_less_than_all(monkeypatch, fresh, cpus, limits, expected):
     recorded(monkeypatch, "linux", {})
     monkeypatch.setattr(system_info.os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
     monkeypatch.setattr(system_info.cgroup, "limits", lambda: system_info.cgroup.Limits(*limits))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
     facts = system_info.facts()
-    assert {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts} == told
+    assert {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts} == expected
     assert facts["logical_cores"] == 8
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs taskset and two cores"
-)
-def test_a_part_of_the_cores_is_another_machine():
-    script = (
-        "import json, os; from pipeline.profiling import system_info; os.sched_setaffinity(0, {}); "
-        "print(json.dumps(system_info.facts()))"
-    )
-    every = os.sched_getaffinity(0)
-    whole, part = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", script.format(cpus)], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for cpus in (every, {min(every)})
-    )
-    assert part["usable_cores"] == 1
-    assert whole["machine"] != part["machine"]
 
 
 def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
@@ -321,11 +282,11 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
         "driver": "560.35.03",
     }
     bus = [{"vendor": "10de", "device": "1c03", "memory_gib": 0.0}]
-    here = system_info.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
-    assert here == system_info.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
-    assert here == system_info.fingerprint(HARDWARE, [], bus, "a" * 32)
+    machine = system_info.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
+    assert machine == system_info.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
+    assert machine == system_info.fingerprint(HARDWARE, [], bus, "a" * 32)
     for memory in (15.4, 15.6, 16.0):  # of 16
-        assert here == system_info.fingerprint(HARDWARE | {"memory_gib": memory}, [gpu], bus, "a" * 32)
+        assert machine == system_info.fingerprint(HARDWARE | {"memory_gib": memory}, [gpu], bus, "a" * 32)
     others = {
         system_info.fingerprint(HARDWARE, [gpu], bus, "b" * 32),
         system_info.fingerprint(HARDWARE, [gpu], bus * 2, "a" * 32),
@@ -333,7 +294,7 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
         system_info.fingerprint(HARDWARE | {"usable_cores": 3}, [gpu], bus, "a" * 32),
         system_info.fingerprint(HARDWARE | {"memory_limit_gib": 8.0}, [gpu], bus, "a" * 32),
     }
-    assert len(others | {here}) == 6
+    assert len(others | {machine}) == 6
 
 
 @pytest.mark.parametrize(
