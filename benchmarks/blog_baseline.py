@@ -143,7 +143,8 @@ def alone(settings: config.Settings, epochs: int, workers: int) -> None:
         train, validation = (images, labels), _read(settings, "test")
     else:
         train, validation = (
-            ([images[index] for index in some], labels[some]) for some in batching.stratified(labels, settings.seed)
+            ([images[index] for index in some], labels[some])
+            for some in batching.stratified_split(labels, settings.seed)
         )
     weights = bare.weights_of(recipe)
     print(json.dumps(baseline(settings, weights, train, validation, epochs=epochs, workers=workers)))

@@ -87,7 +87,7 @@ def drawn(images: Splits, settings: config.Settings) -> Splits:
     if settings.work.validation == "test":
         return images
     every = images["train"]
-    kept, held_out = batching.stratified(every.labels.numpy(), settings.seed)
+    kept, held_out = batching.stratified_split(every.labels.numpy(), settings.seed)
     return {"train": every.take(kept), "validation": every.take(held_out)}
 
 
@@ -233,7 +233,7 @@ def features(work: TrainingSetup, split: batching.Split, progress: loop.Progress
 
 def shuffled(work: TrainingSetup, split: batching.Split, seed: int, epoch: int) -> loop.Batches:
     """The split's samples as an epoch of the training takes them, so many at once as its step does."""
-    return batching.shuffled(split, work.job.at_once, work.job.backend, seed, epoch, flip=work.recipe.flip)
+    return batching.shuffled_batches(split, work.job.at_once, work.job.backend, seed, epoch, flip=work.recipe.flip)
 
 
 def fixed_step(work: TrainingSetup, splits: Splits) -> tuple[Callable[[], object], int]:

@@ -34,7 +34,7 @@ def values(images):
 
 def drawn(split, seed, epoch, batch_size=4, flip=False, backend=None):
     """An epoch's images, labels and batch sizes."""
-    batches = list(batching.shuffled(split, batch_size, backend or Cpu(), seed, epoch, flip=flip))
+    batches = list(batching.shuffled_batches(split, batch_size, backend or Cpu(), seed, epoch, flip=flip))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return images, labels, [len(part) for _, part in batches]
 
@@ -95,7 +95,7 @@ def test_a_split_goes_to_the_device_it_is_told():
 
 def test_a_stratified_tenth():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 50))
-    train, validation = batching.stratified(labels, 0)
+    train, validation = batching.stratified_split(labels, 0)
     assert np.bincount(labels[validation]).tolist() == [5] * 10
     assert np.bincount(labels[train]).tolist() == [45] * 10
     assert sorted([*train, *validation]) == list(range(500))  # disjoint, and nothing lost
@@ -105,7 +105,7 @@ def test_a_stratified_tenth():
 
 def test_the_tenth_goes_by_the_seed():
     labels = np.repeat(np.arange(3), 40)
-    validation = [batching.stratified(labels, seed)[1].tolist() for seed in (0, 0, 1)]
+    validation = [batching.stratified_split(labels, seed)[1].tolist() for seed in (0, 0, 1)]
     assert validation[0] == validation[1]
     assert validation[0] != validation[2]
     within = [[index % 40 for index in validation[0] if labels[index] == label] for label in range(3)]
@@ -113,8 +113,8 @@ def test_the_tenth_goes_by_the_seed():
 
 
 def test_other_classes_do_not_change_a_classs_tenth():
-    _, alone = batching.stratified(np.zeros(40, np.int64), 7)
-    _, beside = batching.stratified(np.repeat([0, 1], [40, 25]), 7)
+    _, alone = batching.stratified_split(np.zeros(40, np.int64), 7)
+    _, beside = batching.stratified_split(np.repeat([0, 1], [40, 25]), 7)
     assert [index for index in beside if index < 40] == alone.tolist()
 
 
@@ -123,14 +123,14 @@ def test_other_classes_do_not_change_a_classs_tenth():
 )
 def test_the_tenth_is_rounded_and_at_least_one_of_two(count, held_out):
     labels = np.repeat([0, 1], [count, 10])
-    train, validation = batching.stratified(labels, 0)
+    train, validation = batching.stratified_split(labels, 0)
     assert np.bincount(labels[validation], minlength=2).tolist() == [held_out, 1]
     assert len(train) == count + 10 - held_out - 1
 
 
 def test_one_image_a_class_leaves_none_to_hold_out():
     with pytest.raises(UsageError) as caught:
-        batching.stratified(np.arange(10), 0)
+        batching.stratified_split(np.arange(10), 0)
     assert str(caught.value) == "data.limit: 1 image a class leaves none for validation: expected at least 2"
 
 
@@ -174,13 +174,13 @@ def test_batches_on_the_device_are_not_sent_and_not_copied_in_their_own_order():
     backend.send = None
     (images, labels), _ = batching.batches(split, 2, backend)
     assert (images.data_ptr(), labels.data_ptr()) == (split.inputs.data_ptr(), split.labels.data_ptr())
-    assert sum(len(labels) for _, labels in batching.shuffled(split, 2, backend, 0, 1, flip=True)) == 4
+    assert sum(len(labels) for _, labels in batching.shuffled_batches(split, 2, backend, 0, 1, flip=True)) == 4
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_batches_of_host_memory_are_sent_one_ahead_and_not_kept(flip):
     backend = Away()
-    cut = batching.shuffled(split_of(18), 4, backend, 0, 1, flip=flip)
+    cut = batching.shuffled_batches(split_of(18), 4, backend, 0, 1, flip=flip)
     assert backend.sent == []
     sent = []
     for _, labels in cut:
@@ -282,33 +282,33 @@ def test_the_reference_is_splitmix64():
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**31 - 1, 2**63 - 1])
 @pytest.mark.parametrize("stream", [0, 2, 3, 2001])
 def test_numbers_are_drawn_by_splitmix64(seed, stream):
-    found = batching._draw(50, seed, stream, torch.device("cpu"))
+    found = batching._splitmix64(50, seed, stream, torch.device("cpu"))
     assert found.dtype == torch.int64
     start = mixed(mixed(seed) ^ stream)
     assert [number % 2**64 for number in found.tolist()] == list(itertools.islice(splitmix64(start), 50))
 
 
 def test_drawn_numbers_are_all_different_and_lie_everywhere():
-    found = batching._draw(100_000, 0, 2, torch.device("cpu"))
+    found = batching._splitmix64(100_000, 0, 2, torch.device("cpu"))
     assert len(found.unique()) == 100_000
     parts = torch.bincount((found >> 60) + 8, minlength=16)  # 16 equal parts of 6250
     assert ((parts - 6250).abs() < 5 * 6250**0.5).all()
-    assert len(batching._draw(0, 0, 2, torch.device("cpu"))) == 0
+    assert len(batching._splitmix64(0, 0, 2, torch.device("cpu"))) == 0
 
 
 @pytest.mark.parametrize(("sorts", "where"), [(True, "mps"), (False, "cpu")])
 def test_numbers_are_drawn_on_a_device_that_is_known_to_sort_them(monkeypatch, sorts, where):
-    backend, places, draw = Away(), [], batching._draw
+    backend, places, draw = Away(), [], batching._splitmix64
     backend.sorts_int64 = sorts
-    monkeypatch.setattr(batching, "_draw", lambda *args: places.append(args[-1].type) or draw(*args))
+    monkeypatch.setattr(batching, "_splitmix64", lambda *args: places.append(args[-1].type) or draw(*args))
     found = drawn(split_of(20), 0, 1, flip=True, backend=backend)[0]
     assert places == [where] * 2  # order and flips
     assert torch.equal(found, drawn(split_of(20), 0, 1, flip=True)[0])
 
 
 def test_the_order_is_that_of_the_numbers_drawn():
-    numbers = batching._draw(30, 5, 2 * 3, torch.device("cpu")).tolist()
-    flips = batching._draw(30, 5, 2 * 3 + 1, torch.device("cpu")).tolist()
+    numbers = batching._splitmix64(30, 5, 2 * 3, torch.device("cpu")).tolist()
+    flips = batching._splitmix64(30, 5, 2 * 3 + 1, torch.device("cpu")).tolist()
     images = drawn(split_of(30), 5, 3, flip=True)[0]
     assert values(images) == sorted(range(30), key=numbers.__getitem__)
     assert (images[:, 0, 3, 0] == 255).tolist() == [number < 0 for number in flips]
@@ -409,7 +409,9 @@ def test_filters_are_weights_of_two_neighbours(height, width, size):
 def test_filters_at_hand_are_used(way):
     batch = torch.from_numpy(noise(2, 30, 20))
     found = batching.resize_weights(30, 20, 40, torch.device("cpu"))
-    dimmed = found._replace(columns=found.columns / 2, across=found.across._replace(of_first=found.across.of_first / 2))
+    dimmed = found._replace(
+        columns=found.columns / 2, across=found.across._replace(first_weight=found.across.first_weight / 2)
+    )
     for channels_last in (False, True):
         at_hand = batching.prepare(batch, 40, found, channels_last=channels_last)
         assert torch.equal(at_hand, batching.prepare(batch, 40, channels_last=channels_last))
@@ -421,8 +423,8 @@ def test_both_ways_to_enlarge_give_the_same_pixels(height, width, size):
     batch = torch.from_numpy(noise(4, height, width))
     found = batching.resize_weights(height, width, size, torch.device("cpu"))
     for channels_last in (False, True):
-        products = batching._multiplied(batch, found, channels_last)
-        assert torch.equal(products, batching._gathered(batch, found).permute(0, 3, 1, 2))
+        products = batching._enlarge_by_matmul(batch, found, channels_last)
+        assert torch.equal(products, batching._enlarge_by_gather(batch, found).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 20), (20, 41), (80, 80)])

@@ -151,13 +151,14 @@ def test_orders_and_images_are_the_cpus():
     backend.set_precision("fp32")
     for seed, stream in ((0, 2), (2**63 - 1, 7)):
         assert torch.equal(
-            batching._draw(1000, seed, stream, backend.device).cpu(), batching._draw(1000, seed, stream, cpu)
+            batching._splitmix64(1000, seed, stream, backend.device).cpu(),
+            batching._splitmix64(1000, seed, stream, cpu),
         )
     images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = batching.Split(images, torch.arange(8))
     for flip in (False, True):
         here, there = (
-            list(batching.shuffled(split.to(device), 3, devices.select(device.type), 5, 2, flip=flip))
+            list(batching.shuffled_batches(split.to(device), 3, devices.select(device.type), 5, 2, flip=flip))
             for device in (cpu, backend.device)
         )
         for (inputs, labels), (others, answers) in zip(here, there, strict=True):

@@ -642,7 +642,7 @@ def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_devi
         job.restart()
     rows = loop.train(
         job,
-        lambda epoch: batching.shuffled(train, job.at_once, backend, seed, epoch, flip=recipe.flip),
+        lambda epoch: batching.shuffled_batches(train, job.at_once, backend, seed, epoch, flip=recipe.flip),
         lambda: batching.batches(val, batch_size, backend),
     )
     kept = ("epoch", "train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/lr")
