@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
         for pair in range(PAIRS):
             seconds = {}
             for features in ("recompute", "cache"):
-                settings = cli.settings_from([*overrides, *arguments, "-S", f"features={features}"], __doc__ or "", "")
+                settings = cli.parse_settings([*overrides, *arguments, "-S", f"features={features}"], __doc__ or "", "")
                 seconds[features] = _trained(settings, Path(folder) / f"{pair}-{features}")
             ratios.append(seconds["recompute"] / seconds["cache"])
             print(

@@ -16,37 +16,62 @@ from pipeline.errors import StageError, UsageError
 OUTPUTS = config.ROOT / "outputs"
 """Where the stages leave their files when DVC or a person calls them one by one."""
 
-EXAMPLES = """\
-examples:
-  python -m pipeline.run -S recipe=finetune -S epochs=2
-  python -m pipeline.run -S device=cpu -S data.source=synthetic -S data.limit=50
-  python -m pipeline.run --recipe blog --optimizer sgd --scheduler cosine --lr 0.05
-  python -m pipeline.run -S data.source=folder -S data.path=pictures -S model=mobilenetv3_small_100.lamb_in1k
-  dvc repro                                   # the same stages, those whose inputs changed
-  dvc exp run -S recipe=finetune -S recipes.finetune.lr=0.01
+OWN_SETTINGS = {
+    "hardware": (),
+    "download": ("recipe", "data", "recipes.NAME.model", "recipes.NAME.weights"),
+    "train": ("recipe", "device", "seed", "repeats", "repeat_pause", "data.device_gib", "energy", "recipes.NAME"),
+    "evaluate": ("recipe", "device", "label"),
+    "sustain": ("device", "sustain_seconds", "largest_batch"),
+    "compare": ("compare", "tracking"),
+    "ui": ("tracking",),
+}
+"""The settings that a command's --help shows, by the beginnings of their keys; --all shows the rest. For a command that
+is not listed, it shows all."""
 
-A key of a recipe alone (epochs, lr, ...) means that of the chosen recipe.
+EXAMPLES = {
+    "download": ["-S data.source=synthetic -S data.limit=50", "-S data.source=folder -S data.path=~/pictures"],
+    "train": ["-S recipe=finetune -S epochs=2", "--optimizer sgd --scheduler cosine --lr 0.05", "-S device=cpu"],
+    "evaluate": ["-S device=cpu", "-S label='under the desk'"],
+    "sustain": ["-S sustain_seconds=20 -S largest_batch=false"],
+    "compare": ["-S compare.reference='GTX 1060'", "-S tracking.experiment=results"],
+    "ui": ["-S tracking.experiment=results"],
+    "run": [
+        "-S recipe=finetune -S epochs=2",
+        "-S device=cpu -S data.source=synthetic -S data.limit=50",
+        "--recipe blog --optimizer sgd --scheduler cosine --lr 0.05",
+        "-S data.source=folder -S data.path=~/pictures -S model=mobilenetv3_small_100.lamb_in1k",
+    ],
+}
+"""Arguments to show in a command's --help."""
+
+SCALAR = str | int | float | None
+"""Types of the values that --help shows."""
+
+SETTINGS_TITLE = "settings (params.yaml) with their allowed values and [the value now]; NAME is the chosen recipe:"
+
+NOTES = """\
+A recipe's key alone (epochs, lr, ...) means that of the chosen recipe; dvc exp run wants it whole: recipes.finetune.lr.
 Values are YAML: true, null, 1e-3, [layer4, fc].
 Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the commands that take no settings: refuses in one line, as the stages do."""
+    """For commands without settings: refuses wrong arguments in one line, as the stages do."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         raise UsageError(f"{message} (see --help)")
 
 
-def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Settings:
+def parse_settings(arguments: Sequence[str], doc: str, program: str) -> config.Settings:
     """The settings of params.yaml with the command line's laid over. Raises UsageError; --help exits 0."""
     overrides: list[str] = []
     rest = list(arguments)
+    if {"-h", "--help"} & {*rest}:
+        print(_help(doc, program, everything="--all" in rest))
+        raise SystemExit(0)
     while rest:
         word = rest.pop(0)
-        if word in ("-h", "--help"):
-            print(_help(doc, program))
-            raise SystemExit(0)
         if word in ("-S", "--set-param"):
             if not rest:
                 raise UsageError(f"{word}: expected key=value after it, such as -S epochs=2")
@@ -62,17 +87,17 @@ def settings_from(arguments: Sequence[str], doc: str, program: str) -> config.Se
     return config.load(overrides)
 
 
-def answer_early(doc: str | None) -> config.Settings:
-    """The settings, before a stage imports torch, which takes seconds: answers --help, and refuses a wrong one."""
-    sys.excepthook = _stopped_early
-    with ending(program()):
-        return settings_from(sys.argv[1:], doc or "", program())
+def parse_early(doc: str | None) -> config.Settings:
+    """The settings, read before a stage imports torch, which takes seconds: --help and a refusal come at once."""
+    sys.excepthook = _print_interrupt
+    with exit_on_error(program()):
+        return parse_settings(sys.argv[1:], doc or "", program())
 
 
 def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None:
-    """Runs one stage from the command line and ends the process with its exit status."""
-    with ending(program()):
-        stage(settings_from(sys.argv[1:], doc or "", program()), OUTPUTS)
+    """Run one stage from the command line, and end the process with its exit status."""
+    with exit_on_error(program()):
+        stage(parse_settings(sys.argv[1:], doc or "", program()), OUTPUTS)
 
 
 def program() -> str:
@@ -80,66 +105,56 @@ def program() -> str:
     return f"python -m pipeline.{Path(sys.argv[0]).stem}"
 
 
-def _stopped_early(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """What is printed of an exception that nothing catches: of Ctrl-C while modules are imported, no traceback."""
+@contextmanager
+def exit_on_error(program: str) -> Iterator[None]:
+    """End the process with one line on stderr and the error's exit status if the block fails."""
+    name = program.replace(" ", ".").split(".")[-1]
+    try:
+        yield
+    except StageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except ModuleNotFoundError as error:
+        print(f"{name}: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def _print_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The hook for uncaught exceptions: of Ctrl-C while modules are imported, it prints no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"\n{program().split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
-@contextmanager
-def ending(program: str) -> Iterator[None]:
-    """Ends the process in one line, and with the exit status of the error, where the block can't go on."""
-    try:
-        yield
-    except StageError as error:
-        print(f"{program.split('.')[-1]}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except ModuleNotFoundError as error:
-        print(f"{program.split('.')[-1]}: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"\n{program.split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+def _help(doc: str, program: str, everything: bool) -> str:
+    name = program.split(".")[-1]
+    own = ("",) if everything else OWN_SETTINGS.get(name, ("",))
+    described = config.describe()
+    rows = [row for row in described if any(not key or f"{row[0]}.".startswith(f"{key}.") for key in own)]
+    width = max((len(key) for key, *_ in rows), default=0)
+    values = _values()
+    parts = [f"usage: {program} [-S key=value ...] [--key value ...]", doc.strip()]
+    if rows:
+        lines = [f"  {key:{width}}  {meaning} ({allowed}){values.get(key, '')}" for key, allowed, meaning in rows]
+        parts.append("\n".join([SETTINGS_TITLE, *lines]))
+    if len(rows) < len(described):
+        parts.append(f"{program} --help --all shows every setting of params.yaml.")
+    examples = [f"  {program} {arguments}".rstrip() for arguments in EXAMPLES.get(name, [""])]
+    parts += ["\n".join(["examples:", *examples]), NOTES]
+    return "\n\n".join(parts)
 
 
-def _help(doc: str, program: str) -> str:
-    width = max(len(key) for key, _, _ in config.describe())
-    now = _now()
-    rows = [f"  {key:{width}}  {meaning}: {allowed}{now.get(key, '')}" for key, allowed, meaning in config.describe()]
-    usage = argparse.ArgumentParser(prog=program, usage=f"{program} [-S key=value ...] [--key value ...]")
-    return "\n".join(
-        [
-            usage.format_usage().strip(),
-            "",
-            doc.strip(),
-            "",
-            "settings (params.yaml); in brackets what it holds now, NAME being the chosen recipe:",
-            *rows,
-            "",
-            EXAMPLES,
-        ]
-    )
-
-
-def _now() -> dict[str, str]:
-    """What params.yaml holds, by the keys of `config.describe`, as --help shows it; nothing where it can't be read."""
+def _values() -> dict[str, str]:
+    """What params.yaml holds now, by the keys of `config.describe`; nothing if it can't be read."""
     try:
         settings = config.load()
     except UsageError:
         return {}
-    own = {
-        "": vars(settings),
-        "data.": vars(settings.data),
-        "energy.": vars(settings.energy),
-        "compare.": vars(settings.compare),
-        "tracking.": vars(settings.tracking),
-        "recipes.NAME.": settings.work.resolved(),
-    }
+    tree = config.flat(dataclasses.asdict(settings) | {"recipes": {"NAME": settings.work.resolved()}})
     return {
-        f"{prefix}{key}": f" [{json.dumps(value, ensure_ascii=False)}]"
-        for prefix, values in own.items()
-        for key, value in values.items()
-        if not isinstance(value, dict | list | tuple) and not dataclasses.is_dataclass(value)
+        key: f" [{json.dumps(value, ensure_ascii=False)}]" for key, value in tree.items() if isinstance(value, SCALAR)
     }

@@ -95,9 +95,9 @@ class Plan:
 def start_stage(doc: str | None, stage: str) -> None:
     """What a stage's command does before it imports torch, which takes seconds: answers --help, refuses a wrong
     setting, and drives the stage where it is repeated, which ends the process."""
-    settings = cli.answer_early(doc)
+    settings = cli.parse_early(doc)
     if _child_environment() is None:
-        with cli.ending(cli.program()):
+        with cli.exit_on_error(cli.program()):
             planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
             if planned > 1:
                 run_repeats(settings, cli.OUTPUTS, [stage], planned, child_command(stage))

@@ -6,10 +6,10 @@ import tempfile
 from contextlib import chdir
 from pathlib import Path
 
-from pipeline import bundle, cli, compare, config, terminal
+from pipeline import cli, compare, config, terminal
 from pipeline.comparison import build, report
 from pipeline.errors import StageError
-from pipeline.tracking import publisher, store
+from pipeline.tracking import bundles, publisher, store
 
 RESULTS = Path(__file__).resolve().parent
 
@@ -25,7 +25,7 @@ def run(folder: Path = RESULTS) -> build.Comparison:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, chdir(scratch):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(scratch).as_posix()}/mlflow.db"
         for path in paths:
-            bundle.import_runs([path])
+            bundles.import_runs([path])
             for row in store.finished_runs():
                 home.setdefault(row["run_id"], path.name)
         rows = store.finished_runs()
@@ -45,6 +45,6 @@ def run(folder: Path = RESULTS) -> build.Comparison:
 
 
 if __name__ == "__main__":
-    with cli.ending("python -m results.compare"):
+    with cli.exit_on_error("python -m results.compare"):
         cli.Parser(prog="python -m results.compare", description=__doc__).parse_args(sys.argv[1:])
         run()

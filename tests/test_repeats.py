@@ -446,7 +446,7 @@ from pipeline import cli, config, repeats
 from pipeline.tracking import publisher, records
 publisher.update_parent = lambda *args: None
 settings = config.load({overrides!r})
-with cli.ending("python -m pipeline.run"):
+with cli.exit_on_error("python -m pipeline.run"):
     repeats.run_repeats(settings, Path({folder!r}), {stages!r}, 3, {command!r})
 """
 
