@@ -30,7 +30,7 @@ from benchmarks import results
 from pipeline import config, files
 from pipeline.comparison import build, stats
 from pipeline.comparison.claims import Claim
-from pipeline.comparison.groups import Run
+from pipeline.comparison.runs import Run
 from pipeline.profiling import score_steps, system_state
 
 COUNTS = (3, 5, 10)
@@ -266,7 +266,7 @@ def rows_of(runs: Sequence[Run]) -> list[Any]:
 def alike(trials: Trials) -> Iterator[Result]:
     """Stores of alike machines in which any is called faster or slower."""
     for (name, draw), (design, sessions) in product((INDEPENDENT | SHARED).items(), SESSIONS.items()):
-        goal = None if name in SHARED and sessions < stats.SESSIONS else MOST_ALIKE
+        goal = None if name in SHARED and sessions < stats.MIN_SESSIONS else MOST_ALIKE
         for (machines, part), count in product(MACHINES.items(), COUNTS):
             trial = partial(any_called, draw=draw, sessions=sessions, machines=machines, count=count)
             yield trials.share(f"{name}; {design}; {machines} machines", f"n = {count}", trial, goal, part)

@@ -154,7 +154,7 @@ def test_the_rules_of_claims_meet_their_goals(small_grid, tmp_path, capsys):
 @pytest.mark.parametrize(("kind", "wrong"), [("faster", simulation.alike), ("none", simulation.found)])
 def test_rules_that_call_everything_or_nothing_fail(small_grid, monkeypatch, kind, wrong):
     rigged = claims.Claim(kind, speedup=stats.Contrast(2.0, 1.9, 2.1, 1.1))
-    monkeypatch.setattr(claims, "compared", lambda *_: rigged)
+    monkeypatch.setattr(claims, "compare", lambda *_: rigged)
     (title,) = [title for title, table in simulation.TABLES.items() if table is wrong]
     with pytest.raises(SystemExit) as ended:
         simulation.main(["--trials", "5"])
@@ -165,7 +165,7 @@ def test_rules_that_call_everything_or_nothing_fail(small_grid, monkeypatch, kin
 def test_small_differences_called_in_one_session_miss_their_goals(monkeypatch, called):
     monkeypatch.setattr(simulation, "COUNTS", (5,))
     rigged = claims.Claim("slower" if called else "small", speedup=stats.Contrast(0.9, 0.89, 0.91, 1.1))
-    monkeypatch.setattr(claims, "compared", lambda *_: rigged)
+    monkeypatch.setattr(claims, "compare", lambda *_: rigged)
     shares = list(simulation.small(simulation.Trials(10, 0)))
     assert {share.share for share in shares} == {float(called)}
     assert any(share.missed for share in shares) == called

@@ -23,7 +23,7 @@ NOISE = (0.0, 0.01, -0.01)
 
 def measured(place, first, *, seconds, accuracy, **tags):
     """A planned set of `blog` on one machine, into the current store, as a cached one is put there."""
-    tags |= {"repeats__id": f"{first:032x}", "repeats": str(len(NOISE)), "software__execution": groups.CURRENT}
+    tags |= {"repeats__id": f"{first:032x}", "repeats": str(len(NOISE)), "software__execution": groups.CURRENT_VERSION}
     for number, noise in enumerate(NOISE, first):
         seed = number - first
         record = result_of(number, settings=[f"seed={seed}"], **tags, repeat=str(seed + 1))

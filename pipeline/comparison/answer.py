@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.comparison.claims import Claim, factor, factors
-from pipeline.comparison.groups import CURRENT
+from pipeline.comparison.claims import Claim
+from pipeline.comparison.formats import format_figure, format_interval
+from pipeline.comparison.groups import CURRENT_VERSION
 from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
 from pipeline.profiling import score_steps
 
@@ -109,7 +110,9 @@ def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
     contrast = claim.speedup
     assert contrast is not None and contrast.low is not None and contrast.high is not None
     faster = contrast.value >= 1
-    ends = factors(*((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True)
+    ends = format_interval(
+        *((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True
+    )
     interval = [f"{ends[0]} to {ends[1]}"] if ends[0] != ends[1] else []
     return f"{_pair(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
 
@@ -127,7 +130,7 @@ def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
 def _pair(compared: _Compared, name: str, claim: Claim) -> str:
     ratio = _ratio(claim) or 1.0
     first, second = (name, compared.reference) if ratio >= 1 else (compared.reference, name)
-    return f"{first}: {factor(max(ratio, 1 / ratio))} times {second} {compared.where}"
+    return f"{first}: {format_figure(max(ratio, 1 / ratio))} times {second} {compared.where}"
 
 
 def _ratio(claim: Claim) -> float | None:
@@ -145,7 +148,9 @@ def _unscored(part: Part) -> dict[str, str]:
     scored = {each.head.name for each in part.score.rows} | {other.name for other in part.score.others}
     missing: dict[str, str] = {}
     for section in part.sections:
-        reason = "no score" if section.version == CURRENT else f"measured by version {section.version} of the code"
+        reason = (
+            "no score" if section.version == CURRENT_VERSION else f"measured by version {section.version} of the code"
+        )
         heads: list[Head] = [row.head for table in section.tables for row in table.rows]
         for name in (*(head.name for head in heads), *(other.name for other in section.others)):
             if name not in scored:
@@ -158,13 +163,13 @@ def _single(part: Part) -> str:
     for row in part.score.rows if part.score else ():
         for step in score_steps.STEPS:
             if step.name in row.steps:
-                speed = factor(row.steps[step.name].speed.value)
+                speed = format_figure(row.steps[step.name].speed.value)
                 return f"{row.head.name}: {speed} images/s at {step.title} ({_runs(row.head)})."
     for section in part.sections:
         for table in section.tables:
             for work in table.rows:
                 if "total_seconds" in work.figures:
-                    seconds = factor(work.figures["total_seconds"].value)
+                    seconds = format_figure(work.figures["total_seconds"].value)
                     return f"{work.head.name}: {seconds} s for {section.title} ({_runs(work.head)})."
     return ""
 

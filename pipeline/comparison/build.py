@@ -1,26 +1,26 @@
-"""One machine against another: groups of runs become rows of tables, and tables what may be claimed of them.
+"""Compare machines: runs become groups, groups the rows of tables, and tables what may be claimed.
 
 The score ranks machines by sustained steps that are the same for all. The work of a recipe is compared in two kinds of
-tables that are never mixed: every machine at the same settings, and each at its best. In each table all rows are
-compared with one reference, by intervals that hold together (`stats.shared`); `claims` says what follows. A run that is
-in no table is listed below, with its reason.
+tables: every machine at the same settings, and each at its best. In each table all rows are compared with one
+reference, by intervals that hold together (`stats.bonferroni`). A run that is in no table is listed with its reason.
 
-Everything here is plain values, of which `dataclasses.asdict` makes compare.json; nothing knows of MLflow or files.
+All of it is plain values, of which `report.as_json` makes compare.json.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 from pipeline import config
-from pipeline.comparison import groups
-from pipeline.comparison.groups import Run, clean
-from pipeline.comparison.rows import Context, is_machine
+from pipeline.comparison.context import Context, is_of
+from pipeline.comparison.groups import display_names
+from pipeline.comparison.runs import Run, clean, entity_of
 from pipeline.comparison.schema import Comparison, Part
-from pipeline.comparison.score_table import as_measured, score_of
+from pipeline.comparison.score_table import score_of
 from pipeline.comparison.work_tables import COURSES, by_work, section_of
 from pipeline.errors import UsageError, nearest
 
-__all__ = ["COURSES", "Comparison", "compare", "listed"]
+__all__ = ["COURSES", "Comparison", "compare"]
 
 
 def compare(
@@ -30,64 +30,66 @@ def compare(
     settings: config.Compare,
     prices: Mapping[str, config.Price] | None,
 ) -> Comparison:
-    """`runs` come newest first. `courses` gives the COURSES of a run by its id, and is asked for those of table rows
-    alone; `link`, from the ids of experiment and run, where its page is. Raises UsageError where no run is of the
-    machine `settings.reference`, and for a card's price that does not say what machine the card sits in."""
-    # One training may stand in several experiments of a store; it is one run all the same.
-    read = list(runs)
-    by_record: dict[str, Run] = {}
-    for run in read:
+    """Compare `runs`, which come newest first. `courses` gives the COURSES of a run by its id, and is asked only for
+    runs in tables; `link` gives the address of a run's page from the ids of experiment and run.
+
+    Raises UsageError if `settings.reference` is no machine of these runs, and for the price of a card without its
+    machine.
+    """
+    all_runs = list(runs)
+    by_record: dict[str, Run] = {}  # a training that stands in several experiments is one run
+    for run in all_runs:
         by_record.setdefault(run["tags"].get("record", run["run_id"]), run)
-    once = list(by_record.values())
-    _check_reference(once, settings.reference)
-    _check_prices(once, prices or {})
-    context = Context(cache(courses), link, settings, prices or {}, groups.names([*once, *map(as_measured, once)]))
+    unique = list(by_record.values())
+    settings = replace(settings, reference=_find_reference(unique, settings.reference))
+    _check_prices(unique, prices or {})
+    context = Context(cache(courses), link, settings, prices or {}, display_names(unique))
     parts = []
     for demo in (False, True):
-        chosen = [run for run in once if ("fallback" in run["tags"]) == demo]
+        chosen = [run for run in unique if ("fallback" in run["tags"]) == demo]
         if chosen:
-            sections = [section_of(context, *same) for same in by_work(chosen)]
+            sections = [section_of(context, *same_work) for same_work in by_work(chosen)]
             parts.append(Part(demo, score_of(context, chosen), sections))
-    began = [run["started"] for run in once if run["started"]]
-    hardware = {run["tags"].get("hardware") for run in once}
+    starts = [run["started"] for run in unique if run["started"]]
+    hardware = {run["tags"].get("hardware") for run in unique}
     return Comparison(
-        runs=len(once),
-        copies=len(read) - len(once),
-        machines=len({groups.entity_of(run).machine for run in once}),
-        first=min(began, default=None),
-        last=max(began, default=None),
+        runs=len(unique),
+        copies=len(all_runs) - len(unique),
+        machines=len({entity_of(run).machine for run in unique}),
+        first=min(starts, default=None),
+        last=max(starts, default=None),
         rules=settings,
         parts=parts,
         prices=prices,
         unused_prices=[name for name in prices or () if name not in hardware],
-        advice=_advice(once, parts),
+        advice=_advice(unique, parts),
     )
 
 
-def listed(comparison: Comparison) -> set[str]:
-    """The ids of all runs that the report shows in a table of work or lists below one."""
-    sections = [section for part in comparison.parts for section in part.sections]
-    heads = [row.head for section in sections for table in section.tables for row in table.rows]
-    others = [other for section in sections for other in section.others]
-    runs = [run for head in heads for run in (*head.runs, *head.left_out)]
-    return {run["id"] for run in [*runs, *(run for other in others for run in other.runs)]}
-
-
-def _check_reference(runs: Sequence[Run], reference: str | None) -> None:
-    if reference is None or not runs or any(is_machine(run, reference) for run in runs):
-        return
-    known = sorted({clean(run["tags"][tag]) for run in runs for tag in ("hardware", "label") if run["tags"].get(tag)})
+def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
+    """The fingerprint, label or hardware that `reference` names, in full or by a part that only one machine has."""
+    if reference is None or not runs or any(is_of(run, reference) for run in runs):
+        return reference
+    fingerprints = {run["tags"].get("machine", "") for run in runs}
+    known = sorted({run["tags"][tag] for run in runs for tag in ("hardware", "label") if run["tags"].get(tag)})
+    part = reference.casefold()
+    matches = [name for name in known if part in name.casefold()]
+    matches += [fingerprint for fingerprint in sorted(fingerprints) if fingerprint.startswith(part)]
+    if len(matches) == 1:
+        return str(matches[0])
     close = nearest(reference, known)
+    fault = f"is part of {len(matches)} names" if matches else "is no machine of these runs"
+    allowed = [clean(name) for name in matches] or ["null", "a fingerprint", *map(clean, known)]
     raise UsageError(
-        f'compare.reference: no run in this store is of "{clean(reference)}": expected null | a fingerprint | '
-        + " | ".join(known[:10])
-        + (" | ..." if len(known) > 10 else "")
-        + (f"; did you mean {close}?" if close else "")
+        f'compare.reference: "{clean(reference)}" {fault}: expected '
+        + " | ".join(allowed[:12])
+        + (" | ..." if len(allowed) > 12 else "")
+        + (f"; did you mean {clean(close)}?" if close and not matches else "")
     )
 
 
 def _check_prices(runs: Sequence[Run], prices: Mapping[str, config.Price]) -> None:
-    """Refuses the price of a card alone: a card needs a machine around it."""
+    """Refuse the price of a card alone: a card needs a machine around it."""
     for run in runs:
         tags = run["tags"]
         price = prices.get(tags.get("hardware", ""))
@@ -103,12 +105,13 @@ def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
     if not runs:
         return "No finished runs yet: `dvc repro` (or `make run`) makes the first one."
     real = [part for part in parts if not part.demo]
-    tables = [table.rows for part in real for section in part.sections for table in section.tables]
-    heads = [[row.head.name for row in rows] for rows in tables]
+    heads = [
+        [row.head.name for row in table.rows] for part in real for section in part.sections for table in section.tables
+    ]
     heads += [[row.head.name for row in part.score.rows] for part in real if part.score]
     if any(len(set(names)) > 1 for names in heads):
         return ""
-    machines = {groups.entity_of(run)[:2] for run in runs if "fallback" not in run["tags"]}
+    machines = {entity_of(run)[:2] for run in runs if "fallback" not in run["tags"]}
     if not machines:
         return (
             "Nothing to compare: every run is a DEMO, with a stand-in for data, weights or GPU. Put right what its "

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from pipeline import config
 from pipeline.comparison import costs, stats
-from pipeline.comparison.claims import Claim, duration, factor, factors, large, ratio_words, too_wide
-from pipeline.comparison.groups import CONDITIONS, DISTURBED
+from pipeline.comparison.claims import Claim, too_wide
+from pipeline.comparison.formats import format_duration, format_figure, format_interval, format_large, format_ratio
+from pipeline.comparison.groups import DISTURBED
+from pipeline.comparison.runs import CONDITIONS
 from pipeline.comparison.schema import Comparison, Head, Other, Row, Score, ScoreRow, Section, StepFigures, Table
 from pipeline.profiling import score_steps
 
@@ -70,7 +72,7 @@ def score_columns(table: Score) -> list[Column]:
     cells |= {step.title: lambda row, step=step: _step(step, row) for step in others}  # type: ignore[misc]
     cells |= {
         "memory": lambda row: _machine_memory(row.head),
-        "watts": lambda row: Cell(factor(row.watts), [row.energy_source]) if row.watts else Cell(),
+        "watts": lambda row: Cell(format_figure(row.watts), [row.energy_source]) if row.watts else Cell(),
         "images/J": _efficiency,
         "images per money": _images_for_money,
     }
@@ -87,7 +89,7 @@ def step_speed(row: ScoreRow, step: score_steps.Step) -> str:
     if figures is None:
         return ""
     ratio = figures.claim.speedup
-    return factor(figures.speed.value) + (f" ({ratio_words(ratio.value)})" if ratio else "")
+    return format_figure(figures.speed.value) + (f" ({format_ratio(ratio.value)})" if ratio else "")
 
 
 def step_facts(step: score_steps.Step, figures: StepFigures) -> list[str]:
@@ -107,8 +109,8 @@ def _step(step: score_steps.Step, row: ScoreRow) -> Cell:
     notes += [fact for fact in step_facts(step, figures) if not figures.claim.reason.startswith(fact)]
     begun, ended = figures.first_third, figures.speed.value
     if begun is not None and abs(begun.value - ended) >= FIRST_THIRD * ended:
-        notes.append(f"first third {factor(begun.value)}")
-    return Cell(factor(ended), [note for note in notes if note])
+        notes.append(f"first third {format_figure(begun.value)}")
+    return Cell(format_figure(ended), [note for note in notes if note])
 
 
 def _ratio_note(text: str, claim: Claim) -> str:
@@ -134,7 +136,7 @@ def _efficiency(row: ScoreRow) -> Cell:
 def _images_for_money(row: ScoreRow) -> Cell:
     if row.costs is None:
         return Cell()
-    return _money(row.costs, large, f"per {row.costs.currency}")
+    return _money(row.costs, format_large, f"per {row.costs.currency}")
 
 
 # --- the work of a recipe
@@ -163,7 +165,7 @@ def work_columns(section: Section, table: Table) -> list[Column]:
         "accuracy": _accuracy,
         "peak MiB": lambda row: _figure(row, "peak_mib", row.memory_of),
         "images/J": lambda row: _figure(row, "images_per_joule", row.energy_source),
-        "cost": lambda row: _money(row.costs, factor, row.costs.currency) if row.costs else Cell(),
+        "cost": lambda row: _money(row.costs, format_figure, row.costs.currency) if row.costs else Cell(),
     }
     cells |= _conditions([row.head for row in table.rows])
     cells["run"] = lambda row: _runs(row.head, row.shown)
@@ -186,7 +188,7 @@ def ratio_cell(claim: Claim) -> Cell:
     if claim.speedup is None:
         return Cell("not compared", [claim.reason]) if claim.kind == "other" else Cell()
     notes = [_interval(claim.speedup), KINDS.get(claim.kind, "")]
-    return Cell(ratio_words(claim.speedup.value), [note for note in dict.fromkeys(notes) if note])
+    return Cell(format_ratio(claim.speedup.value), [note for note in dict.fromkeys(notes) if note])
 
 
 def _process_ratio(row: Row) -> Cell:
@@ -199,7 +201,7 @@ def _figure(row: Row, key: str, *notes: str) -> Cell:
 
 
 def _estimate(estimate: stats.Estimate, *notes: str) -> Cell:
-    return Cell(factor(estimate.value), [note for note in (_interval(estimate), *notes) if note])
+    return Cell(format_figure(estimate.value), [note for note in (_interval(estimate), *notes) if note])
 
 
 def _to_target(row: Row) -> Cell:
@@ -244,10 +246,10 @@ def _count(head: Head) -> Cell:
     notes = [f"{number} {reason}" for reason, number in reasons.items()]
     if (missing := head.planned - count - disturbed) > 0:
         notes.append(f"{missing} missing")
-    if head.sessions >= stats.SESSIONS:
+    if head.sessions >= stats.MIN_SESSIONS:
         notes.append(f"{head.sessions} sessions")
     elif count > 1:
-        notes.append(f"within {duration(60 * head.hours)}")
+        notes.append(f"within {format_duration(60 * head.hours)}")
     return Cell(f"{count} of {head.planned}" if count < head.planned else str(count), notes)
 
 
@@ -281,9 +283,9 @@ def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
         return KINDS["few"]
     ratio = isinstance(estimate, stats.Contrast)
     if ratio and high < 1:
-        ends = [f"1/{end}" for end in reversed(factors(1 / high, 1 / low, ratio=True))]
+        ends = [f"1/{end}" for end in reversed(format_interval(1 / high, 1 / low, ratio=True))]
     else:
-        ends = list(factors(low, high, ratio=ratio))
+        ends = list(format_interval(low, high, ratio=ratio))
     return "–".join(ends) if ends[0] != ends[1] else ""
 
 
@@ -345,7 +347,7 @@ def absent_columns(rows: Sequence[Absent], figure: str) -> list[Column]:
         "machine": lambda row: Cell(row.name),
         "why": lambda row: Cell(row.reason),
         "n": lambda row: Cell(str(len(row.runs))),
-        figure: lambda row: Cell(factor(row.figure) if row.figure else ""),
+        figure: lambda row: Cell(format_figure(row.figure) if row.figure else ""),
         "run with": lambda row: Cell(row.settings),
         "runs": lambda row: Cell(
             " ".join(run["id"][:8] for run in row.runs), links=[(run["id"][:8], run["link"]) for run in row.runs]
@@ -367,7 +369,7 @@ def price_columns(comparison: Comparison) -> list[Column]:
         "an hour": lambda item: _amount(item[1].per_hour, item[1].currency),
         "a kWh": lambda item: _amount(item[1].per_kwh, item[1].currency),
         "hours a day": lambda item: Cell(f"{item[1].hours_per_day:g}" if item[1].hours_per_day else ""),
-        "watts": lambda item: Cell(factor(watts[item[0]]) if item[0] in watts else ""),
+        "watts": lambda item: Cell(format_figure(watts[item[0]]) if item[0] in watts else ""),
         "break-even hours": lambda item: _break_even(item[1], watts.get(item[0])),
         "date": lambda item: Cell(item[1].date),
         "source": lambda item: Cell(item[1].source, links=_web(item[1].source)),

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from pipeline import plots
 from pipeline.comparison import stats
 from pipeline.comparison.cells import ratio_cell, settings_in_words, step_facts
-from pipeline.comparison.claims import factor
-from pipeline.comparison.groups import CURRENT
+from pipeline.comparison.formats import format_figure
+from pipeline.comparison.groups import CURRENT_VERSION
 from pipeline.comparison.schema import Comparison, Head, Part, Row, Score, Section, StepFigures, Table
 from pipeline.profiling import score_steps
 
@@ -36,7 +36,7 @@ def score_place(part: Part) -> str:
 
 def work_place(part: Part, section: Section, table: Table) -> str:
     """A folder's name for a table of work."""
-    version = "" if section.version == CURRENT else f"-version-{section.version}"
+    version = "" if section.version == CURRENT_VERSION else f"-version-{section.version}"
     kind = "best" if table.settings is None else "same-settings"
     return f"{_file_name('demo-' * part.demo + f'work-{section.workload}{version}')}/{kind}"
 
@@ -122,7 +122,7 @@ def _file_name(text: str) -> str:
 
 def _bar(head: Head, estimate: stats.Estimate, *, label: str, link: str, kind: str) -> plots.Bar:
     look = "problem" if head.problem else "reference" if kind == "reference" else "plain"
-    return plots.Bar(label, factor(estimate.value), link, look, estimate.value, estimate.low, estimate.high)
+    return plots.Bar(label, format_figure(estimate.value), link, look, estimate.value, estimate.low, estimate.high)
 
 
 def _sorted(bars: Sequence[plots.Bar]) -> list[plots.Bar]:

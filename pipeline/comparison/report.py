@@ -22,8 +22,9 @@ from pipeline.comparison.cells import (
     step_speed,
     work_columns,
 )
-from pipeline.comparison.claims import Claim, percent
-from pipeline.comparison.groups import CURRENT
+from pipeline.comparison.claims import Claim
+from pipeline.comparison.formats import format_percent
+from pipeline.comparison.groups import CURRENT_VERSION
 from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
 from pipeline.profiling import score_steps
 
@@ -48,11 +49,12 @@ def notes(rules: config.Compare) -> list[str]:
     return [
         "A run is one process. n counts the runs that count, of those planned before the first one started. A set that "
         "is incomplete, or that runs were added to, carries no claim.",
-        f"Runs that start within an hour make one session. From {stats.SESSIONS} sessions on, the unit of evidence is "
-        "the session (the geometric mean of its runs), else the run. With fewer sessions intervals are widened by "
-        f"{percent(rules.smallest)} and no smaller difference is claimed, because the hours of one machine differ.",
+        f"Runs that start within an hour make one session. From {stats.MIN_SESSIONS} sessions on, the unit of evidence "
+        "is the session (the geometric mean of its runs), else the run. With fewer sessions intervals are widened by "
+        f"{format_percent(rules.smallest)} and no smaller difference is claimed, because the hours of one machine "
+        "differ.",
         f"Figures are medians with a {stats.LEVEL:.0%} interval (Student's t on logarithms); accuracies are means. "
-        f"Fewer than {stats.FEWEST} units give no interval.",
+        f"Fewer than {stats.MIN_UNITS} units give no interval.",
         "A speed-up is a ratio of geometric means; 1/140 is a 140th of the speed. Its interval is Welch's t on "
         "logarithms with the critical value of Cochran and Cox (1950). By Bonferroni, the intervals of a column hold "
         f"together at {stats.LEVEL:.0%}. Faster or slower is claimed where the interval excludes 1.",
@@ -95,7 +97,7 @@ def _counted(count: int, word: str) -> str:
 
 def heading(section: Section) -> str:
     """What the machines of the section did."""
-    if section.version == CURRENT:
+    if section.version == CURRENT_VERSION:
         return section.title
     return f"{section.title}, measured by version {section.version} of the code: no claims"
 
@@ -112,7 +114,7 @@ def table_title(table: Table) -> str:
 def work_claims(section: Section, table: Table) -> list[tuple[str, str]]:
     """The kind of each row's claim and its sentences: of the work, then of the whole process. None where a version of
     the code is the problem of all rows."""
-    if section.version != CURRENT:
+    if section.version != CURRENT_VERSION:
         return []
     told = []
     for row in table.rows:

@@ -1,20 +1,20 @@
-"""What a comparison says, as plain values: rows, tables and sections; compare.json is made of them."""
+"""What a comparison says, as plain values: rows, tables and sections. The fields are the keys of compare.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import config
-from pipeline.comparison import stats
 from pipeline.comparison.claims import Claim
 from pipeline.comparison.costs import Costs
+from pipeline.comparison.stats import Estimate
 
 
 @dataclass(frozen=True)
 class Head:
-    """Who a row is of and on what it rests. `conditions`: those of `groups.CONDITIONS`; `runs`: those that count, and
-    `left_out` the others of its group with their reasons; `planned`: how many were planned; `problem`: why nothing is
-    claimed ('' where there is nothing); `behavior`: what the machine did, such as throttling; `sessions`: how many the
-    runs make; `hours`: from the first start to the last."""
+    """Whom a row is of, and its evidence. `conditions`: by the keys of `runs.CONDITIONS`; `runs`: those that count;
+    `left_out`: the excluded ones with their reasons; `planned`: how many were planned; `problem`: why nothing is
+    claimed ('' for none); `behavior`: what the machine did, such as throttling; `sessions`: how many the runs make;
+    `hours`: from the first start to the last."""
 
     name: str
     hardware: str
@@ -36,14 +36,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Row:
-    """One group's work as it is shown. `figures` are by WORK_METRICS and those that COURSES give: epoch_seconds,
-    images_per_second. `reached`: how many runs reached the target accuracy, of how many. `course`: seconds and
-    validation accuracy by epoch of the run `shown`, the most typical one. `whole` is the claim of whole processes."""
+    """One group's work. `figures` and each run's `values`: by the keys of WORK_METRICS, epoch_seconds and
+    images_per_second; `reached`: how many runs reached the target accuracy, of how many; `shown`: the most typical
+    run; `course`: its seconds and validation accuracy by epoch; `whole`: the claim of whole processes."""
 
     head: Head
     settings: Mapping[str, str]
     shown: Mapping[str, str]
-    figures: Mapping[str, stats.Estimate]
+    figures: Mapping[str, Estimate]
     values: Mapping[str, Sequence[float]]
     memory_of: str
     energy_source: str
@@ -56,23 +56,23 @@ class Row:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One sustained step of one group: images a second in the last third and in the first, the precision, the batch,
-    the hash of the work, watts and images per joule where they are known, and what is claimed of it."""
+    """One sustained step of one group. `speed` (of the last third, with each run's `values`) and `first_third`: images
+    per second; `workload`: the hash of the work."""
 
-    speed: stats.Estimate
+    speed: Estimate
     values: Sequence[float]
-    first_third: stats.Estimate | None
+    first_third: Estimate | None
     precision: str
     batch_size: int | None
     workload: str
-    images_per_joule: stats.Estimate | None
-    watts: stats.Estimate | None
+    images_per_joule: Estimate | None
+    watts: Estimate | None
     claim: Claim = Claim("alone")
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One machine's score: its steps by name; `watts` is the most that a step drew; `recipe`: with which it was run."""
+    """One machine's score. `steps`: by name; `watts`: the most that a step drew; `recipe`: what it was run with."""
 
     head: Head
     recipe: str
@@ -90,7 +90,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Other:
-    """A group that is in no table, and why. `figure`: its typical total time or speed of the first step."""
+    """A group that is in no table, and why. `figure`: its median total time, or speed of the first step."""
 
     name: str
     settings: Mapping[str, str]
@@ -101,8 +101,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are compared with each other, best first. `settings` are those that all share, None where each machine
-    is at its best; `level` is that of each row's interval, so that all `comparisons` hold together at 95%."""
+    """Rows that are compared with each other, the fastest first. `settings`: what all share, None where each machine is
+    at its best; `level`: of each row's interval, so that all `comparisons` hold together at 95%."""
 
     settings: Mapping[str, str] | None
     reference: str | None
@@ -113,8 +113,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Machines that did the same work, executed by one `version` of the code. `target`: the accuracy to which the time
-    is given; `others`: groups that are in none of the tables."""
+    """Machines that did the same work with the same `version` of the code. `target`: the accuracy to which a time is
+    given; `others`: groups that are in no table."""
 
     workload: str
     version: str
@@ -126,7 +126,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Score:
-    """Every machine's sustained steps, the fastest first; `others`: groups that are not in the table."""
+    """Every machine's sustained steps, the fastest first. `others`: groups that are not in the table."""
 
     reference: str | None
     level: float
@@ -145,10 +145,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the report says. `runs`: how many were read, each training once; `copies`: how many more were read of
-    the same trainings in other experiments; `first`, `last`: when the oldest and the newest began, milliseconds since
-    1970; `rules`: the settings that claims follow; `unused_prices`: names in the file of prices that no run has as its
-    hardware; `advice`: what to do next, where there is nothing to compare."""
+    """All that the report says. `runs`: the number of trainings; `copies`: how many of them stand in a second
+    experiment; `first`, `last`: when the oldest and the newest began, in milliseconds since 1970; `rules`: the settings
+    that claims follow; `unused_prices`: names in the price file that are no run's hardware; `advice`: what to do next
+    where there is nothing to compare."""
 
     runs: int
     copies: int

@@ -1,194 +1,170 @@
-"""The score: every machine's sustained steps, the same for all."""
+"""The score: every machine's sustained steps, which are the same for all machines."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
-from pipeline.comparison import claims, groups, stats
-from pipeline.comparison.claims import Claim, Side
+from pipeline.comparison import claims
+from pipeline.comparison.claims import Claim, Rules, Side
+from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_score
-from pipeline.comparison.groups import CURRENT, Entity, Group, Run, clean
-from pipeline.comparison.rows import (
-    Context,
-    energy_source,
+from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
+from pipeline.comparison.runs import (
+    SCORE,
+    Entity,
+    Run,
     execution_of,
-    head_of,
-    link_to,
-    may_be_claimed_of,
-    metric_of,
-    other_of,
-    reference_index,
-    rules_for,
-    side_of,
+    measurement,
+    measurements,
     started,
-    values_of,
+    tag_of,
+    version_of,
 )
 from pipeline.comparison.schema import Score, ScoreRow, StepFigures
-from pipeline.profiling import score_steps
-
-STAGE = "sustained.taints"
-"""The tag of what disturbed the score."""
+from pipeline.comparison.stats import Estimate, median_estimate
+from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
 
 def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
     """The score of all machines that have one; None where none has."""
-    measured = [as_measured(run) for run in runs if any(metric_of(run, _speed(step)) for step in score_steps.STEPS)]
-    if not measured:
+    scored = [run for run in runs if any(measurement(run, _speed(step)) for step in STEPS)]
+    if not scored:
         return None
-    everyone = groups.group(measured, _sustained, STAGE, allow_tainted=context.settings.tainted)
-    everyone = [_not_repeated(group) for group in everyone]
-    chosen: dict[Entity, Group] = {}
-    for group in sorted(everyone, key=_precedence):
-        chosen.setdefault(group.entity, group)
-    ordered = sorted(chosen.values(), key=lambda group: (*_by_speed(group), context.names[group.entity]))
-    rows = [_score_row(context, group) for group in ordered]
-    first = reference_index(context, dict(enumerate(ordered)))
-    compared = sum(
-        len(row.steps) for index, row in enumerate(rows) if index != first and may_be_claimed_of(ordered[index])
+    groups = group_runs(scored, _shared_facts, SCORE, allow_tainted=context.settings.tainted)
+    groups = [_check_attempts(group) for group in groups]
+    by_entity: dict[Entity, Group] = {}
+    for group in sorted(groups, key=_precedence):
+        by_entity.setdefault(group.entity, group)
+    chosen = sorted(by_entity.values(), key=lambda group: (*_by_speed(group), context.name(group)))
+    rows = [_row(context, group) for group in chosen]
+    baseline = context.baseline(chosen)
+    comparisons = sum(
+        len(row.steps) for row, group in zip(rows, chosen, strict=True) if group is not baseline and claimable(group)
     )
-    rules = rules_for(context, compared, "")
-    if first is not None:
-        rows = [
-            _claimed(context, row, group, rows[first], ordered[first], rules)
-            for row, group in zip(rows, ordered, strict=True)
-        ]
+    rules = context.rules(comparisons)
+    if baseline is not None:
+        baseline_side = next(side for side in zip(rows, chosen, strict=True) if side[1] is baseline)
+        rows = [_with_claims(side, baseline_side, rules) for side in zip(rows, chosen, strict=True)]
     others = [
-        other_of(context, group, _speed(score_steps.STEPS[0]), group.problem or "not the machine's first planned set")
-        for group in everyone
-        if all(group is not other for other in ordered)
+        context.other(group, _speed(STEPS[0]), group.problem or "not the machine's first planned set")
+        for group in groups
+        if all(group is not other for other in chosen)
     ]
-    return Score(rows[first].head.name if first is not None else None, rules.level, rows, others)
+    return Score(context.name(baseline) if baseline is not None else None, rules.level, rows, others)
 
 
-def as_measured(run: Run) -> Run:
-    """The run with the CPU threads that its sustained steps used, in place of its training's."""
-    tags = run["tags"]
-    return {
-        **run,
-        "tags": {**tags, "software.threads": tags.get("sustained.threads", tags.get("software.threads", ""))},
+def _shared_facts(run: Run) -> dict[str, str]:
+    """What runs must share for their scores to be pooled: recipe, version, the steps as they were run, settings."""
+    facts = {"recipe": tag_of(run, "recipe"), "version": version_of(run)}
+    facts |= {
+        tag(step.name, fact): tag_of(run, tag(step.name, fact)) for step in STEPS for fact in ("workload", "precision")
     }
+    return facts | execution_of(run)
 
 
-def _not_repeated(group: Group) -> Group:
-    """The group, with a problem where a score replaced an earlier one: whoever measures until a figure pleases will
-    find one."""
-    attempts = [run["tags"].get("sustained.attempts", "1") for run in group.everything]
-    again = sum(text != "1" for text in attempts)
-    if not again or group.problem:
+def _check_attempts(group: Group) -> Group:
+    """Add a problem if a score was measured again: whoever measures until a figure pleases will find one."""
+    attempts = [run["tags"].get("sustained.attempts", "1") for run in group.all_runs]
+    repeated = sum(attempt != "1" for attempt in attempts)
+    if not repeated or group.problem:
         return group
-    return replace(group, problem=f"the score of {again} of {len(attempts)} runs was measured more than once")
+    return replace(group, problem=f"the score of {repeated} of {len(attempts)} runs was measured more than once")
 
 
 def _precedence(group: Group) -> tuple[bool, bool, int, str]:
-    """The first planned set of a machine comes first, whatever came of it: a later one may be no better choice."""
+    """A machine's first planned set comes first, whatever came of it. A free choice would be the best of several."""
     first = group.runs[0]
-    return group.settings["version"] != CURRENT, group.planned == 1, first["started"] or 0, first["run_id"]
+    return group.settings["version"] != CURRENT_VERSION, group.planned == 1, first["started"] or 0, first["run_id"]
 
 
-def _sustained(run: Run) -> dict[str, str]:
-    """What runs must share for their score to be pooled: the set's recipe, the steps as they were run, the version."""
-    tags = run["tags"]
-    facts = {
-        score_steps.tag(step.name, fact): clean(tags.get(score_steps.tag(step.name, fact), ""))
-        for step in score_steps.STEPS
-        for fact in ("workload", "precision")
-    }
-    return (
-        {"recipe": clean(tags.get("recipe", "")), "version": clean(tags.get("software.execution", "1"))}
-        | facts
-        | execution_of(run)
-    )
+def _speed(step: Step) -> str:
+    return metric(step.name, "images_per_second")
 
 
-def _speed(step: score_steps.Step) -> str:
-    return score_steps.metric(step.name, "images_per_second")
+def _median_speed(group: Group, step: Step) -> float:
+    return median(measurements(group.runs, _speed(step)) or [0.0])
 
 
 def _by_speed(group: Group) -> tuple[float, ...]:
-    """Sorts groups from the fastest first step to the slowest."""
-    return tuple(-median(values_of(group.runs, _speed(step)) or [0.0]) for step in score_steps.STEPS)
+    """Sorts groups by the first step, the fastest first; then by the next steps."""
+    return tuple(-_median_speed(group, step) for step in STEPS)
 
 
-def _score_row(context: Context, group: Group) -> ScoreRow:
-    head = head_of(context, group, STAGE)
-    source = energy_source(
-        group.runs, "sustained.energy_source", score_steps.metric(score_steps.STEPS[0].name, "images_per_joule")
-    )
-    steps = {
-        step.name: figures
-        for step in score_steps.STEPS
-        if (figures := _step_figures(group, step.name, energy=bool(source)))
-    }
-    watts = [figures.watts.value for figures in steps.values() if figures.watts]
-    middle = min(
-        group.runs, key=lambda run: abs((metric_of(run, _speed(score_steps.STEPS[0])) or 0) + _by_speed(group)[0])
-    )
-    most, first = max(watts, default=None), steps.get(score_steps.STEPS[0].name)
+def _row(context: Context, group: Group) -> ScoreRow:
+    first = STEPS[0]
+    head = context.head(group, SCORE)
+    source = energy_source(group.runs, "sustained.energy_source", metric(first.name, "images_per_joule"))
+    figures = {step.name: _step_figures(group, step, energy=bool(source)) for step in STEPS}
+    steps = {name: step for name, step in figures.items() if step is not None}
+    watts = max((step.watts.value for step in steps.values() if step.watts), default=None)
+    center = _median_speed(group, first)
+    typical = min(group.runs, key=lambda run: abs((measurement(run, _speed(first)) or 0) - center))
+    speed = steps[first.name].speed.value if first.name in steps else None
     return ScoreRow(
         head=head,
         recipe=group.settings["recipe"],
-        shown=link_to(context, middle),
+        shown=context.run_link(typical),
         steps=steps,
         energy_source=source,
-        watts=most,
-        costs=costs_of_score(context.prices.get(head.hardware), first.speed.value if first else None, most),
+        watts=watts,
+        costs=costs_of_score(context.prices.get(head.hardware), speed, watts),
     )
 
 
-def _step_figures(group: Group, step: str, *, energy: bool) -> StepFigures | None:
-    def estimate(figure: str) -> stats.Estimate | None:
-        metric = score_steps.metric(step, figure)
-        runs = [run for run in group.runs if metric_of(run, metric) is not None]
-        return stats.typical(values_of(runs, metric), [started(run, STAGE) for run in runs]) if runs else None
+def _step_figures(group: Group, step: Step, *, energy: bool) -> StepFigures | None:
+    def estimate(figure: str) -> Estimate | None:
+        name = metric(step.name, figure)
+        runs = [run for run in group.runs if measurement(run, name) is not None]
+        return median_estimate(measurements(runs, name), [started(run, SCORE) for run in runs]) if runs else None
 
     speed, batch = estimate("images_per_second"), estimate("batch_size")
     if speed is None:
         return None
     return StepFigures(
         speed=speed,
-        values=values_of(group.runs, score_steps.metric(step, "images_per_second")),
+        values=measurements(group.runs, _speed(step)),
         first_third=estimate("first_third_images_per_second"),
-        precision=group.settings[score_steps.tag(step, "precision")],
+        precision=group.settings[tag(step.name, "precision")],
         batch_size=int(batch.value) if batch else None,
-        workload=group.settings[score_steps.tag(step, "workload")],
+        workload=group.settings[tag(step.name, "workload")],
         images_per_joule=estimate("images_per_joule") if energy else None,
         watts=estimate("watts") if energy else None,
     )
 
 
-def _claimed(
-    context: Context, row: ScoreRow, group: Group, reference: ScoreRow, other: Group, rules: claims.Rules
-) -> ScoreRow:
-    """The row with what is claimed of each step against the reference's."""
-    steps = dict(row.steps)
-    for step in score_steps.STEPS:
-        figures, against = row.steps.get(step.name), reference.steps.get(step.name)
-        if figures is None:
-            continue
-        if row is reference:
-            claim = Claim("reference")
-        elif against is None or against.workload != figures.workload:
-            reason = _unlike(figures, against, reference.head.name)
-            claim = Claim("other", f"{row.head.name}: not compared at {step.title}: {reason}.", reason=reason)
-        else:
-            sides = [_side(*side, step) for side in ((row, group), (reference, other))]
-            claim = claims.compared(sides[0], sides[1], replace(rules, where=f"at {step.title}"))
-        steps[step.name] = replace(figures, claim=claim)
+def _with_claims(candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], rules: Rules) -> ScoreRow:
+    """The candidate's row with what is claimed of each of its steps."""
+    row = candidate[0]
+    steps = {
+        step.name: replace(row.steps[step.name], claim=_claim(candidate, baseline, step, rules))
+        for step in STEPS
+        if step.name in row.steps
+    }
     return replace(row, steps=steps)
 
 
-def _unlike(figures: StepFigures, against: StepFigures | None, reference: str) -> str:
-    """Why a step is not compared with the reference's."""
-    if against is None:
+def _claim(candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], step: Step, rules: Rules) -> Claim:
+    (row, group), (baseline_row, baseline_group) = candidate, baseline
+    if group is baseline_group:
+        return Claim("reference")
+    if reason := _unlike(row.steps[step.name], baseline_row.steps.get(step.name), baseline_row.head.name):
+        return Claim("other", f"{row.head.name}: not compared at {step.title}: {reason}.", reason=reason)
+    return claims.compare(_side(*candidate, step), _side(*baseline, step), rules, f"at {step.title}")
+
+
+def _unlike(candidate: StepFigures, baseline: StepFigures | None, reference: str) -> str:
+    """Why a step is not compared with the reference's; '' where it is the same."""
+    if baseline is None:
         return f"{reference} did not run it"
-    if figures.batch_size != against.batch_size:
-        return f"batch {figures.batch_size} against {against.batch_size}"
+    if candidate.workload == baseline.workload:
+        return ""
+    if candidate.batch_size != baseline.batch_size:
+        return f"batch {candidate.batch_size} against {baseline.batch_size}"
     return "the step was another or took another time"
 
 
-def _side(row: ScoreRow, group: Group, step: score_steps.Step) -> Side:
-    """A group's runs of a step as a side of a claim; the name tells the precision where it is the device's best."""
-    figures = row.steps[step.name]
-    name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
-    runs = [run for run in group.runs if metric_of(run, _speed(step)) is not None]
-    return side_of(name, group, runs, [1 / value for value in figures.values], stage=STAGE)
+def _side(row: ScoreRow, group: Group, step: Step) -> Side:
+    """A group's runs of a step. The name tells the precision where that is the device's best one."""
+    name = f"{row.head.name} at {row.steps[step.name].precision}" if step.best_precision else row.head.name
+    seconds = [(run, 1 / speed) for run in group.runs if (speed := measurement(run, _speed(step)))]
+    return side_of(name, group, seconds, stage=SCORE)

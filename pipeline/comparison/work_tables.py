@@ -1,32 +1,31 @@
-"""The work of a recipe: its tables, every machine at the same settings and each at its best."""
+"""The work of a recipe: its tables, with every machine at the same settings and with each at its best."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from pipeline.comparison import claims, groups, stats
-from pipeline.comparison.claims import Claim, Side
+from pipeline.comparison import claims, stats
+from pipeline.comparison.claims import Claim, Rules, Side
+from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_work
-from pipeline.comparison.groups import CURRENT, Entity, Group, Run, clean
-from pipeline.comparison.rows import (
-    Context,
-    energy_source,
+from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
+from pipeline.comparison.runs import (
+    WORK,
+    Entity,
+    Run,
+    clean,
+    entity_of,
     execution_of,
-    head_of,
-    is_measured,
-    is_share,
-    link_to,
-    may_be_claimed_of,
-    metric_of,
-    other_of,
-    reference_index,
-    rules_for,
-    side_of,
-    values_of,
+    fraction,
+    is_fraction,
+    is_measurement,
+    measurement,
+    measurements,
+    tag_of,
+    version_of,
 )
 from pipeline.comparison.schema import Row, Section, Table
 
@@ -44,244 +43,244 @@ WORK_METRICS = {
     "test_accuracy": "test/accuracy",
     "best_accuracy": "best/val_accuracy",
 }
-"""The figures of a recipe's work, and the metrics they are. Of process_seconds the decoding of images is taken off: the
-first process decodes them, and the next ones read what it kept."""
+"""The figures of a recipe's work, and their metrics. The time to decode images is taken off process_seconds: the first
+process decodes them, and later ones read the cache."""
 
 TOTAL = WORK_METRICS["total_seconds"]
 
 ACCURACIES = {"test": "test_accuracy", "validation": "best_accuracy"}
-"""Figures from 0 to 1 by the images they are of, the better ones first; of them means are taken."""
+"""Figures between 0 and 1, by the images they are of, the better choice first. Their estimates are means."""
 
 MEMORY_OF = {"cpu": "process", "mps": "driver"}
 """What peak memory is of, by device; `tensors` elsewhere. Only figures of one kind are comparable."""
 
 
 def by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
-    """The runs by their workload and by the version of what executed it; this version's first, and of those, what most
-    machines did."""
-    alike: dict[tuple[str, str], list[Run]] = {}
+    """The runs by workload and by version of the code. The current version comes first, then what most machines did."""
+    same_work: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        tags = run["tags"]
-        alike.setdefault((tags.get("workload", "?"), tags.get("software.execution", "1")), []).append(run)
+        same_work.setdefault((tag_of(run, "workload", "?"), version_of(run)), []).append(run)
 
     def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
-        (workload, version), same = item
-        return version != CURRENT, -len({groups.entity_of(run) for run in same}), -len(same), workload, version
+        (workload, version), members = item
+        entities = {entity_of(run) for run in members}
+        return version != CURRENT_VERSION, -len(entities), -len(members), workload, version
 
-    return [(*key, same) for key, same in sorted(alike.items(), key=order)]
+    return [(*key, members) for key, members in sorted(same_work.items(), key=order)]
 
 
 def section_of(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
-    """The tables of runs that did the same work by the same version of the code."""
-    everyone = groups.group(runs, execution_of, "taints", allow_tainted=context.settings.tainted)
+    """The tables of runs that did the same work with the same version of the code."""
+    groups = group_runs(runs, execution_of, WORK, allow_tainted=context.settings.tainted)
     tags = runs[0]["tags"]
     title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
     target = _number(runs[0]["params"].get("train.target_accuracy", ""))
-    tables = [_table(context, everyone, chosen, settings, target) for chosen, settings in _choices(everyone)]
-    shown = {run["id"] for table in tables for row in table.rows for run in row.head.runs}
+    tables = [_table(context, groups, chosen, settings, target) for chosen, settings in _choices(groups)]
+    in_tables = {run["id"] for table in tables for row in table.rows for run in row.head.runs}
     others = [
-        other_of(context, group, TOTAL, group.problem or "its settings are in no table")
-        for group in everyone
-        if group.runs[0]["run_id"] not in shown
+        context.other(group, TOTAL, group.problem or "its settings are in no table")
+        for group in groups
+        if group.runs[0]["run_id"] not in in_tables
     ]
-    return Section(clean(workload), clean(version), title, target, tables, others)
+    return Section(workload, version, title, target, tables, others)
 
 
-def _choices(everyone: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, str] | None]]:
-    """The groups of each table, and the settings that they share: all at the same settings (fp32; of those, what most
-    machines have run), and each machine at its best. The second is left out where it would say the same."""
-    alike: dict[tuple[str, ...], list[Group]] = {}
-    for group in everyone:
+def _choices(groups: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, str] | None]]:
+    """The groups of each table and the settings that they share.
+
+    First all machines at the same settings: at fp32, those that most machines have run. Then each machine at its best
+    (settings None), unless that table would say the same.
+    """
+    same_settings: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
         if group.settings["precision"] == "fp32":
-            alike.setdefault(tuple(group.settings.values()), []).append(group)
+            same_settings.setdefault(tuple(group.settings.values()), []).append(group)
     best: dict[Entity, Group] = {}
-    for group in sorted(everyone, key=lambda group: (bool(group.problem), *_by_time(group))):
+    for group in sorted(groups, key=lambda group: (bool(group.problem), *_by_time(group))):
         best.setdefault(group.entity, group)
-    if not alike:
+    if not same_settings:
         return [(list(best.values()), None)]
-    same = min(alike.values(), key=_commonness)
-    if all(any(group is other for other in same) for group in best.values()):
-        return [(same, same[0].settings)]
-    return [(same, same[0].settings), (list(best.values()), None)]
+    same = min(same_settings.values(), key=_by_frequency)
+    choices: list[tuple[list[Group], Mapping[str, str] | None]] = [(same, same[0].settings)]
+    if any(all(group is not other for other in same) for group in best.values()):
+        choices.append((list(best.values()), None))
+    return choices
 
 
-def _commonness(same: Sequence[Group]) -> tuple[int, int, int, tuple[str, ...]]:
-    fit = {group.entity for group in same if not group.problem}
-    entities = {group.entity for group in same}
-    return -len(fit), -len(entities), -sum(len(group.runs) for group in same), tuple(same[0].settings.values())
+def _by_frequency(groups: Sequence[Group]) -> tuple[Any, ...]:
+    """Sorts sets of groups: first those that most machines ran, without a problem if possible."""
+    sound = {group.entity for group in groups if not group.problem}
+    entities = {group.entity for group in groups}
+    return -len(sound), -len(entities), -sum(len(group.runs) for group in groups), tuple(groups[0].settings.values())
 
 
 def _by_time(group: Group) -> tuple[Any, ...]:
-    """Sorts groups from the fastest to the slowest, those without the figure last."""
-    values = values_of(group.runs, TOTAL)
+    """Sorts groups from the fastest to the slowest, those without a time last."""
+    values = measurements(group.runs, TOTAL)
     return not values, median(values) if values else 0.0, -len(group.runs), *group.settings.values()
 
 
 def _table(
     context: Context,
-    everyone: Sequence[Group],
+    groups: Sequence[Group],
     chosen: Sequence[Group],
     settings: Mapping[str, str] | None,
     target: float | None,
 ) -> Table:
-    ordered = sorted(chosen, key=lambda group: (*_by_time(group), context.names[group.entity]))
-    rows = [_row(context, group, target) for group in ordered]
-    timed = {index: group for index, group in enumerate(ordered) if values_of(group.runs, TOTAL)}
-    first = reference_index(context, timed)
-    if first is None:
+    """The table of the `chosen` among all groups. `settings`: what they share, None for each machine's best."""
+    chosen = sorted(chosen, key=lambda group: (*_by_time(group), context.name(group)))
+    timed = [group for group in chosen if measurements(group.runs, TOTAL)]
+    baseline = context.baseline(timed)
+    rows = [_row(context, group, target) for group in chosen]
+    if baseline is None:
         return Table(settings, None, 0, stats.LEVEL, rows)
     # A best was picked among several groups: every pair that it might have been counts as a comparison.
-    tried = Counter(group.entity for group in (chosen if settings else everyone) if may_be_claimed_of(group))
+    candidates = Counter(group.entity for group in (chosen if settings else groups) if claimable(group))
     comparisons = sum(
-        tried[group.entity] * tried[ordered[first].entity] for index, group in timed.items() if index != first
+        candidates[group.entity] * candidates[baseline.entity] for group in timed if group is not baseline
     )
-    rules = rules_for(context, comparisons, "on this work")
-    whole_rules = replace(rules, where="from process start to result")
-    sides = {key: _sides(context, key, timed, named=settings is None) for key in ("total_seconds", "process_seconds")}
-    precisions = _precisions(everyone)
-    for index, group in timed.items():
-        if index == first:
-            rows[index] = replace(rows[index], claim=Claim("reference"), whole=Claim("reference"))
-            continue
-        untried = _untried(context, group, ordered[first], precisions)
-        claim = untried or claims.compared(sides["total_seconds"][index], sides["total_seconds"][first], rules)
-        whole = untried or Claim("alone")
-        if not untried and index in sides["process_seconds"] and first in sides["process_seconds"]:
-            whole = claims.compared(sides["process_seconds"][index], sides["process_seconds"][first], whole_rules)
-        rows[index] = replace(rows[index], claim=claim, whole=whole)
-    return Table(settings, sides["total_seconds"][first].name, comparisons, rules.level, rows)
+    rules = context.rules(comparisons)
+    for index, group in enumerate(chosen):
+        if measurements(group.runs, TOTAL):
+            claim, whole = _claims(context, groups, group, baseline, rules, best=settings is None)
+            rows[index] = replace(rows[index], claim=claim, whole=whole)
+    reference = _side_name(context, baseline, best=settings is None)
+    return Table(settings, reference, comparisons, rules.level, rows)
 
 
-def _precisions(everyone: Sequence[Group]) -> dict[Entity, set[str]]:
-    """The precisions in which each entity did the work."""
-    tried: dict[Entity, set[str]] = {}
-    for group in everyone:
-        tried.setdefault(group.entity, set()).add(group.settings["precision"])
-    return tried
+def _claims(
+    context: Context, groups: Sequence[Group], candidate: Group, baseline: Group, rules: Rules, *, best: bool
+) -> tuple[Claim, Claim]:
+    """What is claimed of the candidate's work, and of its whole process. `best`: each machine is at its best."""
+    if candidate is baseline:
+        return Claim("reference"), Claim("reference")
+    if reason := _not_run(context, groups, candidate, baseline):
+        name = _side_name(context, candidate, best=True)
+        claim = Claim("other", f"{name}: not compared with {context.name(baseline)}: {reason}.", reason=reason)
+        return claim, claim
+
+    def compare(key: str, where: str) -> Claim:
+        sides = [_side(context, group, key, best=best) for group in (candidate, baseline)]
+        if not all(side.seconds for side in sides):
+            return Claim("alone")
+        return claims.compare(sides[0], sides[1], rules, where)
+
+    return compare("total_seconds", "on this work"), compare("process_seconds", "from process start to result")
 
 
-def _untried(
-    context: Context, candidate: Group, reference: Group, precisions: Mapping[Entity, set[str]]
-) -> Claim | None:
-    """No claim where one side's best precision was not run on the other: settings would be compared, not machines."""
-    for group, other in ((candidate, reference), (reference, candidate)):
+def _not_run(context: Context, groups: Sequence[Group], candidate: Group, baseline: Group) -> str:
+    """The precision of one side that the other never ran, in a sentence. Then settings would be compared, not machines.
+    '' if both ran both."""
+    for group, other in ((candidate, baseline), (baseline, candidate)):
         precision = group.settings["precision"]
-        if precision not in precisions[other.entity]:
-            reason = f"{context.names[other.entity]} was not run in {precision}"
-            name = f"{context.names[candidate.entity]} at {candidate.settings['precision']}"
-            sentence = f"{name}: not compared with {context.names[reference.entity]}: {reason}."
-            return Claim("other", sentence, reason=reason)
-    return None
+        if not any((g.entity, g.settings["precision"]) == (other.entity, precision) for g in groups):
+            return f"{context.name(other)} was not run in {precision}"
+    return ""
 
 
-def _sides(context: Context, key: str, timed: Mapping[int, Group], *, named: bool) -> dict[int, Side]:
-    """The groups with the figure `key` as sides of a claim; `named`: by precision too, which their table mixes."""
-    sides = {}
-    for index, group in timed.items():
-        runs = [run for run in group.runs if _value(run, key) is not None]
-        if runs:
-            name = context.names[group.entity]
-            sides[index] = side_of(
-                f"{name} at {group.settings['precision']}" if named else name,
-                group,
-                runs,
-                [value for run in runs if (value := _value(run, key)) is not None],
-                {
-                    images: by_seed
-                    for images, figure in ACCURACIES.items()
-                    if (by_seed := _by_seed(group.runs, WORK_METRICS[figure]))
-                },
-            )
-    return sides
+def _side_name(context: Context, group: Group, *, best: bool) -> str:
+    """The machine; with its precision where each machine is at its best, since these differ."""
+    return f"{context.name(group)} at {group.settings['precision']}" if best else context.name(group)
 
 
-def _by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
-    """An accuracy by seed. A seed that ran twice gives one value, its mean: equal seeds are no two samples."""
+def _side(context: Context, group: Group, key: str, *, best: bool) -> Side:
+    """A side of the claim about the times `key`. Its seconds are empty if no run has that time."""
+    accuracies = {images: _by_seed(group.runs, WORK_METRICS[figure]) for images, figure in ACCURACIES.items()}
+    return side_of(
+        _side_name(context, group, best=best),
+        group,
+        [(run, value) for run in group.runs if (value := _value(run, key)) is not None],
+        {images: by_seed for images, by_seed in accuracies.items() if by_seed},
+    )
+
+
+def _by_seed(runs: Sequence[Run], metric: str) -> dict[int, float]:
+    """An accuracy by seed. A seed that ran twice gives one value, the mean: equal seeds are not independent."""
     values: dict[int, list[float]] = {}
     for run in runs:
-        value, seed = metric_of(run, metric, share=True), run["params"].get("settings.seed", "")
+        value, seed = fraction(run, metric), run["params"].get("settings.seed", "")
         if value is not None and seed.isdecimal():
             values.setdefault(int(seed), []).append(value)
-    return {seed: math.fsum(same) / len(same) for seed, same in values.items()}
+    return {seed: fmean(repeated) for seed, repeated in values.items()}
 
 
 def _row(context: Context, group: Group, target: float | None) -> Row:
     figures, values = _figures(context, group)
-    shown = group.runs[0]
-    if "total_seconds" in figures:
-        middle, metric = figures["total_seconds"].value, TOTAL
-        shown = min(group.runs, key=lambda run: abs((metric_of(run, metric) or math.inf) - middle))
     source = energy_source(group.runs, "energy.source", WORK_METRICS["images_per_joule"])
     if not source:
-        for key in ("images_per_joule", "joules"):
-            figures.pop(key, None)
-    count, known = len(values.get("seconds_to_target", ())), len(values.get("total_seconds", ()))
-    if count < known:
-        figures.pop("seconds_to_target", None)  # those that never reached it have no time: no median
-    head = head_of(context, group, "taints")
+        figures.pop("images_per_joule", None)
+        figures.pop("joules", None)
+    reached, timed = len(values.get("seconds_to_target", ())), len(values.get("total_seconds", ()))
+    if reached < timed:
+        figures.pop("seconds_to_target", None)  # no median, as some runs never reached the target
+    typical = group.runs[0]
+    if timed:
+        center = figures["total_seconds"].value
+        typical = min(group.runs, key=lambda run: abs((measurement(run, TOTAL) or math.inf) - center))
+    head = context.head(group, WORK)
     return Row(
         head=head,
         settings=group.settings,
-        shown=link_to(context, shown),
+        shown=context.run_link(typical),
         figures=figures,
         values=values,
         memory_of=MEMORY_OF.get(head.device, "tensors"),
         energy_source=source,
-        reached=(count, known) if target is not None and known else None,
-        course=_course(context, shown),
+        reached=(reached, timed) if target is not None and timed else None,
+        course=_course(context, typical),
         costs=costs_of_work(context.prices.get(head.hardware), figures),
     )
 
 
 def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate], dict[str, list[float]]]:
-    """The group's figures, and each run's value of them."""
-    readers: dict[str, Callable[[Run], float | None]] = {key: partial(_value, key=key) for key in WORK_METRICS}
-    readers["epoch_seconds"] = lambda run: _middle(_epoch_seconds(context, run))
-    readers["images_per_second"] = lambda run: _median_speed(context, run)
+    """The group's figures, and each run's values of them."""
     figures, values = {}, {}
-    for key, read in readers.items():
-        measured = [(value, run["started"]) for run in group.runs if (value := read(run)) is not None]
+    for key in (*WORK_METRICS, "epoch_seconds", "images_per_second"):
+        measured = [
+            (value, run["started"])
+            for run in group.runs
+            if (value := _epoch_value(context, run, key) if key not in WORK_METRICS else _value(run, key)) is not None
+        ]
         if measured:
             values[key] = [value for value, _ in measured]
             if key in ACCURACIES.values():
-                figures[key] = stats.mean(values[key])
+                figures[key] = stats.mean_estimate(values[key])
             else:
-                figures[key] = stats.typical(values[key], [start for _, start in measured])
+                figures[key] = stats.median_estimate(values[key], [start for _, start in measured])
     return figures, values
 
 
 def _value(run: Run, key: str) -> float | None:
     """A figure of WORK_METRICS."""
-    value = metric_of(run, WORK_METRICS[key], share=key in ACCURACIES.values())
+    if key in ACCURACIES.values():
+        return fraction(run, WORK_METRICS[key])
+    value = measurement(run, WORK_METRICS[key])
     if value is None or key != "process_seconds":
         return value
-    return value - (metric_of(run, "time/data_seconds") or 0.0)
+    value -= measurement(run, "time/data_seconds") or 0.0
+    return value if is_measurement(value) else None
 
 
-def _epoch_seconds(context: Context, run: Run) -> list[float]:
-    return [value for value in context.courses(run["run_id"])["time/train_seconds"] if is_measured(value)]
-
-
-def _middle(seconds: Sequence[float]) -> float | None:
-    return median(seconds) if seconds else None
-
-
-def _median_speed(context: Context, run: Run) -> float | None:
-    """Images a second of the median epoch: the metric is of the last one, and every epoch has the same images."""
-    seconds, last = _epoch_seconds(context, run), metric_of(run, "speed/train_images_per_second")
-    return last * seconds[-1] / median(seconds) if seconds and last is not None else None
+def _epoch_value(context: Context, run: Run, key: str) -> float | None:
+    """The median epoch's training seconds, or its images per second. The metric is the last epoch's speed, and every
+    epoch has the same number of images."""
+    seconds = [value for value in context.courses(run["run_id"])["time/train_seconds"] if is_measurement(value)]
+    if not seconds or key == "epoch_seconds":
+        return median(seconds) if seconds else None
+    last = measurement(run, "speed/train_images_per_second")
+    return last * seconds[-1] / median(seconds) if last is not None else None
 
 
 def _course(context: Context, run: Run) -> list[tuple[float, float]]:
-    """Seconds from the beginning, and validation accuracy, after each epoch; empty where that isn't known. The last
-    epoch ends with `time/total_seconds`, which includes what came before the first."""
+    """Seconds since the start, and validation accuracy, after each epoch; empty where they are not known. The last
+    epoch ends at `time/total_seconds`, which includes what came before the first."""
     accuracy, training, validation = (context.courses(run["run_id"])[key] for key in COURSES)
-    total = metric_of(run, TOTAL)
+    total = measurement(run, TOTAL)
     if total is None or not accuracy or not len(accuracy) == len(training) == len(validation):
         return []
-    lasting = [sum(epoch) for epoch in zip(training, validation, strict=True)]
-    ends = [total - math.fsum(lasting[done:]) for done in range(1, len(lasting) + 1)]
-    if not (all(map(is_share, accuracy)) and all(map(is_measured, ends)) and ends == sorted(ends)):
+    durations = [sum(epoch) for epoch in zip(training, validation, strict=True)]
+    ends = [total - math.fsum(durations[done:]) for done in range(1, len(durations) + 1)]
+    if not (all(map(is_fraction, accuracy)) and all(map(is_measurement, ends)) and ends == sorted(ends)):
         return []
     return list(zip(ends, accuracy, strict=True))
 

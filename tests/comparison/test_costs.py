@@ -5,26 +5,15 @@ import math
 import pytest
 from made import price
 
-from pipeline.comparison import costs, stats
+from pipeline.comparison import costs
+from pipeline.comparison.stats import Estimate
 
 HOURS = 3 * 365.25 * 24
-"""Of use, day and night."""
+"""Of three years, day and night."""
 
 
-def figures(**seconds):
-    return {key: stats.Estimate(value, None, None, 1) for key, value in seconds.items()}
-
-
-def test_a_bought_machine_is_paid_over_three_years_of_its_use():
-    assert costs.owned_hours(price(buy=1.0)) == pytest.approx(HOURS)
-    assert costs.owned_hours(price(buy=1.0, hours_per_day=8.0)) == pytest.approx(HOURS / 3)
-
-
-def test_an_hour_costs_its_share_of_the_price_and_the_electricity():
-    bought = price(buy=HOURS, per_hour=2.0, per_kwh=0.5)
-    assert costs.hourly(bought, 1000.0) == (2.0, pytest.approx(1.5))
-    assert costs.hourly(bought, None) == (2.0, pytest.approx(1.0))
-    assert costs.hourly(price(per_hour=2.0, per_kwh=0.5), 1000.0) == (2.0, None)
+def figures(**values):
+    return {key: Estimate(value, None, None, 1) for key, value in values.items()}
 
 
 @pytest.mark.parametrize(
@@ -40,30 +29,31 @@ def test_an_hour_costs_its_share_of_the_price_and_the_electricity():
     ],
 )
 def test_break_even_is_the_price_over_what_an_hour_saves(given, watts, hours):
-    found = costs.break_even_hours(price(**given), watts)
-    assert found == (None if hours is None else pytest.approx(hours))
+    expected = None if hours is None else pytest.approx(hours)
+    assert costs.break_even_hours(price(**given), watts) == expected
 
 
-def test_a_job_costs_the_hours_of_its_whole_process():
-    work = figures(total_seconds=360.0, process_seconds=3600.0)
-    found = costs.costs_of_work(price(buy=HOURS, per_hour=3.0, per_kwh=0.5), work)
-    assert (found.rented, found.bought, found.with_electricity) == (3.0, pytest.approx(1.0), False)
-    assert found.currency == "EUR"
+@pytest.mark.parametrize(
+    ("given", "joules", "rented", "bought"),
+    [
+        ({"buy": HOURS, "per_hour": 3.0, "per_kwh": 0.5}, None, 3.0, 1.0),
+        ({"buy": HOURS, "hours_per_day": 8.0}, None, None, 3.0),
+        ({"buy": HOURS, "per_kwh": 0.5}, 360_000.0, None, 1.5),  # 1,000 W
+        ({"per_hour": 3.0, "per_kwh": 0.5}, 360_000.0, 3.0, None),
+    ],
+)
+def test_a_job_costs_the_hour_of_its_whole_process(given, joules, rented, bought):
+    energy = {} if joules is None else {"joules": joules}
+    cost = costs.costs_of_work(price(**given), figures(total_seconds=360.0, process_seconds=3600.0, **energy))
+    assert cost == costs.Costs("EUR", rented, None if bought is None else pytest.approx(bought), joules is not None)
 
 
-def test_a_job_costs_the_electricity_that_it_drew():
-    work = figures(total_seconds=360.0, process_seconds=3600.0, joules=360_000.0)  # 1,000 W
-    found = costs.costs_of_work(price(buy=HOURS, per_kwh=0.5), work)
-    assert (found.rented, found.bought, found.with_electricity) == (None, pytest.approx(1.5), True)
+def test_images_for_money_are_those_of_an_hour():
+    cost = costs.costs_of_score(price(buy=HOURS, per_hour=2.0, per_kwh=0.5), 1000.0, 2000.0)
+    assert cost == costs.Costs("EUR", 1_800_000, pytest.approx(1_800_000), with_electricity=True)
 
 
 def test_without_a_price_or_a_time_nothing_is_invented():
     assert costs.costs_of_work(None, figures(process_seconds=1.0)) is None
     assert costs.costs_of_work(price(buy=1.0), figures(total_seconds=1.0)) is None
     assert costs.costs_of_score(None, 1.0, None) is None and costs.costs_of_score(price(buy=1.0), None, None) is None
-
-
-def test_images_for_money_are_those_of_an_hour():
-    found = costs.costs_of_score(price(buy=HOURS, per_hour=2.0, per_kwh=0.5), 1000.0, 2000.0)
-    assert (found.rented, found.bought) == (1_800_000, pytest.approx(1_800_000))
-    assert found.with_electricity
