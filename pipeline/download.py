@@ -24,7 +24,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     terminal.say(f"classes  {len(classes)}: {shown}")
     terminal.say(f"weights  {start['model']}: {start['used']}")
     if fallback:
-        terminal.shout(
+        terminal.warn(
             "DEMO: this is not the real thing, and its figures are not comparable with real runs",
             *([f"data: generated pictures in place of CIFAR-10 ({data['reason']})"] if "data" in fallback else []),
             *([f"weights: random in place of pretrained ({start['reason']})"] if "weights" in fallback else []),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, synced, renamed. And small files of the system."""
+"""Write files so that they are whole or absent: to a temporary name, synced, renamed. Read small files."""
 
 import errno
 import json
@@ -13,30 +13,30 @@ from pipeline.errors import StageError
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; on a clean exit it is synced and takes the name `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to. On a clean exit it is synced and renamed to `path`.
 
-    Raises StageError where the disk is full or the folder can't be written.
+    Raises StageError if the disk is full or the folder can't be written.
     """
-    aside: Path | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
-        aside = Path(name)
-        yield aside
-        with aside.open("r+b") as file:
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        aside.chmod(0o644)  # mkstemp makes a file that only its owner can read
-        aside.replace(path)
+        temporary.chmod(0o644)  # mkstemp makes a file that only its owner can read
+        temporary.replace(path)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: OSError) -> StageError:
+def write_error(path: Path, error: OSError) -> StageError:
     """The error that tells a person why `path` can't be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StageError(f"no disk space left to write {path.name}: free some and run it again")
@@ -44,23 +44,23 @@ def cannot_write(path: Path, error: OSError) -> StageError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+    """Write UTF-8 text, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def json_text(value: Any) -> str:
-    """JSON that a person can read; NaN and infinities are refused (ValueError)."""
+    """JSON that a person can read. Raises ValueError for NaN and infinities."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read, whole or not at all; NaN and infinities are refused (ValueError)."""
+    """Write JSON that a person can read, whole or not at all. Raises ValueError for NaN and infinities."""
     write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON. Raises StageError naming the stage to run when the file is missing or damaged."""
+    """Read JSON. Raises StageError, with the command to run, if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,8 +70,12 @@ def read_json(path: Path) -> Any:
 
 
 def contents(path: Path) -> str:
-    """The text of a file, without blanks at its ends; empty where it can't be read."""
+    """The text of a file without blanks at its ends, or '' if it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+cannot_write = write_error
+written_aside = atomic_write

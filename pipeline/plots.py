@@ -23,7 +23,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from pipeline.files import written_aside
+from pipeline.files import atomic_write
 
 # Okabe-Ito: told apart by colour-blind people too. Lines differ in dashes and markers for print.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#595959"
@@ -331,7 +331,7 @@ def save(figure: Figure, path: Path) -> None:
 
     Raises StageError where the disk is full or the folder can't be written.
     """
-    with written_aside(path) as aside, warnings.catch_warnings():
+    with atomic_write(path) as aside, warnings.catch_warnings():
         # A class name in a script that no installed font has is drawn as boxes.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(aside, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})

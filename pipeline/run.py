@@ -63,7 +63,7 @@ def _own_folder(name: str) -> Path:
             count += 1
             own = RUNS / f"{name}-{count}"
         except OSError as error:
-            raise files.cannot_write(own, error) from error
+            raise files.write_error(own, error) from error
 
 
 if __name__ == "__main__":

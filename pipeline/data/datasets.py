@@ -101,7 +101,7 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
         images, labels = _decoded(data, inputs, split, image_size)
     try:
         for name, array in (("images", images), ("labels", labels)):
-            with files.written_aside(kept / f"{name}.npy") as aside, aside.open("wb") as file:
+            with files.atomic_write(kept / f"{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, array)
     except StageError as error:
         print(f"decoded images are not kept: {error}", file=sys.stderr)

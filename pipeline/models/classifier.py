@@ -241,7 +241,7 @@ def counts(model: nn.Module) -> tuple[int, int]:
 def save_checkpoint(path: Path, model: Classifier, facts: Checkpoint) -> None:
     """Writes the model's state (timm's names, on the CPU) and `facts` as one .safetensors file, whole or not."""
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.net.state_dict().items()}
-    with files.written_aside(path) as aside:
+    with files.atomic_write(path) as aside:
         safetensors.torch.save_file(state, aside, metadata={"trainmark": json.dumps(vars(facts))})
 
 
