@@ -1,4 +1,7 @@
-"""Sets all machines side by side (reports/compare.md, .json, .html), and puts a cached run into an empty store."""
+"""Compare all machines of the store in one report: reports/compare.html, compare.md and compare.json.
+
+A cached training that the store lacks is put into it first, without training again.
+"""
 
 import tempfile
 from collections.abc import Mapping
@@ -11,59 +14,62 @@ from pipeline.tracking import publisher, records, store
 REPORTS = config.ROOT / "reports"
 
 
-def run(settings: config.Settings, folder: Path) -> build.Comparison:
-    """Writes the reports, logs them and their charts as a run of their own, and says what came out."""
-    experiment_id = _in_store(settings, folder)
-    found = build.compare(
+def run(settings: config.Settings, folder: Path, reports: Path | None = None) -> build.Comparison:
+    """Compare all finished runs. Write the reports, log them with their charts as a run of their own, and print the
+    answer. `folder`: the stages' outputs; `reports`: REPORTS if not given."""
+    reports = reports or REPORTS
+    experiment_id = _restore_cached(settings, folder)
+    comparison = build.compare(
         store.finished_runs(),
         lambda run_id: store.history(run_id, build.COURSES),
         store.run_link,
         settings.compare,
         config.read_prices(settings.compare.prices),
     )
-    drawn = write(found, REPORTS)
-    if drawn:
-        _log(settings.tracking.experiment, found, drawn)
-    terminal.say("\n" + report.on_terminal(found) + "\n")
+    svgs = write_reports(comparison, reports)
+    if svgs:
+        _log_reports(settings.tracking.experiment, comparison, reports, svgs)
+    terminal.say("\n" + report.on_terminal(comparison) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
     terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + store.shown_uri() + ")")
     if experiment_id:
         terminal.say("         " + store.run_table_link(experiment_id))
-    return found
+    return comparison
 
 
-def write(found: build.Comparison, folder: Path) -> dict[str, dict[str, str]]:
-    """Writes compare.md, .json and .html. Returns the charts as SVG, by the place of their table and by name."""
-    drawn = {
+def write_reports(comparison: build.Comparison, folder: Path) -> dict[str, dict[str, str]]:
+    """Write compare.md, .json and .html. Returns the charts as SVG, by the place of their table and by name."""
+    svgs = {
         place: {name: plots.svg(figure) for name, figure in figures.items()}
-        for place, figures in charts.charts(found).items()
+        for place, figures in charts.charts(comparison).items()
     }
-    files.write_text(folder / "compare.md", report.markdown(found))
-    files.write_json(folder / "compare.json", report.as_json(found))
-    files.write_text(folder / "compare.html", page.html(found, drawn))
-    return drawn
+    files.write_text(folder / "compare.md", report.markdown(comparison))
+    files.write_json(folder / "compare.json", report.as_json(comparison))
+    files.write_text(folder / "compare.html", page.html(comparison, svgs))
+    return svgs
 
 
-def _log(experiment: str, found: build.Comparison, drawn: Mapping[str, Mapping[str, str]]) -> None:
-    """Puts the reports and the charts into the store's run for them, over those of the last time."""
+def _log_reports(
+    experiment: str, comparison: build.Comparison, reports: Path, svgs: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Log reports and charts to the comparison's own run in the store, over the previous ones."""
     handle = store.comparison_run(experiment)
     if handle is None:
         return
-    with store.end_on_failure(handle), tempfile.TemporaryDirectory() as folder:
-        artifacts = {name: REPORTS / name for name in ("compare.html", "compare.md", "compare.json")}
-        for place, pictures in drawn.items():
-            for name, svg in pictures.items():
-                file = Path(folder) / place / f"{name}.svg"
-                files.write_text(file, svg)
-                artifacts[f"charts/{place}/{name}.svg"] = file
+    with store.end_on_failure(handle), tempfile.TemporaryDirectory() as scratch:
+        artifacts = {name: reports / name for name in ("compare.html", "compare.md", "compare.json")}
+        for place, by_name in svgs.items():
+            for name, svg in by_name.items():
+                artifacts[f"charts/{place}/{name}.svg"] = path = Path(scratch) / place / f"{name}.svg"
+                files.write_text(path, svg)
         store.log_artifacts(handle, artifacts)
-        store.set_tags(handle, {"mlflow.note.content": report.description(found)})
+        store.set_tags(handle, {"mlflow.note.content": report.description(comparison)})
         store.end_run(handle, "FINISHED")
 
 
-def _in_store(settings: config.Settings, folder: Path) -> str | None:
-    """Makes sure that the training in `folder`, with all its repeats that are there and what later stages found, stands
-    in the store; the id of its experiment."""
+def _restore_cached(settings: config.Settings, folder: Path) -> str | None:
+    """Put the training in `folder`, its repeats and later stages into the store where it lacks them. Returns the id of
+    their experiment; None if nothing was trained, or if the run was deleted by its user."""
     trained = records.present_records(folder)
     if not trained:
         return None

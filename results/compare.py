@@ -38,7 +38,7 @@ def run(folder: Path = RESULTS) -> build.Comparison:
             config.load().compare,
             None,
         )
-    compare.write(found, folder)
+    compare.write_reports(found, folder)
     terminal.say("\n" + report.on_terminal(found) + "\n")
     terminal.say(f"report   {folder.name}/compare.html, compare.md, compare.json")
     return found
