@@ -1,4 +1,4 @@
-"""The one clock: it waits for the device before it is read."""
+"""The one clock. Devices work asynchronously, so it synchronizes before each reading."""
 
 import math
 import time
@@ -10,109 +10,102 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.devices import Backend
 
-EVERY_MARKED, EVERY_AWAITED = 4, 20
-"""Which step is timed: two marks in the queue cost the host some microseconds; waiting costs an asynchronous device
-the time until it has work again. Of every fourth, or every twentieth, that is less than a hundredth in all."""
+EVENT_INTERVAL, SYNC_INTERVAL = 4, 20
+"""Every fourth step is timed by events, or every twentieth by synchronizing: less than a hundredth of the time."""
 
 
 @dataclass
 class Span:
-    """A stretch of time; `seconds` is there once it has ended."""
+    """A stretch of time; `seconds` is set when it ends."""
 
     seconds: float = 0.0
 
 
 class Clock:
-    """Adds up seconds by the name of a span.
-
-    Devices work asynchronously: a clock read while work is still queued times the queueing. So
-    `synchronize` (a backend's) is called before each reading, at the start of a span and at its end.
-    Spans do not nest; what lies between two of them is unaccounted.
-    """
+    """Adds up the seconds of spans by name. Spans do not nest; the time between them is unaccounted."""
 
     def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter):
         self.seconds: dict[str, float] = {}
         self.now = now
-        self._synchronise = synchronize
+        self._synchronize = synchronize
         self._open: str | None = None
-        self._first: float | None = None
+        self._first_start: float | None = None
 
     @contextmanager
     def span(self, name: str) -> Iterator[Span]:
-        """Bills the time inside to `name`; nothing is billed when an exception leaves it."""
+        """Add the time inside to `name`; nothing is added when an exception leaves it."""
         if self._open is not None:
             raise RuntimeError(f"span {name} opened inside span {self._open}")
-        self._synchronise()
+        self._synchronize()
         self._open = name
         span = Span()
         start = self.now()
-        self._first = start if self._first is None else self._first
+        if self._first_start is None:
+            self._first_start = start
         try:
             yield span
-            self._synchronise()
+            self._synchronize()
             span.seconds = self.now() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + span.seconds
         finally:
             self._open = None
 
     def total(self, *names: str) -> float:
-        """Seconds of these spans together; one that never ran counts nothing."""
+        """Seconds of these spans together; a span that never ran counts as 0."""
         return sum(self.seconds.get(name, 0.0) for name in names)
 
     def unaccounted(self) -> float:
-        """Seconds since the first span began that no span has."""
-        if self._first is None:
+        """Seconds since the start of the first span that are in no span."""
+        if self._first_start is None:
             return 0.0
-        self._synchronise()
-        return self.now() - self._first - sum(self.seconds.values())
+        self._synchronize()
+        return self.now() - self._first_start - sum(self.seconds.values())
 
 
 class StepTimes:
-    """Seconds of a sample of the steps of an epoch, without slowing the others down.
-
-    By marks in the device's own queue where it has them; else the device is waited for before and after a step, which
-    is why few are. On a synchronous device every step is timed.
-    """
+    """Seconds of a sample of the training steps, measured without slowing down the others: by events on the device's
+    queue, or by synchronizing before and after a step. On a synchronous device every step is timed."""
 
     def __init__(self, backend: "Backend", now: Callable[[], float]):
         self.seconds: list[float] = []
         self._backend, self._now = backend, now
-        self._marks: list[tuple[Any, Any, int]] = []
-        self._every = (
-            EVERY_MARKED if backend.record_event() is not None else EVERY_AWAITED if backend.asynchronous else 1
-        )
+        self._events: list[tuple[Any, Any]] = []
+        self._has_events = backend.record_event() is not None
+        self._interval = EVENT_INTERVAL if self._has_events else SYNC_INTERVAL if backend.asynchronous else 1
         self._count = 0
 
-    def step(self, steps: int = 1) -> AbstractContextManager[None]:
-        """The context in which the next step is queued; of several queued as one, their mean is timed, as one."""
+    def step(self) -> AbstractContextManager[None]:
+        """The context in which to queue the next step."""
         self._count += 1
-        return self._timed(steps) if self._count % self._every == 0 else nullcontext()
+        if self._count % self._interval:
+            return nullcontext()
+        return self._by_events() if self._has_events else self._by_clock()
 
     def collect(self) -> None:
-        """Reads the marks since the last call; the device must have been waited for."""
-        self.seconds += [self._backend.elapsed_seconds(first, last) / steps for first, last, steps in self._marks]
-        self._marks.clear()
+        """Read the events since the last call; the device must have been synchronized."""
+        self.seconds += [self._backend.elapsed_seconds(first, last) for first, last in self._events]
+        self._events.clear()
 
     def percentiles(self) -> dict[str, float]:
-        """Seconds that 50, 90 and 99 of a hundred steps took at most (nearest rank), each only where enough were timed
-        that some took longer: 10 for p90, 100 for p99."""
+        """The 50th, 90th and 99th percentile (nearest rank), each only if enough steps were timed that some took
+        longer."""
         ranked = sorted(self.seconds)
-        enough = {50: 2, 90: 10, 99: 100}
         return {
-            f"time/step_p{share}_seconds": ranked[math.ceil(share / 100 * len(ranked)) - 1]
-            for share, least in enough.items()
-            if len(ranked) >= least
+            f"time/step_p{percent}_seconds": ranked[math.ceil(percent / 100 * len(ranked)) - 1]
+            for percent, min_steps in ((50, 2), (90, 10), (99, 100))
+            if len(ranked) >= min_steps
         }
 
     @contextmanager
-    def _timed(self, steps: int) -> Iterator[None]:
+    def _by_events(self) -> Iterator[None]:
         first = self._backend.record_event()
-        if first is not None:
-            yield
-            self._marks.append((first, self._backend.record_event(), steps))
-            return
+        yield
+        self._events.append((first, self._backend.record_event()))
+
+    @contextmanager
+    def _by_clock(self) -> Iterator[None]:
         self._backend.synchronize()
         start = self._now()
         yield
         self._backend.synchronize()
-        self.seconds.append((self._now() - start) / steps)
+        self.seconds.append(self._now() - start)
