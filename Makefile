@@ -1,21 +1,31 @@
-# make run | test | ui | bench | results | clean. Without make (Windows): README, "Without make".
-# TORCH: default (what the package index has) | cpu | cu126 (NVIDIA cards before Turing, such as a GTX 1060) | cu130 |
-# rocm7.2 | xpu: a build that PyTorch offers at download.pytorch.org. The choice is kept in .venv until another is made.
+# `make` alone says what there is. On Windows: README, "Run it".
+# TORCH names a build that PyTorch offers at download.pytorch.org. The choice is kept in .venv until another is made.
 VENV := .venv
 BIN := $(VENV)/bin
-# The first that runs (a shim may not), is one that torch is built for, and can make environments.
+# The first Python that runs (a shim may not), that torch is built for, and that can make environments.
 FITS := -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p $(FITS) && echo $$p && break; done)
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),default)
-# Which torch is asked for: a stamp by its name is missing where another one is installed.
+# A stamp named after the build is missing if another build is installed.
 STAMP := $(VENV)/.installed-$(TORCH)
 DEV_STAMP := $(VENV)/.installed-dev-$(TORCH)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-# For what dvc starts. Called by their paths above and below: make 3.81, which macOS has, looks up commands without it.
+# For what dvc starts. Commands are called by their paths, because make 3.81, which macOS has, looks them up without this.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test ui bench results clean
+.PHONY: help run ui test bench results clean
 .DELETE_ON_ERROR:
+
+help:
+	@echo "make run      install everything into .venv, then train, evaluate, score and compare (dvc repro)"
+	@echo "make ui       open the report of all machines, and MLflow with every run"
+	@echo "make test     lint, check types and imports, run the tests: offline, on the CPU"
+	@echo "make bench    run the benchmarks; each is a ratio measured side by side"
+	@echo "make results  check the published results, and compare their machines"
+	@echo "make clean    delete .venv; data, runs and reports stay"
+	@echo ""
+	@echo "Another build of torch: make run TORCH=cpu | cu126 (NVIDIA cards before Turing, such as a GTX 1060) | cu130 |"
+	@echo "rocm7.2 | xpu. Another Python: make run PYTHON=python3.12. All commands: $(BIN)/python -m pipeline"
 
 run: $(STAMP)
 	$(BIN)/dvc repro
@@ -24,7 +34,8 @@ test: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ui: $(STAMP)
 	$(BIN)/python -m pipeline.ui

@@ -1,7 +1,9 @@
 """The command line: how settings are given, what a person sees, how it ends."""
 
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -85,6 +87,14 @@ def test_the_commands_are_listed():
     assert set(overview.STAGES) | {"run", "ui", "bundle"} <= overview.commands().keys()
     status, _, err = shell("-m", "pipeline", "train")
     assert status == 2 and err.rstrip().endswith("did you mean python -m pipeline.train?")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_alone_says_what_there_is():
+    ended = subprocess.run(["make"], cwd=config.ROOT, capture_output=True, text=True, timeout=60)
+    targets = re.search(r"^\.PHONY: (.+)$", (config.ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    assert ended.returncode == 0
+    assert re.findall(r"^make (\w+) ", ended.stdout, re.MULTILINE) == targets[1:]
 
 
 def test_help_from_another_folder(tmp_path):
