@@ -105,9 +105,7 @@ class Powermetrics:
         try:
             self._child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            terminal.warn(
-                "powermetrics does not end, and takes power from what runs here", "sudo killall powermetrics"
-            )
+            terminal.warn("powermetrics does not end, and takes power from what runs here", "sudo killall powermetrics")
 
     def _read(self, pipe: IO[str]) -> None:
         joules = 0.0
