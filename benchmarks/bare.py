@@ -34,7 +34,7 @@ def weights_of(recipe: config.Recipe) -> Path | None:
     found = weights.resolve(recipe)
     if found["reason"]:
         sys.exit(f"weights: pretrained ones can't be had ({found['reason']}): -S weights=random, or a file")
-    return weights.located(found, recipe)
+    return weights.locate(found, recipe)
 
 
 def classes_of(splits: setup.Splits) -> int:

@@ -95,7 +95,7 @@ def baseline(
     rows = []
     for _ in range(epochs):
         start = time.perf_counter()
-        classifier.set_mode(network, recipe.frozen_batch_norm)
+        classifier.set_train_mode(network, recipe.frozen_batch_norm)
         total = 0.0
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
@@ -260,7 +260,7 @@ def _warm_up(network: torch.nn.Module, recipe: config.Recipe, size: int, device:
     """A step and a validation of a copy, so that no epoch pays for what is done once: libraries loaded, kernels
     chosen."""
     images = torch.zeros(size, 3, recipe.image_size, recipe.image_size, device=device)
-    classifier.set_mode(network, recipe.frozen_batch_norm)
+    classifier.set_train_mode(network, recipe.frozen_batch_norm)
     loss = F.cross_entropy(network(images), torch.zeros(size, dtype=torch.int64, device=device))
     loss.backward()  # type: ignore[no-untyped-call]
     network.eval()

@@ -27,7 +27,7 @@ def step_of(
     torch.manual_seed(0)
     net = classifier.build(recipe, 10, None).to(backend.device)
     net = net.to(memory_format=torch.channels_last if layout else torch.contiguous_format)
-    classifier.set_mode(net, recipe.frozen_batch_norm)
+    classifier.set_train_mode(net, recipe.frozen_batch_norm)
     forward = net if compiled == "off" else torch.compile(net, mode=compiled, dynamic=False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(0)

@@ -543,10 +543,10 @@ def _refuse_conflicts(found: Sequence[tuple[str, Run]], scratch: Path) -> None:
             )
         _refuse_another(run, siblings, f"{where}: {run.shown}")
         if run.checkpoint:
-            from pipeline.models import classifier  # torch takes seconds to import, and most bundles hold no model
+            from pipeline.models import checkpoints  # torch takes seconds to import, and most bundles hold no model
 
             try:
-                classifier.load_checkpoint(run.checkpoint)
+                checkpoints.load(run.checkpoint)
             except StageError as error:
                 raise bundle_schema.refusal(f"{where}: {run.shown}", str(error)) from None
 

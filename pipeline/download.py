@@ -1,4 +1,4 @@
-"""Finds data and weights, fetches what is missing, and writes down what they are (inputs.json)."""
+"""Find data and weights, fetch what is missing, and describe them (inputs.json)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from pipeline.models import weights
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Resolves data and weights into `folder/inputs.json`: sources, digests, counts, classes, fallbacks."""
+    """Write `folder/inputs.json`: sources, digests, counts, classes and fallbacks of data and weights."""
     data = datasets.resolve(settings.data)
     start = weights.resolve(settings.work)
     fallback = [name for name, facts in (("data", data), ("weights", start)) if facts["reason"]]
@@ -28,7 +28,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
             "DEMO: this is not the real thing, and its figures are not comparable with real runs",
             *([f"data: generated pictures in place of CIFAR-10 ({data['reason']})"] if "data" in fallback else []),
             *([f"weights: random in place of pretrained ({start['reason']})"] if "weights" in fallback else []),
-            "the next run tries again; README, 'Without a network', says how to bring both by hand",
+            "the next run tries again; docs/devices.md says how to bring both by hand",
         )
     return inputs
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline import config, devices, files, plots, terminal
 from pipeline.data import batching, datasets
 from pipeline.errors import UsageError
-from pipeline.models import classifier
+from pipeline.models import checkpoints, classifier
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import publisher, records, store
 from pipeline.training import loop, setup
@@ -70,7 +70,7 @@ def _checkpoint(
             f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
             f"{trained}: run `python -m pipeline.train` with the same settings first"
         )
-    net, facts = classifier.load_checkpoint(path)
+    net, facts = checkpoints.load(path)
     for what, have, expected in (
         ("training", facts.record, record["id"]),
         ("model", facts.model, settings.work.model),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline import config, devices, files, terminal
 from pipeline.data import batching
 from pipeline.errors import OutOfMemoryError, StageError
-from pipeline.models import classifier, weights
+from pipeline.models import checkpoints, classifier, weights
 from pipeline.profiling import energy, roofline, system_info, system_state
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import publisher, records, store
@@ -68,7 +68,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         decoded = setup.decoded(settings, inputs["data"])
         splits = setup.drawn(decoded, settings)
     with clock.span("setup"), backend.memory_errors():
-        path = weights.located(inputs["weights"], recipe)
+        path = weights.locate(inputs["weights"], recipe)
         classes = inputs["data"]["classes"]
         work = setup.build(recipe, settings.seed, len(classes), path, splits, backend, clock)
 
@@ -146,7 +146,7 @@ def _above(record: Mapping[str, Any]) -> store.Handle | None:
 
 def _check(recipe: config.Recipe) -> None:
     """Refuses what can be refused before data is touched."""
-    classifier.check(recipe.model)
+    classifier.check_name(recipe.model)
     chosen = recipe.resolved()
     optimizers.check(
         recipe.optimizer,
@@ -321,7 +321,7 @@ def _record(
     fallback = inputs["fallback"] + (["device"] if unused_gpu else [])
     threads = {"threads": devices.torch_facts()["threads"]}
     own = records.run_tags(settings, inputs, hardware, backend, accelerator | threads, before, fallback)
-    trainable, parameters = classifier.counts(work.net)
+    trainable, parameters = classifier.count_parameters(work.net)
     return {
         "id": uuid.uuid4().hex,
         "name": records.run_name(own),
@@ -379,7 +379,7 @@ def _keep(
     out: Path,
 ) -> None:
     mean, std = net.normalization
-    facts = classifier.Checkpoint(
+    facts = checkpoints.Checkpoint(
         model=settings.work.model,
         classes=tuple(record["facts"]["classes"]),
         image_size=settings.work.image_size,
@@ -389,7 +389,7 @@ def _keep(
         val_accuracy=figures["val/accuracy"],
         record=record["id"],
     )
-    classifier.save_checkpoint(out / "best.safetensors", net, facts)
+    checkpoints.save(out / "best.safetensors", net, facts)
 
 
 def _times(clock: Clock) -> dict[str, float]:

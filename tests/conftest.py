@@ -11,7 +11,6 @@ from PIL import Image
 from pipeline import config
 from pipeline.data import datasets
 from pipeline.errors import StageError
-from pipeline.models import weights
 from pipeline.profiling import system_state
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -22,8 +21,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, not there yet."""
     folder = tmp_path / ".cache"
-    for module in (datasets, weights):
-        monkeypatch.setattr(module, "CACHE", folder)
+    monkeypatch.setattr(datasets, "CACHE", folder)
     return folder
 
 

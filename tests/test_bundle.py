@@ -673,7 +673,7 @@ def models(monkeypatch):
     """The files whose models were logged; no model is made of them."""
     logged = []
     loaded = SimpleNamespace(image_size=96, classes=["cat", "dog"])
-    monkeypatch.setattr("pipeline.models.classifier.load_checkpoint", lambda path: (path.read_bytes(), loaded))
+    monkeypatch.setattr("pipeline.models.checkpoints.load", lambda path: (path.read_bytes(), loaded))
     monkeypatch.setattr(store, "log_model", lambda handle, model, *rest: logged.append((model, *rest[:2])))
     return logged
 

@@ -19,9 +19,8 @@ REASON = "no mirror of CIFAR-10 answers"
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
     """No host answers, and the hub's cache is empty."""
-    monkeypatch.setattr(fetch, "reachable", lambda url, timeout=3.0: False)
-    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: [])
-    monkeypatch.setattr(weights, "_kept", lambda repository, name: None)
+    monkeypatch.setattr(fetch, "reachable", lambda urls: [])
+    monkeypatch.setattr(weights, "_cached_file", lambda repository, name: None)
     monkeypatch.setattr(weights, "_hub_file", lambda model: ("timm/some-model", "model.safetensors"))
 
 
@@ -133,9 +132,9 @@ def test_the_next_run_tries_again(auto, tmp_path, monkeypatch, capsys):
     file = tmp_path / "hub" / "model.safetensors"
     file.parent.mkdir()
     save_file({"weight": torch.zeros(2)}, file)
-    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: list(urls))
-    monkeypatch.setattr(fetch, "cifar10", lambda *args: fetched.append(args))
-    monkeypatch.setattr(weights, "_fetched", lambda repository, name: (file, None))
+    monkeypatch.setattr(fetch, "reachable", list)
+    monkeypatch.setattr(fetch, "fetch_cifar10", lambda *args: fetched.append(args))
+    monkeypatch.setattr(weights, "_fetch", lambda repository, name: (file, None))
     inputs = download.run(auto, tmp_path / "outputs")
     assert fetched == [(tmp_path / "raw", auto.data.mirrors, auto.data.timeout_seconds)]
     assert inputs["fallback"] == [] and inputs["data"]["source"] == "cifar10"

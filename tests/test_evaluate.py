@@ -12,7 +12,7 @@ from trainings import driven, generated, light, once, prepare, threads  # noqa: 
 from pipeline import evaluate, files, plots, train
 from pipeline.data import batching, datasets
 from pipeline.errors import StageError, UsageError
-from pipeline.models import classifier
+from pipeline.models import checkpoints
 from pipeline.tracking import publisher, records, store
 
 LEFT = {"metrics.json", "predictions.csv", "record.json", "plots/confusion_matrix.png"}
@@ -38,8 +38,8 @@ def line(settings, folder, number=1):
 def rewrite(folder, **changes):
     """Puts a checkpoint there that says something else of itself."""
     path = folder / "train" / "best.safetensors"
-    net, facts = classifier.load_checkpoint(path)
-    classifier.save_checkpoint(path, net, classifier.Checkpoint(**vars(facts) | changes))
+    net, facts = checkpoints.load(path)
+    checkpoints.save(path, net, checkpoints.Checkpoint(**vars(facts) | changes))
 
 
 def in_sevens(outputs):
@@ -64,7 +64,7 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
     settings = in_sevens(outputs)
     result = evaluate.run(settings, outputs)
 
-    net, facts = classifier.load_checkpoint(outputs / "train" / "best.safetensors")
+    net, facts = checkpoints.load(outputs / "train" / "best.safetensors")
     images, labels = datasets.decode(settings.data, files.read_json(outputs / "inputs.json")["data"], "test", 32)
     logits = net(batching.prepare(batching.as_split(images, labels).inputs, 32)).detach().numpy().astype(np.float64)
     answers = logits.argmax(1)
@@ -295,13 +295,13 @@ def test_a_checkpoint_of_another_training_is_refused(outputs):
 
 
 def test_a_checkpoint_of_another_model_is_refused(outputs, monkeypatch):
-    load = classifier.load_checkpoint
+    load = checkpoints.load
 
     def other(path):
         net, facts = load(path)
-        return net, classifier.Checkpoint(**vars(facts) | {"model": "resnet18.a1_in1k"})
+        return net, checkpoints.Checkpoint(**vars(facts) | {"model": "resnet18.a1_in1k"})
 
-    monkeypatch.setattr(classifier, "load_checkpoint", other)
+    monkeypatch.setattr(checkpoints, "load", other)
     said = line(generated(), outputs)
     assert "a checkpoint of another model (resnet18.a1_in1k), expected test_resnet.r160_in1k: run " in said
 

@@ -319,7 +319,9 @@ def test_repeats_that_were_cut_off_go_on_are_cached_and_put_back_below_the_run_a
 def test_another_machine_trains_again(project):
     """Another fingerprint in hardware.json, as a clone that shares the cache would write it."""
     changed = (project.root / "pipeline" / "hardware.py").read_text()
-    spoofed = changed.replace("facts = system_info.facts()", 'facts = system_info.facts() | {"machine": "0123456789ab"}')
+    spoofed = changed.replace(
+        "facts = system_info.facts()", 'facts = system_info.facts() | {"machine": "0123456789ab"}'
+    )
     assert spoofed != changed
     (project.root / "pipeline" / "hardware.py").write_text(spoofed)
     output = project.dvc("status")
@@ -368,9 +370,9 @@ def test_mlflow_loads_the_model_and_the_ui_answers(project):
         "images = np.random.default_rng(0).random((5, 3, 32, 32), dtype=np.float32)\n"
         "served = np.asarray(mlflow.pyfunc.load_model(uri).predict(images))\n"
         "plain = mlflow.pytorch.load_model(uri)(torch.from_numpy(images)).detach().numpy()\n"
-        "from pipeline.models import classifier; from pathlib import Path\n"
+        "from pipeline.models import checkpoints; from pathlib import Path\n"
         "file = sorted(Path('runs').glob('*/train/best.safetensors'))[-1]\n"
-        "net, facts = classifier.load_checkpoint(file)\n"
+        "net, facts = checkpoints.load(file)\n"
         "ours = net(torch.from_numpy(images)).detach().numpy()\n"
         "assert served.shape == (5, 3), served.shape\n"
         "assert np.allclose(served, ours, atol=1e-4) and np.allclose(plain, ours, atol=1e-4)\n"
@@ -470,14 +472,14 @@ def test_a_store_that_cannot_be_written_is_named(project):
 
 
 def test_evaluate_refuses_a_checkpoint_of_another_training(project):
-    from pipeline.models import classifier
+    from pipeline.models import checkpoints
 
     best = project.root / "outputs" / "train" / "best.safetensors"
     kept = best.read_bytes()
-    net, facts = classifier.load_checkpoint(best)
+    net, facts = checkpoints.load(best)
     best.unlink()
     try:
-        classifier.save_checkpoint(best, net, classifier.Checkpoint(**(vars(facts) | {"record": "another"})))
+        checkpoints.save(best, net, checkpoints.Checkpoint(**(vars(facts) | {"record": "another"})))
         assert "checkpoint of another training" in project.stage("evaluate", status=2)
         best.write_bytes(kept[: len(kept) // 2])
         output = project.stage("evaluate", status=1)

@@ -16,7 +16,7 @@ from pipeline import config, devices, files, hardware, plots, train
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
-from pipeline.models import classifier
+from pipeline.models import checkpoints
 from pipeline.profiling import energy, roofline, system_info, system_state
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import records, store
@@ -126,7 +126,7 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT}
     assert left_in(out) == LEFT | others | {"repeats/figures.csv", "set.json"}
     for number, record in enumerate(three, 1):
-        _, facts = classifier.load_checkpoint(records.stage_folders(out.parent, number)["train"] / "best.safetensors")
+        _, facts = checkpoints.load(records.stage_folders(out.parent, number)["train"] / "best.safetensors")
         assert facts.record == record["id"]
     assert files.read_json(out / "metrics.json") == records.summarise_metrics(
         [records.final_metrics(each) for each in three]
@@ -266,7 +266,7 @@ def test_curves_metrics_and_settings_are_files_of_their_own(once):
     assert files.read_json(folder / "hardware.json") == record["hardware"]
     settings = config._tree(folder / "params.yaml")
     assert list(settings["recipes"]) == ["linear-probe"] and settings["recipes"]["linear-probe"]["epochs"] == 2
-    _, facts = classifier.load_checkpoint(folder / "best.safetensors")
+    _, facts = checkpoints.load(folder / "best.safetensors")
     assert (facts.record, facts.model) == (record["id"], "test_resnet.r160_in1k")
     assert facts.classes == tuple(record["facts"]["classes"])
     assert facts.epoch == record["metrics"]["best/epoch"]
@@ -286,7 +286,7 @@ def test_no_absolute_path_is_left(trained, out, pictures):
 def test_the_checkpoint_is_of_the_first_best_epoch(trained, out, monkeypatch, accuracies, best):
     script(monkeypatch, accuracies)
     record = trained(f"epochs={len(accuracies)}")
-    net, facts = classifier.load_checkpoint(out / "best.safetensors")
+    net, facts = checkpoints.load(out / "best.safetensors")
     assert (facts.epoch, facts.val_accuracy) == (best, max(accuracies))
     assert net.head.bias.tolist() == [best] * 3
     assert record["metrics"]["best/epoch"] == best
@@ -363,7 +363,7 @@ def test_a_store_that_fails_meanwhile_fails_the_run(trained, out, monkeypatch, b
     assert run.info.status == "FAILED"
     # The record comes last, so that `evaluate` does not take a training that was not logged whole.
     assert left_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json"})
-    assert classifier.load_checkpoint(out / "best.safetensors")[1].epoch == 1
+    assert checkpoints.load(out / "best.safetensors")[1].epoch == 1
 
 
 def test_a_store_that_would_be_lost_is_refused_before_any_work(monkeypatch, tmp_path):
@@ -446,7 +446,7 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
             "set_tags",
             "end_run",
         ),
-        classifier: ("save_checkpoint",),
+        checkpoints: ("save",),
         plots: ("save",),
         files: ("write_json", "write_text"),
     }

@@ -1,4 +1,4 @@
-"""Where images come from: the published CIFAR-10, a folder, or generated pictures. No torch until it is needed."""
+"""Where images come from: the published CIFAR-10, a folder, or generated pictures. Imports torch only when needed."""
 
 import hashlib
 import io
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,113 +23,102 @@ from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
 
 CACHE = config.ROOT / ".cache"
-"""What can be found out again, but slowly; may be deleted at any time."""
+"""What can be found out again, but slowly. It may be deleted at any time."""
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SYNTHETIC_CLASSES = [
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "cross",
-    "horizontal",
-    "vertical",
-    "diagonal",
-    "checks",
-]
+    "disc", "ring", "square", "frame", "triangle", "cross", "horizontal", "vertical", "diagonal", "checks",
+]  # fmt: skip
 SYNTHETIC_VERSION = "synthetic-1"
-"""Raised when the generator draws other pixels: it stands for the data in the workload."""
+"""Raise it when the generator draws other pixels: it stands for the data in the workload."""
 
 DECODED_VERSION = 1
-"""Raised when decoding gives other pixels, so that none kept before are taken."""
+"""Raise it when decoding gives other pixels, so that none of those in the cache are used."""
 
 SPLITS = ("train", "test")
-DECODERS = min(4, os.cpu_count() or 1)
-"""Threads that decode images larger than SMALL."""
-SMALL = 64 * 64
-"""Pixels of images that one thread decodes: more get in each other's way in Python. 32 x 32 takes 0.10 ms an image in
-one thread and 0.14 to 0.24 in two or four (2 cores)."""
-DECODED_AT_ONCE = 64
-"""Images that a thread takes."""
+MAX_DECODERS = min(4, os.cpu_count() or 1)
+"""Threads that decode images of more than SMALL_PIXELS; smaller ones are decoded faster by one."""
+SMALL_PIXELS = 64 * 64
+IMAGES_PER_TASK = 64
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for a file that it can't read; SyntaxError: for a broken PNG."""
+"""What PIL raises for a file that it can't read (SyntaxError: for a broken PNG)."""
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 
 def resolve(data: config.Data) -> dict[str, Any]:
-    """Finds (and for cifar10 fetches) the data; says what it is, without an absolute path.
+    """Find the data, fetch CIFAR-10 where it is missing, and describe it without an absolute path.
 
-    Keys: `requested`, `source`, `digest`, `limit`, `classes`, `counts` (images of each split), `size` ([width,
-    height] where all images have one, else null) and `reason` (of a fallback, else null).
-    Raises UsageError for data that the user must put right, StageError where cifar10 can't be had.
+    Keys: `requested`, `source`, `digest`, `limit`, `classes`, `counts` (images of each split), `size` ([width, height]
+    where all images have one size, else null) and `reason` (of a fallback, else null). Raises UsageError for data that
+    the user must put right, StageError where cifar10 can't be had.
     """
     source: str = data.source
     reason = None
     if source == "auto":
-        source, reason = _auto(data)
+        source, reason = _resolve_auto(data)
     elif source == "cifar10":
-        fetch.cifar10(data.folder, data.mirrors, data.timeout_seconds)
+        fetch.fetch_cifar10(data.folder, data.mirrors, data.timeout_seconds)
     if source == "folder":
         facts = _folder_facts(data)
     elif source == "cifar10":
-        facts = _generated_facts(f"md5:{fetch.ARCHIVE_MD5}", CIFAR10_CLASSES, (5000, 1000), data.limit)
+        facts = _fixed_facts(f"md5:{fetch.ARCHIVE_MD5}", CIFAR10_CLASSES, (5000, 1000), data.limit)
     else:
-        facts = _generated_facts(SYNTHETIC_VERSION, SYNTHETIC_CLASSES, (500, 100), data.limit)
+        facts = _fixed_facts(SYNTHETIC_VERSION, SYNTHETIC_CLASSES, (500, 100), data.limit)
     return {"requested": data.source, "source": source, "reason": reason, "limit": data.limit} | facts
 
 
 def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     """The images of a split, (N, H, W, 3) uint8, and their labels, (N,) int64, in a fixed order.
 
-    `inputs` is what `resolve` gave. A folder's images keep their size where all have one, else each is squashed
-    to `image_size` squared. Decoded once: later calls map what was kept into memory, if the source is unchanged.
-    Raises UsageError naming an unreadable file, StageError where the source is no longer what `inputs` says.
+    `inputs` is the result of `resolve`. A folder's images keep their size where all have the same; else each is
+    squashed to `image_size` squared. Images are decoded once: later calls map the cached arrays into memory. Raises
+    UsageError that names an unreadable file, StageError where the source is no longer what `inputs` says.
     """
     if inputs["source"] == "folder" and _folder_facts(data)["digest"] != inputs["digest"]:
         raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
     if inputs["source"] == "cifar10":
-        fetch.cifar10(data.folder, (), data.timeout_seconds)  # pickles: loaded only where their digests match
-    kept = _kept_as(inputs, split, image_size)
+        fetch.fetch_cifar10(data.folder, (), data.timeout_seconds)  # pickles: load them only with the right digests
+    cached = _cached_folder(inputs, split, image_size)
     try:
-        images = np.load(kept / "images.npy", mmap_mode="c")  # "c": torch warns of arrays that can't be written
-        return images, np.load(kept / "labels.npy")
+        images = np.load(cached / "images.npy", mmap_mode="c")  # "c": torch warns about read-only arrays
+        return images, np.load(cached / "labels.npy")
     except (OSError, ValueError, EOFError):
-        images, labels = _decoded(data, inputs, split, image_size)
+        images, labels = _decode(data, inputs, split, image_size)
     try:
         for name, array in (("images", images), ("labels", labels)):
-            with files.atomic_write(kept / f"{name}.npy") as aside, aside.open("wb") as file:
+            with files.atomic_write(cached / f"{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, array)
     except StageError as error:
         print(f"decoded images are not kept: {error}", file=sys.stderr)
     return images, labels
 
 
-def _kept_as(inputs: dict[str, Any], split: str, image_size: int) -> Path:
-    """The folder of a split's decoded images: by all that decides their pixels, the decoder's version included."""
+def _cached_folder(inputs: dict[str, Any], split: str, image_size: int) -> Path:
+    """The folder of a split's decoded images, named after all that decides their pixels."""
     size = inputs["size"] or [image_size, image_size]
     pixels = [DECODED_VERSION, PIL_VERSION, inputs["digest"], inputs["limit"], split, size]
     return CACHE / "decoded" / hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:32]
 
 
-def _decoded(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
+def _decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     if inputs["source"] == "folder":
-        return _folder_images(data, inputs, split, image_size)
+        return _folder_images(data, inputs["size"], split, image_size)
     if inputs["source"] == "cifar10":
         return _cifar10_images(data, split)
     return _synthetic_images(split, data.limit)
 
 
-def _auto(data: config.Data) -> tuple[str, str | None]:
-    there = (data.folder / fetch.ARCHIVE).exists() or fetch.cifar10_present(data.folder)
-    if not there and not fetch.any_reachable(data.mirrors):
+def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
+    """The source that `auto` means, and why it is a fallback."""
+    on_disk = (data.folder / fetch.ARCHIVE).exists() or fetch.cifar10_present(data.folder)
+    if not on_disk and not fetch.reachable(data.mirrors):
         return "synthetic", "no mirror of CIFAR-10 answers"
     try:
-        fetch.cifar10(data.folder, data.mirrors, data.timeout_seconds)
+        fetch.fetch_cifar10(data.folder, data.mirrors, data.timeout_seconds)
     except UsageError:
         raise  # an archive put there by hand is wrong: for its owner to put right
     except StageError as error:
@@ -136,60 +126,62 @@ def _auto(data: config.Data) -> tuple[str, str | None]:
     return "cifar10", None
 
 
-def _generated_facts(digest: str, classes: list[str], each: tuple[int, int], limit: int | None) -> dict[str, Any]:
-    counts = {split: len(classes) * min(n, limit or n) for split, n in zip(SPLITS, each, strict=True)}
+def _fixed_facts(
+    digest: str, classes: list[str], images_per_class: tuple[int, int], limit: int | None
+) -> dict[str, Any]:
+    counts = {split: len(classes) * min(n, limit or n) for split, n in zip(SPLITS, images_per_class, strict=True)}
     return {"digest": digest, "classes": classes, "counts": counts, "size": [32, 32]}
 
 
 # folder
 
 
-def _folder_listing(data: config.Data) -> dict[str, list[list[str]]]:
-    """For each split, the paths below `data.path` of each class's images, classes and files in order of name."""
-    listing: dict[str, list[list[str]]] = {}
-    names: dict[str, list[str]] = {}
+def _list_folder(data: config.Data) -> dict[str, dict[str, list[str]]]:
+    """The paths below `data.path` of each split's and class's images, classes and files in order of name."""
+    listing: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         folder = data.folder / split
         if not folder.is_dir():
             raise UsageError(
                 f'data.path: "{data.path}" has no folder {split}: expected PATH/train/<class>/ and PATH/test/<class>/'
             )
-        names[split] = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-        listing[split] = []
-        for name in names[split]:
-            found = sorted(
-                f"{split}/{name}/{entry.name}"
-                for entry in os.scandir(folder / name)
-                if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-            )
-            if not found:
-                raise UsageError(f"data.path: class {split}/{name} holds no image ({', '.join(SUFFIXES)})")
-            for path in found:
-                if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
-                    raise UsageError(f"data.path: {path!a} is no Unicode name: rename it")
-            listing[split].append(found[: data.limit])
-    for here, there in (("train", "test"), ("test", "train")):
-        missing = [name for name in names[here] if name not in names[there]]
-        if missing:
-            raise UsageError(f"data.path: class {', '.join(missing)} is in {here}/ but not in {there}/")
-    if len(names["train"]) < 2:
-        raise UsageError(f"data.path: {len(names['train'])} classes in train/: expected at least 2")
+        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        listing[split] = {name: _list_class(data, f"{split}/{name}") for name in classes}
+    for split, other in (("train", "test"), ("test", "train")):
+        if missing := [name for name in listing[split] if name not in listing[other]]:
+            raise UsageError(f"data.path: class {', '.join(missing)} is in {split}/ but not in {other}/")
+    if len(listing["train"]) < 2:
+        raise UsageError(f"data.path: {len(listing['train'])} classes in train/: expected at least 2")
     return listing
 
 
+def _list_class(data: config.Data, folder: str) -> list[str]:
+    paths = sorted(
+        f"{folder}/{entry.name}"
+        for entry in os.scandir(data.folder / folder)
+        if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+    )
+    if not paths:
+        raise UsageError(f"data.path: class {folder} holds no image ({', '.join(SUFFIXES)})")
+    return paths[: data.limit]
+
+
 def _folder_facts(data: config.Data) -> dict[str, Any]:
-    """Digest and size take seconds for many files, so they are kept under a hash of names, sizes and times."""
-    listing, folder = _folder_listing(data), data.folder
-    paths = [path for split in SPLITS for group in listing[split] for path in group]
-    stats = [(path, _stat(folder, path)) for path in paths]
-    signature = hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest()
-    kept = CACHE / "folders" / f"{signature[:32]}.json"
-    if not kept.exists():
-        files.write_json(kept, _digest_and_size(folder, paths))
-    known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-    return known | {
-        "classes": [Path(group[0]).parent.name for group in listing["train"]],
-        "counts": {split: sum(map(len, listing[split])) for split in SPLITS},
+    """Digest and size take seconds for many files, so they are cached by the files' names, sizes and times."""
+    listing = _list_folder(data)
+    paths = [path for split in SPLITS for group in listing[split].values() for path in group]
+    stats = []
+    for path in paths:
+        with _image_errors(path):
+            status = os.stat(f"{data.folder}/{path}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
+        stats.append((path, status.st_size, status.st_mtime_ns))
+    cached = CACHE / "folders" / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:32]}.json"
+    if not cached.exists():
+        files.write_json(cached, _digest_and_size(data.folder, paths))
+    facts: dict[str, Any] = json.loads(cached.read_text(encoding="utf-8"))
+    return facts | {
+        "classes": list(listing["train"]),
+        "counts": {split: sum(map(len, listing[split].values())) for split in SPLITS},
     }
 
 
@@ -197,64 +189,48 @@ def _digest_and_size(folder: Path, paths: list[str]) -> dict[str, Any]:
     digest = hashlib.sha256()
     sizes = set()
     for path in paths:
-        content = _content(folder, path)
-        with _opened(io.BytesIO(content), path) as image:
-            sizes.add(image.size)
-        digest.update(f"{path}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+        with _image_errors(path):
+            content = Path(f"{folder}/{path}").read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                sizes.add(image.size)
+            digest.update(f"{path}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return {"digest": f"sha256:{digest.hexdigest()}", "size": list(sizes.pop()) if len(sizes) == 1 else None}
 
 
-def _stat(folder: Path, path: str) -> os.stat_result:
+@contextmanager
+def _image_errors(path: str) -> Iterator[None]:
+    """Raise UsageError naming `path`, without its absolute folder, where the image can't be read."""
     try:
-        return os.stat(f"{folder}/{path}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _content(folder: Path, path: str) -> bytes:
-    try:
-        return Path(f"{folder}/{path}").read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _opened(file: io.BytesIO, shown: str) -> Image.Image:
-    try:
-        return Image.open(file)
+        yield
+    except UnicodeEncodeError:
+        raise UsageError(f"data.path: {path!a} is no Unicode name: rename it") from None
     except UNREADABLE as error:
-        raise _unreadable(shown, error) from None
+        why = getattr(error, "strerror", None) or str(error)  # strerror: without the path
+        if isinstance(error, UnidentifiedImageError):
+            why = "no image format"
+        raise UsageError(f"data.path: {path} is not a readable image ({why})") from None
 
 
-def _unreadable(shown: str, error: Exception) -> UsageError:
-    why = getattr(error, "strerror", None) or str(error)  # without the absolute path
-    if isinstance(error, UnidentifiedImageError):
-        why = "no image format"
-    return UsageError(f"data.path: {shown} is not a readable image ({why})")
-
-
-def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
-    groups, folder = _folder_listing(data)[split], data.folder
-    width, height = inputs["size"] or (image_size, image_size)
+def _folder_images(data: config.Data, size: list[int] | None, split: str, image_size: int) -> tuple[Images, Labels]:
+    groups = list(_list_folder(data)[split].values())
     paths = [path for group in groups for path in group]
-    images = np.empty((len(paths), height, width, 3), np.uint8)
     labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups])
+    width, height = size or (image_size, image_size)
+    images = np.empty((len(paths), height, width, 3), np.uint8)
 
-    def fill(begin: int) -> None:
-        for index, path in enumerate(paths[begin : begin + DECODED_AT_ONCE], begin):
-            with _opened(io.BytesIO(_content(folder, path)), path) as image:
-                try:
-                    pixels = image.convert("RGB")
-                except UNREADABLE as error:
-                    raise _unreadable(path, error) from None
+    def decode_some(begin: int) -> None:
+        for index, path in enumerate(paths[begin : begin + IMAGES_PER_TASK], begin):
+            with _image_errors(path), Image.open(f"{data.folder}/{path}") as image:
+                pixels = image.convert("RGB")
             if pixels.size != (width, height):
                 pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
             images[index] = np.asarray(pixels)
 
-    threads = 1 if inputs["size"] and width * height <= SMALL else DECODERS
-    # around all threads, which share the filters: left by one of them, these would be put back wrong
+    threads = 1 if size and width * height <= SMALL_PIXELS else MAX_DECODERS
+    # Around all threads, which share the filters: each of them would restore those of another.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore", UserWarning)  # PIL's on odd metadata and transparency: pixels count
-        for _ in pool.map(fill, range(0, len(paths), DECODED_AT_ONCE)):
+        warnings.simplefilter("ignore", UserWarning)  # PIL's, about odd metadata and transparency
+        for _ in pool.map(decode_some, range(0, len(paths), IMAGES_PER_TASK)):
             pass
     return images, labels
 
@@ -263,29 +239,30 @@ def _folder_images(data: config.Data, inputs: dict[str, Any], split: str, image_
 
 
 def _cifar10_images(data: config.Data, split: str) -> tuple[Images, Labels]:
-    from torchvision.datasets import CIFAR10  # takes seconds: not before it is needed
+    from torchvision.datasets import CIFAR10  # takes seconds
 
     published = CIFAR10(data.folder, train=split == "train")
     labels = np.asarray(published.targets, np.int64)
-    if data.limit is not None:
-        taken = [np.flatnonzero(labels == label)[: data.limit] for label in range(len(CIFAR10_CLASSES))]
-        keep = np.concatenate(taken)
-        return published.data[keep], labels[keep]
-    return published.data, labels
+    if data.limit is None:
+        return published.data, labels
+    rows = np.concatenate([np.flatnonzero(labels == label)[: data.limit] for label in range(len(CIFAR10_CLASSES))])
+    return published.data[rows], labels[rows]
 
 
 # synthetic
 
 
 def _synthetic_images(split: str, limit: int | None) -> tuple[Images, Labels]:
-    """Ten shapes and patterns at random places, sizes and colours, in noise. Integers alone, so the same pixels
-    everywhere: NumPy promises PCG64's stream, not that of floating-point functions."""
-    each = (500, 100)[SPLITS.index(split)]
-    each = min(each, limit or each)
-    images = np.empty((len(SYNTHETIC_CLASSES) * each, 32, 32, 3), np.uint8)
-    for label in range(len(SYNTHETIC_CLASSES)):
-        images[label * each : (label + 1) * each] = np.stack(list(islice(_pictures(label, split), each)))
-    return images, np.repeat(np.arange(len(SYNTHETIC_CLASSES), dtype=np.int64), each)
+    """Ten shapes and patterns at random places, sizes and colours, in noise.
+
+    Drawn with integers alone, so that the pixels are the same everywhere: NumPy promises PCG64's stream, but not that
+    of floating-point functions.
+    """
+    count = (500, 100)[SPLITS.index(split)]
+    count = min(count, limit or count)
+    labels = np.arange(len(SYNTHETIC_CLASSES), dtype=np.int64)
+    images = np.stack([picture for label in labels for picture in islice(_pictures(int(label), split), count)])
+    return images, np.repeat(labels, count)
 
 
 def _pictures(label: int, split: str) -> Iterator[Images]:
@@ -310,7 +287,7 @@ def _pictures(label: int, split: str) -> Iterator[Images]:
             ((x + phase) // period + (y + phase) // period) % 2 == 0,
         )[label]
         front, back = random.integers(0, 256, (2, 3))
-        while abs(front - back).max() < 96:  # a shape that can be told from its ground
+        while abs(front - back).max() < 96:  # so that the shape stands out from its ground
             front = random.integers(0, 256, 3)
         picture = np.where(mask[..., None], front, back) + random.integers(-40, 41, (32, 32, 3))
         yield picture.clip(0, 255).astype(np.uint8)

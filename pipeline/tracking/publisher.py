@@ -43,9 +43,9 @@ def publish_training(handle: store.Handle, record: Mapping[str, Any], folder: Pa
 
 def publish_checkpoint(handle: store.Handle, path: Path) -> None:
     """Logs a training's best checkpoint, and the model that it holds."""
-    from pipeline.models import classifier  # torch takes seconds to import, and only what is missing needs it
+    from pipeline.models import checkpoints  # torch takes seconds to import, and only what is missing needs it
 
-    net, facts = classifier.load_checkpoint(path)
+    net, facts = checkpoints.load(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
     store.log_model(handle, net, facts.image_size, len(facts.classes), requirements)
     store.log_artifacts(handle, {CHECKPOINT: path})

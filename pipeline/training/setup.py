@@ -15,7 +15,7 @@ from pipeline.data import batching, datasets
 from pipeline.devices import Backend
 from pipeline.devices.base import WITHOUT_GRAPHS
 from pipeline.errors import OutOfMemoryError, StageError
-from pipeline.models import classifier
+from pipeline.models import classifier, folding
 from pipeline.profiling import roofline
 from pipeline.profiling.clock import Clock
 from pipeline.training import loop, optimizers
@@ -121,7 +121,7 @@ def build(
         return batching.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
 
     ready = compiled(prepared, WITHOUT_GRAPHS.get(mode, mode))
-    folded, fold_again = classifier.folded(net, few) if cached else (net.features, lambda: None)
+    folded, fold_again = folding.fold_batch_norm(net, few) if cached else (net.features, lambda: None)
     frozen = compiled(folded) if cached else folded
     network = net.head if cached else compiled(net)
 
@@ -135,7 +135,7 @@ def build(
             backend=backend,
             clock=clock,
             ready=ready,
-            set_mode=lambda: classifier.set_mode(net, recipe.frozen_batch_norm),
+            set_mode=lambda: classifier.set_train_mode(net, recipe.frozen_batch_norm),
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             per_batch=recipe.scheduler_step == "batch",
@@ -271,7 +271,7 @@ def flops_per_image(work: TrainingSetup) -> float | None:
     if work.job.on_features:
         return roofline.forward_flops(classifier.Features(work.net), shape)
     frozen_batch_norm = work.recipe.frozen_batch_norm
-    return roofline.train_flops(work.net, shape, set_mode=lambda net: classifier.set_mode(net, frozen_batch_norm))
+    return roofline.train_flops(work.net, shape, set_mode=lambda net: classifier.set_train_mode(net, frozen_batch_norm))
 
 
 def place(work: TrainingSetup, splits: Splits, working: float, device_gib: float | None) -> tuple[Splits, str]:

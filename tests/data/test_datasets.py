@@ -388,7 +388,7 @@ def published(monkeypatch, tmp_path, data_of):
     monkeypatch.setattr(torchvision.CIFAR10, "test_list", lists[5:])
     meta = torchvision.CIFAR10.meta | {"md5": digests["batches.meta"]}
     monkeypatch.setattr(torchvision.CIFAR10, "meta", meta)
-    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: [])  # without a network
+    monkeypatch.setattr(fetch, "reachable", lambda urls: [])  # without a network
     folder = tmp_path / "raw"
     folder.mkdir()
 
@@ -462,7 +462,7 @@ def test_auto_takes_what_is_there_without_a_network(published, unpacked):
     data_of, folder, archive = published
     (folder / fetch.ARCHIVE).write_bytes(archive)
     if unpacked:
-        fetch.cifar10(folder, [], 1)
+        fetch.fetch_cifar10(folder, [], 1)
         (folder / fetch.ARCHIVE).unlink()
     facts = datasets.resolve(data_of("data.source=auto"))
     assert (facts["requested"], facts["source"], facts["reason"]) == ("auto", "cifar10", None)
@@ -474,7 +474,7 @@ def test_auto_with_mirrors_that_fail_says_why_without_our_path(published, monkey
     def get(*_, **__):
         raise requests.ConnectionError("reset")
 
-    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: list(urls))
+    monkeypatch.setattr(fetch, "reachable", list)
     monkeypatch.setattr(requests, "get", get)
     # A path below the project's folder, as `data.path` mostly is.
     monkeypatch.setattr(config, "ROOT", folder.parent)
@@ -489,7 +489,7 @@ def test_auto_with_mirrors_that_fail_says_why_without_our_path(published, monkey
 @pytest.mark.parametrize("online", [False, True])
 def test_auto_refuses_a_wrong_archive_put_there_by_hand(published, monkeypatch, online):
     data_of, folder, archive = published
-    monkeypatch.setattr(fetch, "any_reachable", lambda urls, timeout=3.0: list(urls) if online else [])
+    monkeypatch.setattr(fetch, "reachable", lambda urls: list(urls) if online else [])
     (folder / fetch.ARCHIVE).write_bytes(archive + b"more")
     line = fails(UsageError, datasets.resolve, data_of("data.source=auto"))
     assert "is not the published file" in line
@@ -503,7 +503,7 @@ def test_decoded_once(data_of, cache, monkeypatch):
     data = data_of()
     facts = datasets.resolve(data)
     first = datasets.decode(data, facts, "train", 16)
-    monkeypatch.setattr(datasets, "_decoded", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(datasets, "_decode", lambda *_: pytest.fail("decoded again"))
     again = datasets.decode(data, facts, "train", 16)
     for kept, made in zip(again, first, strict=True):
         assert kept.dtype == made.dtype and (kept == made).all()
@@ -521,8 +521,8 @@ def test_what_decides_the_pixels_is_decoded_anew(data_of, pictures, monkeypatch,
     else:
         picture((9, 9, 9)).save(pictures / "train" / "blue" / "00.jpg")
     decoded = []
-    original = datasets._decoded
-    monkeypatch.setattr(datasets, "_decoded", lambda *given: decoded.append(1) or original(*given))
+    original = datasets._decode
+    monkeypatch.setattr(datasets, "_decode", lambda *given: decoded.append(1) or original(*given))
     images, labels = datasets.decode(data, datasets.resolve(data), "train", 16)
     assert decoded and len(images) == len(labels) == (6 if change == "limit" else 60)
     if change == "content":

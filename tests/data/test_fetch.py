@@ -1,7 +1,6 @@
 """Fetching and unpacking, against a small archive and a server on this machine that can misbehave."""
 
 import errno
-import gzip
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import fails
 
 from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
@@ -29,28 +29,18 @@ def md5(data):
     return hashlib.md5(data).hexdigest()
 
 
-def tar_of(*members):
-    """A .tar.gz of (TarInfo or name, content) pairs."""
+def pack(contents):
+    """A .tar.gz of `{name: content}`."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for info, content in members:
-            if isinstance(info, str):
-                info = tarfile.TarInfo(info)
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return packed.getvalue()
 
 
-def folder_entry():
-    info = tarfile.TarInfo(fetch.BATCHES)
-    info.type = tarfile.DIRTYPE
-    return info, b""
-
-
-ARCHIVE = tar_of(
-    folder_entry(),
-    *((f"{fetch.BATCHES}/{name}", data) for name, data in [*BATCHES.items(), ("readme.html", b"")]),
-)
+ARCHIVE = pack({f"{fetch.BATCHES}/{name}": data for name, data in [*BATCHES.items(), ("readme.html", b"")]})
 SIZE = len(ARCHIVE)
 CUT = 300_000
 
@@ -62,36 +52,28 @@ class Mirror(BaseHTTPRequestHandler):
         asked = self.headers["Range"]
         how = self.path.strip("/").split("/")[0]
         self.server.requests.append((how, asked))
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        body = {
-            "wrong": bytes(SIZE),
-            "short": ARCHIVE[:CUT],
-            "long": ARCHIVE + b"more",
-            "endless": ARCHIVE + b"more",
-        }.get(how, ARCHIVE)
+        page = (b"<html>please log in</html>", {"Content-Type": "text/html"})
         if how == "missing":
             return self.answer(404, b"no such file")
         if how == "page":
-            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+            return self.answer(200, *page)
         if how == "page-of-any-length":
-            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"}, None)
+            return self.answer(200, *page, length=None)
         if how == "refuses-range" and asked:
             return self.answer(416, b"", {"Content-Range": f"bytes */{SIZE}"})
-        if how == "ignores-range" or not asked:
-            start, asked = 0, None
+
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and how != "ignores-range" else 0
+        whole = {"wrong": bytes(SIZE), "short": ARCHIVE[:CUT], "long": ARCHIVE + b"more", "endless": ARCHIVE + b"more"}
+        body = whole.get(how, ARCHIVE)[start:]
         status, headers = 200, {"Content-Type": "application/x-gzip", "Content-Encoding": "x-gzip"}
-        if asked:
-            first = start + (1 if how == "elsewhere" else 0)
-            status, headers["Content-Range"] = 206, f"bytes {first}-{len(body) - 1}/{len(body)}"
-        if how in ("cut", "stall"):
-            self.answer(status, body[start : start + CUT], headers, length=len(body) - start)
-            if how == "stall":
-                self.server.released.wait(10)
-            return None
-        length = None if how in ("endless", "silent-end") else len(body) - start
-        if how == "silent-end":
-            body = body[:CUT]
-        return self.answer(status, body[start:], headers, length)
+        if start:
+            first = start + (how == "elsewhere")
+            status, headers["Content-Range"] = 206, f"bytes {first}-{SIZE - 1}/{SIZE}"
+        length = None if how in ("endless", "silent-end") else len(body)
+        self.answer(status, body[:CUT] if how in ("cut", "stall", "silent-end") else body, headers, length)
+        if how == "stall":
+            self.server.released.wait(10)
+        return None
 
     def answer(self, status, body, headers=None, length=-1):
         self.send_response(status)
@@ -172,15 +154,6 @@ def tree(folder):
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def fails(kind, call, *args):
-    """The one line that `call` fails with."""
-    with pytest.raises(StageError) as caught:
-        call(*args)
-    assert caught.type is kind
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # What is there already
 
 
@@ -196,7 +169,7 @@ def test_our_digests_are_those_of_torchvision(monkeypatch):
 
 def test_fetched_once(data, server):
     assert not fetch.cifar10_present(data)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
     assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
     assert (data / fetch.ARCHIVE).read_bytes() == ARCHIVE
@@ -204,28 +177,28 @@ def test_fetched_once(data, server):
 
     connections = server.connections
     assert server.requests == [("good", None)]
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.connections == connections  # not even a probe
 
 
 def test_batches_without_archive_are_taken(data, server):
     put_batches(data)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.connections == 0
 
 
 def test_archive_put_by_hand_is_taken_and_kept(data, server):
     put(data / fetch.ARCHIVE, ARCHIVE)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
     assert (data / fetch.ARCHIVE).read_bytes() == ARCHIVE
     assert server.connections == 0
 
 
-@pytest.mark.parametrize("content", [ARCHIVE[:-1], b"", tar_of(("evil", b"evil"))], ids=["cut", "empty", "other"])
+@pytest.mark.parametrize("content", [ARCHIVE[:-1], b""], ids=["cut", "empty"])
 def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
     path = put(data / fetch.ARCHIVE, content)
-    message = fails(UsageError, fetch.cifar10, data, server.urls("good"), 5)
+    message = fails(UsageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
     assert all(word in message for word in (str(path), md5(content), md5(ARCHIVE), "replace"))
     assert tree(data) == {Path(fetch.ARCHIVE): content}
     assert server.connections == 0
@@ -241,7 +214,7 @@ def test_damaged_batches_come_again_from_the_archive(data, server, damage):
     else:
         batch.unlink()
     assert not fetch.cifar10_present(data)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert batch.read_bytes() == BATCHES["data_batch_3"]
     assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
     assert server.connections == 0
@@ -252,14 +225,14 @@ def test_unreadable_batch_is_named(data, server):
     batch = data / fetch.BATCHES / "data_batch_1"
     batch.unlink()
     batch.mkdir()
-    assert str(batch) in fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+    assert str(batch) in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
 
 
 def test_no_torch(data):
     put_batches(data)
     code = (
         "import json, sys, pathlib; from pipeline.data import fetch; fetch.BATCH_MD5 = json.loads(sys.argv[2]);"
-        "fetch.cifar10(pathlib.Path(sys.argv[1]), [], 5);"
+        "fetch.fetch_cifar10(pathlib.Path(sys.argv[1]), [], 5);"
         "print([m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(data), json.dumps(fetch.BATCH_MD5)]
@@ -271,14 +244,14 @@ def test_no_torch(data):
 
 
 def test_a_cut_download_goes_on(data, server, capsys):
-    message = fails(StageError, fetch.cifar10, data, server.urls("cut"), 5)
+    message = fails(StageError, fetch.fetch_cifar10, data, server.urls("cut"), 5)
     assert "127.0.0.1 broke the connection" in message
     have = part_of(data).stat().st_size
     assert 0 < have <= CUT
     assert part_of(data).read_bytes() == ARCHIVE[:have]
     assert not (data / fetch.ARCHIVE).exists()
 
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.requests == [("cut", None), ("good", f"bytes={have}-")]
     assert fetch.cifar10_present(data)
     assert not part_of(data).exists()
@@ -288,7 +261,7 @@ def test_a_cut_download_goes_on(data, server, capsys):
 
 
 def test_a_stalling_mirror_gives_way_to_the_next(data, server):
-    fetch.cifar10(data, server.urls("stall", "good"), 1.0)
+    fetch.fetch_cifar10(data, server.urls("stall", "good"), 1.0)
     assert fetch.cifar10_present(data)
     (_, first), (how, then) = server.requests
     assert (first, how) == (None, "good")
@@ -296,7 +269,7 @@ def test_a_stalling_mirror_gives_way_to_the_next(data, server):
 
 
 def test_a_mirror_that_only_stalls_is_named(data, server):
-    assert "127.0.0.1 was silent for 0.3 s" in fails(StageError, fetch.cifar10, data, server.urls("stall"), 0.3)
+    assert "127.0.0.1 was silent for 0.3 s" in fails(StageError, fetch.fetch_cifar10, data, server.urls("stall"), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -312,28 +285,28 @@ def test_a_mirror_that_only_stalls_is_named(data, server):
     ],
 )
 def test_a_bad_mirror(data, server, how, says):
-    message = fails(StageError, fetch.cifar10, data, server.urls(how), 5)
+    message = fails(StageError, fetch.fetch_cifar10, data, server.urls(how), 5)
     assert f"127.0.0.1 {says}" in message
     assert str(data) in message  # where to put it by hand
     assert not (data / fetch.ARCHIVE).exists()
     assert not (data / fetch.BATCHES).exists()
     assert part_of(data).exists() == (how in ("endless", "silent-end"))
 
-    fetch.cifar10(data, server.urls(how, "good"), 5)
+    fetch.fetch_cifar10(data, server.urls(how, "good"), 5)
     assert fetch.cifar10_present(data)
 
 
 @pytest.mark.parametrize("how", ["missing", "page", "page-of-any-length", "short", "long"])
 def test_a_bad_mirror_leaves_what_was_fetched(data, server, how):
     put(part_of(data), ARCHIVE[:CUT])
-    fails(StageError, fetch.cifar10, data, server.urls(how), 5)
+    fails(StageError, fetch.fetch_cifar10, data, server.urls(how), 5)
     assert part_of(data).read_bytes() == ARCHIVE[:CUT]
 
 
 @pytest.mark.parametrize("how", ["ignores-range", "refuses-range", "elsewhere"])
 def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
     put(part_of(data), ARCHIVE[:CUT])
-    fetch.cifar10(data, server.urls(how), 5)
+    fetch.fetch_cifar10(data, server.urls(how), 5)
     assert fetch.cifar10_present(data)
     assert server.requests[0] == (how, f"bytes={CUT}-")
     assert server.requests[1:] == ([] if how == "ignores-range" else [(how, None)])
@@ -342,7 +315,7 @@ def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
 @pytest.mark.parametrize("damaged", [bytes(CUT), bytes(SIZE), bytes(SIZE + 1)], ids=["some", "all", "more"])
 def test_a_damaged_part_is_fetched_anew(data, server, damaged):
     put(part_of(data), damaged)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
     expected = [("good", f"bytes={CUT}-")] if len(damaged) == CUT else []
     assert server.requests == [*expected, ("good", None)]
@@ -350,13 +323,13 @@ def test_a_damaged_part_is_fetched_anew(data, server, damaged):
 
 def test_one_clean_retry_then_the_next_mirror(data, server):
     put(part_of(data), ARCHIVE[:CUT])
-    fetch.cifar10(data, server.urls("wrong", "good"), 5)
+    fetch.fetch_cifar10(data, server.urls("wrong", "good"), 5)
     assert server.requests == [("wrong", f"bytes={CUT}-"), ("wrong", None), ("good", None)]
 
 
 def test_a_whole_part_is_not_fetched_again(data, server):
     put(part_of(data), ARCHIVE)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
     assert server.requests == []
 
@@ -365,14 +338,14 @@ def test_offline(data):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/archive.tar.gz"
-        message = fails(StageError, fetch.cifar10, data, [url, "no address"], 5)
+        message = fails(StageError, fetch.fetch_cifar10, data, [url, "no address"], 5)
     assert f"no answer from {url}, no address" in message
     assert not data.exists()
 
 
 def test_a_bar_on_a_terminal(data, server, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert "100%" in capsys.readouterr().err
 
 
@@ -385,11 +358,11 @@ class FullDisk(io.FileIO):
     room = CUT
 
     def write(self, content):
-        taken = super().write(content[: self.room])
-        self.room -= taken
-        if taken == 0:
+        written = super().write(content[: self.room])
+        self.room -= written
+        if written == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return taken
+        return written
 
 
 def test_no_space_for_the_download(data, server, monkeypatch):
@@ -402,13 +375,13 @@ def test_no_space_for_the_download(data, server, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", open_on_full_disk)
-        message = fails(StageError, fetch.cifar10, data, server.urls("good", "good"), 5)
+        message = fails(StageError, fetch.fetch_cifar10, data, server.urls("good", "good"), 5)
     assert "no disk space" in message
     assert len(server.requests) == 1  # another mirror would not help
     assert part_of(data).read_bytes() == ARCHIVE[:CUT]
     assert {p.name for p in data.iterdir()} == {part_of(data).name}
 
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.requests[1:] == [("good", f"bytes={CUT}-")]
     assert fetch.cifar10_present(data)
 
@@ -424,109 +397,33 @@ def test_no_space_to_unpack(data, server, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfileobj", copy_some)
-        assert "no disk space" in fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+        assert "no disk space" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
     assert tree(data) == before
 
-    fetch.cifar10(data, server.urls("good"), 5)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, server):
     put(tmp_path / "raw", b"")
-    message = fails(StageError, fetch.cifar10, tmp_path / "raw", server.urls("good"), 5)
+    message = fails(StageError, fetch.fetch_cifar10, tmp_path / "raw", server.urls("good"), 5)
     assert f"can't write {tmp_path / 'raw'}" in message
-
-
-# Archives that want to write elsewhere
-
-
-def special(name, kind, target=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "member",
-    [
-        "../evil",
-        "/tmp/trainmark-evil",
-        "evil",
-        f"{fetch.BATCHES}/../evil",
-        f"{fetch.BATCHES}/..",
-        f"{fetch.BATCHES}/deeper/evil",
-        f"{fetch.BATCHES}/..\\evil",
-        f"{fetch.BATCHES}/C:evil",
-        f"/{fetch.BATCHES}/evil",
-        special(f"{fetch.BATCHES}/evil", tarfile.SYMTYPE, "/etc/passwd"),
-        special(f"{fetch.BATCHES}/evil", tarfile.SYMTYPE, "good"),
-        special(f"{fetch.BATCHES}/evil", tarfile.LNKTYPE, f"{fetch.BATCHES}/good"),
-        special(f"{fetch.BATCHES}/evil", tarfile.LNKTYPE, "../outside"),
-        special(f"{fetch.BATCHES}/evil", tarfile.FIFOTYPE),
-        special(f"{fetch.BATCHES}/evil", tarfile.CHRTYPE),
-        special(f"{fetch.BATCHES}/deeper", tarfile.DIRTYPE),
-        special(fetch.BATCHES, tarfile.SYMTYPE, "/"),
-    ],
-    ids=lambda member: member if isinstance(member, str) else f"{member.type!r} {member.linkname}",
-)
-def test_members_out_of_place_are_refused(tmp_path, member):
-    good = (f"{fetch.BATCHES}/good", b"good")
-    content = tar_of(folder_entry(), good, (member, b"evil" if isinstance(member, str) else b""))
-    put(tmp_path / "outside", b"outside")
-    path = put(tmp_path / "data" / "a.tar.gz", content)
-    before = tree(tmp_path)
-    message = fails(StageError, fetch.unpack, path, tmp_path / "data" / fetch.BATCHES, md5(content))
-    assert "evil" in message or "no plain file" in message
-    assert tree(tmp_path) == before
-    assert not Path("/tmp/trainmark-evil").exists()
-
-
-def test_a_member_twice_is_refused(tmp_path):
-    content = tar_of(*[(f"{fetch.BATCHES}/good", b"good")] * 2)
-    path = put(tmp_path / "a.tar.gz", content)
-    fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(content))
-    assert tree(tmp_path) == {Path("a.tar.gz"): content}
-
-
-def test_a_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "MOST_UNPACKED_BYTES", 250_000)
-    path = put(tmp_path / "a.tar.gz", ARCHIVE)
-    message = fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(ARCHIVE))
-    assert "more than 250000 bytes" in message
-    assert tree(tmp_path) == {Path("a.tar.gz"): ARCHIVE}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [ARCHIVE[:CUT], ARCHIVE[:20] + bytes(99) + ARCHIVE[119:], b"text", b""],
-    ids=["cut", "changed", "text", "empty"],
-)
-def test_a_damaged_archive_is_not_unpacked(tmp_path, content):
-    path = put(tmp_path / "a.tar.gz", content)
-    assert str(path) in fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(content))
-    assert tree(tmp_path) == {Path("a.tar.gz"): content}
-
-
-@pytest.mark.parametrize(("at", "bytes_there"), [(-8, b"0000"), (100_000, b"\xff" * 1000)], ids=["checksum", "inside"])
-def test_an_archive_damaged_in_its_compression(tmp_path, at, bytes_there):
-    tar = gzip.decompress(tar_of((f"{fetch.BATCHES}/good", b" ".join(b"%d" % n for n in range(99_999)))))
-    packed = bytearray(gzip.compress(tar.rstrip(b"\0")))  # no end mark: tarfile reads up to the checksum
-    packed[at % len(packed) : at % len(packed) + len(bytes_there)] = bytes_there
-    path = put(tmp_path / "a.tar.gz", packed)
-    assert "can't be unpacked" in fails(StageError, fetch.unpack, path, tmp_path / fetch.BATCHES, md5(packed))
-    assert tree(tmp_path) == {Path("a.tar.gz"): packed}
-
-
-def test_nothing_is_unpacked_with_a_wrong_digest(tmp_path):
-    path = put(tmp_path / "a.tar.gz", ARCHIVE)
-    assert "0" * 32 in fails(UsageError, fetch.unpack, path, tmp_path / fetch.BATCHES, "0" * 32)
-    assert tree(tmp_path) == {Path("a.tar.gz"): ARCHIVE}
 
 
 def test_a_sound_archive_with_other_batches_is_not_taken(data, server, monkeypatch):
     put(data / fetch.ARCHIVE, ARCHIVE)
     monkeypatch.setitem(fetch.BATCH_MD5, "test_batch", "0" * 32)
-    fails(StageError, fetch.cifar10, data, server.urls("good"), 5)
+    assert "is the disk sound" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
+
+
+def test_only_the_batches_are_unpacked(data, server, monkeypatch):
+    hostile = {f"{fetch.BATCHES}/../evil": b"evil", "/tmp/trainmark-evil": b"evil", f"{fetch.BATCHES}/evil": b"evil"}
+    content = pack(hostile | {f"{fetch.BATCHES}/{name}": batch for name, batch in BATCHES.items()})
+    monkeypatch.setattr(fetch, "ARCHIVE_MD5", md5(content))
+    put(data / fetch.ARCHIVE, content)
+    fetch.fetch_cifar10(data, server.urls("good"), 5)
+    assert {path.name for path in data.rglob("*") if path.is_file()} == {fetch.ARCHIVE, *BATCHES}
+    assert not Path("/tmp/trainmark-evil").exists()
 
 
 # Who answers
@@ -538,10 +435,8 @@ def test_reachable_in_the_given_order(server):
         gone = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
         first, second = server.urls("b", "a")
         bad = ["", "no address", "http://", "http://[", f"http://:{server.server_port}/no-host"]
-        assert fetch.any_reachable([first, gone, *bad, second]) == [first, second]
+        assert fetch.reachable([first, gone, *bad, second]) == [first, second]
         assert server.connections <= 1  # one probe a host
-        assert fetch.reachable(first)
-        assert not fetch.reachable(gone)
     assert server.requests == []
 
 
@@ -554,7 +449,7 @@ def test_a_name_that_is_looked_up_for_ever(monkeypatch):
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", looked_up)
-    assert fetch.any_reachable(["https://a.invalid/x", "https://b.invalid/x"], timeout=0.2) == []
+    assert fetch.reachable(["https://a.invalid/x", "https://b.invalid/x"], timeout_seconds=0.2) == []
     assert ended == []  # nobody waited for it
     released.set()
 
@@ -562,6 +457,6 @@ def test_a_name_that_is_looked_up_for_ever(monkeypatch):
 def test_the_proxy_is_probed(server, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}")
-    assert fetch.reachable("https://mirror.invalid/x")
+    assert fetch.reachable(["https://mirror.invalid/x"])
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    assert not fetch.reachable("https://mirror.invalid/x")
+    assert fetch.reachable(["https://mirror.invalid/x"]) == []

@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import StageError, UsageError
-from pipeline.models import classifier
+from pipeline.models import checkpoints, classifier, folding
 from pipeline.training import loop
 
 RESNET = "test_resnet.r160_in1k"
@@ -72,7 +72,7 @@ def trained(net, chosen, epochs=3, precision="fp32"):
     split = batching.Split(images(12), torch.arange(12) % 5)
     job = job_of(
         net,
-        set_mode=lambda: classifier.set_mode(net, chosen.frozen_batch_norm),
+        set_mode=lambda: classifier.set_train_mode(net, chosen.frozen_batch_norm),
         epochs=epochs,
         steps=2,
         lr=0.01,
@@ -88,22 +88,24 @@ def trained(net, chosen, epochs=3, precision="fp32"):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "test_vit", *TINY])
 def test_models_of_timm_pass(name):
-    classifier.check(name)
+    classifier.check_name(name)
 
 
 def test_an_unknown_model_is_refused_with_the_nearest():
-    assert line(UsageError, classifier.check, "resnet81") == (
+    assert line(UsageError, classifier.check_name, "resnet81") == (
         'model: "resnet81" is not allowed: expected a name that timm.list_models() has; did you mean resnet18?'
     )
-    assert line(UsageError, classifier.check, "resnet18d0.ra2_in1k").endswith("; did you mean resnet18d?")
-    assert line(UsageError, classifier.check, "my own").endswith(" a name that timm.list_models() has")
+    assert line(UsageError, classifier.check_name, "resnet18d0.ra2_in1k").endswith("; did you mean resnet18d?")
+    assert line(UsageError, classifier.check_name, "my own").endswith(" a name that timm.list_models() has")
 
 
 def test_an_unknown_tag_is_refused_with_those_that_are_there():
-    said = line(UsageError, classifier.check, "resnet18.a1_in2k")
+    said = line(UsageError, classifier.check_name, "resnet18.a1_in2k")
     assert said.startswith('model: "resnet18.a1_in2k" is not allowed: timm has resnet18 as ')
     assert "resnet18.a1_in1k, " in said
-    assert line(UsageError, classifier.check, "test_coatnet.r160").endswith("timm has test_coatnet as test_coatnet")
+    assert line(UsageError, classifier.check_name, "test_coatnet.r160").endswith(
+        "timm has test_coatnet as test_coatnet"
+    )
     assert line(UsageError, classifier.build, recipe(name="resnet18.a1_in2k"), 5, None) == said
 
 
@@ -125,7 +127,7 @@ def test_any_models_head_gets_the_classes_and_is_all_that_is_trained(name):
     assert net.head.out_features == 5
     head = timm.get_pretrained_cfg(name).classifier
     assert trainable_names(net) == {f"{head}.weight", f"{head}.bias"}
-    assert classifier.counts(net) == (
+    assert classifier.count_parameters(net) == (
         5 * net.head.in_features + 5,
         sum(parameter.numel() for parameter in net.parameters()),
     )
@@ -143,7 +145,7 @@ def test_logits_are_the_head_of_the_features(name):
 
 def test_all_is_trained():
     net = built("trainable=all")
-    trainable, every = classifier.counts(net)
+    trainable, every = classifier.count_parameters(net)
     assert trainable == every == sum(parameter.numel() for parameter in net.parameters())
 
 
@@ -151,8 +153,8 @@ def test_prefixes_choose_what_is_trained():
     net = built("trainable=[layer4, fc]")
     names = {name for name, _ in net.net.named_parameters()}
     assert trainable_names(net) == {name for name in names if name.split(".")[0] in ("layer4", "fc")}
-    assert 485 < classifier.counts(net)[0] < classifier.counts(net)[1]
-    assert classifier.counts(built("trainable=[fc]")) == (485, 373173)
+    assert 485 < classifier.count_parameters(net)[0] < classifier.count_parameters(net)[1]
+    assert classifier.count_parameters(built("trainable=[fc]")) == (485, 373173)
 
 
 def test_a_prefix_of_no_parameter_is_refused_with_the_nearest():
@@ -292,7 +294,7 @@ def test_set_mode_knows_timms_own_batch_norm(kept, frozen_ones_train):
     net = built(name="test_efficientnet.r160_in1k")
     own = [module for module in net.modules() if isinstance(module, timm.layers.BatchNormAct2d)]
     net.eval()
-    classifier.set_mode(net, kept)
+    classifier.set_train_mode(net, kept)
     assert own
     assert {module.training for module in own} == {frozen_ones_train}
     assert net.training
@@ -303,7 +305,7 @@ def test_set_mode_knows_timms_own_batch_norm(kept, frozen_ones_train):
 
 def facts_of(name=RESNET, classes=5, **changes):
     names = tuple(f"class {index}" for index in range(classes))
-    return classifier.Checkpoint(**{
+    return checkpoints.Checkpoint(**{
         "model": name, "classes": names, "image_size": 32, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
         "epoch": 7, "val_accuracy": 0.625, "record": "abc", **changes,
     })  # fmt: skip
@@ -315,7 +317,7 @@ def saved(tmp_path):
 
     def save(net, facts):
         path = tmp_path / "train" / "best.safetensors"
-        classifier.save_checkpoint(path, net, facts)
+        checkpoints.save(path, net, facts)
         return path
 
     return save
@@ -327,7 +329,7 @@ def test_a_checkpoint_gives_the_same_logits_and_facts(saved, name):
     trained(net, recipe("frozen_batch_norm=train"), epochs=1)
     mean, std = net.normalization
     facts = facts_of(name, mean=mean, std=std)
-    loaded, told = classifier.load_checkpoint(saved(net, facts))
+    loaded, told = checkpoints.load(saved(net, facts))
     assert told == facts
     assert not any(module.training for module in loaded.modules())
     with torch.no_grad():
@@ -347,7 +349,7 @@ def test_a_checkpoint_holds_timms_names_whatever_the_memory_layout(saved):
 def test_a_checkpoint_replaces_an_earlier_one(saved):
     saved(built(seed=1), facts_of(epoch=1))
     net = built(seed=2)
-    loaded, told = classifier.load_checkpoint(saved(net, facts_of(epoch=2)))
+    loaded, told = checkpoints.load(saved(net, facts_of(epoch=2)))
     assert told.epoch == 2
     assert torch.equal(loaded.head.weight, net.head.weight)
 
@@ -373,7 +375,7 @@ def test_a_checkpoint_of_a_bf16_training_is_float32(saved):
     ],
 )
 def test_a_checkpoint_that_is_not_what_it_says_is_refused(saved, facts, said):
-    message = line(StageError, classifier.load_checkpoint, saved(built(), facts))
+    message = line(StageError, checkpoints.load, saved(built(), facts))
     assert message.startswith(f"best.safetensors: it says it is {said}")
 
 
@@ -382,13 +384,13 @@ def test_half_a_checkpoint_is_refused(saved, kept):
     path = saved(built(), facts_of())
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(len(whole) * kept)])
-    said = line(StageError, classifier.load_checkpoint, path)
+    said = line(StageError, checkpoints.load, path)
     assert said.startswith(f"{path} is no readable .safetensors file (")
 
 
 def test_a_checkpoint_that_is_missing(tmp_path):
     path = tmp_path / "best.safetensors"
-    assert line(StageError, classifier.load_checkpoint, path) == f"{path} is missing"
+    assert line(StageError, checkpoints.load, path) == f"{path} is missing"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,7 @@ def test_a_checkpoint_that_is_missing(tmp_path):
 def test_a_file_that_says_not_which_model_it_is_is_no_checkpoint(tmp_path, metadata):
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file(built().net.state_dict(), path, metadata=metadata)
-    assert line(StageError, classifier.load_checkpoint, path) == (
+    assert line(StageError, checkpoints.load, path) == (
         "other.safetensors is no checkpoint of ours: its metadata does not say which model it is"
     )
 
@@ -606,7 +608,7 @@ def batch_norms(module):
 def test_each_batch_norm_of_a_resnet_is_folded_into_its_convolution():
     net = with_statistics(built())
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    fused, _ = classifier.folded(net, images())
+    fused, _ = folding.fold_batch_norm(net, images())
     assert len(batch_norms(net)) > 5
     assert batch_norms(fused) == []
     assert not [node for node in fused.graph.nodes if "norm" in f"{node.op} {node.target}".lower()]
@@ -622,12 +624,12 @@ def test_what_is_folded_follows_the_models_weights_in_its_own_memory():
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    fused, again = classifier.folded(net, images())
+    fused, again = folding.fold_batch_norm(net, images())
     where = [tensor.data_ptr() for tensor in fused.state_dict().values()]
     net.load_state_dict(other.state_dict())
     net.train()
     again()
-    expected, _ = classifier.folded(other, images())
+    expected, _ = folding.fold_batch_norm(other, images())
     assert [tensor.data_ptr() for tensor in fused.state_dict().values()] == where
     with torch.no_grad():
         assert torch.equal(fused(images(3)), expected(images(3)))
@@ -638,7 +640,7 @@ def test_folding_changes_no_models_features(name):
     net = with_statistics(built(name=name))
     with torch.no_grad():
         expected = net.eval().features(images(3))
-        found = classifier.folded(net, images())[0](images(3))
+        found = folding.fold_batch_norm(net, images())[0](images(3))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -646,7 +648,7 @@ def test_folding_changes_no_models_features(name):
 def test_a_model_that_torch_cannot_trace_or_would_change_is_taken_as_it_is(network, folds):
     torch.manual_seed(0)
     net = with_statistics(classifier.Classifier(network(), *classifier.IDENTITY)).train()
-    found, _ = classifier.folded(net, images())
+    found, _ = folding.fold_batch_norm(net, images())
     assert isinstance(found, classifier.Features) is not folds
     assert len(batch_norms(found)) == (0 if folds else 2)
     with torch.no_grad():
@@ -656,7 +658,7 @@ def test_a_model_that_torch_cannot_trace_or_would_change_is_taken_as_it_is(netwo
 def test_folding_alone_would_change_a_convolution_that_is_used_twice():
     features = classifier.Features(with_statistics(classifier.Classifier(Shared(), *classifier.IDENTITY))).eval()
     with torch.no_grad():
-        assert not torch.allclose(classifier._fused(features)[0](images()), features(images()), atol=0.1)
+        assert not torch.allclose(folding._fold(features)[0](images()), features(images()), atol=0.1)
 
 
 def test_features_as_a_module_are_the_models():

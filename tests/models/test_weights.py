@@ -56,13 +56,13 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(fetch, "reachable", lambda url, timeout=3.0: False)
+    monkeypatch.setattr(fetch, "reachable", lambda urls: [])
 
 
 @pytest.fixture
 def online(monkeypatch):
     """Gives the function that says what a download does."""
-    monkeypatch.setattr(fetch, "reachable", lambda url, timeout=3.0: True)
+    monkeypatch.setattr(fetch, "reachable", list)
     return lambda download: monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
 
 
@@ -86,7 +86,7 @@ def test_random():
         "hub": None,
         "reason": None,
     }
-    assert weights.located(facts, recipe("random")) is None
+    assert weights.locate(facts, recipe("random")) is None
 
 
 def test_a_file_by_its_digest_and_without_its_folder(tmp_path):
@@ -96,7 +96,7 @@ def test_a_file_by_its_digest_and_without_its_folder(tmp_path):
     assert (facts["used"], facts["requested"], facts["digest"]) == ("file", "mine.safetensors", DIGEST)
     assert (facts["hub"], facts["reason"]) == (None, None)
     assert str(tmp_path) not in json.dumps(facts)
-    assert weights.located(facts, recipe(str(path))) == path
+    assert weights.locate(facts, recipe(str(path))) == path
 
 
 def test_a_relative_path_starts_at_the_projects_folder(tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_relative_path_starts_at_the_projects_folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.safetensors").write_bytes(CONTENT)
     chosen = recipe("data/mine.safetensors")
-    assert weights.located(weights.resolve(chosen), chosen) == tmp_path / "data" / "mine.safetensors"
+    assert weights.locate(weights.resolve(chosen), chosen) == tmp_path / "data" / "mine.safetensors"
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -126,7 +126,7 @@ def test_a_file_that_changed_since_it_was_looked_at(tmp_path, then):
         path.unlink()
     else:
         path.write_bytes(b"others.")
-    assert fails(StageError, weights.located, facts, recipe(str(path))) == (
+    assert fails(StageError, weights.locate, facts, recipe(str(path))) == (
         "the weights changed since `download` looked at them: run it again (`dvc repro`)"
     )
 
@@ -146,7 +146,7 @@ def test_published_weights_that_were_fetched_before(asked, hub, offline):
         "reason": None,
     }
     # The way from `download` to `train` leads through inputs.json.
-    assert weights.located(json.loads(json.dumps(facts)), recipe("pretrained")) == path
+    assert weights.locate(json.loads(json.dumps(facts)), recipe("pretrained")) == path
 
 
 @pytest.mark.parametrize("then", ["other", "gone"])
@@ -157,7 +157,7 @@ def test_published_weights_that_changed_since(asked, hub, offline, then):
         path.unlink()
     else:
         hub(b"others.")
-    assert "run it again" in fails(StageError, weights.located, facts, recipe("pretrained"))
+    assert "run it again" in fails(StageError, weights.locate, facts, recipe("pretrained"))
 
 
 def test_timm_is_asked_once_a_model(asked, hub, offline, cache):
@@ -189,7 +189,7 @@ def test_without_a_network_they_are_random_and_it_says_why(asked, hub, offline):
     assert (facts["requested"], facts["used"], facts["digest"]) == ("pretrained", "random", None)
     assert facts["hub"] is None
     assert facts["reason"] == f"{weights.HUB} does not answer"
-    assert weights.located(facts, recipe("pretrained")) is None
+    assert weights.locate(facts, recipe("pretrained")) is None
 
 
 def test_the_next_run_tries_again(asked, hub, online):

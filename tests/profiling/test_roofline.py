@@ -171,7 +171,7 @@ def test_a_step_that_trains_all_of_it():
 
 @pytest.mark.parametrize("frozen_batch_norm", ["train", "eval"])
 def test_a_step_that_trains_the_head_alone(frozen_batch_norm):
-    mode = functools.partial(classifier.set_mode, frozen_batch_norm=frozen_batch_norm)
+    mode = functools.partial(classifier.set_train_mode, frozen_batch_norm=frozen_batch_norm)
     expected = sum(convolutions().values()) + 2 * HEAD
     assert roofline.train_flops(resnet("head"), (3, 96, 96), set_mode=mode) == expected
 

@@ -625,7 +625,7 @@ def figures_of(*overrides, cached, seed=0, backend=None, recorded=False, on_devi
         net.head if cached else net,
         backend=backend,
         ready=(lambda inputs: inputs) if cached else ready,
-        set_mode=lambda: classifier.set_mode(net, recipe.frozen_batch_norm),
+        set_mode=lambda: classifier.set_train_mode(net, recipe.frozen_batch_norm),
         optimizer="adamw",
         lr=0.05 if recipe.trainable == "head" else 0.001,
         scheduler="cosine",

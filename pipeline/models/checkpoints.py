@@ -1,0 +1,52 @@
+"""Checkpoints: a model's weights and all facts that are needed to use it, in one .safetensors file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+
+from pipeline import files
+from pipeline.errors import StageError
+from pipeline.models import classifier
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The facts that a checkpoint carries."""
+
+    model: str
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    epoch: int
+    val_accuracy: float
+    record: str
+    """Id of the training that wrote it."""
+
+
+def save(path: Path, model: classifier.Classifier, facts: Checkpoint) -> None:
+    """Write the model's state (timm's names, on the CPU) and `facts`, as a whole file or not at all."""
+    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.net.state_dict().items()}
+    with files.atomic_write(path) as aside:
+        safetensors.torch.save_file(state, aside, metadata={"trainmark": json.dumps(vars(facts))})
+
+
+def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:
+    """The model of a checkpoint, in evaluation mode on the CPU, and its facts. Raises StageError where it can't be
+    used."""
+    metadata, state = classifier.read_safetensors(path)
+    try:
+        stored: dict[str, Any] = json.loads(metadata["trainmark"])
+        stored |= {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+        facts = Checkpoint(**stored)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise StageError(f"{path.name} is no checkpoint of ours: its metadata does not say which model it is") from None
+    classifier.check_name(facts.model)
+    net = timm.create_model(facts.model, pretrained=False, num_classes=len(facts.classes))
+    what = f"{path.name}: it says it is {facts.model} of {len(facts.classes)} classes"
+    classifier.load_state(net, state, what)
+    return classifier.Classifier(net, facts.mean, facts.std).eval(), facts
