@@ -5,44 +5,25 @@ are the pipeline's. Without --whole the job is small and made. Each seed gives t
 network's) and the order of the images; all precisions take it in turns, by `bare.train`, and what is held out for
 validation stays the same.
 
-Printed are the last epoch's validation accuracy, mean and range over the seeds, and how far its mean is from fp32's
-with a 95% interval (Welch's t). It ends with status 1 where a precision is farther from fp32 than 0.5 points and the
-interval excludes 0.
+Printed are the last epoch's validation accuracy, mean and range over the seeds, and the difference of its mean from
+fp32's with a 95% interval (`stats.difference`). The exit status is 1 if a precision differs from fp32 by more than 0.5
+points and the interval excludes 0.
 """
 
 import dataclasses
-import math
 import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import special
-
 from benchmarks import bare, results
 from pipeline import devices
+from pipeline.comparison import stats
 
 SMALL = (
     "weights=random", "data.source=synthetic", "data.limit=60", "batch_size=60", "image_size=32", "epochs=3",
     "warmup_epochs=0",
 )  # fmt: skip
-
-
-def t_quantile(degrees: float, confidence: float = 0.95) -> float:
-    """The t that Student's t with these degrees of freedom stays within, on both sides, so often."""
-    return float(special.stdtrit(degrees, (1 + confidence) / 2))
-
-
-def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Mean of `values` less that of `others`, and half the width of its 95% interval, by Welch's t with Satterthwaite's
-    degrees of freedom. Needs two of each."""
-    found = statistics.fmean(values) - statistics.fmean(others)
-    parts = [(statistics.variance(some) / len(some), len(some) - 1) for some in (values, others)]
-    squared = sum(part for part, _ in parts)
-    if squared == 0:
-        return found, 0.0
-    degrees = squared**2 / sum(part**2 / own for part, own in parts)
-    return found, t_quantile(degrees) * math.sqrt(squared)
 
 
 def compared(name: str, arguments: Any) -> dict[str, Any]:
@@ -64,16 +45,17 @@ def compared(name: str, arguments: Any) -> dict[str, Any]:
             print(f"{name} seed {settings.seed} {precision}: {said}", flush=True)
     found: dict[str, Any] = {}
     for precision in precisions:
-        apart, half = difference(accuracies[precision], accuracies["fp32"])
+        contrast = stats.difference(accuracies[precision], accuracies["fp32"])
+        assert contrast.high is not None
         found[precision] = {
             "accuracy": results.ratios(accuracies[precision]),
             "mean accuracy": statistics.fmean(accuracies[precision]),
-            "minus fp32": apart,
-            "half of its 95% interval": half,
+            "minus fp32": contrast.value,
+            "half of its 95% interval": contrast.high - contrast.value,
             "fp32 seconds / its": results.ratios(
                 [a / b for a, b in zip(seconds["fp32"], seconds[precision], strict=True)]
             ),
-            "differs": differs(apart, half),
+            "differs": differs(contrast),
         }
     return {
         "epochs": settings.work.epochs,
@@ -82,9 +64,10 @@ def compared(name: str, arguments: Any) -> dict[str, Any]:
     }
 
 
-def differs(apart: float, half: float) -> bool:
+def differs(contrast: stats.Contrast) -> bool:
     """Whether accuracies are farther apart than is allowed, and beyond noise."""
-    return abs(apart) > results.ACCURACIES_WITHIN and abs(apart) > half
+    assert contrast.low is not None and contrast.high is not None
+    return abs(contrast.value) > results.ACCURACIES_WITHIN and not contrast.low <= 0 <= contrast.high
 
 
 def main(words: Sequence[str]) -> None:
@@ -93,8 +76,8 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--recipes", default="finetune,linear-probe", help="which, comma between them (both)")
     parser.add_argument("--whole", action="store_true", help="the recipes as params.yaml has them, on its data")
     arguments = parser.parse_args(words)
-    if arguments.seeds < 2:
-        parser.error("--seeds: one tells nothing of noise: expected at least 2")
+    if arguments.seeds < stats.MIN_UNITS:
+        parser.error(f"--seeds: {arguments.seeds} is not allowed: expected at least {stats.MIN_UNITS}, for an interval")
     conditions = results.conditions_of(results.settings_of(arguments.overrides), arguments.overrides)
     found = {name: compared(name, arguments) for name in arguments.recipes.split(",")}
     print(

@@ -68,19 +68,11 @@ def test_accuracies_are_judged_where_they_tell_something():
     assert not results.judges(config.load(["recipe=blog", "lr=1.0e-5"]), 2000)
 
 
-def test_t_is_that_of_the_tables():
-    # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
-    assert [round(precision.t_quantile(degrees), 3) for degrees in (1, 4, 30)] == [12.706, 2.776, 2.042]
-
-
-def test_a_difference_beyond_noise_is_told_from_one_within_it():
-    apart, half = precision.difference([0.80, 0.81, 0.82], [0.80, 0.81, 0.82])
-    assert apart == 0
-    assert half == pytest.approx(precision.t_quantile(4) * 0.01 * (2 / 3) ** 0.5)
-    assert precision.difference([0.8, 0.8], [0.7, 0.7]) == (pytest.approx(0.1), 0.0)
-    assert precision.differs(0.006, 0.001)
-    assert not precision.differs(0.006, 0.007)
-    assert not precision.differs(0.004, 0.001)
+@pytest.mark.parametrize(
+    ("value", "half", "differs"), [(0.006, 0.001, True), (0.006, 0.007, False), (0.004, 0.001, False)]
+)
+def test_a_precision_differs_beyond_noise_and_what_is_allowed(value, half, differs):
+    assert precision.differs(stats.Contrast(value, value - half, value + half, None)) == differs
 
 
 def test_the_baseline_does_the_same_work_and_is_written(bench, capsys):
@@ -135,7 +127,7 @@ def small_grid(monkeypatch):
     monkeypatch.setattr(simulation, "COUNTS", (5,))
     monkeypatch.setattr(simulation, "INDEPENDENT", {name: simulation.INDEPENDENT[name] for name in ("normal 1%",)})
     monkeypatch.setattr(simulation, "SHARED", {name: simulation.SHARED[name] for name in ("hours 0.48%, 0.05%",)})
-    tables = {title: table for title, table in simulation.TABLES.items() if table is not simulation.small}
+    tables = {title: table for title, table in simulation.TABLES.items() if table is not simulation.small_differences}
     monkeypatch.setattr(simulation, "TABLES", tables)
 
 
@@ -144,14 +136,16 @@ def test_the_rules_of_claims_meet_their_goals(small_grid, tmp_path, capsys):
     shares = json.loads((tmp_path / "shares.json").read_text())
     assert shares.keys() == simulation.TABLES.keys()
     results_of = {table: shares[title] for title, table in simulation.TABLES.items()}
-    assert results_of[simulation.found][0]["share"] == 1
+    assert results_of[simulation.differences_found][0]["share"] == 1
     every = [share for table in shares.values() for share in table]
     assert not any(share["missed"] for share in every)
     said = capsys.readouterr().out
     assert all(share["row"] in said for share in every)
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("faster", simulation.alike), ("none", simulation.found)])
+@pytest.mark.parametrize(
+    ("kind", "wrong"), [("faster", simulation.false_claims), ("none", simulation.differences_found)]
+)
 def test_rules_that_call_everything_or_nothing_fail(small_grid, monkeypatch, kind, wrong):
     rigged = claims.Claim(kind, speedup=stats.Contrast(2.0, 1.9, 2.1, 1.1))
     monkeypatch.setattr(claims, "compare", lambda *_: rigged)
@@ -166,7 +160,7 @@ def test_small_differences_called_in_one_session_miss_their_goals(monkeypatch, c
     monkeypatch.setattr(simulation, "COUNTS", (5,))
     rigged = claims.Claim("slower" if called else "small", speedup=stats.Contrast(0.9, 0.89, 0.91, 1.1))
     monkeypatch.setattr(claims, "compare", lambda *_: rigged)
-    shares = list(simulation.small(simulation.Trials(10, 0)))
+    shares = list(simulation.small_differences(simulation.Trials(10, 0)))
     assert {share.share for share in shares} == {float(called)}
     assert any(share.missed for share in shares) == called
     assert not any(share.missed for share in shares if "wrong" in share.column or simulation.HARDER in share.row)
@@ -213,5 +207,5 @@ def test_drift_is_correlated_within_a_session_and_hours_are_shared():
 
 def test_designs_make_as_many_sessions_as_they_say():
     for sessions, sizes in ((1, [10]), (3, [4, 3, 3])):
-        runs = simulation.set_of(0, sizes, [{}] * 10)
+        runs = simulation.planned_set(0, sizes, [{}] * 10)
         assert len(stats.sessions([run["started"] for run in runs])) == sessions
