@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import config, files, plots, terminal
-from pipeline.comparison import build, charts, page, report
+from pipeline import config, files, terminal
+from pipeline.comparison import build, charts, page, plots, report
 from pipeline.tracking import publisher, records, store
 
 REPORTS = config.ROOT / "reports"

@@ -1,11 +1,8 @@
 """The pictures hold the data they were given, and survive any class name."""
 
 import json
-import math
-import re
 import subprocess
 import sys
-import warnings
 from itertools import pairwise
 
 import matplotlib
@@ -69,17 +66,6 @@ def test_samples_show_each_image_under_its_name(count):
     assert figure.get_suptitle() == TITLE
 
 
-@pytest.mark.parametrize(("side", "interpolation"), [(32, "nearest"), (500, "auto")])
-def test_only_tiny_samples_are_drawn_in_squares(side, interpolation):
-    figure = plots.samples(np.zeros((1, side, side, 3), np.uint8), ["cat"], title=TITLE)
-    assert figure.axes[0].images[0].get_interpolation() == interpolation
-
-
-def test_samples_need_a_name_each():
-    with pytest.raises(ValueError, match="zip"):
-        plots.samples(np.zeros((2, 8, 8, 3), np.uint8), ["cat"], title=TITLE)
-
-
 @pytest.mark.parametrize("count", [1, 10, 100])
 def test_loss_holds_both_losses_from_zero(count):
     epochs = records(count)
@@ -97,19 +83,6 @@ def test_epoch_ticks_are_few_whole_numbers(count):
     assert 1 <= len(ticks) <= 12
     assert all(1 <= int(tick) <= count for tick in ticks)
     assert count > 10 or ticks == [str(epoch) for epoch in range(1, count + 1)]
-
-
-def test_one_epoch_has_markers_and_many_have_none():
-    assert lines(plots.loss(records(1), title=TITLE))["training"].get_marker() == "o"
-    assert lines(plots.loss(records(100), title=TITLE))["training"].get_marker() == ""
-
-
-def test_lines_differ_in_more_than_colour():
-    drawn = lines(plots.accuracy(records(3), best_epoch=1, validation="test split", title=TITLE))
-    shown = [drawn[key] for key in ("training accuracy", "test split accuracy", "training loss (right axis)")]
-    assert len({line.get_linestyle() for line in shown}) == 3
-    assert len({line.get_marker() for line in shown}) == 3
-    assert len({line.get_color() for line in shown}) == 3
 
 
 @pytest.mark.parametrize("count", [1, 10, 100])
@@ -229,13 +202,6 @@ def test_odd_class_names_are_drawn_as_they_are(tmp_path):
     plots.save(figure, tmp_path / "samples.png")
 
 
-def test_save_hides_no_other_warning(tmp_path, monkeypatch):
-    figure = plots.loss(records(1), title=TITLE)
-    monkeypatch.setattr(figure, "savefig", lambda *_, **__: warnings.warn("something else", stacklevel=1))
-    with pytest.raises(UserWarning, match="something else"):
-        plots.save(figure, tmp_path / "loss.png")
-
-
 def test_a_long_title_stays_in_the_figure():
     title = "DEMO · AMD EPYC 7763 64-Core Processor · blog · fp32 · 128 threads · one more word and another"
     for figure in (
@@ -302,130 +268,3 @@ print(json.dumps({"loaded": [name for name in ("torch", "matplotlib.pyplot") if 
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"loaded": [], "changed": []}
-
-
-# --- charts of a comparison
-
-
-def bar(label, value=None, low=None, high=None, look="plain", text="text"):
-    return plots.Bar(label=label, text=text, link=f"http://h/{label}", look=look, value=value, low=low, high=high)
-
-
-def curve(label, seconds=10.0, count=5):
-    points = [(seconds * (epoch + 1) / count, 0.5 + 0.05 * epoch) for epoch in range(count)]
-    return plots.Curve(label=label, link=f"http://h/{label}", points=points)
-
-
-def patches(figure):
-    return [(patch.get_x(), patch.get_width()) for patch in figure.axes[0].patches]
-
-
-def test_bars_begin_at_zero_and_ratios_at_one():
-    assert patches(plots.bars([bar("A", 3.0), bar("B"), bar("C", 1.0)], title=TITLE, unit="s")) == [(0, 3), (0, 1)]
-    figure = plots.ratios([bar("A", 3.0), bar("B", 0.5)], title=TITLE, unit="times")
-    assert patches(figure) == [(1, 2), (1, -0.5)]
-    low, high = figure.axes[0].get_xlim()
-    assert low < 0.5 and high > 3 and figure.axes[0].get_xscale() == "log"
-    assert 1 in figure.axes[0].get_xticks()
-
-
-@pytest.mark.parametrize(("smallest", "scale"), [(2.0, "log"), (2.1, "linear")])
-def test_values_fiftyfold_apart_have_a_logarithmic_axis_that_says_so(smallest, scale):
-    figure = plots.bars([bar("A", 100.0), bar("B", smallest), bar("C")], title=TITLE, unit="images/s")
-    (axes,) = figure.axes
-    assert axes.get_xscale() == scale and axes.get_xlabel().startswith("images/s")
-    assert ("logarithmic" in axes.get_xlabel()) == (scale == "log")
-    assert all(width > 0 for _, width in patches(figure))
-    low, high = axes.get_xlim()
-    assert low < smallest and high >= 100
-
-
-@pytest.mark.parametrize("values", [(1.0, 100.0), (1e-12, 1e12), (9.5, 7875.0), (999.0, 1e6)])
-def test_a_logarithmic_axis_of_bars_has_labels_that_stay_apart_and_inside(values):
-    figure = plots.bars([bar(f"M{value}", value) for value in values], title=TITLE, unit="s")
-    figure.canvas.draw()
-    low, high = figure.axes[0].get_xlim()
-    shown = [tick for tick in figure.axes[0].xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-    boxes = [tick.label1.get_window_extent() for tick in shown]
-    assert len(boxes) >= 2 and all(left.x1 <= right.x0 for left, right in pairwise(boxes))
-    assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
-
-
-def test_an_axis_of_ratios_says_that_it_is_logarithmic():
-    assert "logarithmic" in plots.ratios([bar("A", 3.0)], title=TITLE, unit="times").axes[0].get_xlabel()
-
-
-def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():
-    rows = [bar("A", 2.0, 1.9, 2.1), bar("B", 1.5, 1e-9, math.inf), bar("C", 1.2, 0.0, 1e12)]
-    figure = plots.ratios(rows, title=TITLE, unit="times")
-    assert len(figure.axes[0].collections) == 3
-    low, high = figure.axes[0].get_xlim()
-    assert low > 0.2 and high < 9
-    plots.svg(figure)
-    assert plots.bars(rows, title=TITLE, unit="s").axes[0].get_xlim()[1] < 9
-
-
-@pytest.mark.parametrize(
-    "values", [(1.0,), (1.0001, 0.9999), (1e6, 1e-3), (3.0, 2.9), (7.0, 0.3), (0.01,), (40.0, 0.9), (1.3, 0.7)]
-)
-def test_ticks_of_ratios_stay_apart(values):
-    figure = plots.ratios([bar(f"M{v}", v) for v in values], title=TITLE, unit="times")
-    figure.canvas.draw()
-    low, high = figure.axes[0].get_xlim()
-    shown = [tick for tick in figure.axes[0].xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-    boxes = sorted((tick.label1.get_window_extent() for tick in shown), key=lambda box: box.x0)
-    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
-
-
-def test_looks_differ_in_more_than_colour():
-    looks = [(look["facecolor"], look.get("hatch"), look.get("linestyle")) for look in plots.BARS.values()]
-    without_colour = {(face == "white", *rest) for (face, *rest), name in zip(looks, plots.BARS, strict=True) if name in
-                      ("faster", "slower", "none", "small", "few", "problem")}  # fmt: skip
-    assert len(without_colour) == 6
-    assert len({dashes for _, dashes, _ in plots.CURVES[:4]}) == 4
-    assert len({marker for *_, marker in plots.CURVES}) == len(plots.CURVES)
-
-
-def test_few_courses_share_a_chart_and_many_have_one_each():
-    few = plots.courses([curve("A"), curve("B", 5.0)], target=0.65, title=TITLE)
-    assert len(few.axes) == 2  # the chart and its names
-    assert [list(line.get_xdata()) for line in few.axes[0].lines[1:3]] == [[2, 4, 6, 8, 10], [1, 2, 3, 4, 5]]
-    many = plots.courses([curve(f"M{place}") for place in range(40)], target=None, title=TITLE)
-    assert len(many.axes) == 40
-    assert {axes.get_xlim() for axes in many.axes} == {many.axes[0].get_xlim()}
-
-
-def test_times_that_lie_far_apart_have_a_logarithmic_axis():
-    assert plots.courses([curve("A", 1.0), curve("B", 19.0)], target=None, title=TITLE).axes[0].get_xscale() == "linear"
-    axes = plots.courses([curve("A", 1.0), curve("B", 21.0)], target=None, title=TITLE).axes[0]
-    assert axes.get_xscale() == "log" and "logarithmic" in axes.get_xlabel()
-
-
-def test_a_course_of_one_epoch_is_drawn():
-    figure = plots.courses([curve("A", count=1), curve("B", count=1)], target=0.9, title=TITLE)
-    assert "<svg" in plots.svg(figure)
-
-
-@pytest.mark.parametrize("count", [1, 2, 40])
-def test_an_svg_is_the_same_each_time_and_holds_its_text_and_links(count):
-    def made():
-        return plots.svg(plots.bars([bar(f"M{place}", place + 1.0) for place in range(count)], title=TITLE, unit="s"))
-
-    text = made()
-    assert text == made() and text.startswith("<svg")
-    assert 'viewBox="0 0 295' in text and "pt" not in text.split(">")[0]
-    assert all(f">M{place}</text>" in text and f"http://h/M{place}" in text for place in range(count))
-    assert "'DejaVu Sans', system-ui, sans-serif" in text
-
-
-def test_names_in_an_svg_are_no_markup_and_ids_are_not_shared():
-    odd = "<script>&\"'" + "x" * 100
-    one, other = (plots.svg(plots.bars([bar(odd, 1.0, 0.9, value)], title=odd, unit="s")) for value in (1.1, 1.2))
-    assert "<script" not in one and "…" in one
-    ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, other)]
-    assert not {name for name in ids[0] | ids[1] if re.fullmatch(r"(figure|axes|patch|text|line2d)_\d+", name)}
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_any_name_can_be_drawn(name):
-    plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0, look="reference")], title="chart", unit="times"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from pipeline import plots
+from pipeline.comparison import plots
 from pipeline.comparison import stats
 from pipeline.comparison.cells import ratio_cell, settings_in_words, step_facts
 from pipeline.comparison.formats import format_figure

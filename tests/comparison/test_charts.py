@@ -3,8 +3,7 @@
 import pytest
 from made import OLDER, Store, every_kind, sections, table, two
 
-from pipeline import plots
-from pipeline.comparison import charts
+from pipeline.comparison import charts, plots
 from pipeline.profiling import score_steps
 
 

@@ -6,8 +6,7 @@ import pytest
 from made import Store, every_kind, price, sections, two
 from test_report import NASTY, PRICES, everything, many
 
-from pipeline import plots
-from pipeline.comparison import answer, cells, charts, page
+from pipeline.comparison import answer, cells, charts, page, plots
 
 
 def drawn(found):
