@@ -26,7 +26,7 @@ def splits_of(settings: config.Settings) -> setup.Splits:
     found = datasets.resolve(settings.data)
     if found["reason"]:
         sys.exit(f"data: CIFAR-10 can't be had ({found['reason']}): -S data.source=synthetic, or a folder")
-    return setup.drawn(setup.decoded(settings, found), settings)
+    return setup.hold_out(setup.decode_splits(settings, found), settings)
 
 
 def weights_of(recipe: config.Recipe) -> Path | None:
@@ -49,7 +49,7 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
     on the device."""
     recipe = settings.work
     work, working = set_up(settings, splits)
-    backend, clock = work.job.backend, work.job.clock
+    backend, clock = work.loop.backend, work.loop.clock
     rows, at, placement = trained_once(work, settings, splits, working)
     images = sum(map(len, splits.values()))
     trained = len(splits["train"]) * recipe.epochs / clock.total("train")
@@ -59,20 +59,20 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
         "seconds": clock.total(*setup.TOTAL),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
-        "speed": images / clock.total("features") if work.job.on_features else trained,
-        "steps": work.job.times.percentiles(),
+        "speed": images / clock.total("features") if work.on_features else trained,
+        "steps": work.loop.times.percentiles(),
         "fault": backend.capture_error,
         "how": {
-            "features": "cache" if work.job.on_features else "recompute",
+            "features": "cache" if work.on_features else "recompute",
             "channels_last": work.channels_last,
             "compile": work.compile_mode,
-            "recorded": work.recorded,
+            "recorded": work.use_cuda_graph,
             "placement": placement,
         },
-        **({"features": images / clock.total("features")} if work.job.on_features else {}),
+        **({"features": images / clock.total("features")} if work.on_features else {}),
     }
     if fixed:
-        passed = images if work.job.on_features else len(splits["train"]) * recipe.epochs
+        passed = images if work.on_features else len(splits["train"]) * recipe.epochs
         result["fixed_speed"] = _fixed_speed(work, splits, passed)
     if work.compile_mode != "off":
         torch.compiler.reset()  # else it stops compiling after some turns of the same code
@@ -88,9 +88,9 @@ def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.Train
     clock = Clock(backend.synchronize)
     path = weights_of(recipe)
     with clock.span("setup"):
-        work = setup.build(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
+        work = setup.TrainingSetup(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
         working = setup.warm_up(work, splits)
-        setup.restart(work, settings.seed)
+        work.restart(settings.seed)
     return work, working
 
 
@@ -99,17 +99,17 @@ def trained_once(
 ) -> tuple[list[dict[str, Any]], list[float], str]:
     """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
     where the images lay; the work's clock has `training.TOTAL`."""
-    recipe, backend, clock = work.recipe, work.job.backend, work.job.clock
+    recipe, backend, clock = work.recipe, work.loop.backend, work.loop.clock
     with clock.span("upload"):
-        samples, placement = setup.place(work, splits, working, settings.data.device_gib)
-    if work.job.on_features:
+        samples, placement = setup.place_splits(work, splits, working, settings.data.device_gib)
+    if work.on_features:
         with clock.span("features"):
             for name, split in samples.items():
-                samples[name] = setup.features(work, split)
+                samples[name] = work.compute_features(split)
     rows, at = [], [time.perf_counter()]
     for row in loop.train(
-        work.job,
-        lambda epoch: setup.shuffled(work, samples["train"], settings.seed, epoch),
+        work.loop,
+        lambda epoch: work.train_batches(samples["train"], settings.seed, epoch),
         lambda: batching.batches(setup.val_split(samples), recipe.batch_size, backend),
     ):
         rows.append(row)
@@ -129,7 +129,7 @@ def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> floa
 
 def _fixed_speed(work: setup.TrainingSetup, splits: setup.Splits, passed: int) -> float:
     """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
-    backend = work.job.backend
+    backend = work.loop.backend
     step, size = setup.fixed_step(work, splits)
 
     seconds_of(step, 2, backend)  # kernels are chosen, launches recorded

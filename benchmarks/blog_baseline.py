@@ -88,7 +88,7 @@ def baseline(
     trained = Compose([Resize(size), *([RandomHorizontalFlip()] if recipe.flip else []), ToTensor(), *normalize])
     loader = DataLoader(Pictures(*train, trained), recipe.batch_size, shuffle=True, num_workers=workers)
     val_loader = DataLoader(Pictures(*validation, seen), recipe.batch_size, num_workers=workers)
-    optimizer, scheduler = setup.schedule(recipe, network, len(train[0]))
+    optimizer, scheduler = setup.make_optimizer(recipe, network, len(train[0]))
     per_batch = recipe.scheduler_step == "batch"
     _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
     backend.synchronize()

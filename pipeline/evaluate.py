@@ -94,25 +94,20 @@ def _measured(
     """The label predicted for each test image, and the figures. A batch of each size is passed before the
     clock starts."""
     recipe, channels_last = settings.work, record["facts"]["channels_last"]
-    net = net.to(backend.device).to(memory_format=setup.layout(channels_last))
+    net = net.to(backend.device).to(memory_format=setup.memory_format(channels_last))
 
-    height, width, _ = test.inputs.shape[1:]
-    enlarge = batching.resize_weights(height, width, recipe.image_size, backend.device)
-
-    def ready(images: Tensor) -> Tensor:
-        return batching.prepare(images, recipe.image_size, enlarge, channels_last=channels_last)
-
-    totals = loop.RunningMetrics(backend.device)
-    score = loop.make_eval_step(net, ready, backend, recipe.precision, totals)
-    sizes = setup.sizes(test, recipe.batch_size)
-    loop.evaluate(net, score, totals, [setup.first(test, size, backend) for size in sizes])
+    prepare = setup.make_prepare(test, recipe.image_size, backend, channels_last=channels_last)
+    running = loop.RunningMetrics(backend.device)
+    eval_step = loop.make_eval_step(net, prepare, backend, recipe.precision, running)
+    sizes = setup.batch_sizes(test, recipe.batch_size)
+    loop.evaluate(net, eval_step, running, [setup.first_batch(test, size, backend) for size in sizes])
     clock = Clock(backend.synchronize)
     predictions: list[Tensor] = []
     with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
         if record["tags"]["data.placement"] == "device":
             test = test.to(backend.device)
         batches = batching.batches(test, recipe.batch_size, backend)
-        loss, accuracy = loop.evaluate(net, score, totals, batches, predictions, advance)
+        loss, accuracy = loop.evaluate(net, eval_step, running, batches, predictions, advance)
     metrics = {
         "test/accuracy": accuracy,
         "test/loss": loss,

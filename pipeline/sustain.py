@@ -199,7 +199,7 @@ def _recipe(step: score_steps.Step, precision: str, batch_size: int) -> config.R
         scheduler_options={},
         scheduler_step="epoch",
         warmup_epochs=0.0,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         channels_last="auto",
         compile="off",
         graph="auto",
@@ -227,15 +227,15 @@ def _repeated(step: score_steps.Step, recipe: config.Recipe, seconds: float, bac
 def _built(recipe: config.Recipe, images: batching.Split, backend: devices.Backend) -> setup.TrainingSetup:
     """The step's model on the device, in training mode."""
     splits = {"train": images, "validation": images}
-    work = setup.build(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronize))
-    work.job.set_mode()
+    work = setup.TrainingSetup(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronize))
+    work.loop.set_train_mode()
     return work
 
 
 def _refuse_too_large(work: setup.TrainingSetup, images: batching.Split) -> None:
     """Raises OutOfMemoryError where a step would take more memory than is free. A CPU does not refuse: it swaps, or the
     system kills the process."""
-    backend = work.job.backend
+    backend = work.loop.backend
     free, needed = backend.free_bytes(), MEMORY_MARGIN * setup.saved_bytes_per_image(work, images)
     if free is not None and needed * work.recipe.batch_size > free:
         raise OutOfMemoryError(f"{backend.kind} has {free / 2**30:.1f} GiB free: lower batch_size")
@@ -251,11 +251,11 @@ def _steps_a_slice(
     work: setup.TrainingSetup, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seconds: float
 ) -> int:
     """How many steps make a slice, by the second step: the first one also does what is done once."""
-    job, clock = work.job, work.job.clock
+    train_loop, clock = work.loop, work.loop.clock
     with clock.span("first step"):
-        job.step(*next(batches))
+        train_loop.step(*next(batches))
     with clock.span("second step") as span:
-        job.step(*next(batches))
+        train_loop.step(*next(batches))
     return max(1, round(min(SLICE_SECONDS, seconds / LEAST_SLICES) / span.seconds))
 
 
@@ -267,14 +267,14 @@ def _slices(
     seconds: float,
 ) -> list[Slice]:
     """Slices of so many steps until `seconds` have passed, LEAST_SLICES at least."""
-    job, clock = work.job, work.job.clock
+    train_loop, clock = work.loop, work.loop.clock
     images = steps * work.recipe.batch_size
     slices: list[Slice] = []
     with terminal.progress(title, images * math.ceil(seconds / SLICE_SECONDS)) as advance:
         while clock.total("slices") < seconds or len(slices) < LEAST_SLICES:
             with clock.span("slices") as span:
                 for _ in range(steps):
-                    job.step(*next(batches))
+                    train_loop.step(*next(batches))
             slices.append((images, span.seconds))
             advance(images)
     return slices

@@ -1,17 +1,16 @@
 """Devices for tests. One works like Apple's: asynchronous, without pinned memory, its memory's peak scripted; one
-records as CUDA does; one has samples sent to it."""
+captures steps as CUDA does; one has samples sent to it."""
 
-import time
 import weakref
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.devices import Backend
 from pipeline.devices.cpu import Cpu
 from pipeline.devices.cuda import Cuda
-from pipeline.devices.graphs import WARM_UPS, Captured
-from pipeline.profiling.clock import Clock
-from pipeline.training import loop, optimizers
+from pipeline.devices.graphs import WARM_UP_CALLS, GraphedFunction
 
 
 class Standin(Backend):
@@ -70,53 +69,74 @@ class Marked(Standin):
         return last - first
 
 
-class Recorder:
-    """What `graphs.Recorder` does, in effect: calls before recording, then arguments and results in memory of its own.
+class Tape(TorchDispatchMode):
+    """Records the operations that run inside, and replays them on the same memory.
 
-    `recorded` holds in order the functions' names and the sizes of the batches, `replayed` the names alone.
+    Like a CUDA graph: `replay` repeats tensor work alone. No Python runs again, numbers that Python computed stay as
+    they were, and reading a tensor's value while recording fails.
     """
 
-    def __init__(self, warm_ups=WARM_UPS):
-        self.warm_ups, self.recorded, self.replayed = warm_ups, [], []
+    def __init__(self):
+        super().__init__()
+        self._operations = []
 
-    def record(self, function, tensors):
-        for _ in range(self.warm_ups):
-            function(*tensors)
-        self.recorded.append((function.__name__, len(tensors[0])))
-        given, kept = [tensor.clone() for tensor in tensors], []
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        outputs = operation(*args, **(kwargs or {}))
+        self._operations.append((operation, args, kwargs or {}, outputs))
+        return outputs
 
-        def replay(*tensors):
-            self.replayed.append(function.__name__)
-            for here, tensor in zip(given, tensors, strict=True):
-                here.copy_(tensor)
-            result = function(*given)
-            if not kept:
-                kept.append(result)
-            parts = [each if isinstance(each, tuple) else (each,) for each in (kept[0], result)]
-            for here, new in zip(*parts, strict=True):
-                if here is not None:
-                    here.copy_(new)
-            return kept[0]
-
-        return replay
+    def replay(self):
+        with torch.no_grad():
+            for operation, args, kwargs, outputs in self._operations:
+                again = operation(*args, **kwargs)
+                for old, new in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
-class Recording(Cpu):
-    """The CPU with `Recorder` for its graphs, and CUDA's optimizers."""
+class TapePool:
+    """A `GraphPool` that captures tapes."""
 
-    records = True
+    device = torch.device("cpu")
+
+    def warm_up(self, function):
+        for _ in range(WARM_UP_CALLS):
+            function()
+
+    def capture(self, function):
+        with Tape() as tape:
+            result = function()
+        return tape.replay, result
+
+
+class Capturing(Cpu):
+    """The CPU with tapes for CUDA graphs, and CUDA's optimizers. `captured` holds in order the name of each function
+    that was captured and its batch size, `called` the name of each captured function that was called."""
+
+    supports_graphs = True
     optimizer_options = Cuda.optimizer_options
 
-    def __init__(self, warm_ups=WARM_UPS):
+    def __init__(self):
         super().__init__()
-        self.recorder = Recorder(warm_ups)
+        self.captured, self.called, self._pool = [], [], TapePool()
 
-    def capture_graph(self, function):
-        return Captured(function, self.recorder, self.fails)
+    def capture_graph(self, function, **state):
+        graphed, shapes = GraphedFunction(function, self._pool, self.fail, **state), set()
+
+        def call(*tensors):
+            if tensors[0].shape not in shapes:
+                shapes.add(tensors[0].shape)
+                self.captured.append((function.__name__, len(tensors[0])))
+            self.called.append(function.__name__)
+            return graphed(*tensors)
+
+        return call
 
     @staticmethod
-    def fails(reason):
-        raise AssertionError(f"could not be recorded: {reason}")
+    def fail(reason):
+        raise AssertionError(f"it could not be captured: {reason}")
 
 
 class Elsewhere(str):
@@ -158,62 +178,3 @@ class Queued(torch.nn.Module):
     def forward(self, inputs):
         self._backend.queue(self._seconds)
         return self.network(inputs)
-
-
-def job_of(
-    network,
-    *,
-    backend=None,
-    ready=lambda inputs: inputs,
-    set_mode=None,
-    optimizer="sgd",
-    options=None,
-    lr=0.1,
-    scheduler="constant",
-    scheduler_options=None,
-    epochs=1,
-    steps=1,
-    batch_size=256,
-    per_batch=True,
-    precision="fp32",
-    on_features=False,
-    recorded=False,
-):
-    """A job of `epochs` of `steps` for what is trainable in `network`: by plain SGD on the CPU unless told
-    otherwise. A stand-in must be kept busy (`Queued`), as nothing is as fast as no time at all."""
-    backend = backend or Cpu()
-
-    def build():
-        built = optimizers.build_optimizer(
-            optimizer,
-            [parameter for parameter in network.parameters() if parameter.requires_grad],
-            lr=lr,
-            options=options or {},
-            total_steps=epochs * steps,
-            fastest=backend.optimizer_options,
-        )
-        schedule = optimizers.build_scheduler(
-            scheduler,
-            built,
-            options=scheduler_options or {},
-            lr=lr,
-            epochs=epochs,
-            moves_per_epoch=steps if per_batch else 1,
-            warmup_epochs=0,
-        )
-        return built, schedule
-
-    return loop.TrainLoop(
-        network=network,
-        build=build,
-        backend=backend,
-        clock=Clock(backend.synchronize, getattr(backend, "now", time.perf_counter)),
-        ready=ready,
-        set_mode=set_mode or network.train,
-        epochs=epochs,
-        batch_size=batch_size,
-        per_batch=per_batch,
-        precision=precision,
-        on_features=on_features,
-        recorded=recorded,
-    )

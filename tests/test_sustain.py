@@ -111,7 +111,7 @@ def clocked(step_seconds):
         time[0] += step_seconds
 
     clock = Clock(lambda: waits.append(len(steps)), lambda: time[0])
-    work = SimpleNamespace(job=SimpleNamespace(step=take, clock=clock), recipe=SimpleNamespace(batch_size=4))
+    work = SimpleNamespace(loop=SimpleNamespace(step=take, clock=clock), recipe=SimpleNamespace(batch_size=4))
     return work, waits, iter(lambda: ("batch", "batch"), None)
 
 
@@ -172,13 +172,13 @@ def test_the_images_that_lie_on_the_device_are_few():
 )
 def test_the_steps_are_the_same_whatever_the_settings(outputs, slices, monkeypatch, override):
     slices((8, 1.0))
-    built, build = [], setup.build
+    built, build = [], setup.TrainingSetup
 
     def noted(recipe, seed, *args):
         built.append((recipe, seed, torch.get_num_threads()))
         return build(recipe, seed, *args)
 
-    monkeypatch.setattr(setup, "build", noted)
+    monkeypatch.setattr(setup, "TrainingSetup", noted)
     sustain.run(config.load(["sustain_seconds=1", "device=cpu", override]), outputs, steps=STEPS)
     recipes = [recipe for recipe, *_ in built]
     assert [(recipe.model, recipe.image_size, recipe.batch_size, recipe.precision) for recipe in recipes] == [
@@ -196,7 +196,7 @@ def test_the_real_steps_are_models_that_can_be_built():
     for step in score_steps.STEPS:
         images = sustain._made(2, step.image_size)
         work = sustain._built(sustain._recipe(step, "fp32", 2), images, Cpu())
-        assert not work.job.on_features and all(each.requires_grad for each in work.net.parameters())
+        assert not work.on_features and all(each.requires_grad for each in work.net.parameters())
 
 
 @pytest.mark.parametrize("best", ["fp32", "bf16"])
@@ -216,7 +216,7 @@ def test_what_is_the_same_work_is_not_repeated_twice(repeat, slices, monkeypatch
 
 
 def test_the_memory_of_one_step_is_free_before_the_next_one_is_built(repeat, monkeypatch):
-    nets, alive, build = [], [], setup.build
+    nets, alive, build = [], [], setup.TrainingSetup
 
     def noted(*args):
         gc.collect()  # as the GPUs' `release_memory` does
@@ -225,7 +225,7 @@ def test_the_memory_of_one_step_is_free_before_the_next_one_is_built(repeat, mon
         nets.append(weakref.ref(work.net))
         return work
 
-    monkeypatch.setattr(setup, "build", noted)
+    monkeypatch.setattr(setup, "TrainingSetup", noted)
     repeat()
     assert alive == [0, 0, 0]
 
@@ -417,7 +417,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(repeat, full, images,
 
 def test_nothing_of_a_batch_that_was_too_large_is_in_the_way_of_a_smaller_one(repeat, full, monkeypatch):
     full(4)
-    nets, alive, build = [], [], setup.build
+    nets, alive, build = [], [], setup.TrainingSetup
 
     def noted(*args):
         gc.collect()
@@ -426,7 +426,7 @@ def test_nothing_of_a_batch_that_was_too_large_is_in_the_way_of_a_smaller_one(re
         nets.append(weakref.ref(work.net))
         return work
 
-    monkeypatch.setattr(setup, "build", noted)
+    monkeypatch.setattr(setup, "TrainingSetup", noted)
     repeat(steps=[CONVNET])
     assert alive == [0, 0]
 
@@ -492,17 +492,17 @@ class Refusing(Cpu):
 
 @pytest.fixture
 def refusing(monkeypatch, slices):
-    backend, takes_step = Refusing(), setup._takes_step
+    backend, takes_step = Refusing(), setup._step_fits
 
     def takes(work, size, shape):
-        assert not work.recorded and work.compile_mode == "off" and work.recipe.precision == "fp32"
+        assert not work.use_cuda_graph and work.compile_mode == "off" and work.recipe.precision == "fp32"
         assert shape == (32, 32, 3)
         backend.largest = size
         return takes_step(work, size, shape)
 
     slices((8, 1.0))
     monkeypatch.setattr(devices, "select", lambda device: backend)
-    monkeypatch.setattr(setup, "_takes_step", takes)
+    monkeypatch.setattr(setup, "_step_fits", takes)
     return backend
 
 

@@ -1,26 +1,34 @@
-"""Which device trains: one small file a backend, behind the interface in `base.py`."""
+"""Which device trains: one small file per backend, behind the interface in `base.py`."""
 
+import importlib
+import pkgutil
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pipeline.devices.base import Backend
-from pipeline.devices.cpu import Cpu
-from pipeline.devices.cuda import Cuda
-from pipeline.devices.mps import Mps
-from pipeline.devices.xpu import Xpu
 from pipeline.errors import UsageError
 from pipeline.profiling import system_info
-
-BACKENDS: tuple[type[Backend], ...] = (Cuda, Mps, Xpu, Cpu)
-"""In the order in which `device: auto` prefers them."""
 
 __all__ = ["BACKENDS", "Backend", "available", "select", "torch_facts", "unused_gpu"]
 
 
-def available(backends: tuple[type[Backend], ...] = BACKENDS) -> list[str]:
-    """The values of `device` that can be had here: `cuda` and, of several, `cuda:0`, `cuda:1`."""
+def discover() -> tuple[type[Backend], ...]:
+    """The backends in the modules of this package: by name, the CPU last."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    backends = {backend for backend in classes if issubclass(backend, Backend) and hasattr(backend, "kind")}
+    return tuple(sorted(backends, key=lambda backend: (backend.kind == "cpu", backend.kind)))
+
+
+BACKENDS = discover()
+"""In the order in which `device: auto` prefers them."""
+
+
+def available(backends: Sequence[type[Backend]] = BACKENDS) -> list[str]:
+    """The values of `device` that work here: `cuda`, and if there are several, `cuda:0`, `cuda:1`."""
     names: list[str] = []
     for backend in backends:
         count = backend.count()
@@ -29,50 +37,28 @@ def available(backends: tuple[type[Backend], ...] = BACKENDS) -> list[str]:
     return names
 
 
-def select(device: str, backends: tuple[type[Backend], ...] = BACKENDS) -> Backend:
-    """The backend for a value of `device`. Raises UsageError with the devices that are there."""
-    there = available(backends)
-    kind, _, index = (there[0] if device == "auto" else device).partition(":")
-    if device != "auto" and device not in there and device != f"{kind}:0":
-        unused = unused_gpu()
-        why = f" ({unused})" if unused and kind != "cpu" else ""
-        raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(there)}{why}')
+def select(device: str, backends: Sequence[type[Backend]] = BACKENDS) -> Backend:
+    """The backend for the setting `device`. Raises UsageError, with the devices that work here."""
+    names = available(backends)
+    kind, _, index = (names[0] if device == "auto" else device).partition(":")
     for backend in backends:
-        if backend.kind == kind and backend.count():
+        if backend.kind == kind and int(index or 0) < backend.count():
             return backend(int(index or 0))
-    raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(there)}')
+    reason = unused_gpu(system_info.gpus(), backends)
+    why = f" ({reason})" if reason else ""
+    raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(names)}{why}')
 
 
-def unused_gpu() -> str | None:
-    """Names a GPU that is in this machine but can't be used by this build of torch, why, and the command that
-    puts it right; None where there is no such GPU. Training on the CPU beside it would be the worst fallback:
-    a figure under which the reader imagines the GPU."""
-    gpu = next((gpu for gpu in system_info.gpus() if gpu.get("for_training")), None)
-    if gpu is None or available() != ["cpu"]:
+def unused_gpu(
+    gpus: Sequence[Mapping[str, Any]] | None = None, backends: Sequence[type[Backend]] = BACKENDS
+) -> str | None:
+    """A GPU of this machine that this build of torch cannot use, why, and the command that helps; None if there is no
+    such GPU. `device: auto` then trains on the CPU, and must not pass its figures off as the GPU's."""
+    gpu = next((gpu for gpu in (system_info.gpus() if gpus is None else gpus) if gpu.get("for_training")), None)
+    if gpu is None or available(backends) != ["cpu"]:
         return None
-    return f"{gpu['name']} is there, but {_why_unused(gpu)}"
-
-
-def _why_unused(gpu: dict[str, Any]) -> str:
-    build = f"this torch {torch.__version__}"
-    if gpu["vendor"] == "NVIDIA":
-        if "driver" not in gpu:
-            return "its driver does not answer: install or repair it; in a container, start that with --gpus all"
-        if torch.version.cuda is None:
-            return f"{build} is built without CUDA: make run TORCH=cu130 (cards before Turing: TORCH=cu126)"
-        if torch.cuda.device_count() == 0:
-            return (
-                f"its driver {gpu['driver']} does not serve CUDA {torch.version.cuda}: update the driver, "
-                "or make run TORCH=cu126"
-            )
-        return f"{build} has code for {' '.join(torch.cuda.get_arch_list())} alone: make run TORCH=cu126"
-    if gpu["vendor"] == "AMD":
-        return f"{build} is built without ROCm: make run TORCH=rocm7.2 (Linux only)"
-    if gpu["vendor"] == "Intel":
-        return f"{build} does not see it: make run TORCH=xpu"
-    if not torch.backends.mps.is_built():
-        return f"{build} has no MPS: use Python for arm64, not x86_64"
-    return "macOS does not offer it to torch: MPS needs macOS 14 or newer"
+    reasons = [reason for backend in backends if (reason := backend.why_unused(gpu))]
+    return f"{gpu['name']} is there, but {reasons[0] if reasons else 'no backend supports it'}"
 
 
 def torch_facts() -> dict[str, Any]:

@@ -1,8 +1,21 @@
-"""The interface that every backend fills; the rest of the code sees nothing else of a device."""
+"""The interface between the pipeline and a device: no other code knows what kind of device it runs on.
 
-from collections.abc import Callable, Iterator, Mapping
+To add a backend, write `devices/<kind>.py` with one subclass of `Backend` whose `kind` is the module's name, and
+`tests/devices/test_<kind>.py`. Everything else follows from the file: `device: <kind>` is allowed, `device: auto` finds
+it, messages list it, and the tests of all backends (tests/devices/test_backends.py) include it.
+
+- It must set `kind`, `name` and `precisions`, and override `count`, `synchronize` and `facts`.
+- It may override everything else. The defaults are those of a device that offers nothing.
+- A GPU whose torch module works like torch.cuda (torch.xpu, for example) should subclass `Accelerator`: it then needs
+  only the attributes and `facts`.
+"""
+
+import gc
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,151 +23,156 @@ from torch import Tensor
 from pipeline.errors import OutOfMemoryError, UsageError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""What mps, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
-
+"""What the RuntimeErrors of mps, the CPU's allocator and cuBLAS say."""
 
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes of torch.compile that record launches, and their like that don't. One recorded function may not take what
-another gave: "accessing tensor output of CUDAGraphs that has been overwritten"."""
+"""Modes of torch.compile that capture CUDA graphs, and the same modes without. The graphs of two compiled functions
+can't feed each other: "accessing tensor output of CUDAGraphs that has been overwritten"."""
 
 
-class Backend:
-    """One device and all that is special about it. The defaults here are those of a backend that offers nothing.
+class Backend(ABC):
+    """One device. The module's docstring says what a subclass must override."""
 
-    A new backend is one file with a subclass, and a line in `backends/__init__.py`.
-    """
-
-    kind: str
-    """What `device` calls it: cpu | cuda | mps | xpu."""
+    kind: ClassVar[str]
+    """The setting `device`, and torch's name for the type of device."""
 
     name: str
-    """What the tag `backend` calls it: as `kind`, and `rocm` for AMD's GPUs."""
+    """The tag `backend`: the same as `kind`, except for `rocm`."""
 
     precisions: tuple[str, ...] = ("fp32", "bf16")
-    """The values of `precision` that it can do."""
+    """Supported values of the setting `precision`."""
 
     compile_modes: tuple[str, ...] = ("off",)
-    """The values of `compile`, beside auto, that it can do."""
+    """Supported values of the setting `compile`, besides auto."""
 
-    compile_pays_after_images: int | None = None
-    """How many images a training must pass through the network before `compile: auto` compiles; None: never."""
+    compile_pays_after_images = math.inf
+    """`compile: auto` compiles if more images than this pass through the network."""
 
-    records = False
-    """Whether `captured` does anything here."""
+    supports_graphs = False
+    """Whether `capture_graph` captures anything."""
 
     optimizer_options: Mapping[str, Any] = {}
-    """How torch's own optimizers are fastest here, where they take these options."""
+    """The options with which torch's own optimizers are fastest, where they take them."""
 
     asynchronous = True
-    """Whether work is queued, so that a clock is wrong unless it waits for the device first."""
+    """Whether operations are queued: a clock must then synchronize before it is read."""
 
     sorts_int64 = False
-    """Whether 64-bit integers are known to be multiplied, shifted and sorted right here; else the host does it."""
+    """Whether int64 products, shifts and sorts are known to be right on the device; if not, the CPU computes them."""
 
     raises_oom = True
-    """Whether it says no when there isn't enough memory. A CPU swaps, and in the end the system kills the process."""
+    """Whether it raises an error when memory runs out. A CPU swaps until the system kills the process."""
 
     def __init__(self, index: int = 0):
         self.index = index
         self.capture_error: str | None = None
-        """Why something could not be recorded (`captured`) and is launched piece by piece."""
+        """Why a function could not be captured (`capture_graph`) and runs eagerly."""
 
     @property
     def device(self) -> torch.device:
-        """The torch device that tensors live on."""
+        """The torch device of its tensors."""
         return torch.device(self.kind, self.index)
 
     @classmethod
+    @abstractmethod
     def count(cls) -> int:
-        """How many such devices this build of torch can use here."""
-        raise NotImplementedError
+        """Number of such devices that this build of torch can use."""
 
+    @classmethod
+    def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
+        """Why this build of torch cannot use `gpu` (one of `system_info.gpus`), and what to do about it. None for a GPU
+        that is not this backend's business."""
+        return None
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Facts for the tags hardware.* and software.*: `name`, and where known `memory_gib`, `gpu_cores`,
+        `power_limit_watts`, `driver`; others are recorded too. Unknown facts are absent."""
+
+    @abstractmethod
     def synchronize(self) -> None:
-        """Waits until the device has done all the work queued on it."""
-        raise NotImplementedError
+        """Wait until the device has finished all queued work."""
 
-    def reset_peak_memory(self) -> None:
-        """Starts the peaks of `memory_mib` anew, where the backend can."""
+    def reset_peak_memory(self) -> None:  # noqa: B027
+        """Start a new measurement of the peaks in `memory_mib`, where the backend can."""
 
     def memory_mib(self) -> dict[str, float]:
-        """The device's memory in MiB (2**20 bytes), by these names; what can't be told is absent.
+        """Memory use in MiB (2**20 bytes); what is unknown is absent.
 
-        `peak`: most held since the last reset; `peak_reserved`: most that torch's allocator had taken for it since
-        then; `current`: held by tensors now; `driver`: taken now, as the driver tells it. Each backend says of what.
+        `peak`: highest use since the last reset (each backend says of what); `peak_reserved`: the same of torch's
+        allocator; `current`: of tensors now; `driver`: now, as the driver counts it.
         """
         return {}
 
     def capacity_mib(self) -> float | None:
-        """The memory that there is for tensors, used or not, in MiB; None where it can't be told."""
+        """The memory that exists for tensors, used or not, in MiB; None if unknown."""
         return None
 
     def free_bytes(self) -> int | None:
-        """What tensors could still take on the device at this moment, in bytes; None where it can't be told."""
+        """The memory that tensors could still take now, in bytes; None if unknown."""
         return None
 
-    def release_memory(self) -> None:
-        """Gives back what torch keeps of freed tensors, so that another program, or a larger block, may have it."""
+    def release_memory(self) -> None:  # noqa: B027
+        """Return the memory that torch caches, for other programs or for larger blocks."""
 
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        """Starts to copy tensors from host memory to the device. Gives a function that returns the copies in the
-        same order, for use on the stream that is current when it is called; it holds them for as long as it is held.
+        """Start copying tensors from host memory to the device. Returns a function that returns the copies, ready for
+        use on the stream that is current when it is called.
 
-        Here the copy is plain and done when this returns. One that isn't waited for is safe from page-locked memory
-        only, which mps hasn't: it may read pageable memory after that was written anew. Tensors that are on the
-        device already, as the CPU's are, come back themselves.
+        The default is a synchronous copy: an asynchronous one is safe from pinned memory only, and mps has none.
+        Tensors that are on the device already are returned as they are.
         """
-        sent = tuple(tensor.to(self.device) for tensor in tensors)
-        return lambda: sent
+        copies = tuple(tensor.to(self.device) for tensor in tensors)
+        return lambda: copies
 
-    def capture_graph(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of tensors, so that its launches cost the host next to nothing: they are recorded at the first
-        call with each shape, which calls `function` several times, and replayed from then on. Its result then stands
-        until the next call of anything captured. Here it is `function` itself."""
+    def capture_graph(
+        self,
+        function: Callable[..., Any],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> Callable[..., Any]:
+        """`function` of tensors, captured at the first call with each shape, which runs it several times, and replayed
+        from then on. The next call of any captured function overwrites its result. Pass the `optimizer` whose step is
+        part of it, or else the `parameters` whose gradients it leaves. Here it is `function` itself."""
         return function
 
     def record_event(self) -> object | None:
-        """A mark in the device's own queue, behind the work queued so far, that will know when it was reached. None:
-        there is none that we trust, and who measures must wait for the device and read the clock."""
+        """A timing event on the device's queue, behind the work queued so far; None if there are no such events."""
         return None
 
     def elapsed_seconds(self, first: Any, last: Any) -> float:
-        """Seconds that the device took from one `mark` to another; valid once it was waited for (`synchronize`)."""
+        """Seconds on the device between two of `record_event`'s events; valid after `synchronize`."""
         raise NotImplementedError
 
     def energy(self) -> tuple[str, float] | None:
-        """Where the device's energy is read (nvml | rapl), and joules since some moment, the same at every call:
-        only differences mean something. None where there is no such source. See `energy.py` for what each
-        counts."""
+        """The energy counter's name (nvml | rapl) and its joules since some fixed moment; None without a counter."""
         return None
 
     def gpu_uuid(self) -> str | None:
-        """NVIDIA's name of this very card (`GPU-...`), for other tools to find it by; None for all others. It
-        must not be recorded: it is a serial number."""
+        """NVIDIA's UUID of this card (`GPU-...`), which NVML finds it by; None for others. Never recorded: it is a
+        serial number."""
         return None
 
-    def facts(self) -> dict[str, Any]:
-        """What the hardware.* and software.* tags need: `name`, and where known `memory_gib`, `gpu_cores`,
-        `power_limit_watts`, `driver`; a fact that is not known is absent. Plus what only torch knows."""
-        raise NotImplementedError
-
     def set_precision(self, precision: str) -> None:
-        """Makes float32 mean what `precision` says. Raises UsageError where the backend can't do it."""
+        """Make float32 operations compute as `precision` says: without TF32 or bf16 inside, unless it is tf32.
+        Raises UsageError for a precision that is not supported."""
         if precision not in self.precisions:
             raise UsageError(
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
+        torch.set_float32_matmul_precision("highest")
 
     def best_precision(self) -> str:
-        """The precision of mixed training that the hardware itself computes in: bf16, else fp16, else fp32. One that is
-        only emulated does not count."""
+        """The fastest precision for mixed-precision training that the hardware computes in, rather than emulates."""
         return "fp32"
 
-    def tune(self, *, repeated: bool = True) -> None:
-        """Has the libraries below torch take steps fast, from now on. `repeated`: of the same shape again and again, so
-        that it pays to try how each is taken fastest."""
+    def tune(self, *, repeated: bool = True) -> None:  # noqa: B027
+        """Configure the libraries below torch for speed. `repeated`: the same shapes come again and again, so that
+        autotuning pays."""
 
     def channels_last(self, precision: str) -> bool:
-        """Whether `channels_last: auto` chooses that layout here."""
+        """Whether `channels_last: auto` chooses the channels-last memory layout."""
         return True
 
     def autocast(self, precision: str) -> torch.autocast:
@@ -163,37 +181,77 @@ class Backend:
         return torch.autocast(self.kind, dtype=dtype, enabled=precision in ("bf16", "fp16"))
 
     def compile_mode(self, mode: str, images: int) -> str:
-        """The mode of torch.compile for a value of `compile` and a training that passes `images` through the
-        network. Raises UsageError where the backend can't do it."""
+        """The mode of torch.compile for the setting `compile`, when `images` images pass through the network in total.
+        Raises UsageError for a mode that is not supported."""
         if mode == "auto":
-            pays = self.compile_pays_after_images is not None and images > self.compile_pays_after_images
-            return "default" if pays else "off"
+            return "default" if images > self.compile_pays_after_images else "off"
         if mode not in self.compile_modes:
             raise UsageError(
                 f'compile: "{mode}" is not allowed on {self.kind}: expected auto | {" | ".join(self.compile_modes)}'
             )
         return mode
 
-    def recorded(self, graph: str | bool, compile_mode: str) -> bool:
-        """Whether launches are recorded for a value of `graph`; auto: where the backend can, and torch.compile does
-        not by itself. Raises UsageError where it can't be."""
-        by_itself = compile_mode in WITHOUT_GRAPHS
-        if graph is True and not self.records:
+    def use_cuda_graph(self, graph: str | bool, compile_mode: str) -> bool:
+        """Whether steps are captured for a value of `graph`; auto: where the backend can, unless torch.compile does so
+        itself. Raises UsageError where `graph: true` can't be."""
+        compile_captures = compile_mode in WITHOUT_GRAPHS
+        if graph is True and not self.supports_graphs:
             raise UsageError(f"graph: true is not allowed on {self.kind}: expected auto | false")
-        if graph is True and by_itself:
-            raise UsageError(f'graph: true is not allowed with compile: "{compile_mode}", which records by itself')
-        return self.records and not by_itself if graph == "auto" else bool(graph)
+        if graph is True and compile_captures:
+            raise UsageError(f'graph: true is not allowed with compile: "{compile_mode}", which captures graphs itself')
+        return self.supports_graphs and not compile_captures if graph == "auto" else bool(graph)
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Ends what runs out of memory inside with an OutOfMemoryError that says what to lower."""
+        """Turn the errors of a device that runs out of memory into an OutOfMemoryError that says what to lower."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            text = str(error).lower()
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not known and not any(words in text for words in OUT_OF_MEMORY):
+            typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not typed and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
                 raise
             raise OutOfMemoryError(
                 f"{self.kind} is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
             ) from error
+
+
+class Accelerator(Backend):
+    """A GPU whose torch module (`torch.<kind>`) has the functions of torch.cuda, with an allocator like CUDA's."""
+
+    @property
+    def _module(self) -> Any:
+        return torch.get_device_module(self.kind)
+
+    @classmethod
+    def count(cls) -> int:
+        """Number of devices that the driver shows to torch."""
+        return int(torch.get_device_module(cls.kind).device_count())
+
+    def synchronize(self) -> None:
+        """Wait for all streams of this device."""
+        self._module.synchronize(self.device)
+
+    def reset_peak_memory(self) -> None:
+        """Reset the peaks of torch's allocator."""
+        self._module.reset_peak_memory_stats(self.device)
+
+    def memory_mib(self) -> dict[str, float]:
+        """`peak`: of tensors; `peak_reserved`: of torch's allocator."""
+        return {
+            "peak": self._module.max_memory_allocated(self.device) / 2**20,
+            "peak_reserved": self._module.max_memory_reserved(self.device) / 2**20,
+        }
+
+    def capacity_mib(self) -> float | None:
+        """The card's memory without the driver's part; for an integrated GPU, the part of the RAM that it may use."""
+        return float(self._module.get_device_properties(self.index).total_memory) / 2**20
+
+    def free_bytes(self) -> int | None:
+        """Free on the card, or reserved by torch's allocator and not used by a tensor."""
+        free, _ = self._module.mem_get_info(self.device)
+        return int(free + self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device))
+
+    def release_memory(self) -> None:
+        """Empty the cache of torch's allocator."""
+        gc.collect()  # graphs and compiled functions hold tensors in reference cycles
+        self._module.empty_cache()

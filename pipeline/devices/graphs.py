@@ -1,93 +1,142 @@
-"""CUDA graphs: the launches of a function recorded once, and replayed by a single one.
+"""CUDA graphs: capture the kernel launches of a function once, and replay all of them with a single launch.
 
-A small network's kernels are done sooner than Python can launch the next. PyTorch's notes on CUDA ("CUDA Graphs") say
-what a recorded function may not do: wait for the device, decide by a tensor's value, change shapes.
+A small network's kernels finish sooner than Python can launch the next ones. A captured function may not synchronize,
+branch on a tensor's value or change shapes (PyTorch's notes on CUDA, "CUDA Graphs"). A replay runs no Python.
 """
 
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
-
-WARM_UPS = 3
-"""Calls before recording, as PyTorch's notes have it: libraries set themselves up, optimizers make their state."""
+WARM_UP_CALLS = 3
+"""Calls before a capture, as PyTorch's notes advise: libraries initialise, optimizers create their state."""
 
 
-class Recorder:
-    """Records functions on one device. Their graphs share one pool of memory, since no two ever run at once."""
+class GraphPool:
+    """Captures functions on one device. All graphs share one pool of memory, since no two of them run at once."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self.device = device
         self._pool: Any = None
         self._hidden: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, int] = weakref.WeakKeyDictionary()
 
     @property
     def hidden_bytes(self) -> int:
-        """Most that a replay of the graphs that are still there takes beside what torch's allocator counts: what is
-        freed within a graph was counted only while it was recorded."""
+        """The most memory that a replay of a live graph takes in addition to what torch's allocator counts: memory that
+        is freed within a graph is counted during the capture only."""
         return max(self._hidden.values(), default=0)
 
-    def record(self, function: Callable[..., Result], tensors: tuple[Tensor, ...]) -> Callable[..., Result]:
-        """Calls `function` with `tensors` some times, records it, and gives a function of tensors like them, whose
-        result is always in the same memory: it stands until any function recorded here is called again."""
-        given = [tensor.clone() for tensor in tensors]
-        current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+    def warm_up(self, function: Callable[[], object]) -> None:
+        """Call `function` a few times on a side stream, which a capture requires."""
+        current = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(*given)
+            for _ in range(WARM_UP_CALLS):
+                function()
         current.wait_stream(side)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture one call of `function`. Returns a function that replays it, and its result, which every replay
+        overwrites in place; so does a replay of any other graph of the pool."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-                result = function(*given)
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+                result = function()
         except RuntimeError:
             self._end_capture()
             raise
         self._pool = graph.pool()
-        within = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
-        self._hidden[graph] = within
-
-        def replay(*tensors: Tensor) -> Result:
-            for here, tensor in zip(given, tensors, strict=True):
-                here.copy_(tensor)
-            graph.replay()
-            return result
-
-        return replay
+        peak = torch.cuda.max_memory_allocated(self.device)
+        self._hidden[graph] = peak - torch.cuda.memory_allocated(self.device)
+        return graph.replay, result
 
     def _end_capture(self) -> None:
-        """After one that failed: torch's generator takes itself to be recorded still, and refuses to give random
-        numbers, until a recording ends well."""
-        with torch.cuda.device(self._device), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros((), device=self._device)
+        """Complete a small capture after one that failed: until then torch's generator refuses to draw numbers."""
+        with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros((), device=self.device)
 
 
-class Captured:
-    """`function`, recorded for each shape of its arguments when it's first called with it.
+class Graph(NamedTuple):
+    """A captured call: how to replay it, and the memory that it reads and writes."""
 
-    What can't be recorded is called as it is from then on, and `note` is told why.
+    replay: Callable[[], None]
+    inputs: tuple[Tensor, ...]
+    result: Any
+    gradients: list[Tensor | None]
+
+
+class GraphedFunction:
+    """`function` of tensors, captured at the first call with each shape and replayed from then on.
+
+    Two things that eager code takes from Python are kept up to date for the replays. With `optimizer`, whose step is
+    part of `function`, the step reads the learning rate from the device, and each replay copies the schedule's current
+    rate there. With `parameters`, each replay sets their `.grad` to the gradients that its graph computes.
+
+    A function that can't be captured is called as it is, and `on_failure` receives the reason.
     """
 
-    def __init__(self, function: Callable[..., Any], recorder: Recorder, note: Callable[[str], None]):
-        self._function, self._recorder, self._note = function, recorder, note
-        self._replays: dict[tuple[torch.Size, ...], Callable[..., Any]] = {}
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        pool: GraphPool,
+        on_failure: Callable[[str], None],
+        optimizer: torch.optim.Optimizer | None = None,
+        parameters: Sequence[Tensor] = (),
+    ):
+        self._function, self._pool, self._on_failure = function, pool, on_failure
+        self._groups = optimizer.param_groups if optimizer else []
+        self._rates = [torch.zeros((), device=pool.device) for _ in self._groups]
+        self._parameters = parameters
+        self._graphs: dict[tuple[torch.Size, ...], Graph | None] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The function's result; see `Recorder.record` for how long it stands."""
+        """The function's result; the next call of any captured function overwrites it."""
         shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self._replays:
+        if shapes not in self._graphs:
             try:
-                self._replays[shapes] = self._recorder.record(self._function, tensors)
+                self._graphs[shapes] = self._capture(tensors)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # cudaErrorStreamCapture...
-                self._note((str(error).strip() or type(error).__name__).splitlines()[0])
-                self._replays[shapes] = self._function
-        return self._replays[shapes](*tensors)
+                self._on_failure((str(error).strip() or type(error).__name__).splitlines()[0])
+                self._graphs[shapes] = None
+        graph = self._graphs[shapes]
+        if graph is None:
+            return self._function(*tensors)
+        for static, tensor in zip(graph.inputs, tensors, strict=True):
+            static.copy_(tensor)
+        self._copy_rates()
+        graph.replay()
+        for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
+            parameter.grad = gradient
+        return graph.result
+
+    def _capture(self, tensors: tuple[Tensor, ...]) -> Graph:
+        inputs = tuple(tensor.clone() for tensor in tensors)
+        self._copy_rates()
+        with self._rates_on_device():
+            self._pool.warm_up(lambda: self._function(*inputs))
+            replay, result = self._pool.capture(lambda: self._function(*inputs))
+        return Graph(replay, inputs, result, [parameter.grad for parameter in self._parameters])
+
+    def _copy_rates(self) -> None:
+        for rate, group in zip(self._rates, self._groups, strict=True):
+            rate.fill_(group["lr"])
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Inside, the optimizer reads its learning rates from the device, as a replay does."""
+        scheduled = [group["lr"] for group in self._groups]
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, lr in zip(self._groups, scheduled, strict=True):
+                group["lr"] = lr

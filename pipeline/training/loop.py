@@ -1,8 +1,8 @@
-"""The training and evaluation loops. They yield figures; they know nothing of files, YAML or MLflow."""
+"""The training and evaluation loops. They yield figures and know nothing of files, YAML or MLflow."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +15,28 @@ from pipeline.profiling.clock import Clock, StepTimes
 from pipeline.training import optimizers
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-Ready = Callable[[Tensor], Tensor]
-"""Makes of a batch, as it lies in memory, what the network takes."""
+Prepare = Callable[[Tensor], Tensor]
+"""Turns a batch, as it lies in memory, into the network's input."""
 Schedule = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 Progress = Callable[[int], None]
-"""Told how many samples were taken, once their work is queued."""
-
-STRETCH = 8
-"""How many steps of a head are recorded as one. On an H200 one takes the card 61 microseconds and the host, which cuts
-its batch, copies it to where the recording reads it and sets its rate, 70 to 130; of eight at once, 20."""
+"""Receives the number of samples whose work was queued since the last call."""
 
 
 def silent(count: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
+
+
+def unchanged(inputs: Tensor) -> Tensor:
+    """The preparation of inputs that need none."""
+    return inputs
 
 
 class NonFiniteLossError(StageError):
-    """The loss became NaN or infinite: what follows would be noise."""
+    """The loss became NaN or infinite, and training on would be pointless."""
 
 
 class RunningMetrics:
-    """Loss and correct answers summed over samples on the device; read once, since reading waits for it."""
+    """Sums of loss and correct answers over samples, on the device. Read them rarely: reading synchronizes."""
 
     def __init__(self, device: torch.device):
         # float32, since mps has no float64; a float64 sum would differ in the seventh digit at 50,000 samples.
@@ -43,266 +44,261 @@ class RunningMetrics:
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
     def reset(self) -> None:
-        """Starts anew, in the same memory."""
+        """Set the sums to 0 in place, where a captured step adds to them."""
         self._loss.zero_()
         self._correct.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """`loss`: the batch's mean, a scalar; `logits` (B, classes); `labels` (B,)."""
+        """Add a batch: `loss` is its mean, a scalar; `logits` (B, classes); `labels` (B,)."""
         self._loss.add_(loss.detach(), alpha=len(labels))
         self._correct.add_((logits.detach().argmax(1) == labels).sum())
 
     def read(self, count: int) -> tuple[float, float]:
-        """Mean loss, and accuracy as a fraction, over the `count` samples added."""
+        """Mean loss, and accuracy as a fraction, of the `count` samples added."""
         return self._loss.item() / count, self._correct.item() / count
 
 
-class TrainLoop:
-    """One training on one device: all that the loop needs beside the samples.
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a `TrainLoop` trains. `schedule_per_batch`: the schedule moves with each batch, else with each epoch.
+    `on_features`: the network is a head on features computed before, so that no image passes it."""
 
-    `network` maps what `ready` makes of a batch to logits: the whole model on images, or its head alone on features
-    computed before (`on_features`: images then never pass the network, and none count as trained). `recorded`: the
-    launches of a step are recorded once for each shape of batch and replayed, where the backend can (`captured`), those
-    of a head for `STRETCH` steps at once, where its optimizer's are among them (`optim.capturable`).
+    epochs: int = 1
+    precision: str = "fp32"
+    schedule_per_batch: bool = True
+    on_features: bool = False
+    use_cuda_graph: bool = False
+
+
+class TrainLoop:
+    """What training on one device needs, except the samples.
+
+    `network` maps what `prepare` returns to logits; it is the whole model on images, or its head on features.
+    `step(inputs, labels)` is one training step on a batch: `_train_step`, or its CUDA graph.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        build: Callable[[], Schedule],
+        make_optimizer: Callable[[], Schedule],
         backend: Backend,
         clock: Clock,
+        options: LoopOptions,
         *,
-        ready: Ready = lambda inputs: inputs,
-        set_mode: Callable[[], object],
-        epochs: int,
-        batch_size: int,
-        per_batch: bool,
-        precision: str,
-        on_features: bool = False,
-        recorded: bool = False,
+        prepare: Prepare = unchanged,
+        set_train_mode: Callable[[], object],
     ):
-        self.network, self.ready, self.set_mode = network, ready, set_mode
-        self.epochs, self.batch_size = epochs, batch_size
-        self.per_batch, self.on_features = per_batch, on_features
-        """`per_batch`: whether the schedule moves with each batch, or with each epoch."""
-        self.backend, self.clock, self.precision = backend, clock, precision
+        self.network, self.backend, self.clock, self.options = network, backend, clock, options
+        self.set_train_mode = set_train_mode
         self.times = StepTimes(backend, clock.now)
-        self.totals = RunningMetrics(backend.device)
-        self._build = build
-        self.optimizer, self.scheduler = build()
-        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        # fp16 alone has so little range that gradients would vanish.
-        self.scaler = torch.amp.GradScaler(backend.kind) if precision == "fp16" else None
-        self._unscaled = self.scaler.state_dict() if self.scaler else {}
-        self._whole = recorded and self.scaler is None and optimizers.capturable(self.optimizer, self.scheduler)
-        stretch = STRETCH if self._whole and on_features else 1
-        self.at_once = stretch * batch_size
-        """How many samples `step` takes at most."""
-        self._rates = [
-            [torch.zeros((), device=backend.device) for _ in self.optimizer.param_groups] for _ in range(stretch)
-        ]
-        work: Callable[..., Any] = self._whole_steps if self._whole else self._gradients
-        self._step = backend.capture_graph(work) if recorded else work
-        self.score = make_eval_step(network, ready, backend, precision, self.totals, recorded=recorded)
+        self.metrics = RunningMetrics(backend.device)
+        self._prepare, self._make_optimizer = prepare, make_optimizer
+        self.optimizer, self.scheduler = make_optimizer()
+        # fp16 alone has so little range that gradients would vanish; a disabled scaler changes nothing.
+        self.scaler = torch.amp.GradScaler(backend.kind, enabled=options.precision == "fp16")
+        self._initial_scaler = self.scaler.state_dict()
+        self.eval_step = make_eval_step(
+            network, prepare, backend, options.precision, self.metrics, use_cuda_graph=options.use_cuda_graph
+        )
+        self.step: Callable[[Tensor, Tensor], None] = self._train_step
+        self._backward: Callable[[Tensor, Tensor], None] = self._compute_gradients
+        self._captures_optimizer = (
+            options.use_cuda_graph
+            and not self.scaler.is_enabled()
+            and optimizers.capturable(self.optimizer, self.scheduler)
+        )
+        if self._captures_optimizer:
+            self.step = backend.capture_graph(self._train_step, optimizer=self.optimizer)
+        elif options.use_cuda_graph:
+            trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            self._backward = backend.capture_graph(self._compute_gradients, parameters=trainable)
 
-    def step(self, inputs: Tensor, labels: Tensor, *, scheduled: bool = False) -> tuple[float, float | None]:
-        """A step of training on each batch of these samples, which are on the device; losses and correct answers go to
-        `totals`. What isn't recorded with its optimizer takes them for one batch, whatever their number. `scheduled`:
-        where the schedule moves with each batch, it does.
+    def _train_step(self, inputs: Tensor, labels: Tensor) -> None:
+        """Train on one batch on the device: inputs (B, ...) as `prepare` takes them, labels (B,) int64."""
+        self._backward(inputs, labels)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
-        Gives the last step's learning rate: the schedule's, and the one applied in its place, where one was.
-        """
-        moves = scheduled and self.per_batch
-        groups = self.optimizer.param_groups
-        if self._whole:
-            for number in range(self.steps(len(labels))):
-                lr = float(groups[0]["lr"])
-                for rate, group in zip(self._rates[number], groups, strict=True):
-                    rate.fill_(group["lr"])
-                if moves:
-                    self.scheduler.step()
-            self._step(inputs, labels)
-            return lr, None
-        for parameter, gradient in zip(self._parameters, self._step(inputs, labels), strict=True):
-            parameter.grad = gradient
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        used = float(groups[0]["lr"]), optimizers.applied_lr(self.optimizer)
-        if moves:
-            self.scheduler.step()
-        return used
-
-    def steps(self, samples: int) -> int:
-        """How many steps so many samples make."""
-        return math.ceil(samples / self.batch_size)
+    def _compute_gradients(self, inputs: Tensor, labels: Tensor) -> None:
+        """The forward and backward pass of `_train_step`."""
+        self.optimizer.zero_grad()
+        inputs = self._prepare(inputs)
+        with self.backend.autocast(self.options.precision):
+            logits = self.network(inputs)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.metrics.add(loss, logits, labels)
 
     def restart(self) -> None:
-        """Puts the optimizer, its schedule and the times of steps back to their beginning; the caller does so with the
-        network."""
-        optimizer, scheduler = self._build()
-        if self._whole:
+        """Reset the optimizer, its schedule, the loss scale and the step times. The caller resets the network."""
+        optimizer, scheduler = self._make_optimizer()
+        if self._captures_optimizer:  # the graphs use this optimizer's memory
             optimizers.reset_state(self.optimizer)
             for group, fresh in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
                 group["lr"] = fresh["lr"]
             self.scheduler.load_state_dict(scheduler.state_dict())
         else:
             self.optimizer, self.scheduler = optimizer, scheduler
+        self.scaler.load_state_dict(self._initial_scaler)
+        self.optimizer.zero_grad()
         self.times = StepTimes(self.backend, self.clock.now)
-        if self.scaler:
-            self.scaler.load_state_dict(self._unscaled)  # in its memory, where a recorded step reads it
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def _gradients(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the batch's mean loss, one for each trainable parameter; None for one that has no part in it."""
-        for parameter in self._parameters:
-            parameter.grad = None
-        inputs = self.ready(inputs)
-        with self.backend.autocast(self.precision):
-            logits = self.network(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        self.totals.add(loss, logits, labels)
-        return tuple(parameter.grad for parameter in self._parameters)
-
-    def _whole_steps(self, inputs: Tensor, labels: Tensor) -> None:
-        size = self.batch_size
-        batches = zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
-        for number, batch in enumerate(batches):
-            self._gradients(*batch)
-            with optimizers.use_rate_tensors(self.optimizer, self._rates[number]):
-                self.optimizer.step()
 
 
 def make_eval_step(
     network: nn.Module,
-    ready: Ready,
+    prepare: Prepare,
     backend: Backend,
     precision: str,
-    totals: RunningMetrics,
+    metrics: RunningMetrics,
     *,
-    recorded: bool = False,
+    use_cuda_graph: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that passes a batch through `network` in evaluation mode, adds its loss and correct answers to
-    `totals`, and gives the predicted labels, (B,) int64; they stand until the next batch."""
+    """A function that passes a batch through `network`, adds its loss and correct answers to `metrics`, and returns the
+    predicted labels, (B,) int64, which are valid until the next call."""
 
     @torch.no_grad()
-    def score(inputs: Tensor, labels: Tensor) -> Tensor:
-        inputs = ready(inputs)
+    def eval_step(inputs: Tensor, labels: Tensor) -> Tensor:
+        inputs = prepare(inputs)
         with backend.autocast(precision):
             logits: Tensor = network(inputs)
         logits = logits.float()
-        totals.add(F.cross_entropy(logits, labels), logits, labels)
+        metrics.add(F.cross_entropy(logits, labels), logits, labels)
         return logits.argmax(1)
 
-    return backend.capture_graph(score) if recorded else score
+    return backend.capture_graph(eval_step) if use_cuda_graph else eval_step
+
+
+def make_feature_step(
+    backbone: Callable[[Tensor], Tensor],
+    prepare: Prepare,
+    backend: Backend,
+    precision: str,
+    *,
+    use_cuda_graph: bool = False,
+) -> Callable[[Tensor], Tensor]:
+    """A function that computes the head's input, (B, D) float32, for a batch; it is valid until the next call."""
+
+    @torch.no_grad()
+    def feature_step(inputs: Tensor) -> Tensor:
+        inputs = prepare(inputs)
+        with backend.autocast(precision):
+            return backbone(inputs).float()
+
+    return backend.capture_graph(feature_step) if use_cuda_graph else feature_step
 
 
 def train(
-    job: TrainLoop,
+    loop: TrainLoop,
     train_batches: Callable[[int], Batches],
     val_batches: Callable[[], Batches],
     progress: Progress = silent,
 ) -> Iterator[dict[str, float]]:
-    """Trains, and yields an epoch's figures, by the names that MLflow shows, when its validation is done.
+    """Train, and yield each epoch's figures, by the names that MLflow shows, after its validation.
 
-    `train_batches` gives an epoch's samples, counted from 1, `job.at_once` at a time. The clock stands still while the
-    caller handles what was yielded. Raises NonFiniteLossError.
+    `train_batches` returns the batches of an epoch, counted from 1. The clock stops while the caller handles what was
+    yielded. Raises NonFiniteLossError.
     """
-    for epoch in range(1, job.epochs + 1):
-        job.backend.reset_peak_memory()
-        job.set_mode()
-        job.totals.reset()
+    for epoch in range(1, loop.options.epochs + 1):
+        loop.backend.reset_peak_memory()
+        loop.set_train_mode()
+        loop.metrics.reset()
         images = 0
-        with job.clock.span("train") as train_span:
+        with loop.clock.span("train") as train_span:
             for inputs, labels in train_batches(epoch):
-                with job.times.step(job.steps(len(labels))):
-                    lr, applied = job.step(inputs, labels, scheduled=True)
+                lr = loop.scheduler.get_last_lr()[0]
+                with loop.times.step():
+                    loop.step(inputs, labels)
+                    if loop.options.schedule_per_batch:
+                        loop.scheduler.step()
                 images += len(labels)
                 progress(len(labels))
-            train_loss, train_accuracy = job.totals.read(images)
-        job.times.collect()
-        _refuse_non_finite("training", train_loss, epoch)
-        if not job.per_batch:
-            job.scheduler.step()
-        with job.clock.span("validate") as val_span:
-            val_loss, val_accuracy = evaluate(job.network, job.score, job.totals, val_batches(), progress=progress)
-        _refuse_non_finite("validation", val_loss, epoch)
-        speed = {} if job.on_features else {"speed/train_images_per_second": images / train_span.seconds}
-        memory, capacity = job.backend.memory_mib(), job.backend.capacity_mib()
-        yield {
+            train_loss, train_accuracy = loop.metrics.read(images)
+        loop.times.collect()
+        _require_finite("training", train_loss, epoch)
+        if not loop.options.schedule_per_batch:
+            loop.scheduler.step()
+        with loop.clock.span("validate") as val_span:
+            val_loss, val_accuracy = evaluate(
+                loop.network, loop.eval_step, loop.metrics, val_batches(), progress=progress
+            )
+        _require_finite("validation", val_loss, epoch)
+        figures = {
             "epoch": epoch,
             "train/loss": train_loss,
             "train/accuracy": train_accuracy,
             "val/loss": val_loss,
             "val/accuracy": val_accuracy,
-            "train/lr": lr,
-            **({} if applied is None else {"train/lr_applied": float(applied)}),
+            "train/lr": float(lr),
+            "train/lr_applied": optimizers.applied_lr(loop.optimizer),
             "time/train_seconds": train_span.seconds,
             "time/val_seconds": val_span.seconds,
-            **speed,
-            **{f"memory/{name}_mib": mib for name, mib in memory.items()},
-            **({"memory/peak_share": memory["peak"] / capacity} if capacity and "peak" in memory else {}),
+            "speed/train_images_per_second": None if loop.options.on_features else images / train_span.seconds,
+            **_memory_figures(loop.backend),
         }
+        yield {name: value for name, value in figures.items() if value is not None}
+
+
+def _memory_figures(backend: Backend) -> dict[str, float]:
+    memory, capacity = backend.memory_mib(), backend.capacity_mib()
+    figures = {f"memory/{name}_mib": mib for name, mib in memory.items()}
+    if capacity and "peak" in memory:
+        figures["memory/peak_share"] = memory["peak"] / capacity
+    return figures
+
+
+def _require_finite(which: str, loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the {which} loss is {loss} in epoch {epoch}: lower lr, or look at the data")
 
 
 def evaluate(
     network: nn.Module,
-    score: Callable[[Tensor, Tensor], Tensor],
-    totals: RunningMetrics,
+    eval_step: Callable[[Tensor, Tensor], Tensor],
+    metrics: RunningMetrics,
     batches: Batches,
     predictions: list[Tensor] | None = None,
     progress: Progress = silent,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (a fraction) over `batches`, by an eval step of `network` that adds to `totals`; appends
-    each batch's predicted labels, (B,) int64 on the device, to `predictions` where given."""
+    """Mean loss and accuracy (a fraction) of `network` over `batches`. `eval_step` is a `make_eval_step` of `network`
+    and `metrics`. Appends each batch's predicted labels, (B,) int64 on the device, to `predictions`, if given."""
     network.eval()
-    totals.reset()
+    metrics.reset()
     images = 0
     for inputs, labels in batches:
-        predicted = score(inputs, labels)
+        predicted = eval_step(inputs, labels)
         if predictions is not None:
             predictions.append(predicted.clone())
         images += len(labels)
         progress(len(labels))
-    return totals.read(images)
+    return metrics.read(images)
 
 
 @torch.no_grad()
 def compute_features(
-    features: Callable[[Tensor], Tensor], split: batching.Split, batches: Batches, progress: Progress = silent
+    feature_step: Callable[[Tensor], Tensor], split: batching.Split, batches: Batches, progress: Progress = silent
 ) -> batching.Split:
-    """What the head takes of each sample of `split`, (N, D) float32, in the order of `batches`, where `split` is."""
+    """The head's input for each sample of `split`, (N, D) float32, in the order of `batches`, on `split`'s device."""
     inputs = labels = torch.empty(0)
     done = 0
-    for images, answers in batches:
-        found = features(images)
+    for batch, batch_labels in batches:
+        features = feature_step(batch)
         if not done:
-            inputs = torch.empty((len(split), *found.shape[1:]), device=split.inputs.device)
-            labels = torch.empty(len(split), dtype=answers.dtype, device=split.inputs.device)
-        inputs[done : done + len(found)] = found
-        labels[done : done + len(found)] = answers
-        done += len(found)
-        progress(len(answers))
+            inputs = torch.empty((len(split), *features.shape[1:]), device=split.inputs.device)
+            labels = torch.empty(len(split), dtype=batch_labels.dtype, device=split.inputs.device)
+        inputs[done : done + len(features)] = features
+        labels[done : done + len(features)] = batch_labels
+        done += len(features)
+        progress(len(features))
     return batching.Split(inputs, labels)
 
 
-def warm_up(job: TrainLoop, training: Batches, validation: Batches) -> None:
-    """Takes real steps, so that the first timed one does not pay for what is done once by shape (allocation, choice
-    of kernels, compiling, recording). The network has learnt from them, and `job.restart` is due."""
-    job.set_mode()
+def warm_up(loop: TrainLoop, training: Batches, validation: Batches) -> None:
+    """Run every batch shape once, so that allocation, autotuning, compilation and graph capture are not timed. The
+    network learns from these steps: reset it and `loop.restart()` afterwards."""
+    loop.set_train_mode()
     for inputs, labels in training:
-        job.step(inputs, labels)
-    job.network.eval()
+        loop.step(inputs, labels)
+    loop.network.eval()
     for inputs, labels in validation:
-        job.score(inputs, labels)
-    job.backend.synchronize()
-
-
-def _refuse_non_finite(which: str, loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the {which} loss is {loss} in epoch {epoch}: lower lr, or look at the data")
+        loop.eval_step(inputs, labels)
+    loop.backend.synchronize()

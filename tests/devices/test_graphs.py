@@ -1,112 +1,139 @@
-"""What is called with a shape for the first time is recorded, once, or left as it is. On a real card: test_devices."""
-
-from types import SimpleNamespace
+"""Each shape is captured once and replayed from then on, without Python. On a real card: test_real_devices.py."""
 
 import pytest
 import torch
+from standin import TapePool
+from torch import nn
 
-from pipeline.devices.graphs import Captured
-
-
-def doubled(tensor):
-    return 2 * tensor
+from pipeline.devices.graphs import GraphedFunction
 
 
-class Recorder:
-    """Notes which shapes it recorded and replayed; `errors`: what is raised instead, recording by recording."""
+class CountingPool(TapePool):
+    """Counts captures and replays; `errors`: what is raised instead of a capture, one by one."""
 
     def __init__(self, *errors):
-        self.errors, self.recorded, self.replayed = list(errors), [], []
+        self.errors, self.captures, self.replays = list(errors), 0, 0
 
-    def record(self, function, tensors):
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        self.recorded.append(shapes)
-        error = self.errors.pop(0) if self.errors else None
-        if error is not None:
+    def capture(self, function):
+        self.captures += 1
+        if self.errors and (error := self.errors.pop(0)):
             raise error
+        replay, result = super().capture(function)
 
-        def replay(*tensors):
-            self.replayed.append(shapes)
-            return function(*tensors)
+        def counted():
+            self.replays += 1
+            replay()
 
-        return replay
-
-
-@pytest.fixture
-def captured():
-    """Makes (captured function, recorder, notes)."""
-
-    def make(function, *errors):
-        recorder, notes = Recorder(*errors), []
-        return Captured(function, recorder, notes.append), recorder, notes
-
-    return make
+        return counted, result
 
 
-def test_each_shape_is_recorded_once_and_replayed_from_then_on(captured):
-    call, recorder, notes = captured(doubled)
-    for size in (4, 4, 2, 4, 2):
-        assert call(torch.full((size,), float(size))).tolist() == [2 * size] * size
-    assert recorder.recorded == [[(4,)], [(2,)]]
-    assert recorder.replayed == [[(4,)], [(4,)], [(2,)], [(4,)], [(2,)]]  # the first call, too
-    assert notes == []
+def graphed(function, *errors, **state):
+    """(function, pool, reasons of failed captures)."""
+    pool, reasons = CountingPool(*errors), []
+    return GraphedFunction(function, pool, reasons.append, **state), pool, reasons
 
 
-def test_the_shapes_of_all_arguments_count(captured):
-    call, recorder, _ = captured(lambda inputs, labels: inputs.sum() + labels.sum())
-    for first, second in (((2, 3), 2), ((3, 2), 2), ((2, 3), 3), ((2, 3), 2)):
-        call(torch.ones(first), torch.ones(second))
-    assert recorder.recorded == [[(2, 3), (2,)], [(3, 2), (2,)], [(2, 3), (3,)]]
+def test_each_shape_is_captured_once_at_its_first_call_and_replayed_from_then_on():
+    call, pool, reasons = graphed(lambda first, second: first.sum() + second)
+    assert pool.captures == 0
+    for number, (rows, columns) in enumerate([(2, 3), (3, 3), (2, 3), (2, 4), (2, 3)], 1):
+        given = torch.full((rows,), float(number)), torch.full((columns,), 0.5)
+        assert call(*given).tolist() == [rows * number + 0.5] * columns
+        assert given[0].tolist() == [number] * rows
+        assert pool.replays == number
+    assert pool.captures == 3 and reasons == []
 
 
-def test_nothing_is_recorded_before_the_first_call(captured):
-    _, recorder, _ = captured(doubled)
-    assert recorder.recorded == []
+def test_a_replay_overwrites_the_result_in_place():
+    call, *_ = graphed(lambda tensor: 2 * tensor)
+    first = call(torch.ones(3))
+    second = call(torch.full((3,), 4.0))
+    assert first.data_ptr() == second.data_ptr() and first.tolist() == [8, 8, 8]
+
+
+def test_a_replay_runs_no_python():
+    """A counter, and a number that Python computes, stay what they were during the capture."""
+    runs, total = [], torch.zeros(())
+
+    def function(tensor):
+        runs.append(1)
+        total.add_(1)
+        return tensor * len(runs)
+
+    call, *_ = graphed(function)
+    results = [call(torch.ones(1)).item() for _ in range(3)]
+    assert len(runs) == 4 and results == [4, 4, 4]  # three warm-up calls and the capture
+    assert total == 4 + 3  # what it does to tensors is repeated
+
+
+def test_the_learning_rate_of_a_replayed_step_is_the_schedules():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+
+    def step(gradient):
+        parameter.grad = gradient
+        optimizer.step()
+
+    call, *_ = graphed(step, optimizer=optimizer)
+    call(torch.ones(1))
+    for lr in (0.5, 0.25):
+        optimizer.param_groups[0]["lr"] = lr
+        before = parameter.item()
+        call(torch.ones(1))
+        assert before - parameter.item() == lr
+        assert optimizer.param_groups[0]["lr"] is lr
+
+    stale, *_ = graphed(step)  # without the optimizer, the rate is the one of the capture
+    stale(torch.ones(1))
+    optimizer.param_groups[0]["lr"] = 64.0
+    before = parameter.item()
+    stale(torch.ones(1))
+    assert before - parameter.item() == 0.25
+
+
+def test_each_replay_leaves_the_gradients_of_its_own_graph():
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))]
+
+    def backward(tensor):
+        for parameter in parameters:
+            parameter.grad = None
+        (parameters[0] * tensor.sum()).sum().backward()
+
+    call, *_ = graphed(backward, parameters=parameters)
+    for size in (3, 5, 3):
+        call(torch.full((size,), 2.0))
+        assert parameters[0].grad.tolist() == [2 * size] * 2 and parameters[1].grad is None
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [
-        (
-            RuntimeError("\nCUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_"),
-            "CUDA error: operation not permitted when stream is capturing",
-        ),
+        (RuntimeError("\nCUDA error: stream is capturing\nCompile with TORCH_USE_"), "CUDA error: stream is capturing"),
         (NotImplementedError("no such kernel"), "no such kernel"),
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_what_cannot_be_recorded_is_called_as_it_is_and_not_tried_again(captured, error, said):
-    call, recorder, notes = captured(doubled, error)
+def test_a_shape_that_cannot_be_captured_runs_eagerly_and_is_not_tried_again(error, reason):
+    call, pool, reasons = graphed(lambda tensor: 2 * tensor, error)
     for _ in range(3):
         assert call(torch.ones(3)).tolist() == [2, 2, 2]
-    assert recorder.recorded == [[(3,)]]
-    assert recorder.replayed == []
-    assert notes == [said]
-    call(torch.ones(5))  # another shape may do
-    assert recorder.replayed == [[(5,)]]
-    assert notes == [said]
+    assert (pool.captures, pool.replays, reasons) == (1, 0, [reason])
+    call(torch.ones(5))
+    assert (pool.captures, pool.replays, reasons) == (2, 1, [reason])
+
+
+def test_a_function_that_reads_a_tensors_value_cannot_be_captured():
+    call, _, reasons = graphed(lambda tensor: torch.full((2,), tensor.sum().item()))
+    assert [call(torch.full((3,), float(factor))).tolist() for factor in (1, 2)] == [[3, 3], [6, 6]]
+    assert len(reasons) == 1
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ValueError("ours"), KeyboardInterrupt()]
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("ours"), KeyboardInterrupt()]
 )
-def test_too_little_memory_and_other_faults_end_the_call(captured, error):
-    call, recorder, notes = captured(doubled, error)
-    with pytest.raises(type(error)) as caught:
+def test_too_little_memory_and_other_errors_end_the_call(error):
+    call, pool, reasons = graphed(lambda tensor: 2 * tensor, error)
+    with pytest.raises(type(error)):
         call(torch.ones(3))
-    assert caught.value is error
-    assert notes == []
-    call(torch.ones(3))
-    assert recorder.recorded == [[(3,)]] * 2  # it was not taken for one that can't be recorded
-
-
-def test_an_error_of_the_function_itself_is_the_callers():
-    """What fails while it's recorded is called as it is, and then fails by itself."""
-
-    def broken(tensor):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    notes = []
-    recorder = SimpleNamespace(record=lambda function, tensors: function(*tensors))
-    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
-        Captured(broken, recorder, notes.append)(torch.ones(3))
+    assert call(torch.ones(3)).tolist() == [2, 2, 2]
+    assert (pool.captures, pool.replays, reasons) == (2, 1, [])

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from standin import job_of
+from loops import make_loop
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,16 +70,18 @@ def statistics(net):
 def trained(net, chosen, epochs=3, precision="fp32"):
     """Trains `net` on noise as the recipe `chosen` says; gives every epoch's figures."""
     split = batching.Split(images(12), torch.arange(12) % 5)
-    job = job_of(
+    train_loop = make_loop(
         net,
-        set_mode=lambda: classifier.set_train_mode(net, chosen.frozen_batch_norm),
+        set_train_mode=lambda: classifier.set_train_mode(net, chosen.frozen_batch_norm),
         epochs=epochs,
         steps=2,
         lr=0.01,
         precision=precision,
     )
     return list(
-        loop.train(job, lambda epoch: batching.batches(split, 8, Cpu()), lambda: batching.batches(split, 8, Cpu()))
+        loop.train(
+            train_loop, lambda epoch: batching.batches(split, 8, Cpu()), lambda: batching.batches(split, 8, Cpu())
+        )
     )
 
 

@@ -1,0 +1,320 @@
+"""NVIDIA's and AMD's GPUs, of which torch.cuda and pynvml are stand-ins here; test_real_devices.py needs a card."""
+
+import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock, call
+
+import pytest
+import torch
+from conftest import fails
+from nvml import UUID, Nvml, NVMLError
+
+from pipeline.devices import BACKENDS
+from pipeline.devices.cuda import Cuda, runs_on
+from pipeline.errors import UsageError
+from pipeline.profiling import system_info
+
+MIB = 2**20
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Makes torch see cards of these compute capabilities, built for some architectures."""
+
+    def put(*capabilities, built=CU130, cuda="13.0", hip=None, **properties):
+        properties = SimpleNamespace(**properties)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return put
+
+
+# --- generations
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 1), CU130, False),
+        ((6, 1), CU126, True),  # sm_60: a later minor version of the same major
+        ((5, 2), CU126, True),
+        ((3, 5), CU126, False),
+        ((7, 0), CU130, False),  # sm_75 is the same major, but a later minor
+        ((7, 5), CU130, True),
+        ((8, 9), CU130, True),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((10, 3), CU130, True),
+        ((10, 3), ["sm_100a"], False),  # an `a` is for that card alone
+        ((10, 3), ["sm_100f"], True),  # an `f` for its family
+        ((10, 3), ["sm_103a"], True),
+        ((12, 0), CU126, False),
+        ((12, 0), [*CU126, "compute_90"], True),  # PTX, which the driver compiles
+        ((12, 0), [*CU126, "compute_90a"], False),
+        ((7, 0), ["compute_75"], False),
+        ((8, 0), [], False),
+    ],
+)
+def test_a_build_runs_on_the_cards_that_it_has_code_for(cards, capability, built, runs):
+    cards(capability, built=built)
+    assert runs_on(0) is runs
+    assert Cuda.count() == int(runs)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "options", "count"),
+    [
+        ([], {}, 0),
+        ([(9, 0), (8, 0)], {}, 2),
+        ([(9, 0), (6, 1), (9, 0)], {}, 1),  # the third would be cuda:2 to CUDA
+        ([(6, 1), (9, 0)], {}, 0),
+        ([(9, 0)], {"built": ["gfx90a"], "hip": "7.2", "cuda": None}, 1),
+    ],
+)
+def test_cards_count_up_to_the_first_that_torch_has_no_code_for(cards, capabilities, options, count):
+    cards(*capabilities, **options)
+    assert Cuda.count() == count
+
+
+@pytest.mark.parametrize(
+    ("capability", "precisions", "best", "channels_last"),
+    [
+        ((5, 2), ("fp32", "fp16"), "fp32", False),
+        ((6, 0), ("fp32", "fp16"), "fp16", False),
+        ((6, 1), ("fp32", "fp16"), "fp32", False),
+        ((7, 0), ("fp32", "fp16"), "fp16", True),
+        ((7, 5), ("fp32", "fp16"), "fp16", True),
+        ((8, 0), ("fp32", "tf32", "bf16", "fp16"), "bf16", True),
+        ((12, 0), ("fp32", "tf32", "bf16", "fp16"), "bf16", True),
+    ],
+)
+def test_a_card_offers_what_its_generation_computes_in(cards, capability, precisions, best, channels_last):
+    cards((8, 0), capability)  # each card is asked for its own
+    chosen = Cuda(1)
+    assert (chosen.kind, chosen.name, chosen.precisions) == ("cuda", "cuda", precisions)
+    assert chosen.device == torch.device("cuda:1") and chosen.asynchronous
+    assert chosen.best_precision() == best
+    assert chosen.channels_last("fp16") is channels_last and not chosen.channels_last("fp32")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "best"),
+    [("gfx900", "fp16"), ("gfx906:sramecc+:xnack-", "fp16"), ("gfx908", "bf16"), ("gfx90a:sramecc+:xnack-", "bf16"),
+     ("gfx90c", "fp16"), ("gfx942", "bf16"), ("gfx1030", "fp16"), ("gfx1100", "bf16"), ("gfx1201", "bf16")],
+)  # fmt: skip
+def test_amds_cards_go_by_their_architecture(cards, architecture, best):
+    cards((9, 0), hip="7.2", gcnArchName=architecture)
+    chosen = Cuda()
+    assert (chosen.name, chosen.precisions) == ("rocm", ("fp32", "bf16", "fp16"))
+    assert chosen.best_precision() == best and not chosen.channels_last("bf16")
+
+
+def test_tf32_is_off_unless_asked_for(cards):
+    cards((8, 6))
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # torch's default for cuDNN
+    chosen = Cuda()
+    for precision, allowed in (("fp32", False), ("tf32", True), ("bf16", False)):
+        chosen.set_precision(precision)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(("hip", "tuned"), [(None, True), ("7.0", False)])
+def test_cudnn_tries_its_kernels_and_miopen_does_not(cards, monkeypatch, hip, tuned):
+    cards((9, 0), hip=hip)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    Cuda().tune()
+    assert torch.backends.cudnn.benchmark is tuned
+    Cuda().tune(repeated=False)
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("mode", "images", "chosen"),
+    [("auto", 10**6, "off"), ("auto", 5 * 10**7, "default"), ("off", 5 * 10**7, "off"), ("default", 1, "default")],
+)
+def test_compile_auto_goes_by_the_images(cards, mode, images, chosen):
+    cards((9, 0))
+    assert Cuda().compile_mode(mode, images) == chosen
+
+
+@pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead", "max-autotune"])
+def test_steps_are_captured_unless_told_otherwise_or_compiling_captures_them(cards, mode):
+    cards((8, 0))
+    chosen, compile_captures = Cuda(), mode in ("reduce-overhead", "max-autotune")
+    assert chosen.use_cuda_graph("auto", mode) is not compile_captures
+    assert chosen.use_cuda_graph(False, mode) is False
+    if compile_captures:
+        assert fails(UsageError, chosen.use_cuda_graph, True, mode).startswith("graph: ")
+    else:
+        assert chosen.use_cuda_graph(True, mode) is True
+
+
+# --- why a card can't be used
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "words"),
+    [
+        ({"vendor": "NVIDIA"}, {}, ["driver", "--gpus all"]),
+        ({"vendor": "NVIDIA", "driver": "580.65"}, {"cuda": None}, ["without CUDA", "TORCH=cu130", "TORCH=cu126"]),
+        ({"vendor": "NVIDIA", "driver": "470.1"}, {}, ["470.1", "CUDA 13.0", "update the driver", "TORCH=cu126"]),
+        ({"vendor": "NVIDIA", "driver": "580.65", "card": (5, 2)}, {}, [*CU130, "TORCH=cu126"]),
+        ({"vendor": "AMD"}, {}, ["ROCm", "TORCH=rocm"]),
+    ],
+    ids=["no driver", "built without CUDA", "driver too old", "card too old", "AMD"],
+)
+def test_a_card_that_cannot_be_used_is_told_with_what_to_do(cards, gpu, options, words):
+    cards(*([gpu["card"]] if "card" in gpu else []), **options)
+    message = Cuda.why_unused(gpu)
+    assert [word for word in words if word not in message] == []
+    assert all(backend.why_unused(gpu) is None for backend in BACKENDS if backend is not Cuda)
+
+
+# --- facts and memory
+
+
+@pytest.mark.parametrize(
+    ("drivers", "limit", "expected"),
+    [
+        (["580.65", "580.65"], 70.0, {"driver": "580.65", "power_limit_watts": 70.0}),
+        (["580.65", "570.0"], None, {}),
+        ([None], 70.0, {"power_limit_watts": 70.0}),
+        ([], None, {}),
+    ],
+)
+def test_the_vendors_facts_are_those_that_all_cards_of_the_name_share(monkeypatch, cards, drivers, limit, expected):
+    cards((7, 5), name="Tesla T4", total_memory=15 * 2**30, multi_processor_count=40, major=7, minor=5)
+    gpus = [{"vendor": "NVIDIA", "name": "Tesla T4"} | ({"driver": driver} if driver else {}) for driver in drivers]
+    monkeypatch.setattr(system_info, "gpus", lambda: [{"vendor": "NVIDIA", "name": "Other", "driver": "1.0"}, *gpus])
+    monkeypatch.setattr(system_info, "power_limit_watts", lambda name: limit if name == "Tesla T4" else 450.0)
+    facts = Cuda().facts()
+    assert {key: facts[key] for key in ("driver", "power_limit_watts") if key in facts} == expected
+    assert (facts["name"], facts["memory_gib"], facts["gpu_cores"]) == ("Tesla T4", 15.0, 40)
+    assert facts["compute_capability"] == "7.5"
+    assert "hip" not in facts and None not in facts.values()
+
+
+def test_memory_is_of_the_device_itself_and_includes_its_graphs(monkeypatch, cards):
+    cards((8, 0), (8, 0), total_memory=61 * MIB)
+    calls = []
+    figures = {"max_memory_allocated": 2, "max_memory_reserved": 5, "memory_reserved": 4, "memory_allocated": 1}
+    stand_ins = {name: mebibytes * MIB for name, mebibytes in figures.items()}
+    stand_ins |= {"mem_get_info": (10 * MIB, 64 * MIB), "synchronize": None, "reset_peak_memory_stats": None}
+    for name, result in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, result=result: calls.append(device) or result)
+    chosen = Cuda(1)
+    graphs = [torch.nn.Identity() for _ in range(2)]
+    chosen._graph_pool._hidden |= {graphs[0]: 3 * MIB, graphs[1]: 7 * MIB}
+    chosen.reset_peak_memory()
+    chosen.synchronize()
+    assert chosen.memory_mib() == {"peak": 2.0 + 7.0, "peak_reserved": 5.0, "driver": 54.0}
+    assert chosen.free_bytes() == 13 * MIB  # 10 on the card, 3 in the allocator
+    assert set(calls) == {torch.device("cuda:1")}
+    assert chosen.capacity_mib() == 61.0
+    del graphs[1]
+    assert chosen.memory_mib()["peak"] == 2.0 + 3.0
+    del graphs[:]
+    assert chosen.memory_mib()["peak"] == 2.0
+
+
+# --- streams and events
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands for torch.cuda's streams and events, and for a tensor; tells what was called, in order."""
+    stand_in = MagicMock()
+    for name in ("Stream", "stream", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    return stand_in
+
+
+def test_copies_run_on_a_stream_of_their_own_and_the_reader_waits_for_them(calls, cards):
+    cards((8, 0), (8, 0))
+    device = torch.device("cuda:1")
+    side, reader = calls.Stream.return_value, calls.current_stream.return_value
+    copies = Cuda(1).to_device_async((calls.tensor,))
+    pinned = call.tensor.pin_memory()
+    assert calls.mock_calls == [
+        call.Stream(device),
+        call.stream(side),
+        call.stream().__enter__(),
+        pinned,
+        pinned.to(device, non_blocking=True),
+        call.Stream().record_event(),
+        call.stream().__exit__(None, None, None),
+    ]
+    calls.reset_mock()
+    (copy,) = copies()
+    assert calls.mock_calls == [
+        call.current_stream(device),
+        call.current_stream().wait_event(side.record_event.return_value),
+        pinned.to().record_stream(reader),
+    ]
+    assert copy is calls.tensor.pin_memory.return_value.to.return_value
+
+
+def test_events_are_recorded_on_the_current_stream_and_timed_in_seconds(calls, cards):
+    cards((8, 0))
+    calls.Event().elapsed_time.return_value = 250.0  # ms
+    first, last = Cuda().record_event(), Cuda().record_event()
+    assert calls.Event.call_args == call(enable_timing=True)
+    assert calls.Event().record.call_args == call(calls.current_stream())
+    assert Cuda().elapsed_seconds(first, last) == 0.25
+
+
+# --- energy by NVML
+
+TORCHS_UUID = {"uuid": UUID.removeprefix("GPU-")}
+
+
+@pytest.fixture
+def card(cards, monkeypatch):
+    """One card that torch sees and pynvml answers for."""
+
+    def put(nvml_uuid=UUID, hip=None, properties=TORCHS_UUID, **answers):
+        cards((8, 0), hip=hip, **properties)
+        stand_in = Nvml(nvml_uuid, **answers)
+        monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+        return stand_in
+
+    return put
+
+
+def test_a_card_counts_joules_and_keeps_nvml_open(card):
+    counter = iter([5_000_000, NVMLError("Unknown Error"), 5_250_500])
+    stand_in = card()
+    stand_in.nvmlDeviceGetTotalEnergyConsumption = lambda handle: stand_in.answer(next(counter))
+    chosen = Cuda()
+    assert stand_in.opened == 0  # only when asked
+    assert [chosen.energy() for _ in range(3)] == [("nvml", 5000.0), None, ("nvml", 5250.5)]
+    assert stand_in.opened == 1
+    assert chosen.gpu_uuid() == UUID
+
+
+@pytest.mark.parametrize("answer", [NVMLError("Not Supported"), 0])
+def test_a_card_before_volta_has_no_counter(card, answer):
+    card(TotalEnergyConsumption=answer)
+    assert Cuda().energy() is None
+
+
+def test_a_card_that_nvml_does_not_find_is_looked_for_once(card):
+    stand_in = card(nvml_uuid="another", TotalEnergyConsumption=1000)
+    chosen = Cuda()
+    assert chosen.energy() is None
+    stand_in.nvmlInit = lambda: pytest.fail("looked for again")
+    assert chosen.energy() is None and stand_in.opened == 0
+
+
+@pytest.mark.parametrize("options", [{"properties": {}}, {"hip": "7.2"}], ids=["torch has no UUID", "AMD"])
+def test_a_card_without_nvidias_uuid_has_no_counter(card, options):
+    stand_in = card(TotalEnergyConsumption=1000, **options)
+    assert (Cuda().gpu_uuid(), Cuda().energy(), stand_in.opened) == (None, None, 0)
