@@ -39,7 +39,7 @@ DEFAULT_PRICES = "prices.yaml"
 """The value of `compare.prices` whose file may be missing."""
 
 _MODULES = {module.name for module in pkgutil.iter_modules([str(ROOT / "pipeline" / "devices")])}
-GPUS = sorted(_MODULES - {"base", "cpu", "energy", "graphs"})
+GPUS = sorted(_MODULES - {"base", "cpu", "graphs", "rapl"})
 """The kinds of GPU that have a backend, by the modules of pipeline/devices: to import one would import torch."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
