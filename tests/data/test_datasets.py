@@ -34,23 +34,17 @@ def digest(data):
     return datasets.resolve(data)["digest"]
 
 
-def tree(root, layout):
-    """Makes `{"train/cat": [(name, image), ...]}` below `root`."""
-    for folder, entries in layout.items():
-        (root / folder).mkdir(parents=True)
-        for name, image in entries:
-            image.save(root / folder / name)
-
-
 @pytest.fixture
-def mixed(tmp_path, data_of):
-    """Two classes, one image each, made of what a test gives for train/a; gives (data settings, folder)."""
+def folder_of(tmp_path, data_of):
+    """Makes a data set of two classes: train/a holds these (name, image) pairs, the others one grey image each."""
 
     def make(*entries, test=None):
-        root = tmp_path / "mixed"
-        same = [("0.png", picture((90, 90, 90)))]
-        test = test or same
-        tree(root, {"train/a": entries, "train/b": same, "test/a": test, "test/b": same})
+        root = tmp_path / "mine"
+        grey = [("0.png", picture((90, 90, 90)))]
+        for folder, pairs in {"train/a": entries, "train/b": grey, "test/a": test or grey, "test/b": grey}.items():
+            (root / folder).mkdir(parents=True)
+            for name, image in pairs:
+                image.save(root / folder / name)
         return data_of(f"data.path={json.dumps(str(root))}"), root
 
     return make
@@ -61,16 +55,11 @@ def mixed(tmp_path, data_of):
 
 def test_folder_facts(data_of, pictures):
     facts = datasets.resolve(data_of())
-    assert (facts["requested"], facts["source"], facts["reason"], facts["limit"]) == (
-        "folder",
-        "folder",
-        None,
-        None,
-    )
-    assert facts["classes"] == ["blue", "green", "red"]
-    assert facts["counts"] == {"train": 60, "test": 30}
-    assert facts["size"] == [16, 16]
-    assert facts["digest"].startswith("sha256:")
+    assert facts.pop("digest").startswith("sha256:")
+    assert facts == {
+        "requested": "folder", "source": "folder", "reason": None, "limit": None, "classes": ["blue", "green", "red"],
+        "counts": {"train": 60, "test": 30}, "size": [16, 16],
+    }  # fmt: skip
     assert str(pictures) not in json.dumps(facts)
 
 
@@ -88,7 +77,7 @@ def test_folder_images_are_in_order_under_their_class(data_of, pictures, split, 
 def test_limit_takes_the_first_of_each_class_and_split(data_of):
     data = data_of("data.limit=4")
     facts = datasets.resolve(data)
-    assert (facts["limit"], facts["counts"]) == (4, {"train": 12, "test": 12})
+    assert facts["counts"] == {"train": 12, "test": 12}
     images, labels = decoded(data)
     every, all_labels = decoded(data_of())
     assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -97,59 +86,47 @@ def test_limit_takes_the_first_of_each_class_and_split(data_of):
     assert len({digest(data_of(f"data.limit={n}")) for n in (4, 5, "null")}) == 3
 
 
-def test_names_are_sorted_and_other_files_left_alone(mixed):
-    colours = {"10.png": 10, "2.png": 20, "B.PNG": 30, "a.Jpeg": 40, "c.JPG": 50}
-    data, root = mixed(*((name, picture((grey,) * 3)) for name, grey in reversed(colours.items())))
+def test_names_are_sorted_and_other_files_left_alone(folder_of):
+    greys = {"10.png": 10, "2.png": 20, "B.PNG": 30, "a.Jpeg": 40, "c.JPG": 50}
+    data, root = folder_of(*((name, picture((grey,) * 3)) for name, grey in reversed(greys.items())))
     (root / "train" / "a" / "notes.txt").write_text("no image")
     (root / "train" / "a" / ".hidden.png").write_text("no image")
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "Thumbs.db").write_text("no image")
     facts = datasets.resolve(data)
-    assert (facts["classes"], facts["counts"]["train"]) == (["a", "b"], len(colours) + 1)
+    assert (facts["classes"], facts["counts"]["train"]) == (["a", "b"], len(greys) + 1)
     means = decoded(data)[0][:-1].mean((1, 2, 3))
-    assert np.argsort(means).tolist() == list(range(len(colours)))
+    assert np.argsort(means).tolist() == list(range(len(greys)))
 
 
-def test_every_mode_becomes_rgb(mixed):
+def test_every_mode_becomes_rgb(folder_of):
     red = Image.new("RGB", (8, 8), (200, 30, 20))
-    see_through = red.copy()
-    see_through.putalpha(7)
-    palette = red.quantize(4)
-    palette_with_alpha = see_through.quantize(4)
-    data, _ = mixed(
-        ("0.png", red),
-        ("1.png", see_through),
-        ("2.png", palette),
-        ("3.png", palette_with_alpha),
-        ("4.png", red.convert("L")),
-        ("5.png", red.convert("LA")),
-        ("6.png", red.convert("1")),
-        ("7.jpg", red.convert("L")),
-        ("8.jpg", red.convert("CMYK")),
-    )
+    transparent = red.copy()
+    transparent.putalpha(7)
+    coloured = [red, transparent, red.quantize(4), transparent.quantize(4)]
+    grey = [red.convert(mode) for mode in ("L", "LA", "1")]
+    pngs = [(f"{index}.png", image) for index, image in enumerate(coloured + grey)]
+    data, _ = folder_of(*pngs, ("7.jpg", red.convert("L")), ("8.jpg", red.convert("CMYK")))
     images, _ = decoded(data, image_size=8)
     assert images.shape == (10, 8, 8, 3)
-    assert abs(images[[0, 1, 2, 3]].astype(int) - (200, 30, 20)).max() <= 2
+    assert abs(images[:4].astype(int) - (200, 30, 20)).max() <= 2
     assert abs(images[8].astype(int) - (200, 30, 20)).max() <= 8
-    for index in (4, 5, 6, 7):
-        assert (images[index] == images[index][..., :1]).all()  # grey
+    assert (images[4:8] == images[4:8, ..., :1]).all()
 
 
-def test_one_size_is_kept(mixed, tmp_path):
-    root = tmp_path / "wide"
-    wide = [("0.png", picture((90, 90, 90), size=(12, 10)))]
-    tree(root, {f"{split}/{name}": wide for split in ("train", "test") for name in "ab"})
-    data, _ = mixed(("0.png", picture((1, 1, 1))))
-    data = config.load(["data.source=folder", f"data.path={json.dumps(str(root))}"]).data
+def test_one_size_is_kept(folder_of, tmp_path):
+    wide = picture((90, 90, 90), size=(12, 10))
+    data, root = folder_of(("0.png", wide))
+    for path in root.rglob("*.png"):
+        wide.save(path)
     assert datasets.resolve(data)["size"] == [12, 10]
     images, _ = decoded(data, image_size=32)
-    assert images.shape == (2, 10, 12, 3)
-    assert np.array_equal(images[0], np.asarray(wide[0][1]))
+    assert images.shape == (2, 10, 12, 3) and np.array_equal(images[0], np.asarray(wide))
 
 
-def test_many_sizes_are_squashed_as_pil_does_it(mixed):
+def test_many_sizes_are_squashed_as_pil_does_it(folder_of):
     wide, tall = picture((200, 40, 40), (40, 10)), picture((40, 200, 40), (9, 30))
-    data, _ = mixed(("0.png", wide), ("1.png", tall))
+    data, _ = folder_of(("0.png", wide), ("1.png", tall))
     assert datasets.resolve(data)["size"] is None
     images, _ = decoded(data, image_size=24)
     assert images.shape == (3, 24, 24, 3)
@@ -157,38 +134,29 @@ def test_many_sizes_are_squashed_as_pil_does_it(mixed):
         assert np.array_equal(image, np.asarray(source.resize((24, 24), Image.Resampling.BILINEAR)))
 
 
-def test_the_size_is_that_of_both_splits(mixed):
-    data, _ = mixed(("0.png", picture((1, 1, 1))), test=[("0.png", picture((1, 1, 1), (20, 20)))])
+def test_the_size_is_that_of_both_splits(folder_of):
+    data, _ = folder_of(("0.png", picture((1, 1, 1))), test=[("0.png", picture((1, 1, 1), (20, 20)))])
     assert datasets.resolve(data)["size"] is None
 
 
-def test_digest_is_of_content_not_of_times(data_of, pictures):
+def test_the_digest_is_of_names_and_content_not_of_times_or_the_place(data_of, pictures, tmp_path):
     before = digest(data_of())
-    changed = pictures / "train" / "red" / "00.jpg"
-    os.utime(changed, ns=(1, 1))
+    image = pictures / "train" / "red" / "00.jpg"
+    os.utime(image, ns=(1, 1))
     assert digest(data_of()) == before
-    changed.write_bytes(changed.read_bytes() + b"\0")
-    assert digest(data_of()) != before
+    copied = shutil.copytree(pictures, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert digest(data_of(f"data.path={json.dumps(str(copied))}")) == before
+    image.write_bytes(image.read_bytes() + b"\0")
+    changed = digest(data_of())
+    image.rename(image.with_name("000.jpg"))
+    assert len({before, changed, digest(data_of())}) == 3
 
 
-def test_digest_is_of_names_too(data_of, pictures):
-    before = digest(data_of())
-    (pictures / "train" / "red" / "00.jpg").rename(pictures / "train" / "red" / "000.jpg")
-    assert digest(data_of()) != before
-
-
-def test_digest_is_the_same_in_another_folder(data_of, pictures, tmp_path):
-    there = shutil.copytree(pictures, tmp_path / "elsewhere", copy_function=shutil.copyfile)
-    assert digest(data_of()) == digest(data_of(f"data.path={json.dumps(str(there))}"))
-
-
-def test_the_digest_is_worked_out_once(data_of, cache, monkeypatch):
+def test_the_digest_is_cached(data_of, cache, monkeypatch):
     first = datasets.resolve(data_of())
-    assert len(list((cache / "folders").iterdir())) == 1
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "_digest_and_size", None)
         assert datasets.resolve(data_of()) == first
-        assert len(decoded(data_of())[0]) == 60
     shutil.rmtree(cache)
     assert datasets.resolve(data_of()) == first
 
@@ -197,8 +165,7 @@ def test_images_that_changed_since_they_were_looked_at(data_of, pictures):
     data = data_of()
     facts = datasets.resolve(data)
     picture((1, 2, 3)).save(pictures / "train" / "red" / "99.png")
-    line = fails(StageError, datasets.decode, data, facts, "train", 16)
-    assert line == "the images changed since `download` looked at them: run it again (`dvc repro`)"
+    assert "dvc repro" in fails(StageError, datasets.decode, data, facts, "train", 16)
 
 
 def test_decoding_leaves_the_warning_filters_alone(data_of):
@@ -207,99 +174,98 @@ def test_decoding_leaves_the_warning_filters_alone(data_of):
     assert warnings.filters == before
 
 
-# --- folders that won't do
+# --- unusable folders
 
 
-def test_no_split(data_of, pictures):
+def without_test(pictures):
     shutil.rmtree(pictures / "test")
-    assert fails(UsageError, datasets.resolve, data_of()) == (
-        f'data.path: "{pictures}" has no folder test: expected PATH/train/<class>/ and PATH/test/<class>/'
-    )
-    shutil.rmtree(pictures)
-    assert "has no folder train" in fails(UsageError, datasets.resolve, data_of())
 
 
-def test_a_class_without_images(data_of, pictures):
+def without_images(pictures):
     for path in (pictures / "test" / "green").iterdir():
         path.rename(path.with_suffix(".gif"))
-    assert fails(UsageError, datasets.resolve, data_of()) == (
-        "data.path: class test/green holds no image (.jpg, .jpeg, .png)"
-    )
 
 
-def test_a_class_in_one_split_only(data_of, pictures):
-    moved = pictures / "test" / "red"
-    moved.rename(moved.with_name("crimson"))
-    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: class red is in train/ but not in test/")
-    shutil.rmtree(pictures / "train" / "red")
-    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: class crimson is in test/ but not in train/")
+def class_in_one_split(pictures):
+    (pictures / "test" / "red").rename(pictures / "test" / "crimson")
 
 
-def test_one_class_is_none(data_of, pictures):
+def one_class(pictures):
     for split in ("train", "test"):
         for name in ("red", "blue"):
             shutil.rmtree(pictures / split / name)
-    assert fails(UsageError, datasets.resolve, data_of()) == ("data.path: 1 classes in train/: expected at least 2")
+
+
+def empty_file(pictures):
+    (pictures / "train" / "red" / "05.png").write_bytes(b"")
+
+
+def page(pictures):
+    (pictures / "train" / "red" / "05.png").write_bytes(b"<html>")
+
+
+def half_header(pictures):
+    (pictures / "train" / "red" / "05.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\1IHDR\0")
+
+
+def folder_named_like_an_image(pictures):
+    (pictures / "train" / "red" / "99.png").mkdir()
+
+
+def dead_link(pictures):
+    try:
+        (pictures / "train" / "red" / "99.png").symlink_to(pictures / "gone.png")
+    except OSError:
+        pytest.skip("no links here")
+
+
+def name_of_no_unicode(pictures):
+    try:
+        picture((1, 2, 3)).save(pictures / "train" / "red" / os.fsdecode(b"\xff.png"))
+    except (OSError, UnicodeError):
+        pytest.skip("no such names here")
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
-    [(b"", "no image format"), (b"<html>", "no image format"), (b"\x89PNG\r\n\x1a\n\0\0\0\1IHDR\0", "")],
+    ("damage", "named"),
+    [
+        (without_test, "no folder test"),
+        (without_images, "test/green"),
+        (class_in_one_split, "class red is in train/ but not in test/"),
+        (one_class, "1 classes in train/"),
+        (empty_file, "train/red/05.png"),
+        (page, "train/red/05.png"),
+        (half_header, "train/red/05.png"),
+        (folder_named_like_an_image, "train/red/99.png"),
+        (dead_link, "train/red/99.png"),
+        (name_of_no_unicode, r"'train/red/\udcff.png'"),
+    ],
 )
-def test_a_file_that_is_no_image(data_of, pictures, content, why):
-    (pictures / "train" / "red" / "05.png").write_bytes(content)
+def test_an_unusable_folder_is_refused_with_what_is_wrong(data_of, pictures, damage, named):
+    damage(pictures)
     line = fails(UsageError, datasets.resolve, data_of())
-    assert line.startswith(f"data.path: train/red/05.png is not a readable image ({why}")
-    assert str(pictures) not in line
+    assert line.startswith("data.path: ") and named in line
 
 
-@pytest.mark.parametrize("name", ["04.jpg", "05.png"])
-def test_a_file_that_was_cut(data_of, pictures, name):
-    path = pictures / "test" / "red" / name
-    path.write_bytes(path.read_bytes()[:-40])
+@pytest.mark.parametrize("damage", ["cut.jpg", "cut.png", "inside.png"])
+def test_an_image_that_cannot_be_decoded_is_named_without_its_folder(data_of, pictures, damage):
+    path = next((pictures / "test" / "red").glob(f"*{damage[-4:]}"))
+    content = bytearray(path.read_bytes())
+    if damage.startswith("cut"):
+        del content[-40:]
+    else:
+        content[60:80] = bytes(20)
+    path.write_bytes(content)
     data = data_of()
-    facts = datasets.resolve(data)  # its first bytes say what it is
+    facts = datasets.resolve(data)  # its first bytes are sound
     assert len(datasets.decode(data, facts, "train", 16)[0]) == 60
     line = fails(UsageError, datasets.decode, data, facts, "test", 16)
-    assert line.startswith(f"data.path: test/red/{name} is not a readable image (")
-
-
-def test_a_png_damaged_inside(data_of, pictures):
-    path = pictures / "train" / "red" / "05.png"
-    content = bytearray(path.read_bytes())
-    content[60:80] = bytes(20)
-    path.write_bytes(content)
-    assert "train/red/05.png is not a readable image (" in fails(UsageError, decoded, data_of())
+    assert f"test/red/{path.name}" in line and str(pictures) not in line
 
 
 def test_an_image_of_absurd_size(data_of, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    line = fails(UsageError, datasets.resolve, data_of())
-    assert line.startswith("data.path: train/blue/00.jpg is not a readable image (Image size (256 pixels) exceeds")
-
-
-def test_a_folder_or_a_dead_link_named_like_an_image(data_of, pictures):
-    odd = pictures / "train" / "red" / "99.png"
-    odd.mkdir()
-    assert fails(UsageError, datasets.resolve, data_of()).startswith("data.path: train/red/99.png is not a readable")
-    odd.rmdir()
-    try:
-        odd.symlink_to(pictures / "gone.png")
-    except OSError:
-        pytest.skip("no links here")
-    assert fails(UsageError, datasets.resolve, data_of()) == (
-        "data.path: train/red/99.png is not a readable image (No such file or directory)"
-    )
-
-
-def test_a_name_that_is_no_unicode(data_of, pictures):
-    odd = os.fsdecode(b"\xff.png")
-    try:
-        picture((1, 2, 3)).save(pictures / "train" / "red" / odd)
-    except (OSError, UnicodeError):
-        pytest.skip("no such names here")
-    line = fails(UsageError, datasets.resolve, data_of())
-    assert line == r"data.path: 'train/red/\udcff.png' is no Unicode name: rename it"
+    assert "train/blue/00.jpg" in fails(UsageError, datasets.resolve, data_of())
 
 
 # --- synthetic
@@ -350,10 +316,10 @@ def test_synthetic_classes_can_be_learnt():
 
     train, labels = decoded(synthetic("data.limit=100"))
     test, truth = decoded(synthetic("data.limit=50"), "test")
-    found = labels[(spectra(test) @ spectra(train).T).argmax(1)]  # the nearest neighbour's
-    right = [float((found == truth)[truth == label].mean()) for label in range(10)]
-    assert min(right) > 0.5  # by chance: 0.1
-    assert np.mean(right) > 0.75
+    predicted = labels[(spectra(test) @ spectra(train).T).argmax(1)]  # the nearest neighbour's
+    accuracies = [float((predicted == truth)[truth == label].mean()) for label in range(10)]
+    assert min(accuracies) > 0.5  # by chance: 0.1
+    assert np.mean(accuracies) > 0.75
 
 
 # --- cifar10
@@ -438,8 +404,7 @@ def test_cifar10_that_was_damaged_is_not_unpickled(published):
 
 def test_cifar10_that_cannot_be_had(published):
     data_of, folder, _ = published
-    line = fails(StageError, datasets.resolve, data_of())
-    assert line.startswith("can't fetch cifar-10-python.tar.gz: no answer from ")
+    assert fetch.ARCHIVE in fails(StageError, datasets.resolve, data_of())
     assert list(folder.iterdir()) == []
 
 
@@ -450,7 +415,7 @@ def test_auto_without_a_network_says_why(published):
     data_of, folder, _ = published
     facts = datasets.resolve(data_of("data.source=auto", "data.limit=5"))
     assert (facts["requested"], facts["source"]) == ("auto", "synthetic")
-    assert facts["reason"] == "no mirror of CIFAR-10 answers"
+    assert "no mirror" in facts["reason"]
     assert (facts["digest"], facts["counts"]) == (datasets.SYNTHETIC_VERSION, {"train": 50, "test": 50})
     assert list(folder.iterdir()) == []
     images, _ = datasets.decode(data_of("data.source=auto", "data.limit=5"), facts, "train", 96)
@@ -496,7 +461,7 @@ def test_auto_refuses_a_wrong_archive_put_there_by_hand(published, monkeypatch, 
     assert (folder / fetch.ARCHIVE).read_bytes() == archive + b"more"
 
 
-# kept decoded
+# --- the cache of decoded images
 
 
 def test_decoded_once(data_of, cache, monkeypatch):
@@ -505,8 +470,8 @@ def test_decoded_once(data_of, cache, monkeypatch):
     first = datasets.decode(data, facts, "train", 16)
     monkeypatch.setattr(datasets, "_decode", lambda *_: pytest.fail("decoded again"))
     again = datasets.decode(data, facts, "train", 16)
-    for kept, made in zip(again, first, strict=True):
-        assert kept.dtype == made.dtype and (kept == made).all()
+    for cached, fresh in zip(again, first, strict=True):
+        assert cached.dtype == fresh.dtype and (cached == fresh).all()
     assert isinstance(again[0], np.memmap)
 
 
@@ -522,7 +487,7 @@ def test_what_decides_the_pixels_is_decoded_anew(data_of, pictures, monkeypatch,
         picture((9, 9, 9)).save(pictures / "train" / "blue" / "00.jpg")
     decoded = []
     original = datasets._decode
-    monkeypatch.setattr(datasets, "_decode", lambda *given: decoded.append(1) or original(*given))
+    monkeypatch.setattr(datasets, "_decode", lambda *args: decoded.append(1) or original(*args))
     images, labels = datasets.decode(data, datasets.resolve(data), "train", 16)
     assert decoded and len(images) == len(labels) == (6 if change == "limit" else 60)
     if change == "content":
@@ -534,8 +499,8 @@ def test_a_damaged_file_is_decoded_anew(data_of, cache, name):
     data = data_of()
     facts = datasets.resolve(data)
     images, labels = datasets.decode(data, facts, "train", 16)
-    (kept,) = cache.rglob(name)
-    kept.write_bytes(kept.read_bytes()[:200])
+    (cached,) = cache.rglob(name)
+    cached.write_bytes(cached.read_bytes()[:200])
     again = datasets.decode(data, facts, "train", 16)
     assert (again[0] == images).all() and (again[1] == labels).all()
 
@@ -549,4 +514,4 @@ def test_a_full_disk_costs_the_cache_alone(data_of, monkeypatch, capsys):
 
     monkeypatch.setattr(np, "save", full)
     assert len(datasets.decode(data, facts, "train", 16)[0]) == 60
-    assert "decoded images are not kept: no disk space left" in capsys.readouterr().err
+    assert "no disk space" in capsys.readouterr().err
