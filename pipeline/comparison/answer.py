@@ -1,4 +1,4 @@
-"""The answer that opens a report: what may be said of the machines, in one to three sentences that can be printed."""
+"""The answer that opens a report: what may be claimed of the machines, in one to three sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, T
 from pipeline.profiling import score_steps
 
 NAMED = 3
-"""So many machines of a kind are named; the table has all."""
+"""Name at most this many machines; the table has all."""
 
 CLAIMED = ("faster", "slower")
 UNDECIDED = ("none", "small")
@@ -19,8 +19,8 @@ UNDECIDED = ("none", "small")
 
 @dataclass(frozen=True)
 class _Compared:
-    """What is compared: the claims of machines against `reference`, `where` (`at convnet fp32`). Names tell the
-    precision where machines differ in it."""
+    """Claims of machines against `reference`. `where`: such as `at convnet fp32`. Rows are (name, head, claim); the name
+    includes the precision if machines differ in it."""
 
     reference: str
     rows: Sequence[tuple[str, Head, Claim]]
@@ -28,8 +28,8 @@ class _Compared:
 
 
 def answer(comparison: Comparison) -> str:
-    """The strongest claims of the real runs, then who is not compared and why; else the nearest thing to it, and how
-    to get a claim."""
+    """The strongest claims of the real runs, then which machines are not compared and why. Without a claim: the ratio,
+    why it is no claim, and how to get one."""
     part = next((part for part in comparison.parts if not part.demo), None)
     if part is None:
         return comparison.advice
@@ -42,7 +42,7 @@ def answer(comparison: Comparison) -> str:
 
 
 def _of_score(table: Score) -> _Compared | None:
-    """By the first step that several machines ran: one with a claim before one with a ratio alone before others."""
+    """Choose a step that several machines ran: first one with a claim, then one with a ratio, then any."""
     if table.reference is None:
         return None
     steps = []
@@ -64,7 +64,7 @@ def _of_score(table: Score) -> _Compared | None:
 
 
 def _of_work(sections: Sequence[Section]) -> _Compared | None:
-    """By the first table of several machines: one with a claim before others, the same settings before the bests."""
+    """Choose a table with several machines: first one with a claim, then one with the same settings."""
     tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
 
     def rank(item: tuple[Section, Table]) -> tuple[bool, bool]:
@@ -120,7 +120,7 @@ def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
 def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
     if claim.kind in UNDECIDED:
         return [claim.sentence]
-    # A set that is planned anew stands beside one that failed only under another label.
+    # A new planned set only counts under another label.
     label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
     more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
     basis = f" ({claim.basis})" if claim.basis else ""
@@ -143,9 +143,9 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _unscored(part: Part) -> dict[str, str]:
-    """Machines that have runs and no score, with the reason."""
+    """Machines that have runs but no score, with the reason."""
     assert part.score is not None
-    scored = {each.head.name for each in part.score.rows} | {other.name for other in part.score.others}
+    scored = {row.head.name for row in part.score.rows} | {other.name for other in part.score.others}
     missing: dict[str, str] = {}
     for section in part.sections:
         reason = (
@@ -159,7 +159,7 @@ def _unscored(part: Part) -> dict[str, str]:
 
 
 def _single(part: Part) -> str:
-    """The figure of a machine that stands alone."""
+    """The figure of the only machine."""
     for row in part.score.rows if part.score else ():
         for step in score_steps.STEPS:
             if step.name in row.steps:

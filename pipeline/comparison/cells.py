@@ -1,6 +1,6 @@
-"""The tables of a comparison as columns of text, for Markdown, the terminal and HTML alike.
+"""The tables of a comparison as columns of text, for Markdown, the terminal and HTML.
 
-The columns that a narrow screen must show stand first: machine, figure, ratio, number of runs.
+Machine, figure, ratio and number of runs stand first, because a narrow screen shows only the first columns.
 """
 
 from collections import Counter
@@ -17,14 +17,14 @@ from pipeline.comparison.schema import Comparison, Head, Other, Row, Score, Scor
 from pipeline.profiling import score_steps
 
 FIRST_THIRD = 0.03
-"""The speed of the first third is shown where it differs from the last third's by this share or more."""
+"""Show the speed of the first third if it differs from the last third's by at least this share."""
 
 BEHAVIOR = {
     "throttled": "got hot: throttled",
     "thermal": "got hot: thermal pressure",
     "drift": "speed drifted",
 }
-"""What a machine itself did, in words."""
+"""What the machine did by itself, in words."""
 
 KINDS = {
     "none": "no difference found",
@@ -33,11 +33,11 @@ KINDS = {
     "parity": "no claim: accuracy",
     "problem": "no claim",
 }
-"""Beside a ratio that is not claimed: why."""
+"""Why a ratio is not claimed, by the kind of its claim."""
 
 
 class Cell(NamedTuple):
-    """A table's cell: its text, notes in small print, and addresses with the texts that lead there."""
+    """A cell: its text, notes in small print, and links as (text, address)."""
 
     text: str = ""
     notes: Sequence[str] = ()
@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column; `words`: its cells are words, not figures."""
+    """A column. `words`: its cells are text, aligned left."""
 
     heading: str
     cells: Sequence[Cell]
@@ -53,16 +53,16 @@ class Column(NamedTuple):
 
 
 def _columns(rows: Sequence[object], cells: Mapping[str, Callable[..., Cell]], words: Iterable[str]) -> list[Column]:
-    """The columns by heading; those with nothing in them are left out."""
-    made = [Column(heading, [cell(row) for row in rows], heading in words) for heading, cell in cells.items()]
-    return [column for column in made if any(cell.text or cell.notes for cell in column.cells)]
+    """Build the columns from a function per heading. Empty columns are left out."""
+    columns = [Column(heading, [cell(row) for row in rows], heading in words) for heading, cell in cells.items()]
+    return [column for column in columns if any(cell.text or cell.notes for cell in column.cells)]
 
 
 # --- the score
 
 
 def score_columns(table: Score) -> list[Column]:
-    """The score's columns: images a second of each step, with the ratio to the reference below."""
+    """Columns of the score: images/s of each step, with the ratio to the reference below."""
     first, *others = score_steps.STEPS
     cells: dict[str, Callable[[ScoreRow], Cell]] = {
         "machine": lambda row: _name(row.head, reference=row.is_reference, several=len(table.rows) > 1),
@@ -84,7 +84,7 @@ def score_columns(table: Score) -> list[Column]:
 
 
 def step_speed(row: ScoreRow, step: score_steps.Step) -> str:
-    """A step's speed and its ratio to the reference, short: `1,020 (1/140)`."""
+    """A step's speed and its ratio to the reference: `1,020 (1/140)`."""
     figures = row.steps.get(step.name)
     if figures is None:
         return ""
@@ -93,7 +93,7 @@ def step_speed(row: ScoreRow, step: score_steps.Step) -> str:
 
 
 def step_facts(step: score_steps.Step, figures: StepFigures) -> list[str]:
-    """What a step's figure needs beside it: the precision, where that is the device's choice, and a smaller batch."""
+    """What a reader must know of a step's figure: the precision that the device chose, and a reduced batch."""
     facts = [figures.precision] if step.best_precision and figures.precision else []
     if figures.batch_size not in (None, step.batch_size):
         facts.append(f"batch {figures.batch_size}")
@@ -107,14 +107,14 @@ def _step(step: score_steps.Step, row: ScoreRow) -> Cell:
     ratio = ratio_cell(figures.claim)
     notes = [_ratio_note(ratio.text, figures.claim), *ratio.notes]
     notes += [fact for fact in step_facts(step, figures) if not figures.claim.reason.startswith(fact)]
-    begun, ended = figures.first_third, figures.speed.value
-    if begun is not None and abs(begun.value - ended) >= FIRST_THIRD * ended:
-        notes.append(f"first third {format_figure(begun.value)}")
-    return Cell(format_figure(ended), [note for note in notes if note])
+    first_third, speed = figures.first_third, figures.speed.value
+    if first_third is not None and abs(first_third.value - speed) >= FIRST_THIRD * speed:
+        notes.append(f"first third {format_figure(first_third.value)}")
+    return Cell(format_figure(speed), [note for note in notes if note])
 
 
 def _ratio_note(text: str, claim: Claim) -> str:
-    """A ratio that stands below its figure: `140 times`, `1/140`; else that there is none."""
+    """A ratio as a note below its figure: `140 times` or `1/140`."""
     if claim.speedup is None:
         return text if claim.kind == "other" else ""
     return text if "/" in text else f"{text} times"
@@ -143,7 +143,7 @@ def _images_for_money(row: ScoreRow) -> Cell:
 
 
 def work_columns(section: Section, table: Table) -> list[Column]:
-    """The columns of a table of work: the work's own time, and beside it the whole process's."""
+    """Columns of a recipe's work: its own time, then the time of the whole process."""
     several = len(table.rows) > 1
     cells: dict[str, Callable[[Row], Cell]] = {
         "machine": lambda row: _name(
@@ -173,7 +173,7 @@ def work_columns(section: Section, table: Table) -> list[Column]:
 
 
 def settings_in_words(settings: Mapping[str, str]) -> str:
-    """`bf16, threads 4`: the precision, and what is not left to its default."""
+    """The precision, then every setting that is not the default: `bf16, threads 4`."""
     words = [settings["precision"] or "?"]
     words += [
         f"{key} {value}" for key, value in settings.items() if key != "precision" and value not in ("auto", "null", "")
@@ -182,7 +182,7 @@ def settings_in_words(settings: Mapping[str, str]) -> str:
 
 
 def ratio_cell(claim: Claim) -> Cell:
-    """A ratio to the reference with its interval, or why there is none."""
+    """The ratio to the reference with its interval, or the reason why there is none."""
     if claim.kind == "reference":
         return Cell("1")
     if claim.speedup is None:
@@ -227,11 +227,11 @@ def _accuracy(row: Row) -> Cell:
     return Cell(f"{value:.2%}", notes)
 
 
-# --- what both have
+# --- cells of both
 
 
 def _name(head: Head, *, reference: bool, several: bool, settings: Mapping[str, str] | None = None) -> Cell:
-    """The machine; below it the settings, where they are its own, that it is the reference, and what it did."""
+    """The machine, with notes: its settings if rows differ in them, whether it is the reference, its behavior."""
     notes = [settings_in_words(settings)] if settings is not None else []
     notes += ["reference"] if reference and several else []
     notes += [BEHAVIOR.get(word, word) for word in head.behavior]
@@ -239,7 +239,7 @@ def _name(head: Head, *, reference: bool, several: bool, settings: Mapping[str, 
 
 
 def _count(head: Head) -> Cell:
-    """How many runs count, of how many; why others do not; over how many sessions or in what time."""
+    """How many of the planned runs count, why the others do not, and in how many sessions or minutes."""
     count = len(head.runs)
     reasons = Counter(run["reason"] for run in head.left_out)
     disturbed = sum(number for reason, number in reasons.items() if reason.startswith(DISTURBED))
@@ -254,28 +254,28 @@ def _count(head: Head) -> Cell:
 
 
 def _conditions(heads: Sequence[Head]) -> dict[str, Callable[[Row | ScoreRow], Cell]]:
-    """Columns of the conditions that differ between the rows; of torch, the whole version."""
+    """A column for each condition in which rows differ. torch is shown with its whole version."""
 
     def text(head: Head, key: str) -> str:
         value = head.torch if key == "torch" else head.conditions[key]
-        return f"{value}{CONDITIONS[key][1]}" if value else "not known"
+        return f"{value}{CONDITIONS[key][2]}" if value else "not known"
 
     return {
         word: lambda row, key=key: Cell(text(row.head, key))  # type: ignore[misc]
-        for key, (word, _) in CONDITIONS.items()
+        for key, (_, word, _) in CONDITIONS.items()
         if len({text(head, key) for head in heads}) > 1
     }
 
 
 def _runs(head: Head, shown: Mapping[str, str]) -> Cell:
-    """The most typical run by its id, all others by numbers."""
+    """Links to the runs: the most typical one by its id, the others by number."""
     others = [run for run in head.runs if run["id"] != shown["id"]]
     links = [(shown["id"][:8], shown["link"]), *((str(place), run["link"]) for place, run in enumerate(others, 2))]
     return Cell(shown["id"][:8], links=links)
 
 
 def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
-    """`1.49–1.55`; '' where there is none, or no spread, as of the memory of five equal runs."""
+    """`1.49–1.55`; '' without an interval, or if both ends read the same."""
     low, high = estimate.low, estimate.high
     if low is None or high is None:
         return ""
@@ -289,24 +289,24 @@ def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
     return "–".join(ends) if ends[0] != ends[1] else ""
 
 
-def _money(found: costs.Costs, number: Callable[[float], str], unit: str) -> Cell:
-    """The cost if rented, else if bought; the other one below it."""
-    by_way = {"rented": found.rented, "bought": found.bought}
+def _money(cost: costs.Costs, number: Callable[[float], str], unit: str) -> Cell:
+    """The cost if rented, else if bought, with the other as a note."""
+    by_way = {"rented": cost.rented, "bought": cost.bought}
     known = {way: value for way, value in by_way.items() if value is not None}
     if not known:
         return Cell()
     (way, value), *rest = known.items()
     notes = [way, *(f"{name}: {number(other)}" for name, other in rest)]
-    if found.bought is not None and not found.with_electricity:
+    if cost.bought is not None and not cost.with_electricity:
         notes.append("electricity left out")
     return Cell(f"{number(value)} {unit}", notes)
 
 
-# --- what is in no table
+# --- runs outside the tables
 
 
 class Absent(NamedTuple):
-    """Runs that are in no table, or do not count in their row, and why."""
+    """Runs that count in no row, and why."""
 
     name: str
     settings: str
@@ -329,12 +329,15 @@ def absent_from_score(table: Score) -> list[Absent]:
 
 
 def _left_out(heads: Iterable[tuple[Head, str]]) -> list[Absent]:
-    """Runs that do not count in their rows, by reason; a row may stand in two tables."""
-    found: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
+    """Runs that do not count in their row, by reason. A row may stand in two tables."""
+    runs_by_reason: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
     for head, settings in heads:
         for run in head.left_out:
-            found.setdefault((head.name, settings, run["reason"]), {})[run["id"]] = run
-    return [Absent(name, settings, [*runs.values()], None, reason) for (name, settings, reason), runs in found.items()]
+            runs_by_reason.setdefault((head.name, settings, run["reason"]), {})[run["id"]] = run
+    return [
+        Absent(name, settings, [*runs.values()], None, reason)
+        for (name, settings, reason), runs in runs_by_reason.items()
+    ]
 
 
 def _other(other: Other, settings: str) -> Absent:
@@ -342,7 +345,7 @@ def _other(other: Other, settings: str) -> Absent:
 
 
 def absent_columns(rows: Sequence[Absent], figure: str) -> list[Column]:
-    """`figure`: what the figures are, such as `total s`."""
+    """`figure`: the heading of their figures, such as `total s`."""
     cells: dict[str, Callable[[Absent], Cell]] = {
         "machine": lambda row: Cell(row.name),
         "why": lambda row: Cell(row.reason),
@@ -360,7 +363,7 @@ def absent_columns(rows: Sequence[Absent], figure: str) -> list[Column]:
 
 
 def price_columns(comparison: Comparison) -> list[Column]:
-    """The prices of machines that have runs."""
+    """The prices of hardware that has runs."""
     used = [item for item in (comparison.prices or {}).items() if item[0] not in comparison.unused_prices]
     watts = _watts(comparison)
     cells: dict[str, Callable[[tuple[str, config.Price]], Cell]] = {
@@ -378,7 +381,7 @@ def price_columns(comparison: Comparison) -> list[Column]:
 
 
 def _watts(comparison: Comparison) -> dict[str, float]:
-    """The most that a step drew, by hardware, of real runs."""
+    """The highest power of any step, in watts, by hardware. DEMO runs do not count."""
     most: dict[str, float] = {}
     for part in comparison.parts:
         for row in part.score.rows if part.score and not part.demo else ():

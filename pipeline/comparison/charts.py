@@ -1,12 +1,11 @@
-"""The charts of a comparison, by the table that they belong to."""
+"""The charts of a comparison, by table."""
 
 import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from pipeline.comparison import plots
-from pipeline.comparison import stats
+from pipeline.comparison import plots, stats
 from pipeline.comparison.cells import ratio_cell, settings_in_words, step_facts
 from pipeline.comparison.formats import format_figure
 from pipeline.comparison.groups import CURRENT_VERSION
@@ -14,28 +13,28 @@ from pipeline.comparison.schema import Comparison, Head, Part, Row, Score, Secti
 from pipeline.profiling import score_steps
 
 WITHOUT_BAR = ("parity", "problem", "other", "alone")
-"""Kinds of claims whose ratio is no result: a bar would look like one."""
+"""Kinds of claims without a bar, because their ratio is no result."""
 
 
 def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
-    """The charts by their table's folder and by their names; none of a machine that stands alone."""
-    made: dict[str, dict[str, Figure]] = {}
+    """The charts by the folder of their table and by name. A single machine has none."""
+    figures_by_place: dict[str, dict[str, Figure]] = {}
     for part in comparison.parts:
         if part.score:
-            made[score_place(part)] = _of_score(part.score)
+            figures_by_place[score_place(part)] = _of_score(part.score)
         for section in part.sections:
             for table in section.tables:
-                made[work_place(part, section, table)] = _of_work(section, table)
-    return {place: figures for place, figures in made.items() if figures}
+                figures_by_place[work_place(part, section, table)] = _of_work(section, table)
+    return {place: figures for place, figures in figures_by_place.items() if figures}
 
 
 def score_place(part: Part) -> str:
-    """A folder's name for the score."""
+    """The folder of the score's charts."""
     return "demo-score" if part.demo else "score"
 
 
 def work_place(part: Part, section: Section, table: Table) -> str:
-    """A folder's name for a table of work."""
+    """The folder of the charts of a table of work."""
     version = "" if section.version == CURRENT_VERSION else f"-version-{section.version}"
     kind = "best" if table.settings is None else "same-settings"
     return f"{_file_name('demo-' * part.demo + f'work-{section.workload}{version}')}/{kind}"

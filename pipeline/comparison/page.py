@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: no script, font or image of another place."""
+"""The report of a comparison as one self-contained HTML page: no script, no font or image from elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -92,11 +92,11 @@ KEY = (
     "is its interval. A name leads to its run in MLflow's UI (`make ui`)."
 )
 FEW = 12
-"""Rows that fit on a page, and on a screen with all that belongs to them."""
+"""Charts with more rows may be split over printed pages."""
 
 
 def html(comparison: Comparison, drawn: Mapping[str, Mapping[str, str]]) -> str:
-    """The whole report as one HTML page; `drawn` has the SVGs of `charts.charts`, by their places and names."""
+    """The whole report as one HTML page. `drawn`: the SVG of each chart, by the places and names of `charts.charts`."""
     body = [f"<h1>{report.TITLE}</h1>", f'<p class="answer">{_code(answer(comparison))}</p>']
     body.append(_paragraph(report.span(comparison)))
     for part in comparison.parts:
@@ -152,7 +152,7 @@ def _section_parts(part: Part, section: Section, drawn: Mapping[str, Mapping[str
     return parts + _absent(absent_columns(absent_from_work(section), "total s"))
 
 
-HINT = '<p class="hint">The table is wider than the screen: push it sideways.</p>'
+HINT = '<p class="hint">The table is wider than the screen. Scroll sideways.</p>'
 
 
 def _absent(columns: Sequence[Column]) -> list[str]:
@@ -163,8 +163,8 @@ def _row_class(head: Head, reference: bool) -> str:
     return "problem" if head.problem else "reference" if reference else ""
 
 
-def _claims(told: Sequence[tuple[str, str]]) -> str:
-    items = [f'<li class="{kind}"><b>{MARKS.get(kind, "✕")}</b>{escape(text)}</li>' for kind, text in told]
+def _claims(claims: Sequence[tuple[str, str]]) -> str:
+    items = [f'<li class="{kind}"><b>{MARKS.get(kind, "✕")}</b>{escape(text)}</li>' for kind, text in claims]
     return f'<ul class="claims">{"".join(items)}</ul>' if items else ""
 
 
@@ -178,7 +178,7 @@ def _figures(rows: int, drawn: Mapping[str, str]) -> str:
 
 
 def _html_table(columns: Sequence[Column], classes: Sequence[str] = ()) -> str:
-    """`classes`: of each row, '' where it has none."""
+    """`classes`: the CSS class of each row, or ''."""
     if not columns:
         return ""
     words = [' class="words"' if column.words else "" for column in columns]
@@ -208,8 +208,8 @@ def _list(texts: Sequence[str]) -> str:
 
 
 def _code(text: str) -> str:
-    """Escaped, with what is between backticks as code."""
+    """Escape the text and turn backticks into <code>."""
     parts = escape(text).split("`")
-    if len(parts) % 2 == 0:  # a backtick of a user's
+    if len(parts) % 2 == 0:  # an unpaired backtick, from a user's text
         return "`".join(parts)
     return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))

@@ -49,8 +49,8 @@ LOGARITHMIC = "(logarithmic axis)"
 
 @dataclass(frozen=True)
 class Bar:
-    """A machine in a chart: its name, its figure in words, and as a bar with its interval, each where there is one;
-    `look` is one of BARS; `link` is where its run is."""
+    """A machine in a chart: its name, its figure as text, and a bar with its interval if it has one. `look` is a key of
+    BARS. `link` is the address of its run."""
 
     label: str
     text: str
@@ -63,7 +63,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Curve:
-    """A machine's accuracy (0 to 1) by seconds."""
+    """A machine's accuracy over time: points are (seconds, accuracy from 0 to 1)."""
 
     label: str
     link: str
@@ -72,8 +72,8 @@ class Curve:
 
 @styled
 def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
-    """Draws a bar from 0 for each machine, under its name, in the order given, with its interval. Where values lie far
-    apart the axis is logarithmic, and the bars start at the power of ten below the smallest value."""
+    """Draw a bar from 0 for each machine, in the given order. If values are FAR_APART, the axis is logarithmic and the
+    bars start at the power of ten below the smallest value."""
     values = [row.value for row in rows if row.value is not None]
     far_apart = bool(values) and max(values) >= FAR_APART * min(values) > 0
     figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}" if far_apart else unit)
@@ -100,8 +100,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
 
 @styled
 def ratios(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
-    """Draws a bar from 1 for each machine, to the right where its ratio is larger, with its interval. The axis is
-    logarithmic: twice as fast is as long as half as fast."""
+    """Draw a bar from 1 for each machine on a logarithmic axis, so that twice as fast is as long as half as fast."""
     figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}")
     values = [1.0]
     for row in rows:
@@ -122,8 +121,8 @@ def ratios(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
 
 @styled
 def courses(curves: Sequence[Curve], *, target: float | None, title: str) -> Figure:
-    """Draws validation accuracy against time: of a few machines in one chart, of more in a small one each, beside the
-    first machine's. A line says where `target` is."""
+    """Draw validation accuracy against time, with a line at `target`. Many machines get a small chart each, with the
+    first machine's curve for comparison."""
     seconds = [point[0] for curve in curves for point in curve.points]
     accuracies = [point[1] for curve in curves for point in curve.points]
     limits = {
@@ -139,29 +138,28 @@ def courses(curves: Sequence[Curve], *, target: float | None, title: str) -> Fig
 
 
 def _wide(curves: Sequence[Curve]) -> bool:
-    """Whether the slowest takes so long that the fastest would be a stroke at the left."""
+    """Whether the slowest takes more than 20 times as long as the fastest."""
     lasting = [curve.points[-1][0] for curve in curves]
     return max(lasting) > 20 * min(lasting)
 
 
 @styled
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element for an HTML page, its text as text; the same data, the same bytes."""
+    """The figure as an SVG element for an HTML page, with text as text. The same data gives the same bytes."""
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "trainmark", "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    # As wide as the page lets it be; in what font there is, where ours isn't; and without the names of matplotlib's
-    # parts, which every chart has: an id is to be unique on a page.
+    # The page sets the size, a missing font has a substitute, and ids must be unique on a page.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', system-ui, sans-serif")
     return re.sub(r' id="[A-Za-z.]+[0-9]?[A-Za-z]*_\d+"', "", text)
 
 
 def _sheet(height: float, title: str) -> tuple[Figure, float]:
-    """An empty figure as wide as a phone, with room of `height` inches below its title; and its whole height."""
+    """An empty figure as wide as a phone with `height` inches below its title. Returns it with its whole height."""
     lines = textwrap.wrap(title, 46)
     whole = height + 0.1 + 0.2 * len(lines)
     figure = Figure(figsize=(CHART_WIDTH, whole))
@@ -172,7 +170,7 @@ def _sheet(height: float, title: str) -> tuple[Figure, float]:
 
 
 def _chart(rows: Sequence[Bar], title: str, unit: str) -> tuple[Figure, Axes]:
-    """A figure with a row for each machine: its name and figure in words, and room for a bar below."""
+    """A figure with a row for each machine: name, figure as text, and room for a bar below."""
     inside = ROW_HEIGHT * len(rows) + 0.1
     figure, whole = _sheet(inside + 0.5, title)
     axes = figure.add_axes((0.02, 0.45 / whole, 0.96, inside / whole))
@@ -202,7 +200,7 @@ def _bars(axes: Axes, rows: Sequence[Bar], start: float) -> None:
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
-    """1, and on a logarithmic axis from `low` to `high` a few others that stay apart from it."""
+    """Ticks of a logarithmic axis: 1, and a few others that do not overlap it."""
     decades = math.log10(high / low)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     if decades < 0.6:
@@ -215,7 +213,8 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
 
 
 def _within(bound: float | None, value: float) -> float:
-    """An interval's end as far as it decides what the axis shows: one of two runs may be a thousand times as wide."""
+    """The end of an interval for scaling the axis: at most four times the value, so that one wide interval does not
+    squeeze all bars."""
     return value if bound is None else min(max(bound, value / 4), value * 4)
 
 

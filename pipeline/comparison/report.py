@@ -1,4 +1,4 @@
-"""A comparison for people, as Markdown and on the terminal, and for programs as JSON; `page` makes HTML of it."""
+"""The report of a comparison as Markdown, terminal text and JSON. `page` makes the HTML."""
 
 import dataclasses
 import math
@@ -29,10 +29,10 @@ from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, T
 from pipeline.profiling import score_steps
 
 SCHEMA = 3
-"""Of compare.json."""
+"""Version of compare.json."""
 
 TERMINAL_ROWS = 10
-"""Machines of the score, and sentences of a table, that the terminal shows; the report has all."""
+"""The terminal shows this many machines of the score and sentences of a table; the report has all."""
 
 DEMO = "DEMO: not the real thing"
 TITLE = "Machines compared"
@@ -45,7 +45,7 @@ PRICE_NOTE = (
 
 
 def notes(rules: config.Compare) -> list[str]:
-    """How to read the report, by the rules that its claims follow."""
+    """How to read the report: the rules that its claims follow."""
     return [
         "A run is one process. n counts the runs that count, of those planned before the first one started. A set that "
         "is incomplete, or that runs were added to, carries no claim.",
@@ -74,11 +74,11 @@ def notes(rules: config.Compare) -> list[str]:
     ]
 
 
-# --- what the report says, for every form of it
+# --- texts of every format
 
 
 def span(comparison: Comparison) -> str:
-    """How many runs, of how many machines, when; '' where there is none."""
+    """How many runs of how many machines, and when; '' without runs."""
     if comparison.first is None or comparison.last is None:
         return ""
     days = [datetime.fromtimestamp(ms / 1000, UTC).date().isoformat() for ms in (comparison.first, comparison.last)]
@@ -96,14 +96,14 @@ def _counted(count: int, word: str) -> str:
 
 
 def heading(section: Section) -> str:
-    """What the machines of the section did."""
+    """The work of the section."""
     if section.version == CURRENT_VERSION:
         return section.title
     return f"{section.title}, measured by version {section.version} of the code: no claims"
 
 
 def table_title(table: Table) -> str:
-    """Which of the two kinds of tables it is, and what all its rows share."""
+    """The kind of table, and what all its rows share."""
     versions = {row.head.torch for row in table.rows}
     torch = f", torch {versions.pop()}" if len(versions) == 1 else ""
     if table.settings is None:
@@ -112,30 +112,30 @@ def table_title(table: Table) -> str:
 
 
 def work_claims(section: Section, table: Table) -> list[tuple[str, str]]:
-    """The kind of each row's claim and its sentences: of the work, then of the whole process. None where a version of
-    the code is the problem of all rows."""
+    """Each row's kind of claim and its sentences, about the work and then about the whole process. Empty for runs of
+    another version of the code."""
     if section.version != CURRENT_VERSION:
         return []
-    told = []
+    claims = []
     for row in table.rows:
         sentences = _sentences(row.head, row.claim)
         if row.whole.kind in ("faster", "slower", "none", "small"):
             sentences.append(row.whole.sentence)
-        told.append((row.claim.kind, " ".join(sentences)))
-    return [(kind, text) for kind, text in told if text]
+        claims.append((row.claim.kind, " ".join(sentences)))
+    return [(kind, text) for kind, text in claims if text]
 
 
 def score_claims(table: Score) -> list[tuple[str, str]]:
-    """The kind and the sentence of each row's claim, of the first step; the table has the ratios of the others."""
-    told = []
+    """Each row's kind of claim and its sentence, about the first step. The table has the ratios of the others."""
+    claims = []
     for row in table.rows:
         claim = next((figures.claim for figures in row.steps.values()), Claim("alone"))
-        told.append((claim.kind, " ".join(_sentences(row.head, claim))))
-    return [(kind, text) for kind, text in told if text]
+        claims.append((claim.kind, " ".join(_sentences(row.head, claim))))
+    return [(kind, text) for kind, text in claims if text]
 
 
 def _sentences(head: Head, claim: Claim) -> list[str]:
-    """The claim's, and why nothing is claimed of the row, where that is not in it."""
+    """The claim's sentence, then the row's problem if the claim does not name it."""
     sentences = [claim.sentence] if claim.sentence else []
     if head.problem and claim.kind != "problem":
         sentences.append(f"{head.name}: no claim. {head.problem[0].upper()}{head.problem[1:]}.")
@@ -143,13 +143,13 @@ def _sentences(head: Head, claim: Claim) -> list[str]:
 
 
 def no_reference(table: Score | Table) -> str:
-    """Said where rows stand beside each other and nothing is compared."""
+    """A sentence for tables with several rows and no reference."""
     several = len(table.rows) > 1 and table.reference is None
     return "Nothing is compared here: no row is of the reference and has this figure." if several else ""
 
 
 def unused_prices(comparison: Comparison) -> list[str]:
-    """Names in the file of prices that no run has."""
+    """A sentence for each price whose hardware has no run."""
     return [f"No run's hardware is called {name}." for name in comparison.unused_prices]
 
 
@@ -194,7 +194,7 @@ def _bullets(texts: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that can't end a table's cell, or begin a tag."""
+    """Replace the characters that would end a table's cell or begin a tag."""
     return text.replace("|", "/").replace("<", "‹").replace(">", "›")
 
 
@@ -219,20 +219,20 @@ def _markdown_table(columns: Sequence[Column]) -> str:
 
 
 def on_terminal(comparison: Comparison) -> str:
-    """The answer, the score and what is claimed of the work, short."""
+    """The answer, the score and the claims about the work, in short."""
     lines = [answer(comparison), ""]
-    # What is real; stand-ins only where there is nothing else.
+    # DEMO runs are shown only if there are no real ones.
     for part in comparison.parts[:1]:
         lines += [DEMO, ""] if part.demo else []
         if part.score:
             lines += ["Score (images/s, and the ratio to the reference)", _short_score(part.score)]
             lines += [*_more(len(part.score.rows)), ""]
         for section in part.sections:
-            told = [(table, work_claims(section, table)) for table in section.tables if len(table.rows) > 1]
-            told = [(table, claims) for table, claims in told if claims]
-            if told:
+            tables = [(table, work_claims(section, table)) for table in section.tables if len(table.rows) > 1]
+            tables = [(table, claims) for table, claims in tables if claims]
+            if tables:
                 lines.append(f"{heading(section)} (workload {section.workload})")
-                for table, claims in told:
+                for table, claims in tables:
                     lines += [f"  {table_title(table)}"] * (len(section.tables) > 1)
                     lines += [f"  {sentence}" for _, sentence in claims[:TERMINAL_ROWS]]
                     lines += _more(len(claims))
@@ -254,7 +254,7 @@ def _more(count: int) -> list[str]:
 
 
 def description(comparison: Comparison) -> str:
-    """The comparison's run in MLflow, for a person to read; a server takes 5,000 characters."""
+    """The description of the comparison's run in MLflow; a server takes 5,000 characters."""
     text = on_terminal(comparison).replace("\n  ", "\n- ")
     text += "\n\nThe report and its charts are this run's artifacts."
     return text if len(text) <= 5000 else text[:4980].rpartition("\n")[0] + "\n..."
@@ -264,11 +264,11 @@ def description(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain values: the answer, and what the dataclasses of `tables`, `claims` and `stats` hold,
-    under their names; `schema` is raised when that changes. What is infinite is null."""
+    """The comparison as plain values: the answer, then the fields of the dataclasses in `schema`, `claims` and `stats`.
+    SCHEMA is raised when these change. Infinite values become null."""
     rules = dataclasses.replace(comparison.rules, prices=config.shareable(comparison.rules.prices))
-    told = dataclasses.replace(comparison, rules=rules)
-    return {"schema": SCHEMA, "answer": answer(comparison), **_json(told)}
+    shareable = dataclasses.replace(comparison, rules=rules)
+    return {"schema": SCHEMA, "answer": answer(comparison), **_json(shareable)}
 
 
 def _json(value: Any) -> Any:
