@@ -19,7 +19,7 @@ UNDECIDED = ("none", "small")
 
 @dataclass(frozen=True)
 class _Compared:
-    """Claims of machines against `reference`. `where`: such as `at convnet fp32`. Rows are (name, head, claim); the name
+    """Claims of machines against `reference`. `where`: e.g. `at convnet fp32`. Rows are (name, head, claim); the name
     includes the precision if machines differ in it."""
 
     reference: str
