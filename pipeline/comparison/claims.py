@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline import config
 from pipeline.comparison import stats
 from pipeline.comparison.formats import format_duration, format_figure, format_interval, format_percent
 
@@ -73,19 +74,10 @@ class Claim:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """`level` of the speed-up's interval; the `smallest` difference that few sessions may claim and the `margin` of
-    accuracies, both fractions."""
-
-    level: float
-    smallest: float
-    margin: float
-
-
-def compare(candidate: Side, baseline: Side, rules: Rules, where: str) -> Claim:
-    """What is claimed of `candidate` against `baseline`; both have figures. `where`: `on this work`."""
-    speedup = stats.ratio(baseline.units, candidate.units, rules.level)
+def compare(candidate: Side, baseline: Side, settings: config.Compare, level: float, where: str) -> Claim:
+    """What is claimed of `candidate` against `baseline`; both have figures. `level`: of the speed-up's interval;
+    `where`: `on this work`."""
+    speedup = stats.ratio(baseline.units, candidate.units, level)
     without_interval = stats.Contrast(speedup.value, None, None, None)
     names = f"{candidate.name} against {baseline.name}"
     for side in (candidate, baseline):
@@ -96,25 +88,25 @@ def compare(candidate: Side, baseline: Side, rules: Rules, where: str) -> Claim:
         ratio, basis = _times_as_fast(candidate, baseline, speedup.value), _evidence(candidate, baseline)
         sentence = f"{ratio} {where}; too few runs for a claim ({basis}): plan -S repeats=5 on both."
         return Claim("few", sentence, speedup, basis=basis, reason="too few runs")
-    accuracy = _equivalence(candidate, baseline, rules.margin)
+    accuracy = _equivalence(candidate, baseline, settings.accuracy_margin)
     if accuracy is not None and not accuracy.established:
         reason = _why_not_equal(accuracy)
         return Claim("parity", f"{names}: no claim, {reason}.", without_interval, accuracy, reason=reason)
-    return _verdict(candidate, baseline, rules, where, speedup, accuracy)
+    return _verdict(candidate, baseline, settings.smallest, where, speedup, accuracy)
 
 
 def _verdict(
     candidate: Side,
     baseline: Side,
-    rules: Rules,
+    smallest: float,
     where: str,
     speedup: stats.Contrast,
     accuracy: stats.Equivalence | None,
 ) -> Claim:
-    """The claim of two sides whose figures may be compared."""
+    """The claim of two sides whose figures may be compared. `smallest`: the difference that few sessions may claim."""
     few_sessions = min(candidate.sessions, baseline.sessions) < stats.MIN_SESSIONS
-    smallest = 1 + rules.smallest if few_sessions else 1.0
-    low, high, detectable = _widen(speedup, smallest)
+    floor = 1 + smallest if few_sessions else 1.0
+    low, high, detectable = _widen(speedup, floor)
     speedup = stats.Contrast(speedup.value, low, high, detectable)
     basis = ", ".join(
         [_evidence(candidate, baseline), *_equal_accuracy(accuracy), *_unlike_conditions(candidate, baseline)]
@@ -125,8 +117,8 @@ def _verdict(
             missed = f"one of {format_percent(detectable - 1)} would have been"
         sentence = f"{candidate.name}: no difference from {baseline.name} found {where}; {missed} ({basis})."
         return Claim("none", sentence, speedup, accuracy, basis, "no difference found")
-    if few_sessions and low <= smallest and high >= 1 / smallest:
-        reason = f"a difference of more than {format_percent(rules.smallest)} is not established"
+    if few_sessions and low <= floor and high >= 1 / floor:
+        reason = f"a difference of more than {format_percent(smallest)} is not established"
         sentence = (
             f"{candidate.name} against {baseline.name} {where}: {reason} ({basis}); "
             f"a smaller one needs {stats.MIN_SESSIONS} sessions on each side."
@@ -136,11 +128,11 @@ def _verdict(
     return Claim("faster" if speedup.value > 1 else "slower", sentence, speedup, accuracy, basis)
 
 
-def _widen(speedup: stats.Contrast, smallest: float) -> tuple[float, float, float]:
-    """The interval's ends after `smallest` is added to its half-width in quadrature, on logarithms, and the effect that
-    is then detectable beyond `smallest`. A `smallest` of 1 changes nothing."""
+def _widen(speedup: stats.Contrast, floor: float) -> tuple[float, float, float]:
+    """The interval's ends after `floor` is added to its half-width in quadrature, on logarithms, and the effect that is
+    then detectable beyond `floor`. A `floor` of 1 changes nothing."""
     assert speedup.high is not None and speedup.detectable is not None
-    half, extra = math.log(speedup.high / speedup.value), math.log(smallest)
+    half, extra = math.log(speedup.high / speedup.value), math.log(floor)
     wide = math.hypot(half, extra)
     detectable = speedup.detectable * math.exp(wide - half + extra)
     return speedup.value * math.exp(-wide), speedup.value * math.exp(wide), detectable

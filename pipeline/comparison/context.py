@@ -6,7 +6,7 @@ from statistics import median
 
 from pipeline import config
 from pipeline.comparison import stats
-from pipeline.comparison.claims import Rules, Side
+from pipeline.comparison.claims import Side
 from pipeline.comparison.groups import Group
 from pipeline.comparison.runs import CONDITIONS, WORK, Entity, Run, behavior_of, measurements, started, tag_of
 from pipeline.comparison.schema import Head, Other
@@ -29,11 +29,6 @@ class Context:
     def run_link(self, run: Run) -> dict[str, str]:
         """The id of a run and the address of its page."""
         return {"id": run["run_id"], "link": self.link(run["experiment_id"], run["run_id"])}
-
-    def rules(self, comparisons: int) -> Rules:
-        """The rules of a table with that many comparisons."""
-        level = stats.bonferroni(stats.LEVEL, comparisons)
-        return Rules(level, self.settings.smallest, self.settings.accuracy_margin)
 
     def baseline(self, groups: Sequence[Group]) -> Group | None:
         """The group that the others are compared with: of the reference asked for, else of any machine, one without a
@@ -59,7 +54,7 @@ class Context:
             device=group.entity.device,
             backend=tag_of(latest, "backend"),
             memory_gib=tag_of(latest, "hardware.memory_gib"),
-            conditions={key: getattr(group.entity, key) for key in CONDITIONS},
+            conditions=dict(zip(CONDITIONS, group.entity.conditions, strict=True)),
             torch=", ".join(sorted({tag_of(run, "software.torch", "?") for run in group.runs})),
             runs=[self.run_link(run) for run in group.runs],
             left_out=[self.run_link(run) | {"reason": reason} for run, reason in group.excluded],
@@ -107,6 +102,6 @@ def side_of(
         seconds=[value for _, value in seconds],
         started=[started(run, stage) for run, _ in seconds],
         accuracies=accuracies,
-        conditions={name: getattr(group.entity, key) for key, (name, _) in CONDITIONS.items()},
+        conditions=dict(zip((name for _, name, _ in CONDITIONS.values()), group.entity.conditions, strict=True)),
         problem=group.problem,
     )

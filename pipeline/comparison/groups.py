@@ -156,8 +156,8 @@ def display_names(runs: Iterable[Run]) -> dict[Entity, str]:
 
 def _difference(entity: Entity, namesakes: Sequence[Entity]) -> str:
     """`cuda:1, power limit 700 W`: what tells an entity from its namesakes."""
-    words = {"machine": entity.machine[:6], "device": entity.device}
-    for key, (name, unit) in CONDITIONS.items():
-        value = getattr(entity, key)
-        words[key] = f"{name} {value}{unit}" if value else f"{name} unknown"
-    return ", ".join(word for key, word in words.items() if len({getattr(other, key) for other in namesakes}) > 1)
+    texts = [entity.machine[:6], entity.device]
+    for value, (_, name, unit) in zip(entity.conditions, CONDITIONS.values(), strict=True):
+        texts.append(f"{name} {value}{unit}" if value else f"{name} unknown")
+    facts = zip(*((other.machine, other.device, *other.conditions) for other in namesakes), strict=True)
+    return ", ".join(text for text, values in zip(texts, facts, strict=True) if len(set(values)) > 1)

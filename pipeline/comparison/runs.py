@@ -1,6 +1,5 @@
 """Read a run: its metrics as figures that can be measurements, its tags as plain text, what disturbed it."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -18,27 +17,23 @@ LARGEST = 1e300
 """MLflow's SQL stores keep infinity as the largest double."""
 
 
+CONDITIONS = {
+    "cores": ("hardware.usable_cores", "cores", ""),
+    "memory_limit": ("hardware.memory_limit_gib", "memory limit", " GiB"),
+    "threads": ("software.threads", "CPU threads", ""),
+    "torch": ("software.torch", "torch", ""),
+    "power_limit": ("hardware.power_limit_watts", "power limit", " W"),
+}
+"""The conditions that runs must share to be pooled: their tags, and their names and units for people."""
+
+
 class Entity(NamedTuple):
-    """One device of one machine under the conditions that runs must share to be pooled; '' for an unknown one."""
+    """One device of one machine under CONDITIONS, in their order; '' for an unknown one."""
 
     machine: str
     device: str
     label: str
-    cores: str
-    memory_limit: str
-    threads: str
-    torch: str
-    power_limit: str
-
-
-CONDITIONS = {
-    "cores": ("cores", ""),
-    "memory_limit": ("memory limit", " GiB"),
-    "threads": ("CPU threads", ""),
-    "torch": ("torch", ""),
-    "power_limit": ("power limit", " W"),
-}
-"""The conditions of an Entity, with their names and units for people."""
+    conditions: tuple[str, ...]
 
 
 def clean(text: str) -> str:
@@ -63,18 +58,11 @@ def execution_of(run: Run) -> dict[str, str]:
 
 def entity_of(run: Run, stage: str = WORK) -> Entity:
     """The device, machine and conditions of a run. The score may have used another number of threads."""
-    torch = tag_of(run, "software.torch")
-    version = re.match(r"\d+\.\d+", torch)
-    return Entity(
-        machine=tag_of(run, "machine") or tag_of(run, "hardware") or "?",
-        device=tag_of(run, "device") or "?",
-        label=tag_of(run, "label"),
-        cores=tag_of(run, "hardware.usable_cores"),
-        memory_limit=tag_of(run, "hardware.memory_limit_gib"),
-        threads=tag_of(run, f"{stage}threads") or tag_of(run, "software.threads"),
-        torch=version[0] if version else torch,
-        power_limit=tag_of(run, "hardware.power_limit_watts"),
-    )
+    conditions = {key: tag_of(run, tag) for key, (tag, _, _) in CONDITIONS.items()}
+    conditions["threads"] = tag_of(run, f"{stage}threads") or conditions["threads"]
+    conditions["torch"] = re.sub(r"^(\d+\.\d+).*", r"\1", conditions["torch"])
+    machine = tag_of(run, "machine") or tag_of(run, "hardware") or "?"
+    return Entity(machine, tag_of(run, "device") or "?", tag_of(run, "label"), tuple(conditions.values()))
 
 
 def started(run: Run, stage: str) -> int | None:
@@ -120,7 +108,7 @@ def measurements(runs: Iterable[Run], metric: str) -> list[float]:
 
 def is_measurement(value: float) -> bool:
     """Whether a figure is positive and finite."""
-    return math.isfinite(value) and 0 < value < LARGEST
+    return 0 < value < LARGEST
 
 
 def is_fraction(value: float) -> bool:

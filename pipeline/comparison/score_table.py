@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
-from pipeline.comparison import claims
-from pipeline.comparison.claims import Claim, Rules, Side
+from pipeline.comparison import claims, stats
+from pipeline.comparison.claims import Claim, Side
 from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_score
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
@@ -21,7 +21,6 @@ from pipeline.comparison.runs import (
     version_of,
 )
 from pipeline.comparison.schema import Score, ScoreRow, StepFigures
-from pipeline.comparison.stats import Estimate, median_estimate
 from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
 
@@ -41,16 +40,17 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
     comparisons = sum(
         len(row.steps) for row, group in zip(rows, chosen, strict=True) if group is not baseline and claimable(group)
     )
-    rules = context.rules(comparisons)
+    level = stats.bonferroni(stats.LEVEL, comparisons)
     if baseline is not None:
-        baseline_side = next(side for side in zip(rows, chosen, strict=True) if side[1] is baseline)
-        rows = [_with_claims(side, baseline_side, rules) for side in zip(rows, chosen, strict=True)]
+        pairs = list(zip(rows, chosen, strict=True))
+        reference = next(pair for pair in pairs if pair[1] is baseline)
+        rows = [_with_claims(context, pair, reference, level) for pair in pairs]
     others = [
         context.other(group, _speed(STEPS[0]), group.problem or "not the machine's first planned set")
         for group in groups
         if all(group is not other for other in chosen)
     ]
-    return Score(context.name(baseline) if baseline is not None else None, rules.level, rows, others)
+    return Score(context.name(baseline) if baseline is not None else None, level, rows, others)
 
 
 def _shared_facts(run: Run) -> dict[str, str]:
@@ -112,10 +112,10 @@ def _row(context: Context, group: Group) -> ScoreRow:
 
 
 def _step_figures(group: Group, step: Step, *, energy: bool) -> StepFigures | None:
-    def estimate(figure: str) -> Estimate | None:
+    def estimate(figure: str) -> stats.Estimate | None:
         name = metric(step.name, figure)
         runs = [run for run in group.runs if measurement(run, name) is not None]
-        return median_estimate(measurements(runs, name), [started(run, SCORE) for run in runs]) if runs else None
+        return stats.median_estimate(measurements(runs, name), [started(run, SCORE) for run in runs]) if runs else None
 
     speed, batch = estimate("images_per_second"), estimate("batch_size")
     if speed is None:
@@ -132,24 +132,22 @@ def _step_figures(group: Group, step: Step, *, energy: bool) -> StepFigures | No
     )
 
 
-def _with_claims(candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], rules: Rules) -> ScoreRow:
+def _with_claims(
+    context: Context, candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], level: float
+) -> ScoreRow:
     """The candidate's row with what is claimed of each of its steps."""
-    row = candidate[0]
-    steps = {
-        step.name: replace(row.steps[step.name], claim=_claim(candidate, baseline, step, rules))
-        for step in STEPS
-        if step.name in row.steps
-    }
+    row, baseline_row = candidate[0], baseline[0]
+    steps = dict(row.steps)
+    for step in (step for step in STEPS if step.name in steps):
+        where = f"at {step.title}"
+        if row is baseline_row:
+            claim = Claim("reference")
+        elif reason := _unlike(steps[step.name], baseline_row.steps.get(step.name), baseline_row.head.name):
+            claim = Claim("other", f"{row.head.name}: not compared {where}: {reason}.", reason=reason)
+        else:
+            claim = claims.compare(_side(*candidate, step), _side(*baseline, step), context.settings, level, where)
+        steps[step.name] = replace(steps[step.name], claim=claim)
     return replace(row, steps=steps)
-
-
-def _claim(candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], step: Step, rules: Rules) -> Claim:
-    (row, group), (baseline_row, baseline_group) = candidate, baseline
-    if group is baseline_group:
-        return Claim("reference")
-    if reason := _unlike(row.steps[step.name], baseline_row.steps.get(step.name), baseline_row.head.name):
-        return Claim("other", f"{row.head.name}: not compared at {step.title}: {reason}.", reason=reason)
-    return claims.compare(_side(*candidate, step), _side(*baseline, step), rules, f"at {step.title}")
 
 
 def _unlike(candidate: StepFigures, baseline: StepFigures | None, reference: str) -> str:

@@ -55,10 +55,7 @@ class Contrast(NamedTuple):
 
 class Equivalence(NamedTuple):
     """The difference of two groups' accuracies (first less second) with its 90% interval; None with too few values.
-
-    `pairs`: how many seeds both groups ran; 0 for an unpaired comparison. `established`: the interval lies within the
-    margin.
-    """
+    `pairs`: how many seeds both ran, 0 if unpaired. `established`: the interval lies within the margin."""
 
     difference: float
     low: float | None
@@ -91,22 +88,22 @@ def units(values: Sequence[float], started: Sequence[int | None]) -> list[float]
     return [math.exp(fmean(math.log(values[index]) for index in session)) for session in by_session]
 
 
-def median_estimate(values: Sequence[float], started: Sequence[int | None], level: float = LEVEL) -> Estimate:
+def median_estimate(values: Sequence[float], started: Sequence[int | None]) -> Estimate:
     """The median of positive values, with Student's t interval of the units' logarithms. That interval assumes
     log-normal noise; it is widened to hold the median if need be."""
     center = median(values)
-    _, low, high, _ = mean_estimate([math.log(value) for value in units(values, started)], level)
+    _, low, high, _ = mean_estimate([math.log(value) for value in units(values, started)])
     if low is None or high is None:
         return Estimate(center, None, None, len(values))
     return Estimate(center, min(center, _exp(low)), max(center, _exp(high)), len(values))
 
 
-def mean_estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
+def mean_estimate(values: Sequence[float]) -> Estimate:
     """The mean of values, with Student's t interval."""
     mean, n = fmean(values), len(values)
     if n < MIN_UNITS:
         return Estimate(mean, None, None, n)
-    error, critical, _ = _standard_error([values], (1 + level) / 2)
+    error, critical, _ = _standard_error([values], (1 + LEVEL) / 2)
     return Estimate(mean, mean - critical * error, mean + critical * error, n)
 
 
@@ -130,13 +127,9 @@ def difference(first: Sequence[float], second: Sequence[float], level: float = L
     return Contrast(distance, distance - critical * error, distance + critical * error, detectable)
 
 
-def equivalence(
-    first: Mapping[int, float], second: Mapping[int, float], margin: float, level: float = LEVEL
-) -> Equivalence:
-    """Whether two groups' values by seed are equal to within `margin`, by two one-sided tests at 1 - `level`.
-
-    Paired by seed where both groups share MIN_UNITS seeds, since a seed fixes split and order. Otherwise unpaired.
-    """
+def equivalence(first: Mapping[int, float], second: Mapping[int, float], margin: float) -> Equivalence:
+    """Whether two groups' values by seed are equal to within `margin`, by two one-sided tests at 1 - LEVEL. Paired by
+    seed where both groups share MIN_UNITS seeds, since a seed fixes split and order. Otherwise unpaired."""
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) >= MIN_UNITS:
         groups = [[first[seed] - second[seed] for seed in seeds]]
@@ -146,7 +139,7 @@ def equivalence(
         pairs, distance = 0, fmean(groups[0]) - fmean(groups[1])
         if min(map(len, groups)) < MIN_UNITS:
             return Equivalence(distance, None, None, pairs, established=False)
-    error, critical, _ = _standard_error(groups, level)
+    error, critical, _ = _standard_error(groups, LEVEL)
     low, high = distance - critical * error, distance + critical * error
     return Equivalence(distance, low, high, pairs, established=-margin < low and high < margin)
 

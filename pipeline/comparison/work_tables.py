@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from pipeline.comparison import claims, stats
-from pipeline.comparison.claims import Claim, Rules, Side
+from pipeline.comparison.claims import Claim, Side
 from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_work
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
@@ -136,20 +136,19 @@ def _table(
         return Table(settings, None, 0, stats.LEVEL, rows)
     # A best was picked among several groups: every pair that it might have been counts as a comparison.
     candidates = Counter(group.entity for group in (chosen if settings else groups) if claimable(group))
-    comparisons = sum(
-        candidates[group.entity] * candidates[baseline.entity] for group in timed if group is not baseline
+    comparisons = candidates[baseline.entity] * sum(
+        candidates[group.entity] for group in timed if group is not baseline
     )
-    rules = context.rules(comparisons)
+    level = stats.bonferroni(stats.LEVEL, comparisons)
     for index, group in enumerate(chosen):
-        if measurements(group.runs, TOTAL):
-            claim, whole = _claims(context, groups, group, baseline, rules, best=settings is None)
+        if any(group is other for other in timed):
+            claim, whole = _claims(context, groups, group, baseline, level, best=settings is None)
             rows[index] = replace(rows[index], claim=claim, whole=whole)
-    reference = _side_name(context, baseline, best=settings is None)
-    return Table(settings, reference, comparisons, rules.level, rows)
+    return Table(settings, _side_name(context, baseline, best=settings is None), comparisons, level, rows)
 
 
 def _claims(
-    context: Context, groups: Sequence[Group], candidate: Group, baseline: Group, rules: Rules, *, best: bool
+    context: Context, groups: Sequence[Group], candidate: Group, baseline: Group, level: float, *, best: bool
 ) -> tuple[Claim, Claim]:
     """What is claimed of the candidate's work, and of its whole process. `best`: each machine is at its best."""
     if candidate is baseline:
@@ -163,7 +162,7 @@ def _claims(
         sides = [_side(context, group, key, best=best) for group in (candidate, baseline)]
         if not all(side.seconds for side in sides):
             return Claim("alone")
-        return claims.compare(sides[0], sides[1], rules, where)
+        return claims.compare(sides[0], sides[1], context.settings, level, where)
 
     return compare("total_seconds", "on this work"), compare("process_seconds", "from process start to result")
 
@@ -234,20 +233,31 @@ def _row(context: Context, group: Group, target: float | None) -> Row:
 
 def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate], dict[str, list[float]]]:
     """The group's figures, and each run's values of them."""
-    figures, values = {}, {}
-    for key in (*WORK_METRICS, "epoch_seconds", "images_per_second"):
-        measured = [
-            (value, run["started"])
-            for run in group.runs
-            if (value := _epoch_value(context, run, key) if key not in WORK_METRICS else _value(run, key)) is not None
-        ]
-        if measured:
-            values[key] = [value for value, _ in measured]
-            if key in ACCURACIES.values():
-                figures[key] = stats.mean_estimate(values[key])
-            else:
-                figures[key] = stats.median_estimate(values[key], [start for _, start in measured])
+    values: dict[str, list[float]] = {}
+    starts: dict[str, list[int | None]] = {}
+    for run in group.runs:
+        for key, value in _run_figures(context, run).items():
+            values.setdefault(key, []).append(value)
+            starts.setdefault(key, []).append(run["started"])
+    figures = {
+        key: stats.mean_estimate(values[key])
+        if key in ACCURACIES.values()
+        else stats.median_estimate(values[key], starts[key])
+        for key in values
+    }
     return figures, values
+
+
+def _run_figures(context: Context, run: Run) -> dict[str, float]:
+    """The figures that a run has: those of WORK_METRICS, and of its median epoch epoch_seconds and images_per_second.
+    The speed metric is the last epoch's, and every epoch has the same number of images."""
+    figures = {key: _value(run, key) for key in WORK_METRICS}
+    seconds = [value for value in context.courses(run["run_id"])["time/train_seconds"] if is_measurement(value)]
+    if seconds:
+        figures["epoch_seconds"] = median(seconds)
+        last = measurement(run, "speed/train_images_per_second")
+        figures["images_per_second"] = last * seconds[-1] / median(seconds) if last is not None else None
+    return {key: value for key, value in figures.items() if value is not None}
 
 
 def _value(run: Run, key: str) -> float | None:
@@ -259,16 +269,6 @@ def _value(run: Run, key: str) -> float | None:
         return value
     value -= measurement(run, "time/data_seconds") or 0.0
     return value if is_measurement(value) else None
-
-
-def _epoch_value(context: Context, run: Run, key: str) -> float | None:
-    """The median epoch's training seconds, or its images per second. The metric is the last epoch's speed, and every
-    epoch has the same number of images."""
-    seconds = [value for value in context.courses(run["run_id"])["time/train_seconds"] if is_measurement(value)]
-    if not seconds or key == "epoch_seconds":
-        return median(seconds) if seconds else None
-    last = measurement(run, "speed/train_images_per_second")
-    return last * seconds[-1] / median(seconds) if last is not None else None
 
 
 def _course(context: Context, run: Run) -> list[tuple[float, float]]:

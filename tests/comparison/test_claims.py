@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline import config
 from pipeline.comparison import claims, stats
-from pipeline.comparison.claims import Rules, Side
+from pipeline.comparison.claims import Side
 
 SPREAD = [1.0, 1.01, 0.99, 1.005, 0.995]
 MINUTE, HOUR = 60_000, 3_600_000
 ACCURACIES = (0.75, 0.751, 0.749, 0.752, 0.748)
 WORSE = [accuracy - 0.02 for accuracy in ACCURACIES]
-RULES = Rules(stats.LEVEL, 0.03, 0.01)
+SETTINGS = config.Compare(reference=None, prices="prices.yaml", tainted=False, smallest=0.03, accuracy_margin=0.01)
 
 
 def side(name, seconds, count=5, accuracies=ACCURACIES, apart=HOUR, spread=SPREAD, **others):
@@ -23,8 +24,8 @@ def side(name, seconds, count=5, accuracies=ACCURACIES, apart=HOUR, spread=SPREA
     return Side(name, others.pop("hardware", name), times, [apart * n for n in range(count)], by_kind, **others)
 
 
-def compare(candidate, baseline, **rules):
-    return claims.compare(candidate, baseline, replace(RULES, **rules), "on this work")
+def compare(candidate, baseline, level=stats.LEVEL, **settings):
+    return claims.compare(candidate, baseline, replace(SETTINGS, **settings), level, "on this work")
 
 
 # --- faster and slower
@@ -162,7 +163,7 @@ def test_accuracies_that_are_not_shown_to_be_equal_make_no_claim(candidate, base
 
 
 def test_the_margin_is_a_setting():
-    claim = compare(side("A", 2.0, accuracies=WORSE), side("B", 3.0), margin=0.03)
+    claim = compare(side("A", 2.0, accuracies=WORSE), side("B", 3.0), accuracy_margin=0.03)
     assert claim.kind == "faster" and "equal accuracy to within 2.0 points" in claim.basis
 
 

@@ -12,9 +12,9 @@ A, B = [10.0, 11.0, 12.5, 9.5, 10.5], [7.0, 7.2, 6.9]
 HOUR, MINUTE = 3_600_000, 60_000
 
 
-def median_estimate(values, level=stats.LEVEL):
+def median_estimate(values):
     """Of processes of one session."""
-    return stats.median_estimate(values, [MINUTE * number for number in range(len(values))], level)
+    return stats.median_estimate(values, [MINUTE * number for number in range(len(values))])
 
 
 def logs(values):
