@@ -14,9 +14,9 @@ from pipeline.devices.graphs import WARM_UP_CALLS, GraphedFunction
 
 
 class Standin(Backend):
-    """Tensors are the CPU's, time is its own: what `queue` takes passes when somebody waits for the device.
+    """Tensors are the CPU's, time is its own: what `queue` takes passes when somebody synchronizes.
 
-    `calls` holds in order what was asked of it: `synchronize`, `now`, `reset`, `peak`, and of `Marked`, `mark`.
+    `calls` holds in order what was asked of it: `synchronize`, `now`, `reset`, `peak`, and of `EventStandin`, `event`.
     """
 
     kind = name = "mps"
@@ -57,15 +57,15 @@ class Standin(Backend):
         return {"name": "Stand-in"}
 
 
-class Marked(Standin):
-    """With marks in its queue: a mark is reached when what was queued before it is done."""
+class EventStandin(Standin):
+    """With events in its queue: one is reached when the work queued before it is done."""
 
     def record_event(self):
-        self.calls.append("mark")
+        self.calls.append("event")
         return self.time + self.queued
 
     def elapsed_seconds(self, first, last):
-        assert last <= self.time  # the device was waited for
+        assert last <= self.time  # after synchronize
         return last - first
 
 

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from standin import Marked, Standin
+from standin import EventStandin, Standin
 
 from pipeline.devices.cpu import Cpu
 from pipeline.profiling.clock import Clock, StepTimes
@@ -100,7 +100,7 @@ def test_every_step_of_a_synchronous_device_is_timed(device):
 
 
 def test_every_fourth_step_is_timed_by_events_without_synchronizing():
-    backend = Marked()
+    backend = EventStandin()
     times = StepTimes(backend, backend.now)
     del backend.calls[:]
     for epoch in (range(1, 7), (), range(7, 14)):
@@ -124,7 +124,7 @@ def test_every_twentieth_step_is_timed_by_synchronizing_where_there_are_no_event
     assert times.seconds == [20, 40]  # and nothing of the steps queued before
 
 
-@pytest.mark.parametrize("kind", [Marked, Standin])
+@pytest.mark.parametrize("kind", [EventStandin, Standin])
 def test_a_step_that_fails_is_not_timed(kind):
     backend = kind()
     times = StepTimes(backend, backend.now)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import CLASSES, linear, make_loop, samples, train, train_resnet, without_times
-from standin import Away, Capturing, Marked, Queued, Standin
+from standin import Away, Capturing, EventStandin, Queued, Standin
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR
 
@@ -204,11 +204,11 @@ def test_on_features_no_image_counts_as_trained():
 
 
 def test_steps_are_timed_in_training_alone():
-    backend = Marked()
+    backend = EventStandin()
     train_loop = make_loop(Queued(linear(), backend, 0.25), backend=backend, epochs=2)
     batches = list(batching.batches(samples(4 * 4), 4, backend))
     loop.warm_up(train_loop, batches, batches)
-    assert backend.calls.count("mark") == 1  # whether there are marks
+    assert backend.calls.count("event") == 1  # whether there are events
     train(train_loop, samples(9 * 4), samples(16))
     assert train_loop.times.seconds == [0.25] * 4  # the fourth and the eighth of nine, then the 12th and the 16th
 
