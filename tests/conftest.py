@@ -36,7 +36,6 @@ def calm_machine(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def instant_roofline(request, monkeypatch):
     """Peaks that are measured in no time and doubt no clock, where they are not what is tested."""
-    # torch takes seconds to import, and some modules do without it
     roofline = sys.modules.get("pipeline.profiling.roofline")
     if roofline is None or request.module.__name__ == "test_roofline":
         return
@@ -48,6 +47,17 @@ def instant_roofline(request, monkeypatch):
         monkeypatch.setattr(roofline, name, 64)
     for name in ("MAX_VS_SYNTHETIC", "MAX_UTILISATION"):
         monkeypatch.setattr(roofline, name, math.inf)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread does little work fastest."""
+    import torch  # takes seconds, and some modules do without it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def fails(kind, call, *args):
