@@ -1,8 +1,8 @@
-"""Made-up runs for the comparison, as `tracking.finished_runs` gives them. No machine ever took these times."""
+"""Made-up runs for the comparison, as `store.finished_runs` gives them. No machine ever took these times."""
 
 from pipeline import config
 from pipeline.comparison import build
-from pipeline.profiling import score_steps
+from pipeline.profiling.score_steps import STEPS, metric, tag, workload
 
 EXECUTION = {
     "precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto",
@@ -13,14 +13,14 @@ OLDER = str(config.EXECUTION_VERSION - 1)
 
 EPOCHS = 4
 NOISE = (0.0, 0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.002, -0.002, 0.004)
-"""By how much the seconds of the first, second, ... run differ from what is typical, as a share."""
+"""By what fraction the seconds of the first, second, ... run differ from the typical ones."""
 
 SESSION = 3_600_000
 """Milliseconds between the starts of made runs, unless a test says otherwise: each is a session of its own."""
 
 
 class Store:
-    """Made runs, and their courses by id."""
+    """Made runs, and their courses by id. `asked`: the ids whose courses were read."""
 
     def __init__(self):
         self.runs = []
@@ -28,78 +28,70 @@ class Store:
         self.asked = []
         self.sets = 0
 
+    # Many parameters: each is one thing that a test may vary.
     def add(self, count=1, *, planned=None, step=SESSION, start=None, seeds=None, seconds=10.0, accuracy=0.75,
-            metrics=None, params=None, machine="a" * 12, **tags):  # fmt: skip
-        """A set of `planned` runs, of which `count` are there, newest last: each took about `seconds`, and started
-        `step` milliseconds after the one before it. A tag's dot is written as two underscores; None is not there."""
+            metrics=None, params=None, **tags):  # fmt: skip
+        """Add a set of `planned` runs, of which `count` are there. Each took about `seconds` and started `step`
+        milliseconds after the one before. In `tags` two underscores are a dot; None leaves out a tag or metric."""
         planned, self.sets = planned or count, self.sets + 1
         start = 1_750_000_000_000 + SESSION * len(self.runs) if start is None else start
+        set_tags = {
+            "machine": "a" * 12, "hardware": "GPU A", "device": "cuda", "backend": "cuda", "workload": "w1",
+            "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
+            "software.execution": str(config.EXECUTION_VERSION),
+        }  # fmt: skip
+        if planned > 1:
+            set_tags |= {"repeats.id": f"{self.sets:032x}", "repeats": str(planned)}
+        set_tags |= {key.replace("__", "."): value for key, value in tags.items()}
         for number, noise in enumerate(NOISE[:count]):
             run_id = f"{len(self.runs) + 1:08x}" + "0" * 24
             total = seconds * (1 + noise)
-            each = total / (2 * EPOCHS)  # training; validation takes as long
-            own = {
-                "machine": machine, "hardware": "GPU A", "device": "cuda", "backend": "cuda", "workload": "w1",
-                "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
-                "software.execution": str(config.EXECUTION_VERSION),
-            }  # fmt: skip
-            if planned > 1:
-                own |= {"repeats.id": f"{self.sets:032x}", "repeats": str(planned), "repeat": str(number + 1)}
-            own |= {key.replace("__", "."): value for key, value in tags.items()}
-            figures = {
+            epoch_seconds = total / (2 * EPOCHS)  # training; validation takes as long
+            run_tags = {"repeat": str(number + 1) if planned > 1 else None} | set_tags
+            run_metrics = {
                 "time/total_seconds": total, "time/process_seconds": total + 20, "time/to_target_seconds": total / 2,
-                "speed/train_images_per_second": 900 / each, "memory/peak_mib": 1000.0,
+                "speed/train_images_per_second": 900 / epoch_seconds, "memory/peak_mib": 1000.0,
                 "test/accuracy": accuracy + noise / 10, "best/val_accuracy": accuracy,
-            }  # fmt: skip
-            seed = (seeds or range(count))[number]
+            } | (metrics or {})  # fmt: skip
+            seed = {"settings.seed": str((seeds or range(count))[number])}
             self.runs.append(
                 {
                     "run_id": run_id,
                     "experiment_id": "7",
                     "name": "a name",
                     "started": start + step * number,
-                    "tags": {key: value for key, value in own.items() if value is not None},
-                    "metrics": {key: value for key, value in (figures | (metrics or {})).items() if value is not None},
-                    "params": {"settings.seed": str(seed)}
-                    | {f"train.{key}": value for key, value in (EXECUTION | (params or {})).items()},
+                    "tags": {key: value for key, value in run_tags.items() if value is not None},
+                    "metrics": {key: value for key, value in run_metrics.items() if value is not None},
+                    "params": seed | {f"train.{key}": value for key, value in (EXECUTION | (params or {})).items()},
                 }
             )
             self.courses[run_id] = {
                 "val/accuracy": [accuracy * (epoch + 1) / EPOCHS for epoch in range(EPOCHS)],
-                "time/train_seconds": [each] * EPOCHS,
-                "time/val_seconds": [each] * EPOCHS,
+                "time/train_seconds": [epoch_seconds] * EPOCHS,
+                "time/val_seconds": [epoch_seconds] * EPOCHS,
             }
         return self
 
     def sustained(self, count=1, *, speed=1000.0, best=None, transformer=None, precision="bf16", batch=256, watts=None,
                   taints=None, **others):  # fmt: skip
-        """As `add`, of runs with a score: the convnet at fp32 did about `speed` images a second, at its best precision
-        `best`, the transformer `transformer`; None: twice and a quarter of it."""
+        """Like `add`, with a score. `speed`: images/s of the convnet at fp32; `best`: at its best precision, if None
+        twice as many; `transformer`: if None a quarter."""
         first = len(self.runs)
-        tags = {"sustained__taints": taints, "sustained__energy_source": "nvml" if watts else None}
-        self.add(count, **tags, **others)
-        speeds = dict(
-            zip(
-                (step.name for step in score_steps.STEPS),
-                (speed, best or 2 * speed, transformer or speed / 4),
-                strict=True,
-            )
-        )
+        self.add(count, sustained__taints=taints, sustained__energy_source="nvml" if watts else None, **others)
+        speeds = (speed, best or 2 * speed, transformer or speed / 4)
         for run, noise in zip(self.runs[first:], NOISE, strict=False):
-            for step in score_steps.STEPS:
-                name = step.name
+            for step, typical in zip(STEPS, speeds, strict=True):
                 size = batch if step.batch_size == 256 else step.batch_size
-                run["metrics"] |= {
-                    score_steps.metric(name, "images_per_second"): speeds[name] * (1 + noise),
-                    score_steps.metric(name, "first_third_images_per_second"): speeds[name] * (1.02 + noise),
-                    score_steps.metric(name, "seconds"): 60.2,
-                    score_steps.metric(name, "batch_size"): float(size),
+                figures = {
+                    "images_per_second": typical * (1 + noise),
+                    "first_third_images_per_second": typical * (1.02 + noise),
+                    "seconds": 60.2,
+                    "batch_size": float(size),
                 }
-                if watts:
-                    run["metrics"][score_steps.metric(name, "watts")] = watts
-                    run["metrics"][score_steps.metric(name, "images_per_joule")] = speeds[name] / watts
-                run["tags"][score_steps.tag(name, "workload")] = score_steps.workload(step, size, 60.0)
-                run["tags"][score_steps.tag(name, "precision")] = precision if step.best_precision else "fp32"
+                figures |= {"watts": watts, "images_per_joule": typical / watts} if watts else {}
+                run["metrics"] |= {metric(step.name, figure): value for figure, value in figures.items()}
+                run["tags"][tag(step.name, "workload")] = workload(step, size, 60.0)
+                run["tags"][tag(step.name, "precision")] = precision if step.best_precision else "fp32"
         return self
 
     def course(self, run_id):
@@ -107,9 +99,9 @@ class Store:
         return self.courses[run_id]
 
     def compare(self, prices=None, **settings):
-        chosen = {"reference": None, "prices": "prices.yaml", "tainted": False, "smallest": 0.03} | settings
-        chosen = {"accuracy_margin": 0.01} | chosen
-        return build.compare(self.runs[::-1], self.course, link, config.Compare(**chosen), prices)
+        defaults = {"reference": None, "prices": "prices.yaml", "tainted": False, "smallest": 0.03}
+        compare = config.Compare(**defaults | {"accuracy_margin": 0.01} | settings)
+        return build.compare(self.runs[::-1], self.course, link, compare, prices)
 
 
 def every_kind():
@@ -148,22 +140,22 @@ def two(first=3, second=3, **others):
     return store.add(second, hardware="GPU B", machine="b" * 12, seconds=5.0, **others)
 
 
-def sections(found, *, demo=False):
-    return [section for part in found.parts if part.demo == demo for section in part.sections]
+def sections(comparison, *, demo=False):
+    return [section for part in comparison.parts if part.demo == demo for section in part.sections]
 
 
-def table(found, place=0, *, demo=False):
+def table(comparison, place=0, *, demo=False):
     """A table of the only section."""
-    (section,) = sections(found, demo=demo)
+    (section,) = sections(comparison, demo=demo)
     return section.tables[place]
 
 
-def row(found, name, place=0):
-    (only,) = [each for each in table(found, place).rows if each.head.name.startswith(name)]
-    return only
+def row(comparison, name, place=0):
+    (match,) = [row for row in table(comparison, place).rows if row.head.name.startswith(name)]
+    return match
 
 
-def score_row(found, name, *, demo=False):
-    (part,) = [part for part in found.parts if part.demo == demo]
-    (only,) = [each for each in part.score.rows if each.head.name.startswith(name)]
-    return only
+def score_row(comparison, name, *, demo=False):
+    (part,) = [part for part in comparison.parts if part.demo == demo]
+    (match,) = [row for row in part.score.rows if row.head.name.startswith(name)]
+    return match
