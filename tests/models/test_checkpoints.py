@@ -12,7 +12,6 @@ from conftest import fails
 from pipeline.errors import StageError
 from pipeline.models import checkpoints
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

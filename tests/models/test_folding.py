@@ -7,7 +7,6 @@ from torch import nn
 
 from pipeline.models import classifier, folding
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

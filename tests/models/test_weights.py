@@ -38,7 +38,7 @@ def asked(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty cache of the hub's client; gives the function that puts the published file in it."""
+    """An empty cache of the hub's client; returns the function that puts the published file in it."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
@@ -61,7 +61,7 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Gives the function that says what a download does."""
+    """Returns the function that says what a download does."""
     monkeypatch.setattr(fetch, "reachable", list)
     return lambda download: monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
 
@@ -79,32 +79,22 @@ def raises(error):
 def test_random():
     facts = weights.resolve(recipe("random"))
     assert facts == {
-        "model": MODEL,
-        "requested": "random",
-        "used": "random",
-        "digest": None,
-        "hub": None,
-        "reason": None,
-    }
+        "model": MODEL, "requested": "random", "used": "random", "digest": None, "hub": None, "reason": None,
+    }  # fmt: skip
     assert weights.locate(facts, recipe("random")) is None
 
 
-def test_a_file_by_its_digest_and_without_its_folder(tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_file_by_its_digest_and_without_its_folder(tmp_path, monkeypatch, relative):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     path = tmp_path / "mine.safetensors"
     path.write_bytes(CONTENT)
-    facts = weights.resolve(recipe(str(path)))
-    assert (facts["used"], facts["requested"], facts["digest"]) == ("file", "mine.safetensors", DIGEST)
-    assert (facts["hub"], facts["reason"]) == (None, None)
-    assert str(tmp_path) not in json.dumps(facts)
-    assert weights.locate(facts, recipe(str(path))) == path
-
-
-def test_a_relative_path_starts_at_the_projects_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "mine.safetensors").write_bytes(CONTENT)
-    chosen = recipe("data/mine.safetensors")
-    assert weights.locate(weights.resolve(chosen), chosen) == tmp_path / "data" / "mine.safetensors"
+    chosen = recipe(path.name if relative else str(path))
+    facts = weights.resolve(chosen)
+    assert facts == {
+        "model": MODEL, "requested": "mine.safetensors", "used": "file", "digest": DIGEST, "hub": None, "reason": None,
+    }  # fmt: skip
+    assert weights.locate(facts, chosen) == path
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -112,23 +102,18 @@ def test_a_file_that_is_not_there(tmp_path, folder):
     path = tmp_path / "mine.safetensors"
     if folder:
         path.mkdir()
-    assert fails(UsageError, weights.resolve, recipe(str(path))) == (
-        f'weights: "{path}" is not there: expected pretrained | random | a file'
-    )
+    assert fails(UsageError, weights.resolve, recipe(str(path))).startswith(f'weights: "{path}"')
 
 
-@pytest.mark.parametrize("then", ["other", "gone"])
-def test_a_file_that_changed_since_it_was_looked_at(tmp_path, then):
+@pytest.mark.parametrize("content", [b"others.", None])
+def test_a_file_that_changed_since_it_was_looked_at(tmp_path, content):
     path = tmp_path / "mine.safetensors"
     path.write_bytes(CONTENT)
     facts = weights.resolve(recipe(str(path)))
-    if then == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(b"others.")
-    assert fails(StageError, weights.locate, facts, recipe(str(path))) == (
-        "the weights changed since `download` looked at them: run it again (`dvc repro`)"
-    )
+    path.unlink()
+    if content:
+        path.write_bytes(content)
+    assert "dvc repro" in fails(StageError, weights.locate, facts, recipe(str(path)))
 
 
 # --- pretrained
@@ -138,65 +123,41 @@ def test_published_weights_that_were_fetched_before(asked, hub, offline):
     path = hub()
     facts = weights.resolve(recipe("pretrained"))
     assert facts == {
-        "model": MODEL,
-        "requested": "pretrained",
-        "used": "pretrained",
-        "digest": DIGEST,
-        "hub": list(HUB_FILE),
+        "model": MODEL, "requested": "pretrained", "used": "pretrained", "digest": DIGEST, "hub": list(HUB_FILE),
         "reason": None,
-    }
+    }  # fmt: skip
     # The way from `download` to `train` leads through inputs.json.
-    assert weights.locate(json.loads(json.dumps(facts)), recipe("pretrained")) == path
+    facts = json.loads(json.dumps(facts))
+    assert weights.locate(facts, recipe("pretrained")) == path
+    hub(b"others.")
+    assert "dvc repro" in fails(StageError, weights.locate, facts, recipe("pretrained"))
+    path.unlink()
+    assert "dvc repro" in fails(StageError, weights.locate, facts, recipe("pretrained"))
 
 
-@pytest.mark.parametrize("then", ["other", "gone"])
-def test_published_weights_that_changed_since(asked, hub, offline, then):
-    path = hub()
-    facts = weights.resolve(recipe("pretrained"))
-    if then == "gone":
-        path.unlink()
-    else:
-        hub(b"others.")
-    assert "run it again" in fails(StageError, weights.locate, facts, recipe("pretrained"))
-
-
-def test_timm_is_asked_once_a_model(asked, hub, offline, cache):
-    hub()
-    first = weights.resolve(recipe("pretrained"))
-    assert weights.resolve(recipe("pretrained")) == first
-    assert asked == [MODEL]
-    assert json.loads((cache / "hub.json").read_text()) == {MODEL: list(HUB_FILE)}
-
-
-def test_random_and_files_ask_nobody(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "reachable", None)
+def test_timm_is_asked_once_a_model_and_not_for_random_weights_or_a_file(asked, hub, offline, tmp_path):
     path = tmp_path / "mine.safetensors"
     path.write_bytes(CONTENT)
     weights.resolve(recipe("random"))
     weights.resolve(recipe(str(path)))
     assert asked == []
+    hub()
+    assert weights.resolve(recipe("pretrained")) == weights.resolve(recipe("pretrained"))
+    assert asked == [MODEL]
 
 
 def test_a_model_that_nobody_published(monkeypatch):
     monkeypatch.setattr(classifier, "hub_file", lambda name: None)
-    assert fails(UsageError, weights.resolve, recipe("pretrained")) == (
-        f'weights: "pretrained" is not there for {MODEL}: expected random | a .safetensors file'
-    )
+    assert MODEL in fails(UsageError, weights.resolve, recipe("pretrained"))
 
 
 def test_without_a_network_they_are_random_and_it_says_why(asked, hub, offline):
     facts = weights.resolve(recipe("pretrained"))
-    assert (facts["requested"], facts["used"], facts["digest"]) == ("pretrained", "random", None)
-    assert facts["hub"] is None
-    assert facts["reason"] == f"{weights.HUB} does not answer"
+    assert facts == {
+        "model": MODEL, "requested": "pretrained", "used": "random", "digest": None, "hub": None,
+        "reason": f"{weights.HUB} does not answer",
+    }  # fmt: skip
     assert weights.locate(facts, recipe("pretrained")) is None
-
-
-def test_the_next_run_tries_again(asked, hub, online):
-    online(raises(OSError("no route")))
-    assert weights.resolve(recipe("pretrained"))["used"] == "random"
-    online(lambda *wanted: str(hub()) if wanted == HUB_FILE else None)
-    assert weights.resolve(recipe("pretrained"))["digest"] == DIGEST
 
 
 @pytest.mark.parametrize(
@@ -207,10 +168,12 @@ def test_the_next_run_tries_again(asked, hub, online):
         (RuntimeError("\n"), "RuntimeError"),
     ],
 )
-def test_a_download_that_fails_says_why_in_one_line(asked, hub, online, error, why):
+def test_a_download_that_fails_says_why_in_one_line_and_the_next_run_tries_again(asked, hub, online, error, why):
     online(raises(error))
     facts = weights.resolve(recipe("pretrained"))
     assert (facts["used"], facts["reason"]) == ("random", f"{weights.HUB}: {why}")
+    online(lambda *wanted: str(hub()) if wanted == HUB_FILE else None)
+    assert weights.resolve(recipe("pretrained"))["digest"] == DIGEST
 
 
 def test_ctrl_c_in_a_download_is_no_fallback(asked, hub, online):
