@@ -12,7 +12,7 @@ from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.models import classifier
 from pipeline.profiling.clock import Clock
-from pipeline.training import loop, optimizers
+from pipeline.training import loop, optimizers, setup
 
 CLASSES = 3
 TIMED = ("time/", "speed/", "memory/")
@@ -149,3 +149,20 @@ def train_resnet(*overrides, cached, seed=0, backend=None, use_cuda_graph=False,
         lambda: batching.batches(validation, batch_size, backend),
     )
     return without_times(rows)
+
+
+def recipe_of(name, *overrides):
+    small = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1", "batch_size=8")
+    return config.load([f"recipe={name}", "weights=random", *small, *overrides]).work
+
+
+def images_of(count, seed):
+    """Random pictures of 16 x 16 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return batching.Split(images, torch.arange(count) % CLASSES)
+
+
+def make_setup(recipe, splits, *, backend=None, seed=0, clock=Clock):
+    backend = backend or Cpu()
+    return setup.TrainingSetup(recipe, seed, CLASSES, None, splits, backend, clock(backend.synchronize))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import fails
+from loops import without_times
 from stores import client, fresh_store, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import REPEATED, SMALL, STEPS, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
@@ -17,7 +18,7 @@ from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.models import checkpoints
-from pipeline.profiling import energy, roofline, system_info, system_state
+from pipeline.profiling import system_info, system_state
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import records, store
 from pipeline.training import loop, setup
@@ -76,10 +77,10 @@ def script(monkeypatch, accuracies, then=None):
     """Trains by script: epochs with these validation accuracies, each leaving its number in the head's bias; `then`
     what is raised after them."""
 
-    def epochs(job, train_batches, val_batches, progress):
+    def epochs(train_loop, train_batches, val_batches, progress):
         for epoch, accuracy in enumerate(accuracies, 1):
             with torch.no_grad():
-                job.network.bias.fill_(epoch)
+                train_loop.network.bias.fill_(epoch)
             yield {
                 "epoch": epoch, "train/loss": 1.0, "train/accuracy": 0.5, "val/loss": 1.0, "val/accuracy": accuracy,
                 "train/lr": 0.1, "time/train_seconds": 1.0, "time/val_seconds": 1.0,
@@ -94,57 +95,60 @@ def script(monkeypatch, accuracies, then=None):
 
 
 def untimed(record):
-    timed = ("time/", "speed/", "memory/")
-    return [
-        {key: value for key, value in epoch["figures"].items() if not key.startswith(timed)}
-        for epoch in record["epochs"]
-    ]
+    return without_times(epoch["figures"] for epoch in record["epochs"])
 
 
-WAYS = [("recipe=linear-probe",), ("recipe=finetune", "batch_size=16"), ("recipe=blog", "optimizer=sgd", "lr=0.01")]
+WAYS = [
+    ("recipe=linear-probe",),
+    pytest.param(("recipe=finetune", "batch_size=16"), marks=pytest.mark.slow),
+    pytest.param(("recipe=blog", "optimizer=sgd", "lr=0.01"), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 def test_each_repeat_is_the_training_that_its_seed_alone_gives(trained, repeated, out, way):
-    repeated(*way, "repeats=3", "seed=4")
-    three = records.training_records(out.parent)
-    alone = [trained(*way, f"seed={seed}") for seed in (4, 5, 6)]
-    for repeat, single in zip(three, alone, strict=True):
+    repeated(*way, "repeats=2", "seed=4")
+    two = records.training_records(out.parent)
+    alone = [trained(*way, f"seed={seed}") for seed in (4, 5)]
+    for repeat, single in zip(two, alone, strict=True):
         assert untimed(repeat) == untimed(single)
-        assert repeat["params"] == single["params"] | {"settings.repeats": "3"}
+        assert repeat["params"] == single["params"] | {"settings.repeats": "2"}
         assert repeat["datasets"] == single["datasets"]
-    assert untimed(alone[0]) != untimed(alone[1]) != untimed(alone[2])
+        assert not {"repeats.id", "repeat", "repeats"} & set(single["tags"])
+    assert untimed(alone[0]) != untimed(alone[1])
 
 
 def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     repeated("repeats=3")
     three = records.training_records(out.parent)
-    assert len({each["id"] for each in three}) == 3
-    (shared,) = {each["tags"]["repeats.id"] for each in three}
-    assert [(each["tags"]["repeat"], each["tags"]["repeats"]) for each in three] == [(n, "3") for n in "123"]
-    assert ["repeat.pause_seconds" in each["tags"] for each in three] == [False, True, True]
+    assert len({record["id"] for record in three}) == 3
+    (shared,) = {record["tags"]["repeats.id"] for record in three}
+    assert [(record["tags"]["repeat"], record["tags"]["repeats"]) for record in three] == [(n, "3") for n in "123"]
+    assert ["repeat.pause_seconds" in record["tags"] for record in three] == [False, True, True]
     others = {f"repeats/{number}/{name}" for number in (2, 3) for name in LEFT}
     assert left_in(out) == LEFT | others | {"repeats/figures.csv", "set.json"}
     for number, record in enumerate(three, 1):
         _, facts = checkpoints.load(records.stage_folders(out.parent, number)["train"] / "best.safetensors")
         assert facts.record == record["id"]
     assert files.read_json(out / "metrics.json") == records.summarise_metrics(
-        [records.final_metrics(each) for each in three]
+        [records.final_metrics(record) for record in three]
     )
     with (out / "repeats" / "figures.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["repeat"], row["seed"]) for row in rows] == [("1", "0"), ("2", "1"), ("3", "2")]
-    assert [float(row["train/loss"]) for row in rows] == [records.final_metrics(each)["train/loss"] for each in three]
+    assert [float(row["train/loss"]) for row in rows] == [
+        records.final_metrics(record)["train/loss"] for record in three
+    ]
 
-    parent, there = store.find_repeats(shared, "trainmark")
+    parent, children = store.find_repeats(shared, "trainmark")
     run = client().get_run(parent.run_id)
     hardware = three[0]["tags"]["hardware"]
     assert run.info.status == "FINISHED" and run.info.run_name == f"{hardware} · linear-probe · fp32 × 3"
     for key in ("time/total_seconds", "time/startup_seconds", "ceiling/matmul_tflops"):
-        assert run.data.metrics[key] == sorted(each["metrics"][key] for each in three)[1]
+        assert run.data.metrics[key] == sorted(record["metrics"][key] for record in three)[1]
         assert f"std/{key}" in run.data.metrics
     assert not {"repeat", "repeat.pause_seconds"} & set(run.data.tags)
-    for number, row in there.items():
+    for number, row in children.items():
         child = client().get_run(row["run_id"])
         assert child.info.status == "FINISHED" and child.data.tags["mlflow.parentRunId"] == parent.run_id
         assert child.data.tags["record"] == three[number - 1]["id"]
@@ -152,10 +156,11 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     assert len(runs()) == 4
 
 
-@pytest.mark.parametrize(("error", "status"), [(StageError("no more"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize(
+    ("failing", "error", "status"), [(1, StageError("no more"), "FAILED"), (2, KeyboardInterrupt(), "KILLED")]
+)
 def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_later(
-    repeated, out, monkeypatch, error, status, failing
+    repeated, out, monkeypatch, failing, error, status
 ):
     epochs, begun = loop.train, []
 
@@ -169,18 +174,18 @@ def test_a_repeat_that_fails_ends_the_run_above_and_what_is_missing_is_trained_l
     with pytest.raises(type(error)):
         repeated("repeats=3", "epochs=1")
 
-    def found():
+    def names():
         return sorted((run.info.run_name.split(" · ")[-1], run.info.status) for run in runs())
 
     ended = [(f"{number}/3", status if number == failing else "FINISHED") for number in range(1, failing + 1)]
-    assert found() == [*ended, ("fp32 × 3", status)]
+    assert names() == [*ended, ("fp32 × 3", status)]
     assert len(store.finished_runs()) == failing - 1
     first = [record["id"] for record in records.present_records(out.parent)]
 
     repeated("repeats=3", "epochs=1")
     assert len(begun) == 4  # the one that failed, and three
     whole = [(f"{number}/3", "FINISHED") for number in (1, 2, 3)]
-    assert found() == sorted([*whole, (f"{failing}/3", status), ("fp32 × 3", "FINISHED")])
+    assert names() == sorted([*whole, (f"{failing}/3", status), ("fp32 × 3", "FINISHED")])
     assert [record["id"] for record in records.training_records(out.parent)][: failing - 1] == first
     assert len({record["tags"]["repeats.id"] for record in records.training_records(out.parent)}) == 1
 
@@ -198,11 +203,6 @@ def test_repeats_below_a_run_that_was_deleted_meanwhile_come_to_their_end(repeat
     assert sorted(run["name"].split(" · ")[-1] for run in store.finished_runs()) == ["1/2", "2/2"]
 
 
-def test_a_single_training_stands_alone(trained):
-    record = trained("repeats=1")
-    assert not {"repeats.id", "repeat", "repeats"} & set(record["tags"]) and len(runs()) == 1
-
-
 # --- what it leaves
 
 
@@ -215,7 +215,7 @@ def test_the_record_holds_all_that_the_run_shows(once, monkeypatch):
     assert record["name"] == f"{record['tags']['hardware']} · linear-probe · fp32"
     assert record["experiment"] == "trainmark" and record["warnings"] == []
     assert record["params"]["train.epochs"] == "2" and record["params"]["settings.data.source"] == "synthetic"
-    assert [each["name"] for each in record["datasets"]] == ["synthetic-train", "synthetic-validation"]
+    assert [row["name"] for row in record["datasets"]] == ["synthetic-train", "synthetic-validation"]
     facts = record["facts"]
     assert facts["images"] == {"train": 50, "validation": 10}  # at least one of each class is held out
     assert len(facts["classes"]) == 10 and facts["features_cached"] and facts["image_size"] == 32
@@ -264,7 +264,7 @@ def test_curves_metrics_and_settings_are_files_of_their_own(once):
     assert metrics["train/loss"] == epochs[-1]["train/loss"] != epochs[0]["train/loss"]
     assert set(metrics) == set(epochs[-1]) - {"epoch"} | set(record["metrics"])
     assert files.read_json(folder / "hardware.json") == record["hardware"]
-    settings = config._tree(folder / "params.yaml")
+    settings = config.read_yaml(folder / "params.yaml")
     assert list(settings["recipes"]) == ["linear-probe"] and settings["recipes"]["linear-probe"]["epochs"] == 2
     _, facts = checkpoints.load(folder / "best.safetensors")
     assert (facts.record, facts.model) == (record["id"], "test_resnet.r160_in1k")
@@ -280,9 +280,7 @@ def test_no_absolute_path_is_left(trained, out, pictures):
         assert path.is_dir() or str(pictures.parent).encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "best"), [([0.5, 0.75, 0.75, 0.5], 2), ([0.0, 0.0], 1), ([0.25, 0.5, 0.75], 3), ([0.9, 0.1], 1)]
-)
+@pytest.mark.parametrize(("accuracies", "best"), [([0.5, 0.75, 0.75, 0.5], 2), ([0.0, 0.0], 1), ([0.25, 0.5, 0.75], 3)])
 def test_the_checkpoint_is_of_the_first_best_epoch(trained, out, monkeypatch, accuracies, best):
     script(monkeypatch, accuracies)
     record = trained(f"epochs={len(accuracies)}")
@@ -306,7 +304,7 @@ def test_nothing_of_an_earlier_training_stays(trained, out, monkeypatch):
 def test_validation_on_the_test_split_is_said(trained):
     record = trained("validation=test")
     assert record["facts"]["images"] == {"train": 60, "test": 30}
-    assert [each["context"] for each in record["datasets"]] == ["training", "testing"]
+    assert [row["context"] for row in record["datasets"]] == ["training", "testing"]
     (warning,) = record["warnings"]
     assert "test split" in warning and "flatters" in warning
 
@@ -319,7 +317,6 @@ def test_validation_on_the_test_split_is_said(trained):
     [
         (loop.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
-        (StageError("not enough memory on the device"), "FAILED"),
         (ZeroDivisionError(), "FAILED"),
     ],
 )
@@ -505,10 +502,10 @@ def test_the_times_of_starting_up_and_of_all_are_the_processs_without_earlier_st
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize(("target", "epochs"), [("0.5", 2), ("0.25", 1), ("0.75", 3), ("0.8", None), ("null", None)])
 def test_the_time_to_the_target_is_that_of_the_first_epoch_that_reaches_it(trained, monkeypatch, target, epochs):
-    def paced(job, *args):
+    def paced(train_loop, *args):
         for epoch, accuracy in enumerate((0.25, 0.5, 0.75, 0.5), 1):
             for name in ("train", "validate"):
-                with job.clock.span(name):
+                with train_loop.clock.span(name):
                     pass
             yield {
                 "epoch": epoch, "train/loss": 1.0, "train/accuracy": 0.5, "val/loss": 1.0, "val/accuracy": accuracy,
@@ -528,174 +525,7 @@ def test_of_steps_the_percentiles_are_told_that_enough_of_them_tell(trained, ste
     assert {key for key in metrics if key.startswith("time/step_")} == {f"time/step_{name}_seconds" for name in told}
 
 
-# --- what the machine could have done
-
-
-def ceilings_of(images_per_second, matmul_flops=1e15):
-    return roofline.Peaks(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
-
-
-SPEED = 54 / 10_000
-"""Images a second, by `Scripted`, where features are not computed once."""
-
-
-@pytest.fixture
-def measuring(monkeypatch, scripted, clocks):
-    """Makes these be the ceilings that are measured, one after the other; gives those that are left."""
-    monkeypatch.setattr(roofline, "MAX_VS_SYNTHETIC", 1.05)
-    monkeypatch.setattr(roofline, "MAX_UTILISATION", 4.2)
-
-    def script(*measured):
-        left = list(measured)
-
-        def measure(work, splits):
-            assert clocks[0]._open == "ceilings"
-            assert splits["train"].inputs.dtype == torch.uint8
-            return left.pop(0)
-
-        monkeypatch.setattr(setup, "measure_peaks", measure)
-        return left
-
-    return script
-
-
-@pytest.mark.parametrize(
-    ("shares", "best"),
-    [
-        ([1.0], 1.0),
-        ([0.7], 0.7),
-        ([1.04], 1.04),
-        ([1.1, 1.0], 1.0),  # held down while it was measured first
-        ([1.1, 1.2, 1.0], 1.0),  # and for longer
-        ([2.0, 0.9], 0.9),
-    ],
-)
-def test_a_speed_that_does_not_fit_is_held_against_ceilings_measured_again(trained, measuring, shares, best):
-    left = measuring(*(ceilings_of(SPEED / share) for share in shares))
-    record = trained("features=recompute")
-    assert left == []
-    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(best)
-    assert record["metrics"]["ceiling/synthetic_images_per_second"] == SPEED / best
-    assert record["metrics"]["ceiling/matmul_tflops"] == 1000
-    assert record["metrics"]["time/ceilings_seconds"] == 50 * len(shares)
-    assert "taints" not in record["tags"] and record["warnings"] == []
-    (run,) = runs()
-    assert record["facts"]["verdict"] in run.data.tags["mlflow.note.content"]
-    assert ("slower while that was measured" in record["facts"]["verdict"]) == (best > 1)
-
-
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize(
-    ("measured", "share", "said"),
-    [
-        ([SPEED / 1.1] * 3, 1.1, "1.10 times what this machine did with one fixed batch"),
-        ([SPEED / 2.2, SPEED / 2, SPEED / 2.1], 2.0, "2.00 times what this machine did with one fixed batch"),
-        ([SPEED] * 3, 1.0, "times what the rate of its matrix products allows"),
-    ],
-)
-def test_a_speed_that_stays_impossible_taints_the_run(
-    trained, measuring, monkeypatch, out, asynchronous, measured, share, said
-):
-    monkeypatch.setattr(Cpu, "asynchronous", asynchronous)
-    flops = 1.0 if "products" in said else 1e15
-    left = measuring(*(ceilings_of(speed, matmul_flops=flops) for speed in measured))
-    record = trained("features=recompute")
-    assert left == [] and record["tags"]["taints"] == "clock"
-    (sentence,) = record["warnings"]
-    assert said in sentence and "the clock was read too early" in sentence
-    assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(share)
-    (run,) = runs()
-    assert run.info.status == "FINISHED" and run.data.tags["taints"] == "clock"
-    assert f"- {sentence}" in run.data.tags["mlflow.note.content"]
-    assert left_in(out) >= {"best.safetensors", "record.json"}
-
-
-def test_what_else_disturbs_a_run_with_a_doubted_clock_is_said_too(trained, measuring, monkeypatch):
-    monkeypatch.setattr(system_state, "sample", lambda *_: {"power_source": "battery"})
-    measuring(*[ceilings_of(SPEED / 2)] * 3)
-    assert trained("features=recompute")["tags"]["taints"] == "clock battery"
-
-
-def test_too_little_memory_to_measure_again_leaves_the_first_measurement(trained, measuring, monkeypatch):
-    measuring(ceilings_of(SPEED / 2))
-    first = setup.measure_peaks
-
-    def once(work, splits):
-        monkeypatch.setattr(setup, "measure_peaks", fail)
-        return first(work, splits)
-
-    def fail(*args):
-        raise torch.OutOfMemoryError("no more")
-
-    monkeypatch.setattr(setup, "measure_peaks", once)
-    record = trained("features=recompute")
-    assert record["tags"]["taints"] == "clock" and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(2)
-
-
-def test_a_training_too_short_to_judge_is_not_judged(trained, measuring, monkeypatch, capsys):
-    monkeypatch.setattr(roofline, "STEP_SECONDS", 20_000.5)
-    left = measuring(ceilings_of(SPEED))
-    record = trained("features=recompute")
-    assert left == [] and runs()[0].info.status == "FINISHED"
-    assert set(record["metrics"]) >= CEILINGS
-    assert not [key for key in record["metrics"] if key.startswith("efficiency/")]
-    said = "not judged: 20000.00 s are too short to be held against its ceilings"
-    assert record["facts"]["verdict"] == said
-    assert said in runs()[0].data.tags["mlflow.note.content"] and f"machine  {said}" in capsys.readouterr().out
-
-
-def test_a_clock_that_makes_a_training_short_is_doubted_all_the_same(trained, measuring, monkeypatch):
-    monkeypatch.setattr(roofline, "STEP_SECONDS", 20_000.5)
-    measuring(*[ceilings_of(SPEED / 12)] * 3)
-    assert trained("features=recompute")["tags"]["taints"] == "clock"
-
-
-@pytest.mark.parametrize("most", ["null", "0"])
-def test_features_are_held_against_their_own_ceiling(trained, measuring, most):
-    speed = 60 / 1000  # training's and validation's images in the span's seconds
-    left = measuring(ceilings_of(speed))
-    assert trained("features=cache", f"data.device_gib={most}")["metrics"]["efficiency/vs_synthetic"] == 1
-    assert left == []
-
-
-def test_what_cannot_be_recorded_is_a_warning(trained, monkeypatch):
-    script(monkeypatch, [0.5])
-    backend = Cpu()
-    backend.capture_error = "it asks the host"
-    monkeypatch.setattr(devices, "select", lambda device: backend)
-    assert trained("epochs=1")["warnings"] == ["launched piece by piece, since it can't be recorded: it asks the host"]
-
-
-# --- where the images lie
-
-
-@pytest.mark.parametrize("features", ["cache", "recompute"])
-def test_images_that_may_not_lie_on_the_device_are_trained_from_host_memory_alike(trained, monkeypatch, features):
-    def figures(record):
-        timed = ("time/", "memory/", "speed/")
-        return [
-            {key: value for key, value in epoch["figures"].items() if not key.startswith(timed)}
-            for epoch in record["epochs"]
-        ]
-
-    cut = ("batch_size=20", f"features={features}")
-    device = trained(*cut)
-    assert device["tags"]["data.placement"] == "device"
-
-    def refuse(split, device):
-        raise AssertionError("copied")
-
-    monkeypatch.setattr(batching.Split, "to", refuse)
-    host = trained(*cut, "data.device_gib=0")
-    assert host["tags"]["data.placement"] == "host"
-    assert {run.data.tags["data.placement"] for run in runs()} == {"device", "host"}
-    assert figures(host) == figures(device)
-
-
 # --- too little memory
-
-
-PLAIN = "cpu is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
 
 
 @pytest.fixture
@@ -705,7 +535,7 @@ def room(monkeypatch):
 
     def make(images, *, at_once=True):
         full, tried = [at_once], []
-        prepare, place, takes_step = batching.prepare, setup.place, setup._takes_step
+        prepare, place, takes_step = batching.prepare, setup.place_splits, setup._step_fits
 
         def prepared(batch, *args, **kwargs):
             if full[0] and len(batch) > images:
@@ -717,9 +547,9 @@ def room(monkeypatch):
             return place(*args)
 
         monkeypatch.setattr(batching, "prepare", prepared)
-        monkeypatch.setattr(setup, "place", placed)
+        monkeypatch.setattr(setup, "place_splits", placed)
         monkeypatch.setattr(
-            setup, "_takes_step", lambda work, size, shape: tried.append(size) or takes_step(work, size, shape)
+            setup, "_step_fits", lambda training, size, shape: tried.append(size) or takes_step(training, size, shape)
         )
         return tried
 
@@ -731,7 +561,7 @@ def room(monkeypatch):
 def test_a_batch_that_is_too_large_is_answered_with_the_largest_that_fits(trained, room, out, features, at_once):
     tried = room(5, at_once=at_once)
     line = fails(StageError, trained, "batch_size=50", f"features={features}")
-    assert line == "batch_size: 50 is too much for the memory of cpu: the largest that fits is 4"
+    assert line.startswith("batch_size: 50") and line.endswith("cpu: the largest that fits is 4")
     assert tried == [32, 16, 8, 4]
     (run,) = runs()
     assert run.info.status == "FAILED" and run.info.end_time is not None
@@ -740,19 +570,19 @@ def test_a_batch_that_is_too_large_is_answered_with_the_largest_that_fits(traine
 
 def test_nothing_of_the_training_is_in_the_way_of_a_smaller_batch(trained, room, monkeypatch):
     room(5)
-    nets, build, largest = [], setup.build, setup.largest_batch
+    nets, build, largest = [], setup.TrainingSetup, setup.largest_batch
 
     def built(*args):
-        work = build(*args)
-        nets.append(weakref.ref(work.net))
-        return work
+        training = build(*args)
+        nets.append(weakref.ref(training.net))
+        return training
 
     def looked_for(*args, **kwargs):
         gc.collect()  # as the GPUs' `release_memory` does
         assert [net() is None for net in nets] == [True, False]
         return largest(*args, **kwargs)
 
-    monkeypatch.setattr(setup, "build", built)
+    monkeypatch.setattr(setup, "TrainingSetup", built)
     monkeypatch.setattr(setup, "largest_batch", looked_for)
     assert "the largest that fits is 4" in fails(StageError, trained, "batch_size=50")
 
@@ -763,18 +593,20 @@ def test_nothing_of_the_training_is_in_the_way_of_a_smaller_batch(trained, room,
     ids=["one image", "none fits", "no model"],
 )
 def test_without_a_batch_that_fits_the_advice_is_general(trained, room, monkeypatch, images, batch_size, tried):
-    found = room(images, at_once=False)
+    tried_batches = room(images, at_once=False)
     if images == 2:
         monkeypatch.setattr(Cpu, "capacity_mib", lambda self: 1.0)  # a step is done, but the system swaps
     expected = StageError if images == 2 or batch_size == 1 else OutOfMemoryError
-    assert fails(expected, trained, f"batch_size={batch_size}", "features=recompute") == PLAIN
-    assert found == tried
+    assert fails(expected, trained, f"batch_size={batch_size}", "features=recompute").startswith(
+        "cpu is out of memory: lower batch_size"
+    )
+    assert tried_batches == tried
     assert [run.info.status for run in runs()] == ["FAILED"]
 
 
 def test_a_model_that_does_not_fit_ends_it_before_there_is_a_run(trained, room):
     room(1)
-    assert fails(OutOfMemoryError, trained) == PLAIN
+    assert fails(OutOfMemoryError, trained).startswith("cpu is out of memory: lower batch_size")
     assert runs() == []
 
 
@@ -845,66 +677,6 @@ def test_a_calm_machine_has_no_taint_and_no_energy(trained):
     assert not [key for key in record["metrics"] if key.startswith("energy/")]
 
 
-@pytest.mark.parametrize(("features", "images"), [("cache", 60), ("recompute", 120)])
-def test_energy_is_that_of_the_timed_spans(trained, monkeypatch, features, images):
-    """10 J a reading: the features, two epochs and the end of the loop are metered, what lies between is not."""
-    readings = []
-
-    def energy(self):
-        readings.append(clock_is_open())
-        return ("rapl", 10.0 * len(readings))
-
-    clocks = []
-    original = train.Clock.__init__
-    monkeypatch.setattr(train.Clock, "__init__", lambda self, *a: (original(self, *a), clocks.append(self))[0])
-
-    def clock_is_open():
-        return clocks[-1]._open is not None
-
-    monkeypatch.setattr(Cpu, "energy", energy)
-    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
-    record = trained("epochs=2", f"features={features}")
-    pairs = 4 if features == "cache" else 3
-    assert len(readings) == 2 * pairs and not any(readings)
-    assert record["metrics"]["energy/joules"] == 10.0 * pairs
-    assert record["metrics"]["energy/images_per_joule"] == pytest.approx(images / (10.0 * pairs))
-    assert record["tags"]["energy.source"] == "rapl"
-
-
-def test_energy_with_a_reading_missed_is_left_out(trained, monkeypatch):
-    left = [("rapl", 1.0), ("rapl", 2.0), None]
-    monkeypatch.setattr(Cpu, "energy", lambda self: left.pop(0) if left else ("rapl", 3.0))
-    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
-    record = trained("epochs=2")
-    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
-
-
-def test_a_counter_that_stands_still_gives_no_energy(trained, monkeypatch):
-    monkeypatch.setattr(Cpu, "energy", lambda self: ("rapl", 5.0))
-    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
-    record = trained("epochs=1")
-    assert "energy/joules" not in record["metrics"] and "energy.source" not in record["tags"]
-
-
-def test_apples_tool_takes_the_counters_place(trained, monkeypatch):
-    readings, chosen, ended = iter(range(0, 1000, 5)), [], []
-
-    @contextmanager
-    def source(name, counter):
-        chosen.append(name)
-        yield lambda: ("powermetrics", float(next(readings)))
-        ended.append(name)
-
-    monkeypatch.setattr(energy, "check", lambda name: chosen.append(name))
-    monkeypatch.setattr(energy, "source", source)
-    monkeypatch.setattr(Cpu, "energy", lambda self: ("rapl", 0.0))
-    monkeypatch.setattr(train, "METERED_SECONDS", 0.0)
-    record = trained("energy.source=powermetrics", "features=recompute")
-    assert chosen == ["powermetrics"] * 2 and ended == ["powermetrics"]
-    assert record["tags"]["energy.source"] == "powermetrics"
-    assert record["metrics"]["energy/joules"] == 3 * 5  # two epochs and the end of the loop
-
-
 # --- execution
 
 
@@ -917,8 +689,3 @@ def test_compiled_trains_as_eager_does(trained):
         figures[mode] = record["epochs"][0]["figures"]
     for key in ("train/loss", "val/loss"):
         assert figures["default"][key] == pytest.approx(figures["off"][key], rel=1e-3)
-
-
-def test_a_compile_mode_that_the_device_lacks_is_refused(trained):
-    with pytest.raises(UsageError, match=r'compile: "max-autotune" is not allowed on cpu: expected auto \| off'):
-        trained("compile=max-autotune")

@@ -5,47 +5,28 @@ from types import MethodType
 import pytest
 import torch
 from conftest import fails
-from loops import train_resnet, without_times
+from loops import images_of, make_setup, recipe_of, train_resnet, without_times
 from standin import Capturing
-from trainings import SMALL, threads  # noqa: F401 (threads: one is enough)
+from trainings import threads  # noqa: F401 (one is enough)
 
-from pipeline import config
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError
 from pipeline.models import classifier
 from pipeline.profiling import roofline
-from pipeline.profiling.clock import Clock
 from pipeline.training import loop, setup
 
-CLASSES = 3
 PIXELS = 16 * 16 * 3
-
-
-def recipe_of(name, *overrides):
-    return config.load([f"recipe={name}", "weights=random", *SMALL, "batch_size=8", *overrides]).work
-
-
-def split_of(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    return batching.Split(images, torch.arange(count) % CLASSES)
 
 
 @pytest.fixture
 def splits():
-    return {"train": split_of(20, 1), "validation": split_of(11, 2)}
+    return {"train": images_of(20, 1), "validation": images_of(11, 2)}
 
 
 @pytest.fixture
 def build(splits):
-    """Makes the setup of a recipe on `splits`, on the CPU or another backend."""
-
-    def make(recipe, backend=None, seed=0):
-        backend = backend or Cpu()
-        return setup.TrainingSetup(recipe, seed, CLASSES, None, splits, backend, Clock(backend.synchronize))
-
-    return make
+    return lambda recipe, backend=None, seed=0: make_setup(recipe, splits, backend=backend, seed=seed)
 
 
 def train(training, splits):
