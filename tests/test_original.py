@@ -7,51 +7,48 @@ import re
 import shutil
 import sys
 
+import bundle_files
 import pytest
+from result_files import later_stages, result
 from stores import own_store, runs  # noqa: F401 (each test has its own)
-from test_bundle import elsewhere, parts_of, write  # noqa: F401 (elsewhere: each machine has its own store)
-from test_results import later_of, result_of
 
 from pipeline import bundle, cli, compare
 from pipeline.comparison import groups
-from pipeline.tracking import publisher, records
 
+use_store = bundle_files.use_store
 M1, GTX = "Apple M1 (simulated)", "GeForce GTX 1060 (simulated)"
 NOISE = (0.0, 0.01, -0.01)
 """By how much the seconds of each run differ from what is typical, as a share."""
 
 
-def measured(place, first, *, seconds, accuracy, **tags):
-    """A planned set of `blog` on one machine, into the current store, as a cached one is put there."""
+def measure(folder, first, *, seconds, accuracy, **tags):
+    """Put a planned set of `blog` on one machine into the current store, and export it to a bundle."""
     tags |= {"repeats__id": f"{first:032x}", "repeats": str(len(NOISE)), "software__execution": groups.CURRENT_VERSION}
     for number, noise in enumerate(NOISE, first):
         seed = number - first
-        record = result_of(number, settings=[f"seed={seed}"], **tags, repeat=str(seed + 1))
+        record = result(number, settings=[f"seed={seed}"], **tags, repeat=str(seed + 1))
         record["metrics"]["time/total_seconds"] = seconds * (1 + noise)
-        evaluation, sustained = later_of(record)
+        evaluation, sustained = later_stages(record)
         evaluation["metrics"]["test/accuracy"] = accuracy + noise / 10
-        folder = write(place / str(number), parts_of(record, evaluation, sustained))
-        publisher.restore_run(record, record["experiment"], records.stage_folders(folder))
+        bundle_files.put_in_store(folder / str(number), bundle_files.run_files(record, evaluation, sustained))
+    bundle.main(["export", "--out", f"{folder}.zip"])
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
-def gathered(tmp_path, elsewhere):
+def gather(tmp_path, use_store):
     """Brings the runs of both machines, the GTX's with this accuracy, into a third store by their bundles."""
 
-    def gather(accuracy):
-        elsewhere("m1")
-        measured(tmp_path / "m1", 1, seconds=12.0, accuracy=0.75, hardware=M1, machine="a" * 12, backend="mps")
-        bundle.main(["export", "--out", str(tmp_path / "m1.zip")])
-        elsewhere("gtx")
-        measured(tmp_path / "gtx", 4, seconds=8.0, accuracy=accuracy, hardware=GTX, machine="b" * 12, backend="cuda")
-        bundle.main(["export", "--out", str(tmp_path / "gtx.zip")])
-        elsewhere("third")
-        for name in ("m1", "gtx"):  # the machines keep what they left
-            shutil.rmtree(tmp_path / name)
+    def bring(accuracy):
+        use_store("m1")
+        measure(tmp_path / "m1", 1, seconds=12.0, accuracy=0.75, hardware=M1, machine="a" * 12, backend="mps")
+        use_store("gtx")
+        measure(tmp_path / "gtx", 4, seconds=8.0, accuracy=accuracy, hardware=GTX, machine="b" * 12, backend="cuda")
+        use_store("third")
         bundle.main(["import", str(tmp_path / "m1.zip"), str(tmp_path / "gtx.zip")])
         assert len(runs()) == 2 * (len(NOISE) + 1)  # with the run above each set
 
-    return gather
+    return bring
 
 
 @pytest.fixture
@@ -77,8 +74,8 @@ def answer(tmp_path, monkeypatch, capsys):
     return ask
 
 
-def test_the_m1_is_found_to_take_one_and_a_half_times_as_long(gathered, answer):
-    gathered(accuracy=0.75)
+def test_the_m1_is_found_to_take_one_and_a_half_times_as_long(gather, answer):
+    gather(accuracy=0.75)
     claim, texts = answer(reference=M1)
     speedup = claim["speedup"]
     assert claim["kind"] == "faster" and speedup["value"] == pytest.approx(1.5, rel=0.01)
@@ -95,8 +92,8 @@ def test_the_m1_is_found_to_take_one_and_a_half_times_as_long(gathered, answer):
         assert re.search(verdict, text)
 
 
-def test_machines_that_learnt_differently_are_not_compared(gathered, answer):
-    gathered(accuracy=0.70)
+def test_machines_that_learnt_differently_are_not_compared(gather, answer):
+    gather(accuracy=0.70)
     claim, texts = answer(reference=M1)
     assert claim["kind"] == "parity" and not claim["accuracy"]["established"]
     assert claim["accuracy"]["difference"] == pytest.approx(-0.05)

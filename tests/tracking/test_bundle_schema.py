@@ -1,112 +1,175 @@
-"""What a stranger's JSON may say, at the edges; whole records are tested as bundles (test_bundle.py)."""
+"""What a stranger's records may say: edges, and random changes."""
 
 import json
 
 import pytest
-from test_bundle import evaluation_of, record_of, sustained_before_schema_3, sustained_of
+from bundle_files import COURSE, SPEED, evaluation, put, repeat, sustained, sustained_before_schema_3, training
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import AT
 
 from pipeline.errors import UsageError
 from pipeline.tracking import bundle_schema
 
+RECORDS = {"train": training(), "evaluate": evaluation(training()), "sustain": sustained(training())}
 
-def refused(call, *arguments):
-    with pytest.raises(UsageError) as caught:
+
+def validate(stage, tree):
+    return bundle_schema.validate(bundle_schema.STAGES[stage], tree, "here")
+
+
+def refusal(call, *arguments):
+    with pytest.raises(UsageError, match=r"^here: ") as caught:
         call(*arguments)
-    assert str(caught.value).startswith("here") and len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
     return str(caught.value)
 
 
+def test_records_of_every_kind_pass():
+    for stage, record in RECORDS.items():
+        validate(stage, record)
+    validate("train", json.loads(repeat(2)["train/record.json"]))
+    validate("sustain", sustained_before_schema_3(training()))
+    for series in ([], {}):  # of `sustain_seconds: 0`, before schema 3 and since
+        validate("sustain", sustained(training(), metrics={}, tags={}, series=series, warnings=[]))
+
+
+REPEAT = {"repeats.id": "a" * 32, "repeat": "2", "repeats": "3"}
+MANY = {f"figure{number}": 0.5 for number in range(1000)}
+BAD = [
+    # figures
+    ("train", "metrics|test", float("nan"), "metrics.test"),
+    ("train", "epochs|0|figures|train/loss", float("inf"), "epochs.0.figures.train/loss"),
+    ("train", "metrics|test", 10**400, "metrics.test"),
+    ("train", "metrics|test", 1e39, "test"),
+    ("train", "metrics|test", "1", "metrics.test"),
+    ("train", "metrics|test", True, "metrics.test"),
+    ("train", "metrics|test", None, "metrics.test"),
+    ("train", "metrics|time/total_seconds", -0.5, "time/total_seconds"),
+    ("train", "epochs|1|figures|memory/peak_mib", -1, "memory/peak_mib"),
+    ("sustain", f"metrics|{SPEED}", -1, SPEED),
+    ("sustain", f"series|{COURSE}|0", -1, f"{COURSE}.0"),
+    ("sustain", "series", [-1], "series"),
+    ("sustain", "series", {"test/accuracy": [1.0]}, "test/accuracy"),
+    ("evaluate", "metrics|test/accuracy", 1.5, "test/accuracy"),
+    # times and counts
+    ("train", "started", 5, "started"),
+    ("train", "ended", 5_000_000_000_000, "ended"),
+    ("train", "started", AT + 0.5, "started"),
+    ("train", "epochs|1|figures|epoch", 1, "epochs"),
+    ("train", "epochs|0|figures|epoch", 1.0, "epoch"),
+    ("train", "epochs|0|system|0|step", 0.5, "step"),
+    ("train", "epochs", [], "epochs"),
+    ("train", "facts|classes", [1], "facts.classes.0"),
+    ("train", "facts|image_size", 10**6, "facts.image_size"),
+    # amounts
+    ("train", "metrics", MANY | {"one/more": 1.0}, "metrics"),
+    ("train", "epochs|0|system", [{"at": AT, "step": 0, "figures": MANY}] * 101, "epochs"),
+    ("sustain", f"series|{COURSE}", [1.0] * 30_000, COURSE),
+    ("train", "params|x", "y" * 6001, "params.x"),
+    ("train", "tags|x", "y" * 5001, "tags.x"),
+    ("train", "warnings", ["x" * 1001], "warnings.0"),
+    ("train", "warnings", ["x"] * 101, "warnings"),
+    # names
+    ("train", "id", "../../../etc", "id"),
+    ("train", "metrics|a/../../b", 1.0, "a/../../b"),
+    ("train", "metrics|", 1.0, "metrics"),
+    ("train", "metrics|ä", 1.0, "metrics"),
+    ("train", "metrics|" + "x" * 247, 1.0, "metrics"),
+    ("train", "params|x", 1, "params.x"),
+    ("train", "tags|x", "", "tags.x"),
+    ("train", "tags|mlflow.parentRunId", "1", "mlflow.parentRunId"),
+    ("train", "tags|record.sha256", "1", "record.sha256"),
+    ("train", "tags|imported", "1", "imported"),
+    ("train", "tags|workload", "mine", "workload"),
+    ("evaluate", "tags|fallback", None, "fallback"),
+    ("train", "tags|fallback", "data", "name"),
+    ("train", "name", "DEMO · x", "name"),
+    ("train", "experiment", "", "experiment"),
+    ("train", "datasets|0|more", "x", "more"),
+    ("train", "more", 1, "more"),
+    # repeats
+    *[("train", "tags", training()["tags"] | REPEAT | other, "repeat") for other in (
+        {"repeat": "4"}, {"repeat": "0"}, {"repeat": ""}, {"repeats": "1", "repeat": "1"}, {"repeats": "1001"},
+        {"repeats.id": "mine"},
+    )],
+    ("train", "tags", training()["tags"] | REPEAT, "name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "path", "value", "place"), BAD)
+def test_a_bad_value_is_named(stage, path, value, place):
+    tree = json.loads(json.dumps(RECORDS[stage]))
+    put(tree, path, value)
+    assert place in refusal(validate, stage, tree)
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        {"a": [1, -2.5, None, True, "größer · 漢字 👩‍💻"]},
-        9_223_372_036_854_775_807,
-        3.4e38,
-        "x" * bundle_schema.TEXT_LENGTH,
-        json.loads("[" * bundle_schema.DEPTH + "]" * bundle_schema.DEPTH),
-    ],
+    "value", [{"a": [1, -2.5, None, True, "größer · 漢字 👩‍💻"]}, 2**62, 3.4e38, "x" * 100_000, [[[[[]]]]]]
 )
-def test_json_of_ours_is_read_as_it_is(value):
+def test_json_is_read_as_it_is(value):
     assert bundle_schema.parse(json.dumps(value, ensure_ascii=False).encode(), "here") == value
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    "data",
     [
-        (b"", "it is no JSON of ours"),
-        (b"1 2", "it is no JSON of ours"),
-        (b"\xef\xbb\xbf1", "it is no JSON of ours"),
-        (b"-Infinity", "-Infinity is no number"),
-        (b"-1e400", "'-1e400' is too large"),
-        (b"99999999999999999999", "'99999999999999999999' is too large"),
-        (b'{"a": 1, "a": 1}', "a key stands twice"),
-        (b'{"a\\u0000": 1}', "control character '\\x00'"),
-        (b'"\\udfff"', "control character '\\udfff'"),
-        (b"[" * 14 + b"]" * 14, "nested too deeply"),
-        (b'"' + b"x" * 100_001 + b'"', "a text has 100,001 characters"),
+        b"", b"1 2", b"\xef\xbb\xbf1", b"\xff\xfe", b"\x80\x04\x95.", b"NaN", b"-Infinity", b'{"a": 1e999}',
+        b"9" * 5000, b'{"a\\u0000": 1}', b'["a\\nb"]', b'"\\ud800"', b'"a\\u202eb"', b"[" * 2000 + b"]" * 2000,
+        b"[" * 200_000,
+        b" " * (bundle_schema.JSON_BYTES + 1),
     ],
+)  # fmt: skip
+def test_other_json_is_refused(data):
+    refusal(bundle_schema.parse, data, "here")
+
+
+WORDS = st.text(max_size=20) | st.sampled_from(["", "..", "x" * 10_000, "mlflow.user", "DEMO · x"])
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**18), 2**63, 1e308, -0.0, AT, AT * 1000])
+JUNK = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
 )
-def test_json_that_is_none_of_ours_is_a_line(data, said):
-    assert said in refused(bundle_schema.parse, data, "here")
 
 
-@pytest.mark.parametrize("key", ["a", "a/b", "A.b-c_9", "train.optimizer_options.betas", "x" * 246])
-def test_keys_that_mlflow_takes_everywhere(key):
-    assert bundle_schema.figures({key: 1.5}, "here") == 1
-
-
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a/./b", "../a", ".", "a b", "a:b", "ä", "a\n", "x" * 251])
-def test_keys_that_it_does_not(key):
-    refused(bundle_schema.figures, {key: 1.5}, "here")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "right"),
-    [
-        ("loss", -1, True),
-        ("time/x_seconds", 0, True),
-        ("time/x_seconds", -1e-9, False),
-        ("val/accuracy", 1, True),
-        ("best/val_accuracy", 1.0000001, False),
-        ("loss", bundle_schema.LARGEST * 2, False),
-        ("loss", False, False),
-        ("loss", None, False),
-    ],
-)
-def test_figures_are_of_what_can_be_measured(key, value, right):
-    if right:
-        assert bundle_schema.figures({key: value}, "here") == 1
+@st.composite
+def mutated(draw, tree):
+    """`tree` with a value replaced, taken out or added."""
+    tree = json.loads(json.dumps(tree))
+    node = tree
+    while True:
+        key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or draw(st.integers(0, 3)) == 0:
+            break
+        node = node[key]
+    deed = draw(st.sampled_from(["replace", "delete", "add"]))
+    if deed == "replace":
+        node[key] = draw(JUNK)
+    elif deed == "delete":
+        del node[key]
+    elif isinstance(node, list):
+        node.append(draw(JUNK))
     else:
-        assert f"here: {key}: " in refused(bundle_schema.figures, {key: value}, "here")
+        node[draw(WORDS)] = draw(JUNK)
+    return tree
 
 
-def test_the_values_of_a_record_are_counted():
-    record = record_of()
-    assert bundle_schema.record(record, "here") == 2 * (10 + 1) + 4
-    assert bundle_schema.evaluation(evaluation_of(record), "here") == 3
-    assert bundle_schema.sustained(sustained_of(record), "here") == 4 + 2
-    assert bundle_schema.sustained(sustained_before_schema_3(record), "here") == 2 + 2
-    for series in ([], {}):  # with sustain_seconds=0, before schema 3 and since
-        nothing = {"metrics": {}, "tags": {}, "series": series, "warnings": []}
-        assert bundle_schema.sustained(sustained_of(record, **nothing), "here") == 0
+@pytest.mark.parametrize("stage", RECORDS)
+@pytest.mark.parametrize("count", [150, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_no_record_ends_in_a_traceback(stage, count):
+    outcomes = set()
 
+    def check(tree):
+        try:
+            validate(stage, bundle_schema.parse(json.dumps(tree).encode(), "here"))
+            outcomes.add("passed")
+        except UsageError as error:
+            assert str(error).isprintable() and len(str(error)) < 300
+            outcomes.add("refused")
 
-@pytest.mark.parametrize("figure", ["first_third_images_per_second", "seconds", "batch_size"])
-def test_the_speed_of_a_step_needs_what_belongs_to_it(figure):
-    sustained = sustained_of(record_of())
-    del sustained["metrics"][f"sustained/convnet_fp32_{figure}"]
-    assert f'"sustained/convnet_fp32_{figure}" is missing' in refused(bundle_schema.sustained, sustained, "here")
-
-
-def test_on_features_an_epoch_needs_no_speed():
-    record = record_of()
-    for epoch in record["epochs"]:
-        del epoch["figures"]["speed/train_images_per_second"]
-    assert "is missing" in refused(bundle_schema.record, record, "here")
-    record["metrics"]["speed/feature_images_per_second"] = 90.0
-    assert bundle_schema.record(record, "here")
-
-
-def test_a_refusal_is_no_longer_than_a_line():
-    assert len(refused(bundle_schema.text, ["x" * 100_000], "here")) < 200
-    assert len(str(bundle_schema.refusal("here", "x" * 1000))) < 300
+    limits = settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    limits(given(mutated(RECORDS[stage]))(check))()
+    assert outcomes == {"passed", "refused"}
