@@ -34,7 +34,7 @@ class Backend(ABC):
     """One device. The module's docstring says what a subclass must override."""
 
     kind: ClassVar[str]
-    """The setting `device`, and torch's name for the type of device."""
+    """The setting `device`: the name of the module, and usually torch's name for the type of device."""
 
     name: str
     """The tag `backend`: the same as `kind`, except for `rocm`."""
@@ -178,7 +178,7 @@ class Backend(ABC):
     def autocast(self, precision: str) -> torch.autocast:
         """The context in which the network runs."""
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.kind, dtype=dtype, enabled=precision in ("bf16", "fp16"))
+        return torch.autocast(self.device.type, dtype=dtype, enabled=precision in ("bf16", "fp16"))
 
     def compile_mode(self, mode: str, images: int) -> str:
         """The mode of torch.compile for the setting `compile`, when `images` images pass through the network in total.

@@ -95,7 +95,7 @@ class TrainLoop:
         self._prepare, self._make_optimizer = prepare, make_optimizer
         self.optimizer, self.scheduler = make_optimizer()
         # fp16 alone has so little range that gradients would vanish; a disabled scaler changes nothing.
-        self.scaler = torch.amp.GradScaler(backend.kind, enabled=options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(backend.device.type, enabled=options.precision == "fp16")
         self._initial_scaler = self.scaler.state_dict()
         self.eval_step = make_eval_step(
             network, prepare, backend, options.precision, self.metrics, use_cuda_graph=options.use_cuda_graph

@@ -62,7 +62,7 @@ def test_a_backend_of_your_own_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "__path__", [*devices.__path__, str(tmp_path)])
     backends = devices.discover()
     assert sorted(backend.kind for backend in backends) == sorted([*(backend.kind for backend in BACKENDS), "npu"])
-    assert devices.available(backends)[-2:] == ["npu", "cpu"]
+    assert "npu" in devices.available(backends)
     mine = devices.select("npu", backends)
     assert mine.facts() == {"name": "Mine"}
     assert mine.memory_mib() == {} and mine.capacity_mib() is None and mine.free_bytes() is None
