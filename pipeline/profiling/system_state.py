@@ -214,11 +214,11 @@ def _other_cpu_load() -> float | None:
     process = psutil.Process()
     process.cpu_percent()  # starts the interval that its next call reports
     times = psutil.cpu_times_percent(WINDOW_SECONDS)
-    own = process.cpu_percent() / 100 / (psutil.cpu_count() or 1)
+    our_load = process.cpu_percent() / 100 / (psutil.cpu_count() or 1)
     if not any(times):  # as in sandboxes
         return None
     busy = 1 - (times.idle + getattr(times, "iowait", 0.0)) / 100
-    return round(min(max(busy - own, 0.0), 1.0), 3)
+    return round(min(max(busy - our_load, 0.0), 1.0), 3)
 
 
 def _swapped_bytes() -> int | None:
