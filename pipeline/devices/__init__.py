@@ -44,7 +44,7 @@ def select(device: str, backends: Sequence[type[Backend]] = BACKENDS) -> Backend
     for backend in backends:
         if backend.kind == kind and int(index or 0) < backend.count():
             return backend(int(index or 0))
-    reason = unused_gpu(system_info.gpus(), backends)
+    reason = unused_gpu(backends=backends)
     why = f" ({reason})" if reason else ""
     raise UsageError(f'device: "{device}" is not there: expected auto | {" | ".join(names)}{why}')
 

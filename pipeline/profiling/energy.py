@@ -87,11 +87,11 @@ class Powermetrics:
 
     def reading(self) -> tuple[str, float] | None:
         """Joules since the start; since the latest sample, at its power. None once a sample was missed."""
-        latest = self._latest
-        if latest is None or self._now() - latest[2] > STALE_SECONDS:
+        if (latest := self._latest) is None:
             return None
         joules, watts, then = latest
-        return "powermetrics", joules + watts * (self._now() - then)
+        elapsed = self._now() - then
+        return ("powermetrics", joules + watts * elapsed) if elapsed <= STALE_SECONDS else None
 
     def stop(self) -> None:
         """End the tool. It runs as root, so we may not signal it; but it ends when it writes to the pipe that we close,

@@ -44,15 +44,12 @@ def cards(monkeypatch):
         ((6, 1), CU130, False),
         ((6, 1), CU126, True),  # sm_60: a later minor version of the same major
         ((5, 2), CU126, True),
-        ((3, 5), CU126, False),
         ((7, 0), CU130, False),  # sm_75 is the same major, but a later minor
         ((7, 5), CU130, True),
-        ((8, 9), CU130, True),
         ((9, 0), ["sm_80", "sm_90a"], True),
         ((10, 3), CU130, True),
         ((10, 3), ["sm_100a"], False),  # an `a` is for that card alone
         ((10, 3), ["sm_100f"], True),  # an `f` for its family
-        ((10, 3), ["sm_103a"], True),
         ((12, 0), CU126, False),
         ((12, 0), [*CU126, "compute_90"], True),  # PTX, which the driver compiles
         ((12, 0), [*CU126, "compute_90a"], False),
