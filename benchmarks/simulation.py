@@ -30,7 +30,6 @@ from benchmarks import results
 from pipeline import config, files
 from pipeline.comparison import build, stats
 from pipeline.comparison.claims import Claim
-from pipeline.comparison.runs import Run
 from pipeline.profiling import score_steps, system_state
 
 COUNTS = (3, 5, 10)
@@ -59,6 +58,10 @@ CHANCE = 2.0
 
 Draw = Callable[[Generator, Sequence[int]], np.ndarray]
 """Draws the noise of one machine, in logarithms of time, from the numbers of processes in its sessions."""
+
+
+Fields = dict[str, Any]
+"""A run's, as `store.finished_runs` gives them."""
 
 
 class Goal(NamedTuple):
@@ -196,7 +199,7 @@ HARDER = "hours 1.3%, 0.05%"
 
 def planned_set(
     machine: int, sizes: Sequence[int], metrics: Sequence[Mapping[str, float]], first_seed: int = 0
-) -> list[Run]:
+) -> list[Fields]:
     """One machine's planned set of runs. `sizes`: runs in each session. Unless `metrics` say otherwise, the accuracy is
     the same for every machine."""
     starts = [
@@ -223,7 +226,7 @@ def planned_set(
     ]
 
 
-def compare(runs: Sequence[Run]) -> tuple[list[Any], list[Any]]:
+def compare(runs: Sequence[Fields]) -> tuple[list[Any], list[Any]]:
     """The rows of the work's only table, by machine, the reference first; and the rows of the score."""
     courses = dict.fromkeys(build.COURSES, ())
     (part,) = build.compare(runs, lambda _: courses, lambda *_: "", SETTINGS, None).parts
@@ -237,7 +240,7 @@ def store_claims(
     """The claims about all machines but the reference. Their times are drawn alike, but the first of them is slower by
     the share `slower`."""
     sizes = [len(range(session, count, sessions)) for session in range(sessions)]
-    runs: list[Run] = []
+    runs: list[Fields] = []
     for machine in range(machines):
         seconds = np.exp(draw(generator, sizes)) * (1 + slower * (machine == 1))
         runs += planned_set(machine, sizes, [{"time/total_seconds": float(value)} for value in seconds])
@@ -276,7 +279,7 @@ def false_claims_by_column(trials: Trials) -> Iterator[Result]:
 
 def any_claimed_in_column(generator: Generator, machines: int, column: str) -> bool:
     """Whether a column of the report calls any machine faster or slower."""
-    runs: list[Run] = []
+    runs: list[Fields] = []
     for machine in range(machines):
         noise = np.exp(generator.normal(0, 0.01, (5, len(FIGURES)))).tolist()
         runs += planned_set(machine, (2, 2, 1), [dict(zip(FIGURES, values, strict=True)) for values in noise])
@@ -353,7 +356,7 @@ def passes(generator: Generator, *, loss: float, spread: float, paired: bool, wh
     if not whole:
         sides = dict(enumerate(better.tolist())), dict(enumerate(worse.tolist(), first_seed))
         return stats.equivalence(*sides, SETTINGS.accuracy_margin).established
-    runs: list[Run] = []
+    runs: list[Fields] = []
     for machine, (accuracies, seconds, seed) in enumerate(((better, 2.0, 0), (worse, 1.0, first_seed))):
         times = seconds * np.exp(generator.normal(0, 0.01, count))
         metrics = [

@@ -10,11 +10,12 @@ All of it is plain values, of which `report.as_json` makes compare.json.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from pipeline import config
-from pipeline.comparison.context import Context, is_of
+from pipeline.comparison.context import Context
 from pipeline.comparison.groups import display_names
-from pipeline.comparison.runs import Run, clean, entity_of
+from pipeline.comparison.runs import Run, clean
 from pipeline.comparison.schema import Comparison, Part
 from pipeline.comparison.score_table import score_of
 from pipeline.comparison.work_tables import COURSES, by_work, section_of
@@ -24,38 +25,38 @@ __all__ = ["COURSES", "Comparison", "compare"]
 
 
 def compare(
-    runs: Iterable[Run],
+    runs: Iterable[Mapping[str, Any]],
     courses: Callable[[str], Mapping[str, Sequence[float]]],
     link: Callable[[str, str], str],
     settings: config.Compare,
     prices: Mapping[str, config.Price] | None,
 ) -> Comparison:
-    """Compare `runs`, which come newest first. `courses` gives the COURSES of a run by its id, and is asked only for
-    runs in tables; `link` gives the address of a run's page from the ids of experiment and run.
+    """Compare `runs`, each with the fields of Run, newest first. `courses` gives the COURSES of a run by its id, and is
+    asked only for runs in tables; `link` gives the address of a run's page from the ids of experiment and run.
 
     Raises UsageError if `settings.reference` is no machine of these runs, and for the price of a card without its
     machine.
     """
-    all_runs = list(runs)
+    all_runs = [Run(**fields) for fields in runs]
     by_record: dict[str, Run] = {}  # a training that stands in several experiments is one run
     for run in all_runs:
-        by_record.setdefault(run["tags"].get("record", run["run_id"]), run)
+        by_record.setdefault(run.tags.get("record", run.run_id), run)
     unique = list(by_record.values())
     settings = replace(settings, reference=_find_reference(unique, settings.reference))
     _check_prices(unique, prices or {})
     context = Context(cache(courses), link, settings, prices or {}, display_names(unique))
     parts = []
     for demo in (False, True):
-        chosen = [run for run in unique if ("fallback" in run["tags"]) == demo]
+        chosen = [run for run in unique if ("fallback" in run.tags) == demo]
         if chosen:
             sections = [section_of(context, *same_work) for same_work in by_work(chosen)]
             parts.append(Part(demo, score_of(context, chosen), sections))
-    starts = [run["started"] for run in unique if run["started"]]
-    hardware = {run["tags"].get("hardware") for run in unique}
+    starts = [run.started for run in unique if run.started]
+    hardware = {run.tags.get("hardware") for run in unique}
     return Comparison(
         runs=len(unique),
         copies=len(all_runs) - len(unique),
-        machines=len({entity_of(run).machine for run in unique}),
+        machines=len({run.entity().machine for run in unique}),
         first=min(starts, default=None),
         last=max(starts, default=None),
         rules=settings,
@@ -68,10 +69,10 @@ def compare(
 
 def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
     """The fingerprint, label or hardware that `reference` names, in full or by a part that only one machine has."""
-    if reference is None or not runs or any(is_of(run, reference) for run in runs):
+    if reference is None or not runs or any(run.is_of(reference) for run in runs):
         return reference
-    fingerprints = {run["tags"].get("machine", "") for run in runs}
-    known = sorted({run["tags"][tag] for run in runs for tag in ("hardware", "label") if run["tags"].get(tag)})
+    fingerprints = {run.tags.get("machine", "") for run in runs}
+    known = sorted({run.tags[tag] for run in runs for tag in ("hardware", "label") if run.tags.get(tag)})
     part = reference.casefold()
     matches = [name for name in known if part in name.casefold()]
     matches += [fingerprint for fingerprint in sorted(fingerprints) if fingerprint.startswith(part)]
@@ -91,7 +92,7 @@ def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
 def _check_prices(runs: Sequence[Run], prices: Mapping[str, config.Price]) -> None:
     """Refuse the price of a card alone: a card needs a machine around it."""
     for run in runs:
-        tags = run["tags"]
+        tags = run.tags
         price = prices.get(tags.get("hardware", ""))
         if price and price.buy and not price.machine and tags.get("backend") in ("cuda", "rocm", "xpu"):
             raise UsageError(
@@ -111,7 +112,7 @@ def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
     heads += [[row.head.name for row in part.score.rows] for part in real if part.score]
     if any(len(set(names)) > 1 for names in heads):
         return ""
-    machines = {entity_of(run)[:2] for run in runs if "fallback" not in run["tags"]}
+    machines = {run.entity()[:2] for run in runs if "fallback" not in run.tags}
     if not machines:
         return (
             "Nothing to compare: every run is a DEMO, with a stand-in for data, weights or GPU. Put right what its "

@@ -8,7 +8,7 @@ from pipeline import config
 from pipeline.comparison import stats
 from pipeline.comparison.claims import Side
 from pipeline.comparison.groups import Group
-from pipeline.comparison.runs import CONDITIONS, WORK, Entity, Run, behavior_of, measurements, started, tag_of
+from pipeline.comparison.runs import CONDITIONS, WORK, Entity, Run, measurements
 from pipeline.comparison.schema import Head, Other
 
 
@@ -28,13 +28,13 @@ class Context:
 
     def run_link(self, run: Run) -> dict[str, str]:
         """The id of a run and the address of its page."""
-        return {"id": run["run_id"], "link": self.link(run["experiment_id"], run["run_id"])}
+        return {"id": run.run_id, "link": self.link(run.experiment_id, run.run_id)}
 
     def baseline(self, groups: Sequence[Group]) -> Group | None:
         """The group that the others are compared with: of the reference asked for, else of any machine, one without a
         problem, then the one with the most runs, then the first by name. None if no group is of the reference."""
         reference = self.settings.reference
-        eligible = [group for group in groups if reference is None or any(is_of(run, reference) for run in group.runs)]
+        eligible = [group for group in groups if reference is None or any(run.is_of(reference) for run in group.runs)]
         return min(
             eligible,
             key=lambda group: (bool(group.problem), -len(group.runs), self.name(group), group.entity),
@@ -44,23 +44,23 @@ class Context:
     def head(self, group: Group, stage: str) -> Head:
         """Whom a row of the stage's table is of, and on what evidence it rests."""
         latest = group.runs[-1]
-        starts = [started(run, stage) for run in group.runs]
+        starts = [run.start(stage) for run in group.runs]
         known = [start for start in starts if start]
         return Head(
             name=self.name(group),
-            hardware=tag_of(latest, "hardware"),
+            hardware=latest.tag("hardware"),
             label=group.entity.label,
             machine=group.entity.machine,
             device=group.entity.device,
-            backend=tag_of(latest, "backend"),
-            memory_gib=tag_of(latest, "hardware.memory_gib"),
+            backend=latest.tag("backend"),
+            memory_gib=latest.tag("hardware.memory_gib"),
             conditions=dict(zip(CONDITIONS, group.entity.conditions, strict=True)),
-            torch=", ".join(sorted({tag_of(run, "software.torch", "?") for run in group.runs})),
+            torch=", ".join(sorted({run.tag("software.torch", "?") for run in group.runs})),
             runs=[self.run_link(run) for run in group.runs],
             left_out=[self.run_link(run) | {"reason": reason} for run, reason in group.excluded],
             planned=group.planned,
             problem=group.problem,
-            behavior=behavior_of(group.runs, stage),
+            behavior=sorted(set().union(*(run.behavior(stage) for run in group.runs))),
             sessions=len(stats.sessions(starts)),
             hours=(max(known) - min(known)) / 3_600_000 if known else 0.0,
         )
@@ -72,11 +72,6 @@ class Context:
         return Other(self.name(group), group.settings, runs, median(values) if values else None, reason)
 
 
-def is_of(run: Run, machine: str) -> bool:
-    """Whether the run is of the machine with this fingerprint, label or hardware name."""
-    return machine in [run["tags"].get(tag) for tag in ("machine", "label", "hardware")]
-
-
 def claimable(group: Group) -> bool:
     """Whether the group can carry a claim: no problem, and enough runs."""
     return not group.problem and len(group.runs) >= stats.MIN_UNITS
@@ -84,7 +79,7 @@ def claimable(group: Group) -> bool:
 
 def energy_source(runs: Sequence[Run], tag: str, metric: str) -> str:
     """The source of the runs' energy `metric`; '' where it is not the same for all."""
-    sources = {tag_of(run, tag) for run in runs if metric in run["metrics"]}
+    sources = {run.tag(tag) for run in runs if metric in run.metrics}
     return sources.pop() if len(sources) == 1 else ""
 
 
@@ -98,9 +93,9 @@ def side_of(
     """One side of a claim. `seconds`: the runs of a group with what each took."""
     return Side(
         name=name,
-        hardware=tag_of(group.runs[0], "hardware"),
+        hardware=group.runs[0].tag("hardware"),
         seconds=[value for _, value in seconds],
-        started=[started(run, stage) for run, _ in seconds],
+        started=[run.start(stage) for run, _ in seconds],
         accuracies=accuracies,
         conditions=dict(zip((name for _, name, _ in CONDITIONS.values()), group.entity.conditions, strict=True)),
         problem=group.problem,

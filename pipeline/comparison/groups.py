@@ -10,18 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline import config
-from pipeline.comparison.runs import (
-    CONDITIONS,
-    SCORE,
-    WORK,
-    Entity,
-    Run,
-    entity_of,
-    planned_repeats,
-    tag_of,
-    taints_of,
-    version_of,
-)
+from pipeline.comparison.runs import CONDITIONS, SCORE, WORK, Entity, Run
 
 CURRENT_VERSION = str(config.EXECUTION_VERSION)
 """The tag `software.execution` of runs by the code as it is."""
@@ -63,8 +52,8 @@ def group_runs(
     pooled: dict[tuple[Entity, tuple[tuple[str, str], ...]], list[Run]] = {}
     set_sizes: Counter[str] = Counter()
     for run in runs:
-        pooled.setdefault((entity_of(run, stage), tuple(settings_of(run).items())), []).append(run)
-        set_sizes[_set_of(run)] += 1
+        pooled.setdefault((run.entity(stage), tuple(settings_of(run).items())), []).append(run)
+        set_sizes[run.set_id] += 1
     return [
         _group(entity, dict(settings), sorted(members, key=_order), set_sizes, stage, allow_tainted)
         for (entity, settings), members in pooled.items()
@@ -81,9 +70,9 @@ def _group(
 ) -> Group:
     """Decide which runs count. `set_sizes`: the number of runs of each planned set, in whatever group."""
     planned, counted, excluded, problem = _first_planned_set(runs, set_sizes)
-    if (version := version_of(counted[0])) != CURRENT_VERSION:
+    if (version := counted[0].version) != CURRENT_VERSION:
         problem = f"measured by version {version} of the code"
-    disturbed = [] if allow_tainted else [run for run in counted if taints_of(run, stage)]
+    disturbed = [] if allow_tainted else [run for run in counted if run.taints(stage)]
     if len(disturbed) < len(counted):
         excluded += [Excluded(run, _disturbance([run], stage)) for run in disturbed]
         counted = [run for run in counted if run not in disturbed]
@@ -101,17 +90,17 @@ def _first_planned_set(runs: Sequence[Run], set_sizes: Mapping[str, int]) -> tup
     """
     sets: dict[str, list[Run]] = {}
     for run in runs:
-        sets.setdefault(_set_of(run), []).append(run)
-    counted = next((members for members in sets.values() if planned_repeats(members[0]) > 1), None)
+        sets.setdefault(run.set_id, []).append(run)
+    counted = next((members for members in sets.values() if members[0].planned > 1), None)
     if counted is None:
         problem = f"{len(runs)} single runs were not planned as a set" if len(runs) > 1 else ""
         return 1, list(runs), [], problem
-    planned = planned_repeats(counted[0])
+    planned = counted[0].planned
     others = [run for members in sets.values() if members is not counted for run in members]
-    earlier = [run for run in others if planned_repeats(run) == 1 and _order(run) < _order(counted[0])]
+    earlier = [run for run in others if run.planned == 1 and _order(run) < _order(counted[0])]
     later = [run for run in others if run not in earlier]
     problem = ""
-    if elsewhere := set_sizes[_set_of(counted[0])] - len(counted):
+    if elsewhere := set_sizes[counted[0].set_id] - len(counted):
         problem = f"{elsewhere} of {planned} planned runs ran under other conditions or settings"
     elif len(counted) < planned:
         problem = f"{len(counted)} of {planned} planned runs are there"
@@ -122,18 +111,13 @@ def _first_planned_set(runs: Sequence[Run], set_sizes: Mapping[str, int]) -> tup
     return planned, counted, excluded, problem
 
 
-def _set_of(run: Run) -> str:
-    """The id that the runs of one planned set share."""
-    return str(run["tags"].get("repeats.id", run["run_id"]))
-
-
 def _order(run: Run) -> tuple[int, str]:
-    return run["started"] or 0, run["run_id"]
+    return run.started or 0, run.run_id
 
 
 def _disturbance(runs: Iterable[Run], stage: str) -> str:
     """`disturbed (battery, load)`; stand-ins alone are named as they are: `no real data`."""
-    words = sorted({word for run in runs for word in taints_of(run, stage)})
+    words = sorted({word for run in runs for word in run.taints(stage)})
     only_stand_ins = all(word.startswith("no real ") for word in words)
     return ", ".join(words) if only_stand_ins else f"{DISTURBED} ({', '.join(words)})"
 
@@ -142,9 +126,9 @@ def display_names(runs: Iterable[Run]) -> dict[Entity, str]:
     """Each entity's hardware and label. Entities of one name are told apart by what differs."""
     names: dict[Entity, str] = {}
     for run in runs:
-        for entity in (entity_of(run, WORK), entity_of(run, SCORE)):
+        for entity in (run.entity(WORK), run.entity(SCORE)):
             label = f" ({entity.label})" if entity.label else ""
-            names.setdefault(entity, (tag_of(run, "hardware") or "?") + label)
+            names.setdefault(entity, (run.tag("hardware") or "?") + label)
     namesakes: dict[str, list[Entity]] = {}
     for entity, name in names.items():
         namesakes.setdefault(name, []).append(entity)

@@ -1,21 +1,18 @@
-"""Read a run: its metrics as figures that can be measurements, its tags as plain text, what disturbed it."""
+"""A run as it is read: metrics that can be measurements, tags as plain text, conditions, taints."""
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline import config
 from pipeline.profiling.system_state import BEHAVIORS
-
-Run = Mapping[str, Any]
-"""One of `store.finished_runs`: run_id, experiment_id, started, tags, metrics, params."""
 
 WORK, SCORE = "", "sustained."
 """The two stages that are compared, by the prefix of their tags: the recipe's work and the machine's score."""
 
 LARGEST = 1e300
 """MLflow's SQL stores keep infinity as the largest double."""
-
 
 CONDITIONS = {
     "cores": ("hardware.usable_cores", "cores", ""),
@@ -36,74 +33,83 @@ class Entity(NamedTuple):
     conditions: tuple[str, ...]
 
 
-def clean(text: str) -> str:
-    """A user's text on one line, without unprintable characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+@dataclass(frozen=True)
+class Run:
+    """A finished training, as `store.finished_runs` gives it. `started`: milliseconds since 1970."""
 
+    run_id: str
+    experiment_id: str
+    started: int | None
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    params: Mapping[str, str]
+    name: str = ""
 
-def tag_of(run: Run, key: str, default: str = "") -> str:
-    """A tag, cleaned."""
-    return clean(run["tags"].get(key, default))
+    def tag(self, key: str, default: str = "") -> str:
+        """A tag, cleaned."""
+        return clean(self.tags.get(key, default))
 
+    @property
+    def version(self) -> str:
+        """The version of the code that executed the run."""
+        return self.tag("software.execution", "1")
 
-def version_of(run: Run) -> str:
-    """The version of the code that executed the run."""
-    return tag_of(run, "software.execution", "1")
+    @property
+    def execution(self) -> dict[str, str]:
+        """The settings that say how the work was executed."""
+        return {key: clean(self.params.get(f"train.{key}", "")) for key in config.EXECUTION_KEYS}
 
+    @property
+    def planned(self) -> int:
+        """How many repeats were planned with this one; 1 for a single run."""
+        repeats = self.tags.get("repeats", "")
+        return int(repeats) if repeats.isdecimal() else 1
 
-def execution_of(run: Run) -> dict[str, str]:
-    """The settings that say how the work was executed."""
-    return {key: clean(run["params"].get(f"train.{key}", "")) for key in config.EXECUTION_KEYS}
+    @property
+    def set_id(self) -> str:
+        """What the runs of one planned set share."""
+        return self.tags.get("repeats.id", self.run_id)
 
+    def entity(self, stage: str = WORK) -> Entity:
+        """Device, machine and conditions. The score may have used another number of threads."""
+        conditions = {key: self.tag(tag) for key, (tag, _, _) in CONDITIONS.items()}
+        conditions["threads"] = self.tag(f"{stage}threads") or conditions["threads"]
+        conditions["torch"] = re.sub(r"^(\d+\.\d+).*", r"\1", conditions["torch"])
+        machine = self.tag("machine") or self.tag("hardware") or "?"
+        return Entity(machine, self.tag("device") or "?", self.tag("label"), tuple(conditions.values()))
 
-def entity_of(run: Run, stage: str = WORK) -> Entity:
-    """The device, machine and conditions of a run. The score may have used another number of threads."""
-    conditions = {key: tag_of(run, tag) for key, (tag, _, _) in CONDITIONS.items()}
-    conditions["threads"] = tag_of(run, f"{stage}threads") or conditions["threads"]
-    conditions["torch"] = re.sub(r"^(\d+\.\d+).*", r"\1", conditions["torch"])
-    machine = tag_of(run, "machine") or tag_of(run, "hardware") or "?"
-    return Entity(machine, tag_of(run, "device") or "?", tag_of(run, "label"), tuple(conditions.values()))
+    def is_of(self, machine: str) -> bool:
+        """Whether this is the fingerprint, label or hardware of the run's machine."""
+        return machine in [self.tags.get(tag) for tag in ("machine", "label", "hardware")]
 
+    def start(self, stage: str) -> int | None:
+        """When the stage began, in milliseconds. The score may be measured hours after the training."""
+        text = self.tags.get(f"{stage}started", "")
+        return int(text) if text.isdecimal() else self.started
 
-def started(run: Run, stage: str) -> int | None:
-    """When the stage of a run began, in milliseconds. The score may be measured hours after the training."""
-    text = run["tags"].get(f"{stage}started", "")
-    return int(text) if text.isdecimal() else run["started"]
+    def taints(self, stage: str) -> list[str]:
+        """What disturbed the stage from outside, a word each; a stand-in is such a disturbance."""
+        stand_ins = [f"no real {word}" for word in self.tag("fallback").split()]
+        return [word for word in self.tag(f"{stage}taints").split() if word not in BEHAVIORS] + stand_ins
 
+    def behavior(self, stage: str) -> frozenset[str]:
+        """What the machine itself did, such as throttling: a result, no taint. Older code put it among the taints."""
+        return BEHAVIORS.intersection(self.tag(f"{stage}taints").split() + self.tag(f"{stage}behavior").split())
 
-def planned_repeats(run: Run) -> int:
-    """How many repeats were planned with this one; 1 for a single run."""
-    text = run["tags"].get("repeats", "")
-    return int(text) if text.isdecimal() else 1
+    def measurement(self, metric: str) -> float | None:
+        """A metric if it can be a measurement, else None."""
+        value = self.metrics.get(metric)
+        return value if value is not None and is_measurement(value) else None
 
-
-def taints_of(run: Run, stage: str) -> list[str]:
-    """What disturbed the stage from outside, a word each; a stand-in is such a disturbance."""
-    stand_ins = [f"no real {word}" for word in tag_of(run, "fallback").split()]
-    return [word for word in tag_of(run, f"{stage}taints").split() if word not in BEHAVIORS] + stand_ins
-
-
-def behavior_of(runs: Iterable[Run], stage: str) -> list[str]:
-    """What the machine itself did, such as throttling: a result, no taint. Older code put it among the taints."""
-    tags = [tag_of(run, stage + key) for run in runs for key in ("taints", "behavior")]
-    return sorted(BEHAVIORS.intersection(word for tag in tags for word in tag.split()))
-
-
-def measurement(run: Run, metric: str) -> float | None:
-    """A metric if it can be a measurement, else None."""
-    value = run["metrics"].get(metric)
-    return value if value is not None and is_measurement(value) else None
-
-
-def fraction(run: Run, metric: str) -> float | None:
-    """A metric if it is a fraction, else None."""
-    value = run["metrics"].get(metric)
-    return value if value is not None and is_fraction(value) else None
+    def fraction(self, metric: str) -> float | None:
+        """A metric if it is a fraction, else None."""
+        value = self.metrics.get(metric)
+        return value if value is not None and is_fraction(value) else None
 
 
 def measurements(runs: Iterable[Run], metric: str) -> list[float]:
     """The measurement of each run that has it."""
-    return [value for run in runs if (value := measurement(run, metric)) is not None]
+    return [value for run in runs if (value := run.measurement(metric)) is not None]
 
 
 def is_measurement(value: float) -> bool:
@@ -114,3 +120,8 @@ def is_measurement(value: float) -> bool:
 def is_fraction(value: float) -> bool:
     """Whether a figure lies between 0 and 1."""
     return 0 <= value <= 1
+
+
+def clean(text: str) -> str:
+    """A user's text on one line, without unprintable characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -9,24 +9,14 @@ from pipeline.comparison.claims import Claim, Side
 from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_score
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
-from pipeline.comparison.runs import (
-    SCORE,
-    Entity,
-    Run,
-    execution_of,
-    measurement,
-    measurements,
-    started,
-    tag_of,
-    version_of,
-)
+from pipeline.comparison.runs import SCORE, Entity, Run, measurements
 from pipeline.comparison.schema import Score, ScoreRow, StepFigures
 from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
 
 def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
     """The score of all machines that have one; None where none has."""
-    scored = [run for run in runs if any(measurement(run, _speed(step)) for step in STEPS)]
+    scored = [run for run in runs if any(run.measurement(_speed(step)) for step in STEPS)]
     if not scored:
         return None
     groups = group_runs(scored, _shared_facts, SCORE, allow_tainted=context.settings.tainted)
@@ -55,16 +45,16 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
 
 def _shared_facts(run: Run) -> dict[str, str]:
     """What runs must share for their scores to be pooled: recipe, version, the steps as they were run, settings."""
-    facts = {"recipe": tag_of(run, "recipe"), "version": version_of(run)}
+    facts = {"recipe": run.tag("recipe"), "version": run.version}
     facts |= {
-        tag(step.name, fact): tag_of(run, tag(step.name, fact)) for step in STEPS for fact in ("workload", "precision")
+        tag(step.name, fact): run.tag(tag(step.name, fact)) for step in STEPS for fact in ("workload", "precision")
     }
-    return facts | execution_of(run)
+    return facts | run.execution
 
 
 def _check_attempts(group: Group) -> Group:
     """Add a problem if a score was measured again: whoever measures until a figure pleases will find one."""
-    attempts = [run["tags"].get("sustained.attempts", "1") for run in group.all_runs]
+    attempts = [run.tags.get("sustained.attempts", "1") for run in group.all_runs]
     repeated = sum(attempt != "1" for attempt in attempts)
     if not repeated or group.problem:
         return group
@@ -74,7 +64,7 @@ def _check_attempts(group: Group) -> Group:
 def _precedence(group: Group) -> tuple[bool, bool, int, str]:
     """A machine's first planned set comes first, whatever came of it. A free choice would be the best of several."""
     first = group.runs[0]
-    return group.settings["version"] != CURRENT_VERSION, group.planned == 1, first["started"] or 0, first["run_id"]
+    return group.settings["version"] != CURRENT_VERSION, group.planned == 1, first.started or 0, first.run_id
 
 
 def _speed(step: Step) -> str:
@@ -98,7 +88,7 @@ def _row(context: Context, group: Group) -> ScoreRow:
     steps = {name: step for name, step in figures.items() if step is not None}
     watts = max((step.watts.value for step in steps.values() if step.watts), default=None)
     center = _median_speed(group, first)
-    typical = min(group.runs, key=lambda run: abs((measurement(run, _speed(first)) or 0) - center))
+    typical = min(group.runs, key=lambda run: abs((run.measurement(_speed(first)) or 0) - center))
     speed = steps[first.name].speed.value if first.name in steps else None
     return ScoreRow(
         head=head,
@@ -114,8 +104,8 @@ def _row(context: Context, group: Group) -> ScoreRow:
 def _step_figures(group: Group, step: Step, *, energy: bool) -> StepFigures | None:
     def estimate(figure: str) -> stats.Estimate | None:
         name = metric(step.name, figure)
-        runs = [run for run in group.runs if measurement(run, name) is not None]
-        return stats.median_estimate(measurements(runs, name), [started(run, SCORE) for run in runs]) if runs else None
+        runs = [run for run in group.runs if run.measurement(name) is not None]
+        return stats.median_estimate(measurements(runs, name), [run.start(SCORE) for run in runs]) if runs else None
 
     speed, batch = estimate("images_per_second"), estimate("batch_size")
     if speed is None:
@@ -164,5 +154,5 @@ def _unlike(candidate: StepFigures, baseline: StepFigures | None, reference: str
 def _side(row: ScoreRow, group: Group, step: Step) -> Side:
     """A group's runs of a step. The name tells the precision where that is the device's best one."""
     name = f"{row.head.name} at {row.steps[step.name].precision}" if step.best_precision else row.head.name
-    seconds = [(run, 1 / speed) for run in group.runs if (speed := measurement(run, _speed(step)))]
+    seconds = [(run, 1 / speed) for run in group.runs if (speed := run.measurement(_speed(step)))]
     return side_of(name, group, seconds, stage=SCORE)

@@ -12,21 +12,7 @@ from pipeline.comparison.claims import Claim, Side
 from pipeline.comparison.context import Context, claimable, energy_source, side_of
 from pipeline.comparison.costs import costs_of_work
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
-from pipeline.comparison.runs import (
-    WORK,
-    Entity,
-    Run,
-    clean,
-    entity_of,
-    execution_of,
-    fraction,
-    is_fraction,
-    is_measurement,
-    measurement,
-    measurements,
-    tag_of,
-    version_of,
-)
+from pipeline.comparison.runs import WORK, Entity, Run, clean, is_fraction, is_measurement, measurements
 from pipeline.comparison.schema import Row, Section, Table
 
 COURSES = ("val/accuracy", "time/train_seconds", "time/val_seconds")
@@ -59,11 +45,11 @@ def by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """The runs by workload and by version of the code. The current version comes first, then what most machines did."""
     same_work: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        same_work.setdefault((tag_of(run, "workload", "?"), version_of(run)), []).append(run)
+        same_work.setdefault((run.tag("workload", "?"), run.version), []).append(run)
 
     def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
         (workload, version), members = item
-        entities = {entity_of(run) for run in members}
+        entities = {run.entity() for run in members}
         return version != CURRENT_VERSION, -len(entities), -len(members), workload, version
 
     return [(*key, members) for key, members in sorted(same_work.items(), key=order)]
@@ -71,16 +57,16 @@ def by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
 
 def section_of(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
     """The tables of runs that did the same work with the same version of the code."""
-    groups = group_runs(runs, execution_of, WORK, allow_tainted=context.settings.tainted)
-    tags = runs[0]["tags"]
+    groups = group_runs(runs, lambda run: run.execution, WORK, allow_tainted=context.settings.tainted)
+    tags = runs[0].tags
     title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
-    target = _number(runs[0]["params"].get("train.target_accuracy", ""))
+    target = _number(runs[0].params.get("train.target_accuracy", ""))
     tables = [_table(context, groups, chosen, settings, target) for chosen, settings in _choices(groups)]
     in_tables = {run["id"] for table in tables for row in table.rows for run in row.head.runs}
     others = [
         context.other(group, TOTAL, group.problem or "its settings are in no table")
         for group in groups
-        if group.runs[0]["run_id"] not in in_tables
+        if group.runs[0].run_id not in in_tables
     ]
     return Section(workload, version, title, target, tables, others)
 
@@ -197,7 +183,7 @@ def _by_seed(runs: Sequence[Run], metric: str) -> dict[int, float]:
     """An accuracy by seed. A seed that ran twice gives one value, the mean: equal seeds are not independent."""
     values: dict[int, list[float]] = {}
     for run in runs:
-        value, seed = fraction(run, metric), run["params"].get("settings.seed", "")
+        value, seed = run.fraction(metric), run.params.get("settings.seed", "")
         if value is not None and seed.isdecimal():
             values.setdefault(int(seed), []).append(value)
     return {seed: fmean(repeated) for seed, repeated in values.items()}
@@ -215,7 +201,7 @@ def _row(context: Context, group: Group, target: float | None) -> Row:
     typical = group.runs[0]
     if timed:
         center = figures["total_seconds"].value
-        typical = min(group.runs, key=lambda run: abs((measurement(run, TOTAL) or math.inf) - center))
+        typical = min(group.runs, key=lambda run: abs((run.measurement(TOTAL) or math.inf) - center))
     head = context.head(group, WORK)
     return Row(
         head=head,
@@ -238,7 +224,7 @@ def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate],
     for run in group.runs:
         for key, value in _run_figures(context, run).items():
             values.setdefault(key, []).append(value)
-            starts.setdefault(key, []).append(run["started"])
+            starts.setdefault(key, []).append(run.started)
     figures = {
         key: stats.mean_estimate(values[key])
         if key in ACCURACIES.values()
@@ -252,10 +238,10 @@ def _run_figures(context: Context, run: Run) -> dict[str, float]:
     """The figures that a run has: those of WORK_METRICS, and of its median epoch epoch_seconds and images_per_second.
     The speed metric is the last epoch's, and every epoch has the same number of images."""
     figures = {key: _value(run, key) for key in WORK_METRICS}
-    seconds = [value for value in context.courses(run["run_id"])["time/train_seconds"] if is_measurement(value)]
+    seconds = [value for value in context.courses(run.run_id)["time/train_seconds"] if is_measurement(value)]
     if seconds:
         figures["epoch_seconds"] = median(seconds)
-        last = measurement(run, "speed/train_images_per_second")
+        last = run.measurement("speed/train_images_per_second")
         figures["images_per_second"] = last * seconds[-1] / median(seconds) if last is not None else None
     return {key: value for key, value in figures.items() if value is not None}
 
@@ -263,19 +249,19 @@ def _run_figures(context: Context, run: Run) -> dict[str, float]:
 def _value(run: Run, key: str) -> float | None:
     """A figure of WORK_METRICS."""
     if key in ACCURACIES.values():
-        return fraction(run, WORK_METRICS[key])
-    value = measurement(run, WORK_METRICS[key])
+        return run.fraction(WORK_METRICS[key])
+    value = run.measurement(WORK_METRICS[key])
     if value is None or key != "process_seconds":
         return value
-    value -= measurement(run, "time/data_seconds") or 0.0
+    value -= run.measurement("time/data_seconds") or 0.0
     return value if is_measurement(value) else None
 
 
 def _course(context: Context, run: Run) -> list[tuple[float, float]]:
     """Seconds since the start, and validation accuracy, after each epoch; empty where they are not known. The last
     epoch ends at `time/total_seconds`, which includes what came before the first."""
-    accuracy, training, validation = (context.courses(run["run_id"])[key] for key in COURSES)
-    total = measurement(run, TOTAL)
+    accuracy, training, validation = (context.courses(run.run_id)[key] for key in COURSES)
+    total = run.measurement(TOTAL)
     if total is None or not accuracy or not len(accuracy) == len(training) == len(validation):
         return []
     durations = [sum(epoch) for epoch in zip(training, validation, strict=True)]

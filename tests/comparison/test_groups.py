@@ -5,12 +5,16 @@ from made import OLDER, SESSION, Store
 
 from pipeline.comparison import groups
 from pipeline.comparison.groups import CURRENT_VERSION
-from pipeline.comparison.runs import SCORE, WORK, behavior_of
+from pipeline.comparison.runs import SCORE, WORK, Run
+
+
+def read(store):
+    return [Run(**fields) for fields in store.runs]
 
 
 def group_runs(store, *, tainted=False, stage=WORK):
     return groups.group_runs(
-        store.runs[::-1], lambda run: {"precision": run["params"]["train.precision"]}, stage, allow_tainted=tainted
+        read(store)[::-1], lambda run: {"precision": run.execution["precision"]}, stage, allow_tainted=tainted
     )
 
 
@@ -31,7 +35,7 @@ def counts(group):
 def test_runs_of_one_plan_are_a_group_oldest_first():
     store = Store().add(5)
     group = only(store)
-    assert [run["run_id"] for run in group.runs] == [run["run_id"] for run in store.runs]
+    assert group.runs == read(store)
     assert counts(group) == (5, 5, {}) and group.problem == ""
 
 
@@ -89,7 +93,7 @@ def test_a_number_of_repeats_that_is_none_is_no_plan():
 def test_every_run_is_in_one_group_once():
     store = Store().add(1).add(5, planned=7).add(2).add(3, taints="load").add(2, params={"precision": "bf16"})
     store.add(4, machine="b").add(1, machine="b", start=store.runs[0]["started"] - SESSION)
-    ids = [run["run_id"] for group in group_runs(store) for run in group.all_runs]
+    ids = [run.run_id for group in group_runs(store) for run in group.all_runs]
     assert sorted(ids) == [run["run_id"] for run in store.runs]
 
 
@@ -122,8 +126,8 @@ def test_where_all_are_disturbed_they_are_shown_and_carry_no_claim(tags, stage, 
 def test_what_a_machine_does_itself_is_no_taint(tag, stage):
     group = only(Store().add(3, **{tag: "throttled drift"}), stage=stage)
     assert counts(group) == (3, 3, {}) and group.problem == ""
-    assert behavior_of(group.runs, stage) == ["drift", "throttled"]
-    assert behavior_of(group.runs, SCORE if stage == WORK else WORK) == []
+    assert group.runs[0].behavior(stage) == {"drift", "throttled"}
+    assert group.runs[0].behavior(SCORE if stage == WORK else WORK) == set()
 
 
 @pytest.mark.parametrize(
@@ -146,9 +150,9 @@ def test_another_version_of_the_code_carries_no_claim(version, problem):
     ],
 )
 def test_entities_of_one_name_are_told_apart_by_what_differs(first, second, names):
-    assert set(groups.display_names(Store().add(1, **first).add(1, **second).runs).values()) == names
+    assert set(groups.display_names(read(Store().add(1, **first).add(1, **second))).values()) == names
 
 
 def test_no_text_of_a_user_breaks_a_line():
-    runs = Store().add(1, hardware="GPU\nA\x00\x1b[1m", label="left | right\t<b>").runs
-    assert list(groups.display_names(runs).values()) == ["GPU A [1m (left | right <b>)"]
+    store = Store().add(1, hardware="GPU\nA\x00\x1b[1m", label="left | right\t<b>")
+    assert list(groups.display_names(read(store)).values()) == ["GPU A [1m (left | right <b>)"]
