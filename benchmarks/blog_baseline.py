@@ -40,7 +40,7 @@ from benchmarks import bare, results
 from pipeline import config, devices
 from pipeline.data import batching
 from pipeline.models import classifier
-from pipeline.training import setup
+from pipeline.training import optimizers
 
 RECIPES = ("blog", "linear-probe", "finetune")
 WORKERS = 2
@@ -88,7 +88,8 @@ def baseline(
     trained = Compose([Resize(size), *([RandomHorizontalFlip()] if recipe.flip else []), ToTensor(), *normalize])
     loader = DataLoader(Pictures(*train, trained), recipe.batch_size, shuffle=True, num_workers=workers)
     val_loader = DataLoader(Pictures(*validation, seen), recipe.batch_size, num_workers=workers)
-    optimizer, scheduler = setup.make_optimizer(recipe, network, len(train[0]))
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer, scheduler = optimizers.build(recipe, trainable, len(loader))
     per_batch = recipe.scheduler_step == "batch"
     _warm_up(copy.deepcopy(network), recipe, min(recipe.batch_size, len(train[0])), device)
     backend.synchronize()

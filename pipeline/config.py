@@ -431,6 +431,14 @@ def _validated(kind: type[T], tree: Any, file: str) -> T:
     raise _refusal(key, value, allowed)
 
 
+def read_value(key: str, value: Any, kind: Any) -> Any:
+    """`value` as a `kind`, a type with pydantic's annotations. Raises UsageError, in one line, that names `key`."""
+    try:
+        return TypeAdapter(kind, config=STRICT).validate_python(value)
+    except ValidationError:
+        raise _refusal(key, value, _allowed(kind)) from None
+
+
 def _check_recipe(recipe: Any, recipes: Any) -> None:
     if recipes and isinstance(recipes, dict) and str(recipe) not in map(str, recipes):
         raise _refusal("recipe", recipe, " | ".join(map(str, recipes)))

@@ -12,47 +12,54 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline import config, devices, files, plots, terminal
+from pipeline import config, files, plots, terminal
 from pipeline.data import batching, datasets
 from pipeline.errors import UsageError
 from pipeline.models import checkpoints, classifier
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import publisher, records, store
-from pipeline.training import loop, setup
+from pipeline.training import evaluation, setup
 
 
 def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, Any]:
-    """Evaluates the best checkpoint of the repeat `number` (from 1) in `folder/train`, as part of the run that trained
-    it; leaves its part of `folder/evaluate`. Returns the result."""
+    """Evaluate the best checkpoint of repeat `number` (from 1), as part of the run that trained it.
+
+    Writes `folder/evaluate` and returns its record.
+    """
     recipe = settings.work
     backend = setup.device_for(settings.device, recipe)
     inputs = records.load_inputs(settings, folder)
     folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
-    classes = inputs["data"]["classes"]
     images, labels = datasets.decode(settings.data, inputs["data"], "test", recipe.image_size)
-    net = _checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
+    net = _load_checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
     with backend.memory_errors():
-        predictions, metrics = _measured(net, batching.as_split(images, labels), settings, record, backend)
+        predictions, metrics = evaluation.measure(
+            net,
+            batching.as_split(images, labels),
+            recipe,
+            backend,
+            Clock(backend.synchronize),
+            channels_last=record["facts"]["channels_last"],
+            upload=record["tags"]["data.placement"] == "device",
+        )
 
     planned = records.planned_repeats(folder)
     out = repeats.clear_outputs(folder, "evaluate", number, planned)
+    datasets_of_test = records.dataset_inputs(inputs, {"test": len(labels)}, settings.seed)
     result = {
         "id": record["id"],
         "metrics": metrics,
         "tags": {"label": settings.label},
-        "datasets": [
-            dataset
-            for dataset in records.dataset_inputs(inputs, {"test": len(labels)}, settings.seed)
-            if dataset not in record["datasets"]
-        ],
+        "datasets": [dataset for dataset in datasets_of_test if dataset not in record["datasets"]],
         "ended": store.now(),
     }
-    _leave(result, labels, predictions, classes, record["name"], out)
+    _write_predictions(labels, predictions, inputs["data"]["classes"], out)
+    _draw_confusion_matrix(labels, predictions, inputs["data"]["classes"], record["name"], out)
+    files.write_json(out / "metrics.json", metrics)
+    files.write_json(out / "record.json", result)
     publisher.publish_stage("evaluate", record, result, records.experiment_name(settings, record["tags"]), folders)
     _announce(record, metrics)
     if planned == 1:
@@ -60,10 +67,10 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
     return result
 
 
-def _checkpoint(
+def _load_checkpoint(
     settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
 ) -> classifier.Classifier:
-    """The model of the checkpoint. Raises UsageError where it is not of this work."""
+    """The model of the checkpoint. Raises UsageError where the checkpoint is of other work or another training."""
     wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
     if wanted != trained:
         raise UsageError(
@@ -71,88 +78,56 @@ def _checkpoint(
             f"{trained}: run `python -m pipeline.train` with the same settings first"
         )
     net, facts = checkpoints.load(path)
-    for what, have, expected in (
+    for name, value, expected in (
         ("training", facts.record, record["id"]),
         ("model", facts.model, settings.work.model),
         ("classes", list(facts.classes), inputs["data"]["classes"]),
     ):
-        if have != expected:
+        if value != expected:
             raise UsageError(
-                f"{path.name}: it is a checkpoint of another {what} ({have}), expected {expected}: "
+                f"{path.name}: it is a checkpoint of another {name} ({value}), expected {expected}: "
                 "run `python -m pipeline.train` again"
             )
     return net
 
 
-def _measured(
-    net: classifier.Classifier,
-    test: batching.Split,
-    settings: config.Settings,
-    record: Mapping[str, Any],
-    backend: devices.Backend,
-) -> tuple[NDArray[np.int64], dict[str, float]]:
-    """The label predicted for each test image, and the figures. A batch of each size is passed before the
-    clock starts."""
-    recipe, channels_last = settings.work, record["facts"]["channels_last"]
-    net = net.to(backend.device).to(memory_format=setup.memory_format(channels_last))
-
-    prepare = setup.make_prepare(test, recipe.image_size, backend, channels_last=channels_last)
-    running = loop.RunningMetrics(backend.device)
-    eval_step = loop.make_eval_step(net, prepare, backend, recipe.precision, running)
-    sizes = setup.batch_sizes(test, recipe.batch_size)
-    loop.evaluate(net, eval_step, running, [setup.first_batch(test, size, backend) for size in sizes])
-    clock = Clock(backend.synchronize)
-    predictions: list[Tensor] = []
-    with terminal.progress("test", len(test)) as advance, clock.span("test") as span:
-        if record["tags"]["data.placement"] == "device":
-            test = test.to(backend.device)
-        batches = batching.batches(test, recipe.batch_size, backend)
-        loss, accuracy = loop.evaluate(net, eval_step, running, batches, predictions, advance)
-    metrics = {
-        "test/accuracy": accuracy,
-        "test/loss": loss,
-        "speed/test_images_per_second": len(test) / span.seconds,
-    }
-    return torch.cat(predictions).cpu().numpy(), metrics
+def _write_predictions(
+    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: Sequence[str], out: Path
+) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("actual", "predicted"))  # the columns of DVC's template `confusion`
+    writer.writerows((classes[a], classes[p]) for a, p in zip(labels, predictions, strict=True))
+    files.write_text(out / "predictions.csv", text.getvalue())
 
 
-def _leave(
-    result: Mapping[str, Any],
-    labels: NDArray[np.int64],
-    predictions: NDArray[np.int64],
-    classes: Sequence[str],
-    title: str,
-    out: Path,
+def _draw_confusion_matrix(
+    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: Sequence[str], title: str, out: Path
 ) -> None:
     counts = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(counts, (labels, predictions), 1)
-    figure = plots.confusion_matrix(counts, classes, accuracy=result["metrics"]["test/accuracy"], title=title)
+    accuracy = counts.trace() / counts.sum()
+    figure = plots.confusion_matrix(counts, classes, accuracy=accuracy, title=title)
     plots.save(figure, out / "plots" / "confusion_matrix.png")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("actual", "predicted"))  # what DVC's template `confusion` takes
-    writer.writerows((classes[a], classes[p]) for a, p in zip(labels, predictions, strict=True))
-    files.write_text(out / "predictions.csv", text.getvalue())
-    files.write_json(out / "metrics.json", result["metrics"])
-    files.write_json(out / "record.json", result)
 
 
-def _announce(record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    once = record["metrics"]
-    speed = once.get("speed/feature_images_per_second")
-    last = record["epochs"][-1]["figures"]
+def _announce(record: Mapping[str, Any], test_metrics: Mapping[str, float]) -> None:
+    metrics, last_epoch = record["metrics"], record["epochs"][-1]["figures"]
     terminal.say(
-        f"result   {record['name']}: test accuracy {metrics['test/accuracy']:.2%}, "
-        f"best validation accuracy {once['best/val_accuracy']:.2%} in epoch {once['best/epoch']:.0f}"
+        f"result   {record['name']}: test accuracy {test_metrics['test/accuracy']:.2%}, "
+        f"best validation accuracy {metrics['best/val_accuracy']:.2%} in epoch {metrics['best/epoch']:.0f}"
     )
-    terminal.say(
-        f"time     {once['time/total_seconds']:.2f} s of training and validation in all"
-        f" (+ {once['time/setup_seconds']:.2f} s setup"
-        + (f", {once['time/data_seconds']:.2f} s decoding); " if "time/data_seconds" in once else "); ")
-        + (f"features computed at {speed:,.0f} images/s" if speed else "")
-        + ("" if speed else f"trained at {last['speed/train_images_per_second']:,.0f} images/s in the last epoch")
-        + (f"; peak memory {last['memory/peak_mib']:,.0f} MiB" if "memory/peak_mib" in last else "")
-    )
+    extra = f"{metrics['time/setup_seconds']:.2f} s setup"
+    if "time/data_seconds" in metrics:
+        extra += f", {metrics['time/data_seconds']:.2f} s decoding"
+    if "speed/feature_images_per_second" in metrics:
+        speed = f"features computed at {metrics['speed/feature_images_per_second']:,.0f} images/s"
+    else:
+        speed = f"trained at {last_epoch['speed/train_images_per_second']:,.0f} images/s in the last epoch"
+    if "memory/peak_mib" in last_epoch:
+        speed += f"; peak memory {last_epoch['memory/peak_mib']:,.0f} MiB"
+    total = metrics["time/total_seconds"]
+    terminal.say(f"time     {total:.2f} s of training and validation in all (+ {extra}); {speed}")
 
 
 if __name__ == "__main__":

@@ -74,17 +74,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
 def _check(recipe: config.Recipe) -> None:
     """Refuse what can be refused before any data is touched."""
     classifier.check_name(recipe.model)
-    resolved = recipe.resolved()
-    optimizers.check(
-        recipe.optimizer,
-        recipe.scheduler,
-        optimizer_options=resolved["optimizer_options"],
-        scheduler_options=resolved["scheduler_options"],
-        lr=recipe.lr,
-        epochs=recipe.epochs,
-        per_batch=recipe.scheduler_step == "batch",
-        warmup_epochs=recipe.warmup_epochs,
-    )
+    optimizers.check(recipe)
 
 
 def _train(

@@ -27,7 +27,6 @@ Set `capturable=True` only if a CUDA graph can replay its step:
 - it keeps its state in `self.state` in tensors, updates them in place, and they start as zeros.
 """
 
-import difflib
 import importlib
 import inspect
 import json
@@ -39,13 +38,14 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
-from pipeline.errors import UsageError
+from pipeline import config
+from pipeline.errors import UsageError, nearest
 
 Options = Mapping[str, Any]
 Group = dict[str, Any]
@@ -88,9 +88,54 @@ def register(name: str, *, capturable: bool = False) -> Callable[[type[Optimizer
 # Your own optimizers go here.
 
 
-# --- building an optimizer
+# --- building an optimizer and its schedule
 
 
+def build(
+    recipe: config.Recipe, params: Sequence[Parameter], steps_per_epoch: int, fastest: Options | None = None
+) -> tuple[Optimizer, LRScheduler]:
+    """The recipe's optimizer over `params`, and its schedule. See `build_optimizer` for `fastest`."""
+    chosen = recipe.resolved()
+    optimizer = build_optimizer(
+        recipe.optimizer,
+        params,
+        lr=recipe.lr,
+        options=chosen["optimizer_options"],
+        total_steps=steps_per_epoch * recipe.epochs,
+        fastest=fastest,
+    )
+    scheduler = build_scheduler(
+        recipe.scheduler,
+        optimizer,
+        options=chosen["scheduler_options"],
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        moves_per_epoch=steps_per_epoch if recipe.scheduler_step == "batch" else 1,
+        warmup_epochs=recipe.warmup_epochs,
+    )
+    return optimizer, scheduler
+
+
+def check(recipe: config.Recipe) -> None:
+    """Build both for a model of one small matrix, so that a mistake shows before any data is touched.
+
+    What depends on the model shows when they are built for it: `muon` takes matrices only. Raises UsageError.
+    """
+    if recipe.scheduler_step == "epoch" and recipe.warmup_epochs % 1:
+        reason = "expected whole epochs, as the schedule moves by epochs"
+        raise _refused("warmup_epochs", recipe.warmup_epochs, reason)
+    build(recipe, [Parameter(torch.zeros(4, 4))], steps_per_epoch=100)  # any plausible number of steps
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for start in NOISE:
+            warnings.filterwarnings("ignore", message=start)
+        yield
+
+
+@_without_noise()
 def build_optimizer(
     name: str,
     params: Sequence[Parameter],
@@ -109,27 +154,24 @@ def build_optimizer(
     """
     cls, construct = _find(name)
     setting = f"optimizer_options.{name}"
-    accepted = _accepted_options(name, cls, options)
-    for option, value in options.items():
-        if option in ("lr", "params"):
-            raise _refused(f"{setting}.{option}", value, "lr is a setting of its own, params come from the model")
+    accepted = _option_names(name, cls)
+    for option in options:
         if option not in accepted:
             raise _unknown(setting, option, accepted)
     defaults: dict[str, Any] = {"num_iterations": total_steps} if "num_iterations" in accepted else {}
     if cls.__module__.startswith("torch.optim.") and not {"foreach", "fused"} & options.keys():
         defaults |= {key: value for key, value in (fastest or {}).items() if key in accepted}
 
-    def build(parameters: Sequence[Parameter], chosen: Options) -> Optimizer:
+    def make(parameters: Sequence[Parameter], chosen: Options) -> Optimizer:
         arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
-        with _without_noise():
-            return construct(parameters, lr=lr, **defaults | arguments)
+        return construct(parameters, lr=lr, **defaults | arguments)
 
     def trial(chosen: Options) -> str | None:
-        return _trial_error(params, partial(build, chosen=chosen))
+        return _trial_error(params, partial(make, chosen=chosen))
 
     reason = trial(options)
     if reason is None:
-        optimizer = build(params, options)
+        optimizer = make(params, options)
         if overrides_schedule(optimizer):
             optimizer.register_step_post_hook(_note_applied_lr)
         return optimizer
@@ -155,21 +197,16 @@ def _find(name: str) -> tuple[type, Callable[..., Optimizer]]:
     if name in OWN:
         return OWN[name], OWN[name]
     prefix, colon, bare = name.rpartition(":")
-    if colon and prefix not in PACKAGES:
-        prefixes = [f"{package}:" for package in PACKAGES]
-        raise _refused("optimizer", name, f"expected one of {', '.join(prefixes)}{_hint(prefix + colon, prefixes)}")
-    packages = [prefix] if colon else list(PACKAGES)
-    for package in packages:
-        names = _names(package)
-        if bare in names:
-            break
-    else:
-        known = [*OWN, *(prefix + colon + other for package in packages for other in _names(package))]
-        allowed = f"a lower-case name from {', '.join(packages)}, alone or as in timm:lamb"
+    packages = [package for package in PACKAGES if not colon or package == prefix]
+    package = next((package for package in packages if bare in _names(package)), None)
+    if package is None:
+        known = [*OWN, *(other for each in PACKAGES for other in _names(each))]
+        known += [f"{each}:{other}" for each in PACKAGES for other in _names(each)]
+        allowed = f"a lower-case name from {', '.join(PACKAGES)}, alone or as in timm:lamb"
         raise _refused("optimizer", name, f"expected {allowed}{_hint(name, known)}")
     module = importlib.import_module(PACKAGES[package])
     if package != "timm":
-        cls = getattr(module, names[bare])
+        cls = getattr(module, _names(package)[bare])
         return cls, cls
     try:
         return module.get_optimizer_class(bare, bind_defaults=False), partial(module.create_optimizer_v2, opt=bare)
@@ -177,27 +214,12 @@ def _find(name: str) -> tuple[type, Callable[..., Optimizer]]:
         raise _refused("optimizer", name, _one_line(error)) from None
 
 
-def _accepted_options(name: str, cls: type, options: Options) -> list[str]:
-    """The named arguments of `cls` beside `params` and `lr`: **kwargs would swallow a misspelt option.
-
-    Raises UsageError for a class that needs more than parameters, a rate and `options`.
-    """
-    arguments = {
-        key: argument
-        for key, argument in inspect.signature(cls).parameters.items()
-        if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
-    }
-    first = next(iter(arguments))
-    if first != "params":
-        raise _refused("optimizer", name, f"it is made from {first}, not from parameters alone")
-    accepted = [key for key in arguments if key not in ("params", "lr")]
-    required = [key for key in accepted if arguments[key].default is inspect.Parameter.empty]
-    missing = [key for key in required if key not in options and key != "num_iterations"]
-    if missing:
-        raise _refused("optimizer", name, f"it needs {', '.join(missing)} beside parameters")
+def _option_names(name: str, cls: type) -> list[str]:
+    """The named arguments of `cls` beside `params` and `lr`: its **kwargs would swallow a misspelt option."""
+    arguments = [key for key, each in inspect.signature(cls).parameters.items() if each.kind != each.VAR_KEYWORD]
     if "lr" not in arguments:
         raise _refused("optimizer", name, "it takes no learning rate")
-    return accepted
+    return [key for key in arguments if key not in ("params", "lr")]
 
 
 def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Parameter]], Optimizer]) -> str | None:
@@ -211,7 +233,7 @@ def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Paramete
 
     prefix = ""
     # Some optimizers draw random numbers. The training must draw the same ones as without this trial.
-    with torch.random.fork_rng(devices=devices), _without_noise():
+    with torch.random.fork_rng(devices=devices):
         try:
             stand_ins = [Parameter(random(*shape)) for shape in sorted(shapes, key=str)]
             optimizer = build(stand_ins)
@@ -229,14 +251,6 @@ def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Paramete
     return None
 
 
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    with warnings.catch_warnings():
-        for start in NOISE:
-            warnings.filterwarnings("ignore", message=start)
-        yield
-
-
 # --- capturing a step in a CUDA graph
 
 
@@ -246,20 +260,6 @@ def capturable(optimizer: Optimizer, scheduler: LRScheduler) -> bool:
     if can is None or getattr(scheduler, "cycle_momentum", False):
         return False
     return all(can(group) for group in optimizer.param_groups)
-
-
-@contextmanager
-def use_rate_tensors(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, a step reads its learning rate from `rates`, one scalar float32 on the device for each group: a captured
-    step then uses the value that lies there when it is replayed."""
-    values = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    try:
-        yield
-    finally:
-        for group, value in zip(optimizer.param_groups, values, strict=True):
-            group["lr"] = value
 
 
 def reset_state(optimizer: Optimizer) -> None:
@@ -294,51 +294,31 @@ def _note_applied_lr(optimizer: Any, *_: Any) -> None:
 
 # --- schedules
 
-Positive = Annotated[float, Field(gt=0)] | None
-NotNegative = Annotated[float, Field(ge=0)] | None
-Fraction = Annotated[float, Field(ge=0, le=1)] | None
+Fraction = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
+_MOMENTUM: dict[str, Any] = {"cycle_momentum": bool, "base_momentum": Fraction, "max_momentum": Fraction}
 
-
-class _ScheduleOptions(BaseModel):
-    """A schedule's options, named as in torch. None stands for the default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _CosineOptions(_ScheduleOptions):
-    T_max: Positive = None
-    eta_min: NotNegative = None
-
-
-class _MomentumOptions(_ScheduleOptions):
-    cycle_momentum: bool | None = None
-    base_momentum: Fraction = None
-    max_momentum: Fraction = None
-
-
-class _CyclicOptions(_MomentumOptions):
-    base_lr: NotNegative = None
-    max_lr: Positive = None
-    step_size_up: Positive = None
-    step_size_down: Positive = None
-    mode: Literal["triangular", "triangular2", "exp_range"] | None = None
-    gamma: Positive = None
-
-
-class _OneCycleOptions(_MomentumOptions):
-    pct_start: Fraction = None
-    anneal_strategy: Literal["cos", "linear"] | None = None
-    div_factor: Positive = None
-    final_div_factor: Positive = None
-    three_phase: bool | None = None
-
-
-SCHEDULERS: dict[str, type[_ScheduleOptions]] = {
-    "cosine": _CosineOptions,
-    "cyclic": _CyclicOptions,
-    "onecycle": _OneCycleOptions,
-    "constant": _ScheduleOptions,
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "cosine": {"T_max": PositiveFloat, "eta_min": NonNegativeFloat},
+    "cyclic": {
+        "base_lr": NonNegativeFloat,
+        "max_lr": PositiveFloat,
+        "step_size_up": PositiveFloat,
+        "step_size_down": PositiveFloat,
+        "mode": Literal["triangular", "triangular2", "exp_range"],
+        "gamma": PositiveFloat,
+        **_MOMENTUM,
+    },
+    "onecycle": {
+        "pct_start": Fraction,
+        "anneal_strategy": Literal["cos", "linear"],
+        "div_factor": PositiveFloat,
+        "final_div_factor": PositiveFloat,
+        "three_phase": bool,
+        **_MOMENTUM,
+    },
+    "constant": {},
 }
+"""Schedule -> its options, named as in torch, and their types: torch itself checks few of them."""
 
 
 def build_scheduler(
@@ -366,7 +346,12 @@ def build_scheduler(
     if name not in SCHEDULERS:
         raise _refused("scheduler", name, f"expected {' | '.join(SCHEDULERS)}{_hint(name, SCHEDULERS)}")
     setting = f"scheduler_options.{name}"
-    given = _validated(SCHEDULERS[name], setting, options)
+    types, given = SCHEDULERS[name], {}
+    for option, value in options.items():
+        if option not in types:
+            raise _unknown(setting, option, types)
+        if value is not None:  # None stands for the default
+            given[option] = config.read_value(f"{setting}.{option}", value, types[option])
     moves = epochs * moves_per_epoch
     _check_warmup(name, epochs, warmup_epochs)
     if name in ("constant", "cosine"):
@@ -406,55 +391,11 @@ def _factor(move: int, warmup: int, lowest: float, fall: float) -> float:
 def _check_warmup(name: str, epochs: int, warmup_epochs: float) -> None:
     if warmup_epochs and name not in ("constant", "cosine"):
         raise _refused("warmup_epochs", warmup_epochs, f"{name} has its own climb; expected 0")
-    if not 0 <= warmup_epochs < epochs:
-        raise _refused("warmup_epochs", warmup_epochs, f"expected from 0 to below epochs, {epochs}")
+    if warmup_epochs >= epochs:
+        raise _refused("warmup_epochs", warmup_epochs, f"expected less than epochs, {epochs}")
 
 
-# --- checks and errors
-
-
-def check(
-    optimizer: str,
-    scheduler: str,
-    *,
-    optimizer_options: Options,
-    scheduler_options: Options,
-    lr: float,
-    epochs: int,
-    per_batch: bool,
-    warmup_epochs: float,
-) -> None:
-    """Build both for a model of one small matrix, so that a mistake shows before any data is touched.
-
-    What depends on the model shows in `build_optimizer`: `muon` takes matrices only. Raises UsageError.
-    """
-    # One argument for each setting that it checks.
-    if not per_batch and warmup_epochs != int(warmup_epochs):
-        raise _refused("warmup_epochs", warmup_epochs, "expected whole epochs, as the schedule moves by epochs")
-    steps = 100  # the number of steps in an epoch isn't known yet; any plausible one does
-    matrix = Parameter(torch.zeros(4, 4))
-    built = build_optimizer(optimizer, [matrix], lr=lr, options=optimizer_options, total_steps=epochs * steps)
-    build_scheduler(
-        scheduler,
-        built,
-        options=scheduler_options,
-        lr=lr,
-        epochs=epochs,
-        moves_per_epoch=steps if per_batch else 1,
-        warmup_epochs=warmup_epochs,
-    )
-
-
-def _validated(model: type[_ScheduleOptions], setting: str, options: Options) -> dict[str, Any]:
-    """The options that are not None, typed. Raises UsageError for the first one that `model` refuses."""
-    for option in options:
-        if option not in model.model_fields:
-            raise _unknown(setting, option, model.model_fields)
-    try:
-        return model.model_validate(dict(options)).model_dump(exclude_none=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _refused(f"{setting}.{first['loc'][0]}", first["input"], first["msg"].lower()) from None
+# --- errors
 
 
 def _one_line(error: Exception) -> str:
@@ -471,5 +412,5 @@ def _unknown(setting: str, option: str, known: Iterable[str]) -> UsageError:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = nearest(name, known)
+    return f"; did you mean {close}?" if close else ""

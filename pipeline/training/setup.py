@@ -1,7 +1,7 @@
 """Everything that a training needs on its device: model, loop, batches, memory, and the roofline of its own step."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class TrainingSetup:
         recipe = self.recipe
         return loop.TrainLoop(
             self._network,
-            lambda: make_optimizer(recipe, self.net, self._images, self._backend.optimizer_options),
+            self._make_optimizer,
             self._backend,
             self._clock,
             loop.LoopOptions(
@@ -137,6 +137,11 @@ class TrainingSetup:
             prepare=prepare,
             set_train_mode=lambda: classifier.set_train_mode(self.net, recipe.frozen_batch_norm),
         )
+
+    def _make_optimizer(self) -> loop.Schedule:
+        params = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        steps_per_epoch = math.ceil(self._images / self.recipe.batch_size)
+        return optimizers.build(self.recipe, params, steps_per_epoch, self._backend.optimizer_options)
 
     def _make_feature_step(self, prepare: loop.Prepare, use_cuda_graph: bool) -> Callable[[Tensor], Tensor]:
         return loop.make_feature_step(
@@ -373,30 +378,3 @@ def make_prepare(images: batching.Split, image_size: int, backend: Backend, *, c
         return batching.prepare(batch, image_size, enlarge, channels_last=channels_last)
 
     return prepare
-
-
-def make_optimizer(
-    recipe: config.Recipe, net: torch.nn.Module, images: int, fastest: Mapping[str, Any] | None = None
-) -> loop.Schedule:
-    """The recipe's optimizer for what is trainable in `net`, and its schedule over epochs of `images` images. See
-    `optimizers.build_optimizer` for `fastest`."""
-    steps = -(-images // recipe.batch_size)
-    chosen = recipe.resolved()
-    optimizer = optimizers.build_optimizer(
-        recipe.optimizer,
-        [parameter for parameter in net.parameters() if parameter.requires_grad],
-        lr=recipe.lr,
-        options=chosen["optimizer_options"],
-        total_steps=steps * recipe.epochs,
-        fastest=fastest,
-    )
-    scheduler = optimizers.build_scheduler(
-        recipe.scheduler,
-        optimizer,
-        options=chosen["scheduler_options"],
-        lr=recipe.lr,
-        epochs=recipe.epochs,
-        moves_per_epoch=steps if recipe.scheduler_step == "batch" else 1,
-        warmup_epochs=recipe.warmup_epochs,
-    )
-    return optimizer, scheduler
