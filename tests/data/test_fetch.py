@@ -329,38 +329,12 @@ def test_a_bar_on_a_terminal(data, server, capsys, monkeypatch):
 # The disk
 
 
-class FullDisk(io.FileIO):
-    """A file on a disk with room for CUT bytes more."""
-
-    room = CUT
-
-    def write(self, content):
-        written = super().write(content[: self.room])
-        self.room -= written
-        if written == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return written
-
-
-def test_no_space_for_the_download(data, server, monkeypatch):
-    plain_open = Path.open
-
-    def open_on_full_disk(path, mode="r", **options):
-        if "b" in mode and mode != "rb":
-            return io.BufferedWriter(FullDisk(path, mode))
-        return plain_open(path, mode, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", open_on_full_disk)
-        message = fails(StageError, fetch.fetch_cifar10, data, server.urls("good", "good"), 5)
-    assert "no disk space" in message
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_no_space_for_the_download(data, server):
+    data.mkdir(parents=True)
+    part_of(data).symlink_to("/dev/full")
+    assert "no disk space" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good", "good"), 5)
     assert len(server.requests) == 1  # another mirror would not help
-    assert part_of(data).read_bytes() == ARCHIVE[:CUT]
-    assert {p.name for p in data.iterdir()} == {part_of(data).name}
-
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert server.requests[1:] == [("good", f"bytes={CUT}-")]
-    assert fetch.cifar10_present(data)
 
 
 def test_no_space_to_unpack(data, server, monkeypatch):
@@ -379,12 +353,6 @@ def test_no_space_to_unpack(data, server, monkeypatch):
 
     fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert fetch.cifar10_present(data)
-
-
-def test_a_file_where_the_folder_should_be(tmp_path, server):
-    put(tmp_path / "raw", b"")
-    message = fails(StageError, fetch.fetch_cifar10, tmp_path / "raw", server.urls("good"), 5)
-    assert f"can't write {tmp_path / 'raw'}" in message
 
 
 def test_a_sound_archive_with_other_batches_is_not_taken(data, server, monkeypatch):

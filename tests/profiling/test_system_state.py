@@ -108,28 +108,20 @@ def test_a_mac_tells_its_power_mode_thermal_pressure_and_swap(quiet, monkeypatch
 @pytest.mark.parametrize(
     ("text", "mode"),
     [
-        (PMSET, True),
-        (PMSET.replace("lowpowermode         1", "lowpowermode         0"), False),
-        (PMSET.replace("lowpowermode  ", "powermode     "), True),
-        (PMSET.replace("lowpowermode         1", "powermode            2"), False),
-        (PMSET.replace(" lowpowermode         1\n", ""), None),
+        (" sleep 1\n lowpowermode         1\n", True),
+        (" lowpowermode         0\n", False),
+        (" powermode            1\n", True),
+        (" powermode            2\n", False),  # high power
+        (" sleep 1\n", None),
     ],
 )
 def test_a_macs_low_power_mode_is_one_of_two_keys(text, mode):
     assert system_state.parse_pmset(text) is mode
 
 
-@pytest.mark.parametrize(
-    ("text", "level"),
-    [
-        ("com.apple.system.thermalpressurelevel 0\n", "nominal"),
-        ("com.apple.system.thermalpressurelevel 4\n", "sleeping"),
-        ("com.apple.system.thermalpressurelevel 20\n", None),  # iOS's scale
-        ("com.apple.system.thermalpressurelevel: Failed with code 1\n", None),
-    ],
-)
-def test_thermal_pressure_is_named_as_apple_does(text, level):
-    assert system_state.parse_thermal_pressure(text) == level
+@pytest.mark.parametrize(("level", "name"), [("0", "nominal"), ("4", "sleeping"), ("20", None), (": Failed", None)])
+def test_thermal_pressure_is_named_as_apple_does(level, name):
+    assert system_state.parse_thermal_pressure(f"com.apple.system.thermalpressurelevel {level}\n") == name
 
 
 @pytest.mark.parametrize(("profile", "mode"), [("low-power\n", True), ("balanced\n", False), ("", None)])
@@ -297,16 +289,7 @@ def test_a_trend_is_rarely_seen_where_there_is_none(phi, count):
         assert rate >= 0.005  # at its level, and not just blind
 
 
-@pytest.mark.parametrize("phi", [0.0, 0.7])
-def test_a_drift_of_a_tenth_is_found(phi):
-    slower = np.linspace(1.0, 1.1, 60) + 0.01 * noise(np.random.default_rng(0), phi, 60, 200)
-    words = [system_state.behavior({}, {}, list(seconds)) for seconds in slower]
-    assert np.mean(["drift" in sentences for sentences in words]) >= 0.95
-
-
-def test_a_trend_in_independent_differences_is_students_t():
-    # By hand, for phi = 0: Sxx = 10, Sxy = 0.9, Syy = 0.1, so r^2 = 0.81 and t = sqrt(3 * 0.81 / 0.19) = 3.576.
-    assert system_state.trend_p_value([9.8, 9.9, 10.0, 10.2, 10.1], phi=0.0) == pytest.approx(0.0374, abs=1e-4)
+def test_a_straight_line_is_no_chance():
     assert system_state.trend_p_value([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) < 1e-9
 
 
