@@ -4,7 +4,7 @@ To add a backend, write `devices/<kind>.py` with one subclass of `Backend` whose
 `tests/devices/test_<kind>.py`. Everything else follows from the file: `device: <kind>` is allowed, `device: auto` finds
 it, messages list it, and the tests of all backends (tests/devices/test_backends.py) include it.
 
-- It must set `kind`, `name` and `precisions`, and override `count`, `synchronize` and `facts`.
+- It must set `kind` and `name`, and override `count`, `synchronize` and `facts`.
 - It may override everything else. The defaults are those of a device that offers nothing.
 - A GPU whose torch module works like torch.cuda (torch.xpu, for example) should subclass `Accelerator`: it then needs
   only the attributes and `facts`.
