@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, files, terminal
-from pipeline.data import datasets
+from pipeline.data import datasets, fetch
 from pipeline.models import weights
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Write `folder/inputs.json`: sources, digests, counts, classes and fallbacks of data and weights."""
+    if _must_download(settings):
+        _check_available(settings)
     data = datasets.resolve(settings.data)
     start = weights.resolve(settings.work)
     fallback = [name for name, facts in (("data", data), ("weights", start)) if facts["reason"]]
@@ -31,6 +33,26 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
             "the next run tries again; docs/devices.md says how to bring both by hand",
         )
     return inputs
+
+
+def _must_download(settings: config.Settings) -> bool:
+    """Whether data or weights are missing that `auto`, `cifar10` or `pretrained` would download."""
+    data, recipe = settings.data, settings.work
+    is_there = any((data.folder / name).exists() for name in (fetch.ARCHIVE, fetch.BATCHES))
+    return (data.source in ("auto", "cifar10") and not is_there) or (
+        recipe.weights == "pretrained" and not weights.is_cached(recipe.model)
+    )
+
+
+def _check_available(settings: config.Settings) -> None:
+    """Raise UsageError for a device, model, optimizer or schedule that training would refuse."""
+    from pipeline import devices  # these import torch, which takes seconds: only before a download, which takes longer
+    from pipeline.models import classifier
+    from pipeline.training import optimizers
+
+    devices.select(settings.device)
+    classifier.check_name(settings.work.model)
+    optimizers.check(settings.work)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,3 +143,31 @@ def test_what_was_asked_for_by_name_is_not_replaced(tmp_path, override, error, n
     settings = auto(tmp_path, override)
     assert named in fails(error, download.run, settings, tmp_path / "outputs")
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("device=xpu:7", 'device: "xpu:7"'),
+        ("model=resnet81", 'model: "resnet81"'),
+        ("optimizer=sgdd", 'optimizer: "sgdd"'),
+        ("scheduler_options.onecycle.pct=1", "scheduler_options.onecycle.pct"),
+    ],
+)
+@pytest.mark.parametrize("missing", ["data.source=cifar10", "data.source=synthetic"])  # the archive; only weights
+def test_what_can_not_be_trained_is_refused_before_a_download(tmp_path, monkeypatch, override, named, missing):
+    for owner, name in ((fetch, "fetch_cifar10"), (weights, "_fetch"), (fetch, "reachable")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it was downloaded first"))
+    settings = auto(tmp_path, "recipe=finetune", "scheduler=onecycle", missing, override)
+    assert fails(UsageError, download.run, settings, tmp_path / "outputs").startswith(named)
+
+
+def test_without_a_download_no_torch_is_imported(pictures, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline import config, download;"
+        "download.run(config.load(sys.argv[2:]), Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    settings = ["data.source=folder", f"data.path={json.dumps(str(pictures))}", "weights=random", "device=cpu"]
+    command = [sys.executable, "-c", code, str(tmp_path / "outputs"), *settings]
+    ended = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.splitlines()[-1] == "False"

@@ -46,6 +46,12 @@ def locate(facts: dict[str, Any], recipe: config.Recipe) -> Path | None:
     return path
 
 
+def is_cached(model: str) -> bool:
+    """Whether the pretrained weights of `model` were downloaded before. Does not import timm."""
+    hub = _known_hub_files().get(model)
+    return hub is not None and _cached_file(*hub) is not None
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -53,8 +59,7 @@ def _digest(path: Path) -> str:
 
 def _hub_file(model: str) -> tuple[str, str]:
     """Repository and file on the hub. Importing timm to ask it takes seconds, so its answers are cached."""
-    cached = datasets.CACHE / "hub.json"
-    hub_files: dict[str, list[str]] = json.loads(cached.read_text(encoding="utf-8")) if cached.exists() else {}
+    hub_files = _known_hub_files()
     if model not in hub_files:
         from pipeline.models.classifier import hub_file
 
@@ -62,9 +67,15 @@ def _hub_file(model: str) -> tuple[str, str]:
         if answer is None:
             raise UsageError(f'weights: "pretrained" is not there for {model}: expected random | a .safetensors file')
         hub_files[model] = list(answer)
-        files.write_json(cached, hub_files)
+        files.write_json(datasets.CACHE / "hub.json", hub_files)
     repository, name = hub_files[model]
     return repository, name
+
+
+def _known_hub_files() -> dict[str, list[str]]:
+    """Repository and file by model, as timm answered before."""
+    cached = datasets.CACHE / "hub.json"
+    return json.loads(cached.read_text(encoding="utf-8")) if cached.exists() else {}
 
 
 def _cached_file(repository: str, name: str) -> Path | None:
