@@ -211,7 +211,9 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
         _put(tree, key, value)
     if "recipe" in tree:
         _check_recipe(tree["recipe"], tree.get("recipes"))
-    return _validated(Settings, tree, path.name)
+    settings = _validated(Settings, tree, path.name)
+    _find_prices(settings.compare.prices)
+    return settings
 
 
 def read_prices(setting: str) -> dict[str, Price] | None:
@@ -220,11 +222,9 @@ def read_prices(setting: str) -> dict[str, Price] | None:
     None where the default file is missing. Raises UsageError, in one line, for anything that does not fit: a file named
     by hand that is missing, or a price without currency, date or source.
     """
-    path = absolute(setting)
-    if not path.exists():
-        if setting == DEFAULT_PRICES:
-            return None
-        raise UsageError(f"compare.prices: {json.dumps(setting)} does not exist: expected a file of prices")
+    path = _find_prices(setting)
+    if path is None:
+        return None
     tree = read_yaml(path, "prices by the names of hardware")
     try:
         prices = _validated(dict[str, Price], tree, path.name)
@@ -234,6 +234,15 @@ def read_prices(setting: str) -> dict[str, Price] | None:
         if price.buy is None and price.per_hour is None:
             raise UsageError(f"{path.name}: {name}: expected buy or per_hour, with currency, date and source")
     return prices
+
+
+def _find_prices(setting: str) -> Path | None:
+    path = absolute(setting)
+    if path.exists():
+        return path
+    if setting == DEFAULT_PRICES:
+        return None
+    raise UsageError(f"compare.prices: {json.dumps(setting)} does not exist: expected a file of prices")
 
 
 def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:

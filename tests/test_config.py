@@ -442,9 +442,7 @@ def test_prices_by_hardware(tmp_path):
 def test_only_the_default_file_of_prices_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ROOT", tmp_path)
     assert config.read_prices(PARAMS["compare"]["prices"]) is None
-    with pytest.raises(UsageError) as caught:
-        config.read_prices("mine.yaml")
-    assert str(caught.value).startswith('compare.prices: "mine.yaml" ')
+    assert refusal("compare.prices=mine.yaml").startswith('compare.prices: "mine.yaml" ')
 
 
 @pytest.mark.parametrize(
