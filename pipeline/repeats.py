@@ -1,8 +1,7 @@
-"""Repeats: each is a process of its own, one after another, with the seeds `seed`, `seed` + 1, ...
+"""Repeats: each is a process, one after another, with the seeds `seed`, `seed` + 1, ...
 
-The driver, which imports no torch, writes a plan before it starts the first process, and starts one for each repeat
-that is missing. So a set of repeats that was cut off goes on where it ended. A child learns from an environment
-variable which repeat it is.
+The driver imports no torch. It writes a plan before it starts the first process, and starts one for each repeat that
+is missing, so that a set that was interrupted goes on. A child learns from an environment variable which repeat it is.
 """
 
 import dataclasses
@@ -31,24 +30,27 @@ else:
     import fcntl
 
 CHILD = "TRAINMARK_REPEAT"
-"""Environment variable that a driver sets for its child: `<number of the repeat>:<folder>`. No user's setting."""
+"""Environment variable that a driver sets for its child: `<number of the repeat>:<folder>`. Not a user's setting."""
 
 PLAN, LOCK = "set.json", ".lock"
-"""The plan, in the folder of the driver's first stage; and the file that a driver and its children hold."""
+"""The plan, in the folder of the driver's first stage, and the file that a driver and its children lock."""
 
 UNFINISHED = ".unfinished"
-"""Folder beside the stages' that keeps what each repeat of an unfinished set left. DVC deletes the outputs of a stage
-before it starts it again."""
+"""Folder beside the stages' with the outputs of each complete repeat of an unfinished set. DVC deletes the outputs of a
+stage before it starts it again."""
 
 NOT_FIXED = ("compare", "tracking", "repeat_pause")
-"""Settings that may change while a set of repeats goes on."""
+"""Settings that may change before a set goes on."""
 
-Run = Callable[[config.Settings, Path, int], Any]
+RunStage = Callable[[config.Settings, Path, int], Any]
 """Runs a stage for one repeat: settings, folder of all stages, number of the repeat from 1."""
+
+StartChild = Callable[[int, Path, IO[str]], int]
+"""Runs a repeat in a process: its number, the folder of all stages, the locked file. Returns the exit status."""
 
 
 class RepeatFailedError(StageError):
-    """A child ended with another exit status than 0, which is the driver's then."""
+    """A child ended with another exit status than 0. The driver ends with the same."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -57,35 +59,33 @@ class RepeatFailedError(StageError):
 
 @dataclass
 class Plan:
-    """What is written before the first repeat starts, and what has happened since."""
+    """What is written before the first repeat starts, and what happened since. Times are in ms since 1970."""
 
     id: str
     repeats: int
-    """How many are planned."""
     seeds: list[int]
     pause_seconds: float
-    """Of waiting between two processes."""
     fixed: dict[str, Any]
-    """What must not change between two repeats, by dotted key."""
+    """What must be the same for all repeats, by dotted key."""
     order: list[dict[str, Any]] = field(default_factory=list)
-    """Of each process that was started: `repeat`, `start`, `end` (milliseconds since 1970), `status`, and
-    `pause_seconds` since the repeat before it was complete. One that was killed together with its driver has no end."""
+    """For each process: `repeat`, `start`, `end`, `status`, and `pause_seconds` since the end of the last complete one.
+    A process that was killed together with its driver has no end."""
     ended: int | None = None
-    """When the set was complete; None: it is not yet."""
+    """When the set was complete. None: not yet."""
 
     @classmethod
     def read(cls, path: Path) -> "Plan | None":
-        """The plan at `path`; None where there is none that can be read."""
+        """The plan at `path`. None if there is none that can be read."""
         with suppress(StageError, TypeError):
             return cls(**files.read_json(path))
         return None
 
     def write(self, path: Path) -> None:
-        """Writes the plan, whole or not at all."""
+        """Write the plan atomically."""
         files.write_json(path, dataclasses.asdict(self))
 
     def last_end(self) -> int | None:
-        """When the last complete repeat ended, in milliseconds since 1970."""
+        """When the last complete repeat ended."""
         return max((entry["end"] for entry in self.order if entry.get("status") == 0), default=None)
 
 
@@ -93,19 +93,19 @@ class Plan:
 
 
 def start_stage(doc: str | None, stage: str) -> None:
-    """What a stage's command does before it imports torch, which takes seconds: answers --help, refuses a wrong
-    setting, and drives the stage where it is repeated, which ends the process."""
+    """Answer --help and refuse a wrong setting before torch is imported, which takes seconds. Then run the repeats of a
+    stage that has several, and exit."""
     settings = cli.parse_early(doc)
     if _child_environment() is None:
         with cli.exit_on_error(cli.program()):
             planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
             if planned > 1:
-                run_repeats(settings, cli.OUTPUTS, [stage], planned, child_command(stage))
+                run_repeats(settings, cli.OUTPUTS, [stage], planned, child_starter(stage))
                 sys.exit(0)
 
 
-def run_stage(stage: str, run: Run, doc: str | None) -> None:
-    """Runs a stage from the command line, as a driver's child or once, and ends the process with its exit status."""
+def run_stage(stage: str, run: RunStage, doc: str | None) -> None:
+    """Run a stage from the command line, for one repeat in a driver's child, else once."""
 
     def once(settings: config.Settings, folder: Path) -> None:
         run(settings, folder, 1)
@@ -115,8 +115,8 @@ def run_stage(stage: str, run: Run, doc: str | None) -> None:
         cli.main(once, doc)
 
 
-def run_as_child(run: Run, doc: str | None) -> bool:
-    """Runs one repeat where this process is a driver's child, and ends the process; else False."""
+def run_as_child(run: RunStage, doc: str | None) -> bool:
+    """Run one repeat if this process is a driver's child. Returns whether it is."""
     child = _child_environment()
     if child is None:
         return False
@@ -133,11 +133,6 @@ def run_as_child(run: Run, doc: str | None) -> bool:
     return True
 
 
-def child_command(name: str) -> list[str]:
-    """The command of a child: this process's own, as a module of Python."""
-    return [sys.executable, "-m", f"pipeline.{name}", *sys.argv[1:]]
-
-
 def _child_environment() -> tuple[int, Path] | None:
     number, _, folder = os.environ.get(CHILD, "").partition(":")
     return (int(number), Path(folder)) if number else None
@@ -147,27 +142,27 @@ def _child_environment() -> tuple[int, Path] | None:
 
 
 def run_repeats(
-    settings: config.Settings, folder: Path, stages: Sequence[str], planned: int, command: Sequence[str]
+    settings: config.Settings, folder: Path, stages: Sequence[str], planned: int, start_child: StartChild
 ) -> None:
-    """Starts `command`, which runs `stages` for one repeat, for each repeat that is missing in `folder`.
+    """Run `stages` for each repeat that is missing in `folder`, each in a process.
 
-    A set that was cut off goes on, if nothing that matters has changed; everything else starts anew, and what earlier
-    ones left is deleted. Raises RepeatFailedError where a child fails, StageError where another process is at it;
-    the run above the repeats is then FAILED, after Ctrl-C (and SIGTERM) KILLED.
+    An interrupted set goes on if nothing that matters has changed, else a new set starts and old outputs are deleted.
+    Raises RepeatFailedError if a child fails, and StageError if another process works there. The parent run is then
+    FAILED, or KILLED after Ctrl-C and SIGTERM.
     """
     from pipeline.tracking import publisher, store  # MLflow takes seconds to import, and most commands need no driver
 
     store.store_uri()  # refuses a store that would be lost, before any work
     path = folder / stages[0] / PLAN
     with _lock(folder) as lock, _stoppable(twice=True):
-        plan = _load_or_new_plan(settings, folder, stages, planned)
+        plan = _resume_or_plan(settings, folder, stages, planned)
         try:
             for number in range(1, planned + 1):
-                if not _missing_of(plan, folder, stages, number):
+                if not _missing_stages(plan, folder, stages, number):
                     continue
-                if "train" in stages or "sustain" in stages:  # an accuracy is the same at any hour
+                if list(stages) != ["evaluate"]:  # an accuracy does not depend on the machine's temperature
                     _pause(plan)
-                _run_repeat(plan, path, number, command, folder, lock)
+                _run_repeat(plan, path, number, lambda number: start_child(number, folder, lock))
                 _save_repeat(folder, stages, number)
                 if "train" in stages:
                     record = files.read_json(records.stage_folders(folder, number)["train"] / "record.json")
@@ -183,85 +178,84 @@ def run_repeats(
 
 
 def find_unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
-    """The folder below `base` that holds a set of repeats which was cut off, and which goes on with `settings` and with
-    what `folder` says of machine, data and weights; of several the one that was worked on last. Where there is none,
-    it says why the last set does not go on."""
+    """The folder below `base` with an interrupted set that goes on with `settings` and the machine, data and weights of
+    `folder`, the last one used if there are several. If there is none, say why the last set does not go on."""
     fixed = _fixed_values(settings, folder, ["train"])
     paths = sorted(base.glob(f"*/train/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     plans = [(path.parent.parent, plan) for path in paths if (plan := Plan.read(path)) and plan.ended is None]
     for other, plan in plans:
         if plan.fixed == fixed and _is_free(other):
             return other
-    for other, plan in plans[:1]:
-        if plan.fixed != fixed:
-            terminal.say(f"note     {_difference(plan, fixed)}, in {other.name}: a new set starts")
+    if plans and plans[0][1].fixed != fixed:
+        other, plan = plans[0]
+        terminal.say(f"note     {_difference(plan, fixed)}, in {other.name}: a new set starts")
     return None
 
 
 def missing_stages(folder: Path, stages: Sequence[str], number: int) -> list[str]:
-    """The stages, of those that a driver runs in one process, whose record of this repeat is not there."""
-    return _missing_of(_plan(folder, stages[0]), folder, stages, number)
+    """Those of a process's `stages` that have no record of this repeat."""
+    plan = Plan(**files.read_json(folder / stages[0] / PLAN))
+    return _missing_stages(plan, folder, stages, number)
 
 
 def repeat_tags(settings: config.Settings, folder: Path, number: int) -> dict[str, str]:
-    """The tags of the training that is this repeat (see records.py); of a single one there are none."""
+    """The tags of a training that say which repeat it is (see records.py). A single one has none."""
     if settings.repeats == 1:
         return {}
-    plan = _plan(folder, "train")
-    own = {"repeats.id": plan.id, "repeat": str(number), "repeats": str(plan.repeats)}
+    plan = Plan(**files.read_json(folder / "train" / PLAN))
+    tags = {"repeats.id": plan.id, "repeat": str(number), "repeats": str(plan.repeats)}
     pause = plan.order[-1].get("pause_seconds")
-    return own if pause is None else own | {"repeat.pause_seconds": f"{pause:.1f}"}
+    return tags if pause is None else tags | {"repeat.pause_seconds": f"{pause:.1f}"}
 
 
 def clear_outputs(folder: Path, stage: str, number: int, planned: int) -> Path:
-    """The folder of a stage's repeat, without anything of an earlier one. The first of several has the others, and the
-    plan, in it: these stay."""
+    """Delete what an earlier repeat left in a stage's folder, and return that folder. The first of several repeats has
+    the other ones and the plan in its folder, which stay."""
     out = records.stage_folders(folder, number)[stage]
-    kept = {"repeats", PLAN} if number == 1 and planned > 1 else set()
+    preserved = {"repeats", PLAN} if number == 1 and planned > 1 else set()
     for path in out.iterdir() if out.exists() else ():
-        if path.name not in kept:
+        if path.name not in preserved:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return out
 
 
 def summarise(folder: Path, stage: str) -> None:
-    """Writes what a stage found of all repeats, or of a single training."""
+    """Write the metrics of all repeats of a stage, or of a single training, and their summary."""
     trained = records.training_records(folder)
     if stage == "train":
-        figures = [records.final_metrics(record) for record in trained]
+        metrics = [records.final_metrics(record) for record in trained]
     else:
-        paths = [
-            records.stage_folders(folder, records.repeat_number(record))[stage] / "record.json" for record in trained
-        ]
-        figures = [files.read_json(path)["metrics"] for path in paths]
-    records.write_summary(folder, stage, trained, figures)
+        paths = [records.stage_folders(folder, records.repeat_number(record))[stage] for record in trained]
+        metrics = [files.read_json(path / "record.json")["metrics"] for path in paths]
+    records.write_summary(folder, stage, trained, metrics)
     if stage == "evaluate" and len(trained) > 1:
-        terminal.say(f"repeats  {records.describe_spread([record['metrics'] for record in trained], figures)}")
+        terminal.say(f"repeats  {records.describe_spread([record['metrics'] for record in trained], metrics)}")
 
 
-def _load_or_new_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
-    """The plan of a set that was cut off, or a new one, written, with nothing left of what was there."""
+def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
+    """The plan of an interrupted set, or a new one, after deleting the outputs of an earlier set."""
     from pipeline.tracking import store
 
     path = folder / stages[0] / PLAN
     fixed = _fixed_values(settings, folder, stages)
     plan = Plan.read(path)
-    if plan is not None and plan.ended is None and plan.fixed == fixed:
-        _restore_repeats(folder, stages)
-        whole = sum(not _missing_of(plan, folder, stages, number) for number in range(1, planned + 1))
-        terminal.say(f"resumed  {whole} of {planned} repeats are there")
-        # What was killed could not say so.
-        store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present_records(folder)])
-        store.refer_given_run(plan.id)
-        plan.pause_seconds = settings.repeat_pause
-        return plan
     if plan is not None and plan.ended is None:
+        if plan.fixed == fixed:
+            _restore_saved(folder, stages)
+            complete = sum(not _missing_stages(plan, folder, stages, number) for number in range(1, planned + 1))
+            terminal.say(f"resumed  {complete} of {planned} repeats are there")
+            # A process that was killed could not end its run.
+            store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present_records(folder)])
+            store.refer_given_run(plan.id)
+            plan.pause_seconds = settings.repeat_pause
+            return plan
         terminal.say(f"note     {_difference(plan, fixed)}: it starts anew")
     if "train" in stages:
         set_id, seeds = uuid.uuid4().hex, [settings.seed + number for number in range(planned)]
     else:
         trained = records.training_records(folder)
-        set_id, seeds = trained[0]["tags"]["repeats.id"], [int(each["params"]["settings.seed"]) for each in trained]
+        set_id = trained[0]["tags"]["repeats.id"]
+        seeds = [int(record["params"]["settings.seed"]) for record in trained]
     _delete_saved(folder, stages)
     for stage in stages:
         shutil.rmtree(folder / stage, ignore_errors=True)
@@ -271,23 +265,24 @@ def _load_or_new_plan(settings: config.Settings, folder: Path, stages: Sequence[
 
 
 def _save_repeat(folder: Path, stages: Sequence[str], number: int) -> None:
-    """Keeps what a repeat left, whole or not at all. Links take no room."""
+    """Save what a repeat left, whole or not at all, as links where the file system has them."""
     for stage in stages:
-        kept = folder / UNFINISHED / stage / str(number)
-        aside = kept.with_name(f".{number}")
-        shutil.rmtree(aside, ignore_errors=True)
-        others = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
-        shutil.copytree(records.stage_folders(folder, number)[stage], aside, ignore=others, copy_function=_link)
-        shutil.rmtree(kept, ignore_errors=True)
-        aside.replace(kept)
+        saved = folder / UNFINISHED / stage / str(number)
+        partial = saved.with_name(f".{number}")
+        shutil.rmtree(partial, ignore_errors=True)
+        not_its_own = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
+        source = records.stage_folders(folder, number)[stage]
+        shutil.copytree(source, partial, ignore=not_its_own, copy_function=_link_if_missing)
+        shutil.rmtree(saved, ignore_errors=True)
+        partial.replace(saved)
 
 
-def _restore_repeats(folder: Path, stages: Sequence[str]) -> None:
-    """Puts what was kept of each repeat back to where it was deleted."""
+def _restore_saved(folder: Path, stages: Sequence[str]) -> None:
+    """Put back what was deleted of each saved repeat."""
     for stage in stages:
-        for kept in (folder / UNFINISHED / stage).glob("[0-9]*"):
-            target = records.stage_folders(folder, int(kept.name))[stage]
-            shutil.copytree(kept, target, copy_function=_link, dirs_exist_ok=True)
+        for saved in (folder / UNFINISHED / stage).glob("[0-9]*"):
+            target = records.stage_folders(folder, int(saved.name))[stage]
+            shutil.copytree(saved, target, copy_function=_link_if_missing, dirs_exist_ok=True)
 
 
 def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
@@ -295,8 +290,7 @@ def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
         shutil.rmtree(folder / UNFINISHED / stage, ignore_errors=True)
 
 
-def _link(source: str, target: str) -> None:
-    """Makes `target` the same file, or a copy where the file system has no links; one that is there stays."""
+def _link_if_missing(source: str, target: str) -> None:
     if not Path(target).exists():
         try:
             os.link(source, target)
@@ -304,23 +298,18 @@ def _link(source: str, target: str) -> None:
             shutil.copy2(source, target)
 
 
-def _plan(folder: Path, stage: str) -> Plan:
-    """The plan that a driver wrote for its children."""
-    return Plan(**files.read_json(folder / stage / PLAN))
-
-
-def _missing_of(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> list[str]:
-    own = records.stage_folders(folder, number)
-    left = {stage: own[stage] / "record.json" for stage in ("train", *stages)}
-    found = {stage: files.read_json(path) for stage, path in left.items() if path.exists()}
-    training = found.get("train")
+def _missing_stages(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> list[str]:
+    folders = records.stage_folders(folder, number)
+    paths = {stage: folders[stage] / "record.json" for stage in ("train", *stages)}
+    present = {stage: files.read_json(path) for stage, path in paths.items() if path.exists()}
+    training = present.get("train")
     if training is None or training["tags"].get("repeats.id") != plan.id:
         return list(stages)
-    return [stage for stage in stages if stage not in found or found[stage]["id"] != training["id"]]
+    return [stage for stage in stages if stage not in present or present[stage]["id"] != training["id"]]
 
 
 def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """What all repeats of a set share, by dotted key: settings, machine, data, weights and versions; for later stages
+    """What all repeats of a set share, by dotted key: settings, machine, data, weights and versions. For later stages
     also the trainings."""
     hardware, inputs = files.read_json(folder / "hardware.json"), records.load_inputs(settings, folder)
     fixed = {key: value for key, value in records.effective_settings(settings).items() if key not in NOT_FIXED}
@@ -334,29 +323,28 @@ def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]
     }
     if "train" not in stages:
         fixed["trainings"] = [record["id"] for record in records.training_records(folder)]
-    flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # as it comes back from a file
+    flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # as it is read from a file
     return flat
 
 
 def _difference(plan: Plan, fixed: dict[str, Any]) -> str:
-    """What differs from a plan, in words."""
-    every = dict.fromkeys([*plan.fixed, *fixed])
-    keys = [key for key in every if plan.fixed.get(key) != fixed.get(key)]
+    """Which fixed values differ from a plan's, in words."""
+    keys = [key for key in dict.fromkeys([*plan.fixed, *fixed]) if plan.fixed.get(key) != fixed.get(key)]
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
     return f"a set of {plan.repeats} repeats is not complete, but was begun with another {shown}"
 
 
 def _pause(plan: Plan) -> None:
-    """Waits until the planned pause after the last process has passed."""
+    """Wait until the planned pause after the last process is over."""
     last = plan.last_end()
-    left = plan.pause_seconds - (time.time() - last / 1000) if last is not None else 0.0
-    if left > 0:
-        terminal.say(f"pause    {left:,.0f} s until the next repeat (repeat_pause)")
-        time.sleep(left)
+    seconds = plan.pause_seconds - (time.time() - last / 1000) if last is not None else 0.0
+    if seconds > 0:
+        terminal.say(f"pause    {seconds:,.0f} s until the next repeat (repeat_pause)")
+        time.sleep(seconds)
 
 
-def _run_repeat(plan: Plan, path: Path, number: int, command: Sequence[str], folder: Path, lock: IO[str]) -> None:
-    """Runs one repeat in a process of its own, and notes it in the plan."""
+def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int], int]) -> None:
+    """Run one repeat in a process, and write that into the plan."""
     last, start = plan.last_end(), time.time_ns() // 1_000_000
     entry: dict[str, Any] = {"repeat": number, "start": start}
     if last is not None:
@@ -365,7 +353,7 @@ def _run_repeat(plan: Plan, path: Path, number: int, command: Sequence[str], fol
     plan.write(path)
     terminal.say(f"repeat   {number} of {plan.repeats}, seed {plan.seeds[number - 1]}")
     try:
-        status = entry["status"] = _run_child(command, number, folder, lock)
+        status = entry["status"] = start_child(number)
     finally:
         entry["end"] = time.time_ns() // 1_000_000
         plan.write(path)
@@ -378,35 +366,15 @@ def _run_repeat(plan: Plan, path: Path, number: int, command: Sequence[str], fol
         )
 
 
-def _run_child(command: Sequence[str], number: int, folder: Path, lock: IO[str]) -> int:
-    """The exit status of a child as a shell counts it: 128 and the signal that killed it. Ctrl-C and SIGTERM are passed
-    on, and the child's end is waited for; a second time kills it."""
-    environment = os.environ | {CHILD: f"{number}:{folder.absolute()}"}
-    held = () if sys.platform == "win32" else (lock.fileno(),)
-    child = subprocess.Popen(command, env=environment, pass_fds=held)
-    try:
-        status = child.wait()
-    except KeyboardInterrupt:
-        if sys.platform != "win32":  # where Ctrl-C reaches all, and `terminate` leaves no time for an end
-            child.terminate()
-        try:
-            child.wait()
-        except KeyboardInterrupt:
-            child.kill()
-            child.wait()
-        raise
-    return status if status >= 0 else 128 - status
-
-
 def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> None:
-    """Brings together what all repeats left."""
+    """Summarise all repeats, in files and in the store."""
     from pipeline.tracking import publisher
 
     trained = records.training_records(folder)
     experiment = records.experiment_name(settings, trained[0]["tags"])
     for stage in stages:
         summarise(folder, stage)
-    for record in trained:  # a child that was killed may have left what it had not logged yet
+    for record in trained:  # a child that was killed may not have logged all that it left
         publisher.add_missing_stages(record, experiment, records.stage_folders(folder, records.repeat_number(record)))
     publisher.update_parent(trained[0], experiment)
 
@@ -414,32 +382,61 @@ def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> N
 # --- processes
 
 
+def child_starter(module: str) -> StartChild:
+    """Start this process's own command line, as `python -m pipeline.<module>`, for one repeat."""
+    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
+
+
+def command_starter(command: Sequence[str]) -> StartChild:
+    """Start `command` for one repeat. The exit status is a shell's: 128 plus the signal that killed the child. Ctrl-C
+    and SIGTERM are passed on and the child's end is waited for. A second signal kills it."""
+
+    def start_child(number: int, folder: Path, lock: IO[str]) -> int:
+        environment = os.environ | {CHILD: f"{number}:{folder.absolute()}"}
+        inherited = () if sys.platform == "win32" else (lock.fileno(),)
+        child = subprocess.Popen(command, env=environment, pass_fds=inherited)
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            if sys.platform != "win32":  # there Ctrl-C reaches all, and `terminate` leaves no time for an end
+                child.terminate()
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                child.kill()
+                child.wait()
+            raise
+        return status if status >= 0 else 128 - status
+
+    return start_child
+
+
 @contextmanager
 def _stoppable(*, twice: bool) -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as SIGINT does, but only one of both, so that the other one, or the same from
-    terminal and driver, does not disturb the end. `twice`: the same signal a second time raises it again."""
+    """Let SIGTERM raise KeyboardInterrupt as SIGINT does, but only once, so that a signal sent to both driver and child
+    does not disturb the child's end. `twice`: the same signal raises it a second time."""
     seen: set[int] = set()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        first, again = not seen, number in seen
+        is_first, is_same = not seen, number in seen
         seen.add(number)
-        if first or (twice and again):
+        if is_first or (twice and is_same):
             raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in handled:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in handled:
-            signal.signal(number, before[number])
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[IO[str]]:
-    """Holds a folder for this process and the children that inherit the file. Raises StageError where another does."""
+    """Lock a folder for this process and the children that inherit the file. Raises StageError if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         try:
@@ -453,7 +450,6 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nobody holds a folder."""
     try:
         with _lock(folder):
             return True

@@ -1,4 +1,4 @@
-"""Every stage in order, in a folder of its own below runs/; what `mlflow run` calls. Each repeat is a process."""
+"""Every stage in order, in a folder of its own below runs/. `mlflow run` calls this. Each repeat is a process."""
 
 import shutil
 import time
@@ -6,45 +6,44 @@ from pathlib import Path
 
 from pipeline import config, download, files, hardware, repeats
 
-RUNS = config.ROOT / "runs"
-
 REPEATED = ("train", "evaluate", "sustain")
 """The stages of a repeat, in order."""
 
 
 def run(settings: config.Settings, folder: Path) -> None:
-    """All stages, in a folder of their own below `runs/`: the files in `folder` are DVC's. Repeats that were cut off go
-    on in the folder that they have."""
-    begun = time.monotonic()
-    own = _own_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
+    """Run all stages in a new folder below `runs/`, beside `folder`, which is DVC's. An interrupted set of repeats goes
+    on in its folder."""
+    began = time.monotonic()
+    runs, reports = folder.parent / "runs", folder.parent / "reports"
+    own = _new_folder(runs, f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
     for stage in (hardware, download):
         stage.run(settings, own)
     if settings.repeats > 1:
-        cut_off = repeats.find_unfinished(RUNS, settings, own)
-        if cut_off is not None:
+        interrupted = repeats.find_unfinished(runs, settings, own)
+        if interrupted is not None:
             shutil.rmtree(own)
-            own = cut_off
-        repeats.run_repeats(settings, own, REPEATED, settings.repeats, repeats.child_command("run"))
+            own = interrupted
+        repeats.run_repeats(settings, own, REPEATED, settings.repeats, repeats.child_starter("run"))
     else:
-        once(settings, own, time.monotonic() - begun)
-    from pipeline import compare  # not before: a machine that lacks its scipy can be measured all the same
+        run_once(settings, own, time.monotonic() - began)
+    from pipeline import compare  # not before: a machine without its scipy can be measured all the same
 
-    compare.run(settings, own)
+    compare.run(settings, own, reports)
 
 
-def once(settings: config.Settings, folder: Path, earlier: float) -> None:
-    """A single training and the stages after it, in this process, in which the stages before took `earlier` seconds."""
+def run_once(settings: config.Settings, folder: Path, earlier_seconds: float) -> None:
+    """A single training and the stages after it. The earlier stages took `earlier_seconds` of this process."""
     from pipeline import evaluate, sustain, train  # torch takes seconds to import, and a driver does without
 
-    train.run(settings, folder, earlier=earlier)
+    train.run(settings, folder, earlier=earlier_seconds)
     evaluate.run(settings, folder)
     sustain.run(settings, folder)
     for stage in REPEATED:
         repeats.summarise(folder, stage)
 
 
-def repeat(settings: config.Settings, folder: Path, number: int) -> None:
-    """One of several repeats, in the process that its driver started for it: the stages whose record is missing."""
+def run_repeat(settings: config.Settings, folder: Path, number: int) -> None:
+    """Those stages of one repeat that have no record, in the process that the driver started for it."""
     from pipeline import evaluate, sustain, train
 
     stages = {"train": train.run, "evaluate": evaluate.run, "sustain": sustain.run}
@@ -52,22 +51,22 @@ def repeat(settings: config.Settings, folder: Path, number: int) -> None:
         stages[stage](settings, folder, number)
 
 
-def _own_folder(name: str) -> Path:
-    """A new folder below `runs/`; making it, not looking for it, settles which of two runs has it."""
-    own, count = RUNS / name, 1
+def _new_folder(runs: Path, name: str) -> Path:
+    """Create a folder. Two runs that start at the same moment get two folders."""
+    folder, count = runs / name, 1
     while True:
         try:
-            own.mkdir(parents=True)
-            return own
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             count += 1
-            own = RUNS / f"{name}-{count}"
+            folder = runs / f"{name}-{count}"
         except OSError as error:
-            raise files.write_error(own, error) from error
+            raise files.write_error(folder, error) from error
 
 
 if __name__ == "__main__":
     from pipeline import cli
 
-    if not repeats.run_as_child(repeat, __doc__):
+    if not repeats.run_as_child(run_repeat, __doc__):
         cli.main(run, __doc__)

@@ -1,47 +1,99 @@
-"""Opens MLflow's UI on the runs side by side, served on this machine alone; Ctrl-C ends it."""
+"""Opens the comparison report, and serves MLflow's UI on this machine until Ctrl-C."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from pipeline import config, terminal
 from pipeline.errors import StageError
 from pipeline.tracking import store
 
 PORTS = range(5000, 5020)
-"""The first free one is taken: macOS has its own server on 5000."""
+"""The first free one is used. macOS has its own server on 5000."""
 
 
-def run(settings: config.Settings, folder: Path) -> None:
-    """Serves the store of `tracking.store_uri()`, or only opens the page where that is a server already."""
+def server_command(port: int) -> list[str]:
+    """The command that serves the store on `port`."""
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "mlflow", "ui", *address, "--backend-store-uri", store.store_uri(), "--workers", "1"]
+
+
+def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:
+    """Open the report, or the run table if there is no report yet. Serve the store by `command` with a port, unless it
+    is a server itself. The report is in `reports` beside `folder`."""
     experiment = store.experiment_to_show(settings.tracking.experiment)
     if experiment is None:
         raise StageError(f'no experiment "{settings.tracking.experiment}" in {store.shown_uri()} yet: make run')
+    report = folder.parent / "reports" / "compare.html"
     if store.store_uri().startswith("http"):
-        terminal.say(store.run_table_link(experiment))
-        webbrowser.open(store.run_table_link(experiment))
+        _open(report, experiment, None)
         return
     port = next((port for port in PORTS if not _answers(port)), None)
     if port is None:
         raise StageError(f"no free port from {PORTS.start} to {PORTS.stop - 1}: stop another server first")
-    base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", store.store_uri(), "--workers", "1"]
-    with subprocess.Popen(command, cwd=config.ROOT, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}) as server:
-        while server.poll() is None and not _answers(port):
-            time.sleep(0.2)
-        if server.poll() is not None:
-            raise StageError(f"MLflow's UI ended with status {server.returncode}: see above")
-        terminal.say(f"\nThe runs side by side: {store.run_table_link(experiment, base)}\nCtrl-C ends the server.\n")
-        webbrowser.open(store.run_table_link(experiment, base))
+    with _serve(command(port), port) as server:
+        _open(report, experiment, f"http://127.0.0.1:{port}")
+        terminal.say("Ctrl-C ends the server.")
+        server.wait()
+
+
+def _open(report: Path, experiment: str, base: str | None) -> None:
+    """Print the links, and open the first in the browser."""
+    links = {"run table": store.run_table_link(experiment, base), "charts": store.charts_link(experiment, base)}
+    if report.exists():
+        links = {"report": report.absolute().as_uri()} | links
+    for name, link in links.items():
+        terminal.say(f"{name:9}  {link}")
+    webbrowser.open(next(iter(links.values())))
+
+
+@contextmanager
+def _serve(command: Sequence[str], port: int) -> Iterator["subprocess.Popen[str]"]:
+    """Run a server until the block ends, or Ctrl-C or SIGTERM ends it. Its output is shown only if it fails."""
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        server = subprocess.Popen(command, cwd=config.ROOT, env=environment, stdout=log, stderr=log, text=True)
+        try:
+            while not _answers(port):
+                if server.poll() is not None:
+                    log.seek(0)
+                    cause = next(reversed(log.read().strip().splitlines()), "it says nothing")
+                    raise StageError(f"MLflow's UI ended with status {server.returncode}: {cause}")
+                time.sleep(0.2)
+            yield server
+        except KeyboardInterrupt:
+            pass
+        finally:
+            _terminate(server.pid)
+
+
+def _terminate(pid: int) -> None:
+    """End a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        processes = [process, *process.children(recursive=True)]
+        for member in processes:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+        for member in psutil.wait_procs(processes, timeout=5)[1]:
+            member.kill()
 
 
 def _answers(port: int) -> bool:
-    """Whether something listens on `port` of this machine; no proxy is asked, which would always say yes."""
+    """Whether something listens on `port` of this machine. No proxy is asked: it would always say yes."""
     try:
         socket.create_connection(("127.0.0.1", port), 0.5).close()
     except OSError:

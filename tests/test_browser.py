@@ -37,9 +37,10 @@ SECONDS = {"Made GPU A": 10.25, "Made GPU B": 5.125}
 PARENTS = [f"{name} · finetune · fp32 × 3" for name in SECONDS]
 SINGLES = [f"{name} · linear-probe · fp32" for name in SECONDS]
 COLUMNS = [
+    "repeats",
     *(score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS),
     "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib", "speed/train_images_per_second",
-    "repeats", "behavior", "workload", "hardware", "recipe", "precision",
+    "behavior", "workload", "hardware", "recipe", "precision",
 ]  # fmt: skip
 """Those that the made runs have something for."""
 
@@ -176,10 +177,10 @@ def text(chrome):
 def test_the_table_has_the_columns_of_the_comparison_and_parents_with_their_repeats_folded(chrome, tmp_path):
     newest_first = [SINGLES[1], PARENTS[1], SINGLES[0], PARENTS[0]]
     assert names(chrome) == ["comparison", *newest_first]
-    assert columns(chrome)[:5] == ["Run Name", "Created", *COLUMNS[:3]]
-    third = find(chrome, f".ag-header-cell[col-id='metrics.`{COLUMNS[2]}`']")[0].rect
+    assert columns(chrome)[:6] == ["Run Name", "Created", *COLUMNS[:4]]
+    last = find(chrome, f".ag-header-cell[col-id='metrics.`{COLUMNS[3]}`']")[0].rect
     assistant = find(chrome, "button[aria-label='New Chat']")[0].rect
-    assert third["x"] + third["width"] < assistant["x"]  # at first sight
+    assert last["x"] + last["width"] < assistant["x"]  # at first sight
     chrome.save_screenshot(tmp_path / "first.png")
     chrome.set_window_size(2800, 1000)
     until(chrome, lambda: columns(chrome) == ["Run Name", "Created", *COLUMNS, "Duration"])

@@ -93,7 +93,7 @@ def supplemented(monkeypatch):
 
 
 def drive(settings, folder, command, stages=ALL):
-    repeats.run_repeats(settings, folder, stages, settings.repeats, command)
+    repeats.run_repeats(settings, folder, stages, settings.repeats, repeats.command_starter(command))
 
 
 def calls(folder):
@@ -447,7 +447,7 @@ from pipeline.tracking import publisher, records
 publisher.update_parent = lambda *args: None
 settings = config.load({overrides!r})
 with cli.exit_on_error("python -m pipeline.run"):
-    repeats.run_repeats(settings, Path({folder!r}), {stages!r}, 3, {command!r})
+    repeats.run_repeats(settings, Path({folder!r}), {stages!r}, 3, repeats.command_starter({command!r}))
 """
 
 WAITS = """
@@ -558,9 +558,8 @@ def entered(monkeypatch, settings_for, folder):
 
 def test_a_stage_is_driven_where_it_is_repeated(entered, folder):
     arguments = ("--repeats", "3", "-S", "seed=4")
-    ((settings, where, stages, planned, command),), status = entered("train", *arguments)
+    ((settings, where, stages, planned, _),), status = entered("train", *arguments)
     assert (settings.repeats, settings.seed, where, stages, planned, status) == (3, 4, folder, ["train"], 3, 0)
-    assert command == [sys.executable, "-m", "pipeline.train", *arguments]
     assert entered("train", "--repeats", "1") == ([], None)
 
 
@@ -646,9 +645,9 @@ SMALL = (
 REAL = """
 import sys
 from pathlib import Path
-from pipeline import cli, compare, config, repeats, run
+from pipeline import cli, run
 
-run.RUNS, compare.REPORTS = Path({base!r}) / "runs", Path({base!r}) / "reports"
+cli.OUTPUTS = Path({base!r}) / "outputs"
 sys.argv[0] = "run.py"
 cli.main(run.run, "")
 """

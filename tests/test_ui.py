@@ -1,18 +1,29 @@
-"""The UI: a server where there is none, on a free port, and the page that is opened."""
+"""`make ui`: which pages it names and opens, on which port, and that the server ends with it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import webbrowser
 from contextlib import ExitStack
 
+import psutil
 import pytest
 from stores import client, own_store, record_of  # noqa: F401 (own_store: each test has its own)
 
 from pipeline import config, ui
 from pipeline.errors import StageError
 from pipeline.tracking import store
+
+LISTENS = """
+import socket, sys
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
+    print("many words", flush=True)
+    for _ in range(int(sys.argv[2])):
+        server.accept()
+"""
+"""A stand-in of MLflow's server on the port argv[1]. It ends after argv[2] connections."""
 
 
 @pytest.fixture
@@ -23,41 +34,14 @@ def opened(monkeypatch):
     return pages
 
 
-class Server:
-    """Stands for MLflow's: `started` holds its commands, and it listens on its port, or has ended at once."""
-
-    status = None
-
-    def __init__(self, command, **options):
-        self.started.append((command, options))
-        self.returncode = self.status
-        self.socket = socket.create_server(("127.0.0.1", int(command[command.index("--port") + 1])))
-
-    def poll(self):
-        return self.returncode
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.socket.close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(Server, "started", [], raising=False)
-    monkeypatch.setattr(subprocess, "Popen", Server)
-    return Server
-
-
 @pytest.fixture
 def ports(monkeypatch):
-    """Three ports one after the other that were free a moment ago, to choose from."""
+    """Three consecutive ports that were free a moment ago, to choose from."""
     for first in range(20000, 32000, 3):
-        with ExitStack() as taken:
+        with ExitStack() as sockets:
             try:
                 for port in range(first, first + 3):
-                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
+                    sockets.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
         monkeypatch.setattr(ui, "PORTS", range(first, first + 3))
@@ -66,94 +50,101 @@ def ports(monkeypatch):
 
 
 @pytest.fixture
-def settings():
-    return config.load()
+def serve(opened, ports, tmp_path, capfd):
+    """Runs the UI with a stand-in of MLflow's server, which ends by itself; gives the port, and what was printed."""
+
+    def run(code=LISTENS):
+        used = []
+        ui.run(
+            config.load(),
+            tmp_path / "outputs",
+            lambda port: used.append(port) or [sys.executable, "-c", code, str(port), "1"],
+        )
+        return used[0], capfd.readouterr().out
+
+    return run
 
 
-def option(command, name):
-    return command[command.index(name) + 1]
-
-
-def test_no_experiment_is_said(settings, server, opened, tmp_path):
-    shown = os.environ["MLFLOW_TRACKING_URI"]
-    with pytest.raises(StageError) as caught:
-        ui.run(settings, tmp_path)
-    assert str(caught.value) == f'no experiment "trainmark" in {shown} yet: make run'
-    assert server.started == opened == []
-
-
-def test_a_store_that_is_a_server_needs_no_other(settings, server, opened, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
-    monkeypatch.setattr(store, "experiment_to_show", lambda name: "7")
-    ui.run(settings, tmp_path)
-    (page,) = opened
-    assert page.startswith("http://server:5000/#/experiments/7/runs?") and page in capsys.readouterr().out
-    assert server.started == []
-
-
-def test_the_store_is_served_on_the_first_port_and_the_page_opened(settings, server, opened, ports, tmp_path, capsys):
+def test_the_report_is_opened_first_and_run_table_and_charts_are_named(serve, opened, tmp_path):
     experiment = store.start_run(record_of()).experiment_id
-    ui.run(settings, tmp_path)
-    ((command, options),) = server.started
-    assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
-    assert option(command, "--host") == "127.0.0.1" and option(command, "--port") == str(ports[0])
-    assert option(command, "--backend-store-uri") == store.store_uri()
-    assert options["cwd"] == config.ROOT
-    assert options["env"]["MLFLOW_DISABLE_TELEMETRY"] == "true" and options["env"]["PATH"] == os.environ["PATH"]
-    (page,) = opened
-    assert page == store.run_table_link(experiment, f"http://127.0.0.1:{ports[0]}") and page in capsys.readouterr().out
+    port, out = serve()
+    base = f"http://127.0.0.1:{port}"
+    pages = [store.run_table_link(experiment, base), store.charts_link(experiment, base)]
+    assert [word for word in out.split() if "://" in word] == pages
+    report = tmp_path / "reports" / "compare.html"
+    report.parent.mkdir()
+    report.touch()
+    port, out = serve()
+    assert next(word for word in out.split() if "://" in word) == report.as_uri()
+    assert "many words" not in out
+    assert opened == [pages[0], report.as_uri()]
 
 
-def test_a_port_that_is_taken_is_passed_over(settings, server, opened, ports, tmp_path):
-    store.start_run(record_of())
-    with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[1])):
-        ui.run(settings, tmp_path)
-    ((command, _),) = server.started
-    assert option(command, "--port") == str(ports[2])
-    assert opened[0].startswith(f"http://127.0.0.1:{ports[2]}/#/")
-
-
-def test_no_free_port_is_said(settings, server, opened, ports, tmp_path):
-    store.start_run(record_of())
-    with ExitStack() as taken:
-        for port in ports:
-            taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        with pytest.raises(StageError, match=f"^no free port from {ports[0]} to {ports[2]}: "):
-            ui.run(settings, tmp_path)
-    assert server.started == opened == []
-
-
-def test_a_proxy_is_not_asked_which_port_is_free(settings, server, opened, ports, tmp_path, monkeypatch):
-    store.start_run(record_of())
-    for key in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(key, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        for key in ("http_proxy", "HTTP_PROXY"):
-            monkeypatch.setenv(key, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        ui.run(settings, tmp_path)
-    assert option(server.started[0][0], "--port") == str(ports[0]) and len(opened) == 1
-
-
-def test_a_server_that_ends_is_said(settings, server, opened, ports, tmp_path, monkeypatch):
-    store.start_run(record_of())
-    monkeypatch.setattr(Server, "status", 1)
-    with pytest.raises(StageError, match=r"^MLflow's UI ended with status 1: see above$"):
-        ui.run(settings, tmp_path)
+def test_an_unknown_experiment_is_refused(opened, tmp_path):
+    with pytest.raises(StageError, match="trainmark"):
+        ui.run(config.load(), tmp_path)
     assert opened == []
 
 
-def test_it_waits_until_the_server_answers(settings, server, opened, ports, tmp_path, monkeypatch):
+def test_a_store_that_is_a_server_is_not_served_again(opened, ports, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
+    monkeypatch.setattr(store, "experiment_to_show", lambda name: "7")
+    ui.run(config.load(), tmp_path, command=None)
+    assert opened[0].startswith("http://server:5000/#/experiments/7/runs?")
+
+
+def test_the_first_free_port_is_used_whatever_a_proxy_says(serve, ports, monkeypatch):
     store.start_run(record_of())
-    answers = iter([False, False, False, True])  # the port is free; then not yet, not yet, now
-    naps = []
-    monkeypatch.setattr(ui, "_answers", lambda port: next(answers))
-    monkeypatch.setattr(ui.time, "sleep", lambda seconds: naps.append(list(opened)))
-    ui.run(settings, tmp_path)
-    assert naps == [[], []] and len(opened) == 1
+    for key in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    with ExitStack() as sockets:
+        for port in ports[:2]:
+            sockets.enter_context(socket.create_server(("127.0.0.1", port)))
+        for key in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(key, f"http://127.0.0.1:{ports[0]}")
+        assert serve()[0] == ports[2]
+        sockets.enter_context(socket.create_server(("127.0.0.1", ports[2])))
+        with pytest.raises(StageError, match=f"{ports[0]} to {ports[2]}"):
+            serve()
 
 
-def test_a_demo_is_shown_where_nothing_else_is(settings, server, opened, ports, tmp_path):
+def test_a_server_that_does_not_start_is_refused_with_its_last_line(serve, opened):
+    store.start_run(record_of())
+    with pytest.raises(StageError, match=r"status 3: no such store$"):
+        serve("import sys; print('starting'); print('no such store', file=sys.stderr); sys.exit(3)")
+    assert opened == []
+
+
+def test_a_demo_is_shown_if_there_is_nothing_else(serve):
     demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
     client().delete_experiment(store.start_run(record_of()).experiment_id)
-    ui.run(settings, tmp_path)
-    assert f"/#/experiments/{demo}/runs?" in opened[0]
+    assert f"/#/experiments/{demo}/runs?" in serve()[1]
+
+
+COMMAND = f"""
+import sys, webbrowser
+from pathlib import Path
+sys.path.insert(0, {str(config.ROOT)!r})
+webbrowser.open = print
+from pipeline import config, ui
+parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1], '99'])"
+ui.run(config.load(), Path("outputs"), lambda port: [sys.executable, "-c", parent, str(port), sys.argv[1]])
+"""
+"""The server is a child of the process that the command starts, as MLflow's is."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal for one process there")
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_server_ends_with_the_command(stop):
+    store.start_run(record_of())
+    command = [sys.executable, "-u", "-c", COMMAND, LISTENS]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as process:
+        lines = [process.stdout.readline() for _ in range(4)]  # two links, the opened page, how to end it
+        servers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
+    assert "http://127.0.0.1:" in lines[0] and errors == ""
+    assert process.returncode == 0
+    assert len(servers) == 2 and not any(server.is_running() for server in servers)

@@ -84,17 +84,16 @@ def light(monkeypatch, once):
 
 
 @pytest.fixture
-def driven(monkeypatch):
-    """Drives stages of repeats, each of which runs in this process."""
+def driven():
+    """Runs the stages of repeats, each in this process."""
     modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
 
     def drive(settings, folder, *stages):
-        def child(command, number, where, lock):
+        def start_child(number, where, lock):
             for stage in stages:
                 modules[stage].run(settings, where, number)
             return 0
 
-        monkeypatch.setattr(repeats, "_run_child", child)
-        repeats.run_repeats(settings, folder, stages, settings.repeats, [])
+        repeats.run_repeats(settings, folder, stages, settings.repeats, start_child)
 
     return drive

@@ -1,7 +1,7 @@
-"""Puts what a training left into MLflow: right after it, or again from DVC's cache or a bundle, by the same code.
+"""Publishes what a training left to MLflow: right after it, or again from DVC's cache or a bundle, by the same code.
 
-Every run also holds the records it was made from, as `records/<stage>.json`, and their digests as tags: with them a
-run can be put into another store (`bundle.py`).
+Every run also holds the records that it was made from, as `records/<stage>.json`, and their digests as tags. With them
+a run can be put into another store (see bundles.py).
 """
 
 import hashlib
@@ -19,22 +19,24 @@ CHECKPOINT = "checkpoints/best.safetensors"
 """The artifact that holds a training's best checkpoint."""
 
 RESTORED = {"restored": "from the cache of `dvc repro`; nothing was trained"}
-"""What marks a run that was put back."""
+"""Tags of a run that was restored."""
 
 IMPORTED_RUN_TAG = "imported.run_id"
-"""What marks the run of a training alone, and not the one above it and its repeats."""
+"""Tag of an imported training. The parent run of repeats does not get it."""
 
 Folders = Mapping[str, Path]
-"""Where the files of a training and of its later stages are, by stage (`records.stage_folders`)."""
+"""Where each stage left its files, by stage (`records.stage_folders`)."""
+
+
+# --- what each stage adds to a run
 
 
 def publish_training(handle: store.Handle, record: Mapping[str, Any], folder: Path) -> None:
-    """Logs all but the epochs of a training that left `folder`: figures, record, and pictures, checkpoint and model
-    where they are there (a bundle may hold none)."""
+    """Log all but the epochs of a training that left `folder`. A bundle may lack pictures and checkpoint."""
     store.log_metrics(handle, record["metrics"], record["ended"])
-    store.set_tags(handle, record["tags"])  # some are known at the end alone
-    told = {"hardware.json": folder / "hardware.json", "params.yaml": folder / "params.yaml"}
-    store.log_artifacts(handle, told | _pictures(folder))
+    store.set_tags(handle, record["tags"])  # some are known only at the end
+    settings = {name: folder / name for name in ("hardware.json", "params.yaml")}
+    store.log_artifacts(handle, settings | _pictures(folder))
     if (folder / "best.safetensors").exists():
         publish_checkpoint(handle, folder / "best.safetensors")
     _describe(handle, record, {})
@@ -42,8 +44,8 @@ def publish_training(handle: store.Handle, record: Mapping[str, Any], folder: Pa
 
 
 def publish_checkpoint(handle: store.Handle, path: Path) -> None:
-    """Logs a training's best checkpoint, and the model that it holds."""
-    from pipeline.models import checkpoints  # torch takes seconds to import, and only what is missing needs it
+    """Log a training's best checkpoint, and the model that it holds."""
+    from pipeline.models import checkpoints  # torch takes seconds to import, and most callers have no checkpoint
 
     net, facts = checkpoints.load(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
@@ -52,7 +54,7 @@ def publish_checkpoint(handle: store.Handle, path: Path) -> None:
 
 
 def publish_evaluation(handle: store.Handle, result: Mapping[str, Any], folder: Path) -> None:
-    """Logs the evaluation `result` of a training, which left `folder`."""
+    """Log the record `result` of an evaluation that left `folder`."""
     store.log_metrics(handle, result["metrics"], result["ended"])
     store.log_datasets(handle, result["datasets"])
     store.log_artifacts(handle, _pictures(folder))
@@ -60,10 +62,10 @@ def publish_evaluation(handle: store.Handle, result: Mapping[str, Any], folder: 
 
 
 def publish_sustained(handle: store.Handle, result: Mapping[str, Any], folder: Path) -> None:
-    """Logs what `sustain` measured beside a training, and the courses of its steps."""
+    """Log the record `result` of sustained steps, and their courses."""
     store.log_metrics(handle, result["metrics"], result["ended"])
     series = result["series"]
-    if isinstance(series, list):  # of one step: records of bundles before schema 3
+    if isinstance(series, list):  # the course of one step, in bundles before schema 3
         series = {"sustained/images_per_second": series}
     for key, values in series.items():
         store.log_series(handle, key, values, result["ended"])
@@ -71,7 +73,25 @@ def publish_sustained(handle: store.Handle, result: Mapping[str, Any], folder: P
 
 
 LATER_STAGES = {"evaluate": publish_evaluation, "sustain": publish_sustained}
-"""What later stages add to a training's run: by the stage's folder, how its record is logged."""
+"""How the records of the stages after the training are logged."""
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    """The pictures that a stage left, by artifact path."""
+    return {f"plots/{path.name}": path for path in sorted((folder / "plots").glob("*.png"))}
+
+
+def _describe(handle: store.Handle, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    store.set_tags(handle, {"mlflow.note.content": records.describe_run(record, results)})
+
+
+def _log_record(handle: store.Handle, stage: str, record: Mapping[str, Any]) -> None:
+    """Log the record of a stage, then its digest."""
+    store.log_text(handle, record_file(stage), files.json_text(record))
+    store.set_tags(handle, {digest_tag(stage): digest(record)})
+
+
+# --- records
 
 
 def record_file(stage: str) -> str:
@@ -80,50 +100,69 @@ def record_file(stage: str) -> str:
 
 
 def digest_tag(stage: str) -> str:
-    """The tag that holds the digest of a stage's record. One that is there says that all of the stage is."""
+    """The tag that holds the digest of a stage's record. A run with the tag has all that the stage left."""
     return "record.sha256" if stage == "train" else f"record.{stage}.sha256"
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """The SHA-256 of a record, however its JSON is laid out."""
+    """The SHA-256 of a record, whatever the layout of its JSON."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_records(record: Mapping[str, Any], folders: Folders) -> dict[str, Any]:
-    """The records that later stages left for this training, by stage; one without a figure or a warning says
-    nothing of it."""
-    there = {stage: folders[stage] / "record.json" for stage in LATER_STAGES}
-    found = {stage: files.read_json(path) for stage, path in there.items() if path.exists()}
+    """The records that later stages left for this training, by stage, without those that have neither a metric nor a
+    warning."""
+    paths = {stage: folders[stage] / "record.json" for stage in LATER_STAGES}
+    results = {stage: files.read_json(path) for stage, path in paths.items() if path.exists()}
     return {
         stage: result
-        for stage, result in found.items()
+        for stage, result in results.items()
         if result["id"] == record["id"] and (result["metrics"] or result.get("warnings"))
     }
 
 
-def end_time(record: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+def records_in_store(
+    run_id: str, tags: Mapping[str, str], scratch: Path, known: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The records that the run with these tags holds, by stage. Those that are `known` are not fetched."""
+    results: dict[str, Mapping[str, Any]] = {}
+    for stage in records.STAGES:
+        expected = tags.get(digest_tag(stage))
+        if expected is None:
+            continue
+        if stage in known and digest(known[stage]) == expected:
+            results[stage] = known[stage]
+        else:
+            results[stage] = files.read_json(store.download_artifact(run_id, record_file(stage), scratch))
+    return results
+
+
+def end_time(record: Mapping[str, Any], results: Mapping[str, Any]) -> int:
     """When the last stage of a run ended, in milliseconds since 1970."""
-    return max(int(each["ended"]) for each in (record, *found.values()))
+    return max(int(result["ended"]) for result in (record, *results.values()))
 
 
 def count_attempts(record: Mapping[str, Any], experiment: str) -> int:
-    """How often the score of a training's run was measured in this store, less a last time that was disturbed."""
+    """How often the sustained steps of a run were measured in this store. A last attempt that was disturbed does not
+    count."""
     handle = store.find_run(record["id"], experiment)
     tags = store.run_tags(handle) if handle else {}
     return int(tags.get("sustained.attempts", "sustained.started" in tags)) - ("sustained.taints" in tags)
 
 
+# --- runs
+
+
 def publish_stage(
     stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folders: Folders
 ) -> None:
-    """Adds `result`, which `stage` just left in its folder, to the training's run; one that is missing from this store
-    is made anew, whole."""
+    """Add `result`, which `stage` just left in its folder, to the training's run. Restore a run that is missing."""
     handle = store.find_run(record["id"], experiment)
     if handle is None:
         restore_run(record, experiment, folders)
     elif store.is_deleted(handle):
-        terminal.say(f"note     the run was deleted in this store: what `{stage}` found is not put there")
+        terminal.say(f"note     the run was deleted in this store: the result of `{stage}` is not added")
     else:
         add_stages(handle, record, [stage], stage_records(record, folders) | {stage: result}, folders)
 
@@ -132,139 +171,114 @@ def add_stages(
     handle: store.Handle,
     record: Mapping[str, Any],
     stages: Sequence[str],
-    found: Mapping[str, Any],
+    results: Mapping[str, Any],
     folders: Folders,
     best: Path | None = None,
 ) -> None:
-    """Adds to a training's run what `stages` left in their folders, and a checkpoint that it lacks. `found`: the
-    records of these stages and of those that the run holds already."""
-    store.resume_run(handle)
+    """Add to a training's run what `stages` left in their folders, and a checkpoint that it lacks. `results`: the
+    records of these stages and of those that the run has already."""
+    store.set_status(handle, "RUNNING")
     with store.end_on_failure(handle):
         if best is not None:
             publish_checkpoint(handle, best)
         for stage in stages:
-            LATER_STAGES[stage](handle, found[stage], folders[stage])
-        _describe(handle, record, found)
-        store.end_run(handle, "FINISHED", end_time(record, found))
-        for stage in stages:  # last: what was added by half is added again
-            _log_record(handle, stage, found[stage])
+            LATER_STAGES[stage](handle, results[stage], folders[stage])
+        _describe(handle, record, results)
+        store.end_run(handle, "FINISHED", end_time(record, results))
+        for stage in stages:  # last, so that a stage added only in part is added again
+            _log_record(handle, stage, results[stage])
 
 
 def add_missing_stages(record: Mapping[str, Any], experiment: str, folders: Folders) -> bool:
-    """Adds to a training's run what later stages left and the run lacks; whether there was any. A run that is not
-    there, or was deleted, is left alone."""
+    """Add to a training's run what later stages left and it lacks. Returns whether it lacked any. Does nothing if the
+    run is missing or deleted."""
     handle = store.find_run(record["id"], experiment)
     if handle is None or store.is_deleted(handle):
         return False
-    found, tags = stage_records(record, folders), store.run_tags(handle)
-    stages = [stage for stage in found if digest_tag(stage) not in tags]
+    results, tags = stage_records(record, folders), store.run_tags(handle)
+    stages = [stage for stage in results if digest_tag(stage) not in tags]
     if stages:
-        add_stages(handle, record, stages, found, folders)
+        add_stages(handle, record, stages, results, folders)
     return bool(stages)
 
 
+def restore_run(
+    record: Mapping[str, Any], experiment: str, folders: Folders, tags: Mapping[str, str] = RESTORED
+) -> list[store.Handle]:
+    """Create the run of a cached or imported training, with all its stages and with `tags`, and the parent run of a
+    repeat if that is missing. Returns the runs that it created, the training's last."""
+    created: list[store.Handle] = []
+    with store.discard_on_failure(created):
+        parent = None
+        if store.REPEATS_TAG in record["tags"]:
+            parent, is_new = parent_run(record, experiment)
+            if is_new:
+                created.append(parent)
+                store.set_tags(parent, {key: value for key, value in tags.items() if key != IMPORTED_RUN_TAG})
+                store.set_status(parent, "SCHEDULED")
+        handle = store.start_run(dict(record) | {"experiment": experiment}, parent)
+        created.append(handle)
+        with store.end_on_failure(handle):
+            store.set_tags(handle, tags)
+            for epoch in record["epochs"]:
+                store.log_epoch(handle, epoch)
+            publish_training(handle, record, folders["train"])
+            results = stage_records(record, folders)
+            add_stages(handle, record, list(results), results, folders)
+            store.mark_run(handle, record)  # last, so that a run made only in part is not taken for the training's
+    return created
+
+
+# --- the parent run of repeats
+
+
 def parent_run(record: Mapping[str, Any], experiment: str) -> tuple[store.Handle, bool]:
-    """The run above the repeat of `record`, and whether it was made, since it was not there."""
+    """The parent run of a repeat, and whether it was created because it was missing."""
     parent, _ = store.find_repeats(record["tags"][store.REPEATS_TAG], experiment)
     if parent is not None:
         return parent, False
     return store.start_run(records.parent_fields(record) | {"experiment": experiment}), True
 
 
-def restore_run(
-    record: Mapping[str, Any], experiment: str, folders: Folders, marks: Mapping[str, str] = RESTORED
-) -> list[store.Handle]:
-    """Makes the run of a cached or imported training, and of what later stages found, anew, whole and with the tags
-    `marks`; the one above it, too, where it is a repeat and that is missing. The runs that were made, its own last."""
-    made: list[store.Handle] = []
-    with store.discard_on_failure(made):
-        parent = None
-        if store.REPEATS_TAG in record["tags"]:
-            parent, is_new = parent_run(record, experiment)
-            if is_new:
-                made.append(parent)
-                store.set_tags(parent, {key: text for key, text in marks.items() if key != IMPORTED_RUN_TAG})
-                store.schedule_run(parent)
-        handle = store.start_run(dict(record) | {"experiment": experiment}, parent)
-        made.append(handle)
-        with store.end_on_failure(handle):
-            store.set_tags(handle, marks)
-            for epoch in record["epochs"]:
-                store.log_epoch(handle, epoch)
-            publish_training(handle, record, folders["train"])
-            found = stage_records(record, folders)
-            for stage, result in found.items():
-                LATER_STAGES[stage](handle, result, folders[stage])
-                _log_record(handle, stage, result)
-            _describe(handle, record, found)
-            store.mark_run(handle, record)  # last: a run made by half is not taken for the training's
-            store.end_run(handle, "FINISHED", end_time(record, found))
-    return made
-
-
 def update_parent(record: Mapping[str, Any], experiment: str) -> None:
-    """Brings the run above a repeat up to date with all the repeats that this store holds. Doing it again adds nothing.
+    """Bring the parent run of a repeat up to date with the repeats in this store. Does nothing for a single training,
+    or if the parent run was deleted.
 
-    It gets figures, and is finished, when all planned ones are there, and then stays so; one that was deleted is left
-    alone. A single training has none.
+    Once all planned repeats are there it gets their metrics and is finished, and stays so.
     """
-    own = record["tags"]
-    if store.REPEATS_TAG not in own:
+    if store.REPEATS_TAG not in record["tags"]:
         return
-    parent, there = store.find_repeats(own[store.REPEATS_TAG], experiment)
+    parent, rows = store.find_repeats(record["tags"][store.REPEATS_TAG], experiment)
     if parent is None or store.is_deleted(parent):
         return
-    planned = int(own["repeats"])
-    if len(there) < planned:
-        if not store.is_finished(parent):
-            note = f"{len(there)} of {planned} repeats are here"
-            store.set_tags(parent, {"mlflow.note.content": note})
-        return
+    planned = int(record["tags"]["repeats"])
+    if len(rows) >= planned:
+        _publish_parent(parent, [rows[number] for number in sorted(rows)])
+    elif not store.is_finished(parent):
+        store.set_tags(parent, {"mlflow.note.content": f"{len(rows)} of {planned} repeats are here"})
+
+
+def _publish_parent(parent: store.Handle, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log the summary of the repeats whose runs are `rows`, with the pictures and the settings of the first."""
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [there[number] for number in sorted(there)]
         repeats = [records_in_store(row["run_id"], row["tags"], Path(scratch), {}) for row in rows]
-    trainings = [each["train"] for each in repeats]
-    by_epoch = records.median_epochs(trainings)
-    for epoch in by_epoch:
+        first = rows[0]["run_id"]
+        shown = [*store.list_artifacts(first, "plots"), *store.list_artifacts(first, "")]
+        names = [name for name in shown if name.endswith(".png") or name == "params.yaml"]
+        store.log_artifacts(parent, {name: store.download_artifact(first, name, Path(scratch)) for name in names})
+    trainings = [repeat["train"] for repeat in repeats]
+    epochs = records.median_epochs(trainings)
+    for epoch in epochs:
         store.log_epoch(parent, epoch)
-    figures = records.summarise_metrics([records.final_metrics(each) for each in trainings])
-    once = {key: value for key, value in figures.items() if key not in by_epoch[-1]["figures"]}
-    store.log_metrics(parent, once, max(each["ended"] for each in trainings))
+    metrics = records.summarise_metrics([records.final_metrics(training) for training in trainings])
+    once = {key: value for key, value in metrics.items() if key not in epochs[-1]["figures"]}
+    store.log_metrics(parent, once, max(training["ended"] for training in trainings))
     for stage in LATER_STAGES:
-        later = [each[stage] for each in repeats if stage in each]
-        if len(later) == planned:
-            figures = records.summarise_metrics([each["metrics"] for each in later])
-            store.log_metrics(parent, figures, max(each["ended"] for each in later))
-    tags = [{key: text for stage in each.values() for key, text in stage["tags"].items()} for each in repeats]
+        results = [repeat[stage] for repeat in repeats if stage in repeat]
+        if len(results) == len(repeats):
+            metrics = records.summarise_metrics([result["metrics"] for result in results])
+            store.log_metrics(parent, metrics, max(result["ended"] for result in results))
+    tags = [{key: value for result in repeat.values() for key, value in result["tags"].items()} for repeat in repeats]
     store.set_tags(parent, records.shared_tags(tags))
     store.set_tags(parent, {"mlflow.note.content": records.describe_parent(repeats)})
-    store.end_run(parent, "FINISHED", max(end_time(each["train"], each) for each in repeats))
-
-
-def records_in_store(
-    run_id: str, tags: Mapping[str, str], scratch: Path, known: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Mapping[str, Any]]:
-    """The records that a run of this store with these tags holds, by stage; those that are `known` are not fetched."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for stage in records.STAGES:
-        there, own = tags.get(digest_tag(stage)), known.get(stage)
-        if there is not None and own is not None and there == digest(own):
-            found[stage] = own
-        elif there is not None:
-            found[stage] = files.read_json(store.download_artifact(run_id, record_file(stage), scratch))
-    return found
-
-
-def _pictures(folder: Path) -> dict[str, Path]:
-    """The pictures that a stage left, by the artifact that holds them; none where a bundle came without."""
-    return {f"plots/{path.name}": path for path in sorted((folder / "plots").glob("*.png"))}
-
-
-def _log_record(handle: store.Handle, stage: str, record: Mapping[str, Any]) -> None:
-    """Logs the record of a stage itself, then its digest."""
-    store.log_text(handle, record_file(stage), files.json_text(record))
-    store.set_tags(handle, {digest_tag(stage): digest(record)})
-
-
-def _describe(handle: store.Handle, record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    store.set_tags(handle, {"mlflow.note.content": records.describe_run(record, found)})
+    store.end_run(parent, "FINISHED", max(end_time(repeat["train"], repeat) for repeat in repeats))

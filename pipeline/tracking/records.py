@@ -1,13 +1,12 @@
-"""What a training leaves: a record that says in plain JSON all that its run in MLflow shows.
+"""The records that stages write: plain JSON that holds all that a run in MLflow shows.
 
 `train` writes `record.json`: `id`, `name`, `experiment`, `started`, `ended` (milliseconds since 1970), `params`,
 `tags`, `datasets`, `epochs` (each `at`, `figures`, `system`), `metrics`, `warnings`, `facts`, `hardware`. `evaluate`
-writes its own `record.json`: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`; `sustain` likewise: `id`,
-`metrics`, `tags`, `series` (the courses of the steps, by metric), `warnings`, `ended`.
+writes its own: `id` (the training's), `metrics`, `tags`, `datasets`, `ended`. So does `sustain`: `id`, `metrics`,
+`tags`, `series` (the courses of the steps, by metric), `warnings`, `ended`.
 
-A repeat is a training of its own, in a process of its own. Tags say which: `repeats.id`, which all repeats of a set
-share, `repeat`, counted from 1, `repeats`, how many are planned, and `repeat.pause_seconds`, the time since the
-previous one ended.
+A repeat is a training in a process of its own. Its tags are `repeats.id`, which all repeats of a set share, `repeat`,
+counted from 1, `repeats`, the planned number, and `repeat.pause_seconds`, the time since the previous one ended.
 """
 
 import csv
@@ -28,74 +27,81 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `compare` does without i
     from pipeline.devices import Backend
 
 Record = Mapping[str, Any]
+Metrics = Mapping[str, float]
 
 STAGES = ("train", "evaluate", "sustain")
-"""Those that leave a record."""
+"""The stages that write a record."""
 
-KNOWN_LATE = frozenset({"data.placement", "energy.source", "taints", "behavior"})
-"""Tags that a training gets by its end."""
+LATE_TAGS = frozenset({"data.placement", "energy.source", "taints", "behavior"})
+"""Tags that a training gets only at its end."""
 
-OF_ONE_REPEAT = frozenset({"repeat", "repeat.pause_seconds"})
-"""Tags that say which of the repeats it is; the run above the repeats has none of them."""
+REPEAT_TAGS = frozenset({"repeat", "repeat.pause_seconds"})
+"""Tags that tell the repeats of a set apart. The parent run has none of them."""
 
-WORDS = frozenset({"taints", "behavior"})
-"""Tags that hold words (with a prefix such as `sustained.` too): above repeats stand the words of any of them."""
+WORD_TAGS = frozenset({"taints", "behavior"})
+"""Tags that hold words, also under a prefix such as `sustained.`. The parent run has the words of all repeats."""
 
 DESCRIPTION_LENGTH = 8000
-"""In characters: MLflow's limit of a tag, which a description is."""
+"""In characters: MLflow's limit of a tag. A description is one."""
+
+
+# --- where records are
 
 
 def stage_folders(outputs: Path, repeat: int = 1) -> dict[str, Path]:
-    """Where each stage leaves the files of a repeat in `outputs`, by stage: of the first one, where those of a single
-    training are."""
-    own = Path() if repeat == 1 else Path("repeats", str(repeat))
-    return {stage: outputs / stage / own for stage in STAGES}
+    """The folder of each stage for a repeat, by stage. The first repeat's is that of a single training."""
+    subfolder = Path() if repeat == 1 else Path("repeats", str(repeat))
+    return {stage: outputs / stage / subfolder for stage in STAGES}
 
 
 def repeat_number(record: Record) -> int:
-    """Which repeat it is, counted from 1; a single training is the first."""
+    """The number of a repeat, from 1. A single training is the first."""
     return int(record["tags"].get("repeat", 1))
 
 
 def planned_repeats(outputs: Path) -> int:
-    """How many repeats the training in `outputs` was planned to have; 1 for a single one, and where there is none."""
+    """The number of repeats that the training in `outputs` was planned to have. 1 if it is single or missing."""
     first = stage_folders(outputs)["train"] / "record.json"
     return int(files.read_json(first)["tags"].get("repeats", 1)) if first.exists() else 1
 
 
 def training_records(outputs: Path) -> list[dict[str, Any]]:
-    """The records that `train` left in `outputs`, one for each repeat. Raises StageError where one is missing."""
-    repeats = range(1, planned_repeats(outputs) + 1)
-    return [files.read_json(stage_folders(outputs, repeat)["train"] / "record.json") for repeat in repeats]
+    """The records of all planned repeats in `outputs`. Raises StageError if one is missing."""
+    return [files.read_json(path) for path in _training_paths(outputs)]
 
 
 def present_records(outputs: Path) -> list[dict[str, Any]]:
-    """As `trained`, of the repeats that are there."""
-    paths = [
-        stage_folders(outputs, repeat)["train"] / "record.json" for repeat in range(1, planned_repeats(outputs) + 1)
-    ]
-    return [files.read_json(path) for path in paths if path.exists()]
+    """The records of those repeats in `outputs` that are there."""
+    return [files.read_json(path) for path in _training_paths(outputs) if path.exists()]
+
+
+def _training_paths(outputs: Path) -> list[Path]:
+    repeats = range(1, planned_repeats(outputs) + 1)
+    return [stage_folders(outputs, repeat)["train"] / "record.json" for repeat in repeats]
 
 
 def load_inputs(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """What `download` left in `folder`. Raises UsageError where it looked at other data or weights."""
+    """Read what `download` left in `folder`. Raises UsageError if that was for other data or weights."""
     inputs: dict[str, Any] = files.read_json(folder / "inputs.json")
-    for key, wanted, have in (
+    for key, wanted, present in (
         ("data.source", settings.data.source, inputs["data"]["requested"]),
         ("data.limit", settings.data.limit, inputs["data"]["limit"]),
         ("model", settings.work.model, inputs["weights"]["model"]),
         ("weights", config.shareable(settings.work.weights), inputs["weights"]["requested"]),
     ):
-        if wanted != have:
+        if wanted != present:
             raise UsageError(
-                f"{key}: {json.dumps(wanted)} is not what `download` looked at ({json.dumps(have)}): "
+                f"{key}: {json.dumps(wanted)} is not what `download` looked at ({json.dumps(present)}): "
                 "run `python -m pipeline.download` with the same settings first"
             )
     return inputs
 
 
+# --- what a training's record begins with
+
+
 def effective_settings(settings: config.Settings) -> dict[str, Any]:
-    """The settings as a run's own params.yaml: the chosen recipe alone, no absolute path."""
+    """The settings as a run's own params.yaml: only the chosen recipe, and no absolute path."""
     work = settings.work.resolved()
     chosen = {"optimizer_options": work["optimizer"], "scheduler_options": work["scheduler"]}
     options = {key: {name: work[key]} for key, name in chosen.items()}
@@ -117,7 +123,7 @@ def effective_settings(settings: config.Settings) -> dict[str, Any]:
 
 
 def run_params(settings: config.Settings) -> dict[str, str]:
-    """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`; no absolute path."""
+    """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`, without absolute paths."""
     rest = effective_settings(settings)
     del rest["recipes"]
     work = settings.work.resolved() | {"weights": config.shareable(settings.work.weights)}
@@ -132,12 +138,12 @@ def run_tags(
     hardware: Mapping[str, Any],
     backend: "Backend",
     accelerator: Mapping[str, Any],
-    conditions: Mapping[str, Any],
+    system_state: Mapping[str, Any],
     fallback: list[str],
 ) -> dict[str, str]:
-    """The run's tags; one whose fact is not known is left out. `accelerator`: the backend's facts, and `threads`, those
-    that torch uses on the CPU."""
-    known = {
+    """The run's tags, without those whose fact is not known. `accelerator`: the backend's facts, and `threads`, the
+    number that torch uses on the CPU."""
+    tags = {
         "hardware": accelerator["name"],
         "hardware.model": hardware.get("model"),
         "hardware.memory_gib": accelerator.get("memory_gib"),
@@ -162,26 +168,26 @@ def run_tags(
         "weights": inputs["weights"]["used"],
         "workload": config.workload(settings.work, inputs),
         "fallback": " ".join(fallback) or None,
-        "power_source": conditions.get("power_source"),
+        "power_source": system_state.get("power_source"),
     }
-    return {key: str(value) for key, value in known.items() if value is not None}
+    return {key: str(value) for key, value in tags.items() if value is not None}
 
 
 def run_warnings(
     settings: config.Settings,
     inputs: Mapping[str, Any],
-    own: Mapping[str, str],
+    run_tags: Mapping[str, str],
     unused_gpu: str | None,
     schedule_overridden: bool,
 ) -> list[str]:
-    """What a reader must know before believing the run's figures, a sentence each."""
+    """What a reader must know before believing the run's metrics, a sentence each."""
     data, weights = inputs["data"], inputs["weights"]
-    said = {
+    warnings = {
         f"DEMO: generated pictures in place of CIFAR-10 ({data['reason']})": "data" in inputs["fallback"],
         f"DEMO: random weights in place of pretrained ones ({weights['reason']})": "weights" in inputs["fallback"],
         f"DEMO: trained on the CPU beside a GPU: {unused_gpu}": unused_gpu is not None,
         "operators that Metal lacks may have run on the CPU (PYTORCH_ENABLE_MPS_FALLBACK)": (
-            own["backend"] == "mps" and os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
+            run_tags["backend"] == "mps" and os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
         ),
         "validated on the test split, on which the best epoch was chosen: its accuracy flatters": (
             settings.work.validation == "test"
@@ -189,17 +195,17 @@ def run_warnings(
         f"{settings.work.optimizer} overrides the schedule: train/lr is what the schedule said, train/lr_applied "
         "what was used": schedule_overridden,
     }
-    return [sentence for sentence, holds in said.items() if holds]
+    return [sentence for sentence, applies in warnings.items() if applies]
 
 
-def experiment_name(settings: config.Settings, own: Mapping[str, str]) -> str:
-    """The MLflow experiment of a run with the tags `own`: one with a fallback never stands among real ones."""
-    return settings.tracking.experiment + ("-demo" if "fallback" in own else "")
+def experiment_name(settings: config.Settings, run_tags: Mapping[str, str]) -> str:
+    """The MLflow experiment of a run with these tags. A run with a fallback goes to the demo experiment."""
+    return settings.tracking.experiment + ("-demo" if "fallback" in run_tags else "")
 
 
 def run_name(run_tags: Mapping[str, str]) -> str:
-    """`<hardware> · <recipe> · <precision>`, announced as a demo where something in it is a fallback; with ` · 2/5`
-    after it for a repeat, ` × 5` for the run above the repeats."""
+    """`<hardware> · <recipe> · <precision>`, then ` · 2/5` for a repeat or ` × 5` for the parent run of repeats. A run
+    with a fallback begins with `DEMO · `."""
     name = " · ".join((run_tags["hardware"], run_tags["recipe"], run_tags["precision"]))
     if "repeat" in run_tags:
         name += f" · {run_tags['repeat']}/{run_tags['repeats']}"
@@ -209,11 +215,11 @@ def run_name(run_tags: Mapping[str, str]) -> str:
 
 
 def dataset_inputs(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: int) -> list[dict[str, str]]:
-    """Each split as MLflow takes a dataset: what it is for, where it is from, and a digest of its own."""
+    """Each split as an MLflow dataset: its name, digest, source, context and profile. `counts`: images by split."""
     data = inputs["data"]
     rows = []
     for split, count in counts.items():
-        # A split of train is another one under another seed; MLflow's digests have at most 36 characters.
+        # The seed chooses what is in train and validation. MLflow's digests have at most 36 characters.
         identity = json.dumps([data["digest"], data["limit"], split, count, None if split == "test" else seed])
         rows.append(
             {
@@ -227,205 +233,203 @@ def dataset_inputs(inputs: Mapping[str, Any], counts: Mapping[str, int], seed: i
     return rows
 
 
-def describe_run(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The run for a person to read in the UI, in Markdown: machine, work, result, speed, warnings. `found`: the records
-    of later stages, by stage."""
-    evaluation, sustained = found.get("evaluate"), found.get("sustain")
-    figures = record["metrics"]
-    last = record["epochs"][-1]["figures"]
-    result = (
-        f"**Result** best validation accuracy {figures['best/val_accuracy']:.2%} in epoch {figures['best/epoch']:.0f}"
-    )
-    if evaluation is not None:
-        result += f", **test accuracy {evaluation['metrics']['test/accuracy']:.2%}**"
-    result += f"; {figures['time/total_seconds']:.2f} s in all"
-    features = figures.get("speed/feature_images_per_second")
-    if features:
-        result += f"; the frozen network's features computed once at {features:,.0f} images/s"
-    else:
-        result += f"; last epoch {last['speed/train_images_per_second']:,.0f} images/s"
-    lines = [*_work(record), result, "", f"**Machine's part** {record['facts']['verdict']}", "", *_sustained(sustained)]
-    said = [*record["warnings"], *(sustained["warnings"] if sustained else [])]
-    if said:
-        lines += ["**Warnings**", "", *(f"- {warning}" for warning in said)]
-    return "\n".join(lines).strip() + "\n"
-
-
-def _work(record: Record) -> list[str]:
-    """The machine and what it did, as lines of Markdown."""
-    own, facts = record["tags"], record["facts"]
-    hardware = [own["hardware"] + (f" with {own['hardware.memory_gib']} GiB" if "hardware.memory_gib" in own else "")]
-    hardware += [
-        own[key]
-        for key in ("hardware.model", "hardware.cpu", "software.os")
-        if own.get(key, own["hardware"]) != own["hardware"]
-    ]
-    epochs = len(record["epochs"])
-    return [
-        f"**Machine** {', '.join(hardware)}, torch {own['software.torch']}, on `{own['device']}`",
-        "",
-        f"**Work** `{own['recipe']}` (workload `{own['workload']}`): {facts['model']} with {own['weights']} weights, "
-        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained on {facts['images']['train']:,} images "
-        f"of {len(facts['classes'])} classes ({own['dataset']}) "
-        f"for {epochs} epoch{'s' * (epochs != 1)}, {own['precision']}",
-        "",
-    ]
-
-
-def _sustained(result: Record | None) -> list[str]:
-    """The speeds that the machine keeps up, as lines of Markdown; none where they were not measured."""
-    if result is None:
-        return []
-    figures, own = result["metrics"], result["tags"]
-    said = [
-        f"{step.title} {figures[speed]:,.1f} images/s ({own[score_steps.tag(step.name, 'precision')]}, "
-        f"batch {figures[score_steps.metric(step.name, 'batch_size')]:.0f})"
-        for step in score_steps.STEPS
-        if (speed := score_steps.metric(step.name, "images_per_second")) in figures
-    ]
-    if "speed/sustained_images_per_second" in figures:  # of bundles before schema 3
-        speed = figures["speed/sustained_images_per_second"]
-        said.append(f"{speed:,.0f} images/s of the recipe finetune's step (workload `{own['sustained.workload']}`)")
-    return [f"**Sustained** {'; '.join(said)}", ""] if said else []
-
-
 # --- repeats
 
 
 def parent_fields(record: Record) -> dict[str, Any]:
-    """What the run above the repeats begins with, of the record of any of them, as `tracking.start` takes it."""
-    own = {key: value for key, value in record["tags"].items() if key not in OF_ONE_REPEAT | KNOWN_LATE}
+    """What the parent run of a repeat begins with, as `store.start_run` takes it."""
+    tags = {key: value for key, value in record["tags"].items() if key not in REPEAT_TAGS | LATE_TAGS}
     return {
-        "name": run_name(own),
+        "name": run_name(tags),
         "experiment": record["experiment"],
         "started": record["started"],
         "params": {key: value for key, value in record["params"].items() if key != "settings.seed"},
-        "tags": own,
+        "tags": tags,
         "datasets": [],
     }
 
 
 def final_metrics(record: Record) -> dict[str, float]:
-    """All figures of a training by their names, those by epoch as they were in the last one."""
-    found: dict[str, float] = record["epochs"][-1]["figures"] | record["metrics"]
-    return {key: value for key, value in found.items() if key != "epoch"}
+    """All metrics of a training by name. Metrics of each epoch have the last one's value."""
+    metrics: dict[str, float] = record["epochs"][-1]["figures"] | record["metrics"]
+    return {key: value for key, value in metrics.items() if key != "epoch"}
 
 
-def summarise_metrics(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The figures of at least two repeats as one: of those that all have, the median under the same name, and the
-    sample standard deviation under `std/<name>`."""
-    shared = [key for key in repeats[0] if all(key in each for each in repeats)]
+def summarise_metrics(repeats: Sequence[Metrics]) -> dict[str, float]:
+    """Of the metrics that all of two or more repeats have, the median under the same name and the sample standard
+    deviation as `std/<name>`."""
+    columns = _shared_columns(repeats)
     return {
-        **{key: median(each[key] for each in repeats) for key in shared},
-        **{f"std/{key}": stdev(each[key] for each in repeats) for key in shared},
+        **{key: median(values) for key, values in columns.items()},
+        **{f"std/{key}": stdev(values) for key, values in columns.items()},
     }
 
 
-def write_summary(outputs: Path, stage: str, trained: Sequence[Record], repeats: Sequence[Mapping[str, float]]) -> None:
-    """Writes what `stage` found of all repeats: their figures to `repeats/figures.csv`, a row each, and where there are
-    several, their summary in place of the first one's metrics.json."""
+def median_epochs(repeats: Sequence[Record]) -> list[dict[str, Any]]:
+    """The epochs of the records of repeats as one course: the median of every figure that all of them have."""
+    merged = []
+    for epochs in zip(*(record["epochs"] for record in repeats), strict=False):
+        columns = _shared_columns([epoch["figures"] for epoch in epochs])
+        medians = {key: median(values) for key, values in columns.items()} | {"epoch": epochs[0]["figures"]["epoch"]}
+        merged.append({"at": max(epoch["at"] for epoch in epochs), "figures": medians, "system": []})
+    return merged
+
+
+def _shared_columns(rows: Sequence[Metrics]) -> dict[str, list[float]]:
+    """The values of every key that all rows have."""
+    return {key: [row[key] for row in rows] for key in rows[0] if all(key in row for row in rows)}
+
+
+def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
+    """The tags of the parent run, from all tags of each repeat: those that are equal, and the words of any repeat (see
+    WORD_TAGS). Every other tag is None."""
+    shared: dict[str, str | None] = {}
+    for key in dict.fromkeys(key for tags in repeats for key in tags if key not in REPEAT_TAGS):
+        values = [tags.get(key) for tags in repeats]
+        if key.rpartition(".")[2] in WORD_TAGS:
+            shared[key] = " ".join(dict.fromkeys(word for value in values for word in (value or "").split())) or None
+        else:
+            shared[key] = values[0] if len(set(values)) == 1 else None
+    return shared
+
+
+def write_summary(outputs: Path, stage: str, trained: Sequence[Record], repeats: Sequence[Metrics]) -> None:
+    """Write the metrics of all repeats of `stage` to `repeats/figures.csv`, a row each. If there are several, write
+    their summary over the first one's metrics.json."""
     folder = stage_folders(outputs)[stage]
     text = io.StringIO()
-    names = ["repeat", "seed", *dict.fromkeys(key for each in repeats for key in each)]
+    names = ["repeat", "seed", *dict.fromkeys(key for metrics in repeats for key in metrics)]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    for record, found in zip(trained, repeats, strict=True):
-        writer.writerow({"repeat": repeat_number(record), "seed": record["params"]["settings.seed"], **found})
+    for record, metrics in zip(trained, repeats, strict=True):
+        writer.writerow({"repeat": repeat_number(record), "seed": record["params"]["settings.seed"], **metrics})
     files.write_text(folder / "repeats" / "figures.csv", text.getvalue())
     if len(repeats) > 1:
         files.write_json(folder / "metrics.json", summarise_metrics(repeats))
 
 
-def median_epochs(repeats: Sequence[Record]) -> list[dict[str, Any]]:
-    """The epochs of the records of repeats as one course, each with the median of every figure that all have."""
-    merged = []
-    for epochs in zip(*(record["epochs"] for record in repeats), strict=False):
-        every = [epoch["figures"] for epoch in epochs]
-        shared = [key for key in every[0] if all(key in each for each in every)]
-        medians = {key: median(each[key] for each in every) for key in shared} | {"epoch": every[0]["epoch"]}
-        merged.append({"at": max(epoch["at"] for epoch in epochs), "figures": medians, "system": []})
-    return merged
+# --- descriptions in Markdown, for a person to read in the UI
 
 
-def shared_tags(repeats: Sequence[Mapping[str, str | None]]) -> dict[str, str | None]:
-    """The tags that stand above repeats, of all tags of each: what all share, and the words of any (see WORDS); the
-    rest None."""
-    every = {key: value for each in repeats for key, value in each.items() if key not in OF_ONE_REPEAT}
-    shared = {key: value if all(each.get(key) == value for each in repeats) else None for key, value in every.items()}
-    for key in shared:
-        if key.rpartition(".")[2] in WORDS:
-            words = dict.fromkeys(word for each in repeats for word in (each.get(key) or "").split())
-            shared[key] = " ".join(words) or None
-    return shared
-
-
-def describe_spread(repeats: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]) -> str:
-    """Time and accuracy of repeats in words, each as median and range; `evaluations`: their figures on test images,
-    where there are any."""
-
-    def said(values: Sequence[float], form: str, unit: str = "") -> str:
-        return f"{median(values):{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
-
-    words = [f"{said([each['time/total_seconds'] for each in repeats], '.2f', ' s')} in all"]
-    if evaluations:
-        words.append(f"test accuracy {said([each['test/accuracy'] for each in evaluations], '.2%')}")
-    words.append(f"best validation accuracy {said([each['best/val_accuracy'] for each in repeats], '.2%')}")
-    return f"median and range of {len(repeats)}: {', '.join(words)}"
+def describe_run(record: Record, results: Mapping[str, Record]) -> str:
+    """The machine, work, result, speed and warnings of a training. `results`: the records of later stages, by stage."""
+    metrics, sustained = record["metrics"], results.get("sustain")
+    result = (
+        f"**Result** best validation accuracy {metrics['best/val_accuracy']:.2%} in epoch {metrics['best/epoch']:.0f}"
+    )
+    if "evaluate" in results:
+        result += f", **test accuracy {results['evaluate']['metrics']['test/accuracy']:.2%}**"
+    result += f"; {metrics['time/total_seconds']:.2f} s in all"
+    if feature_speed := metrics.get("speed/feature_images_per_second"):
+        result += f"; the frozen network's features computed once at {feature_speed:,.0f} images/s"
+    else:
+        speed = record["epochs"][-1]["figures"]["speed/train_images_per_second"]
+        result += f"; last epoch {speed:,.0f} images/s"
+    lines = [*_describe_work(record), result, "", f"**Machine's part** {record['facts']['verdict']}", ""]
+    lines += _describe_sustained(sustained)
+    warnings = [*record["warnings"], *(sustained["warnings"] if sustained else [])]
+    if warnings:
+        lines += ["**Warnings**", "", *(f"- {warning}" for warning in warnings)]
+    return "\n".join(lines).strip() + "\n"
 
 
 def describe_parent(repeats: Sequence[Mapping[str, Record]]) -> str:
-    """The run above the repeats for a person to read, in Markdown. `repeats`: of each its records by stage, in order.
-    What MLflow has no room for is left out at the end, which says so."""
-    trainings = [each["train"] for each in repeats]
-    evaluations = [each["evaluate"]["metrics"] for each in repeats if "evaluate" in each]
-    warned: dict[str, list[str]] = {}
-    for number, each in enumerate(repeats, 1):
-        for warning in [sentence for stage in each.values() for sentence in stage.get("warnings", [])]:
-            warned.setdefault(warning, []).append(str(number))
-    sustained = [each["sustain"] for each in repeats if "sustain" in each]
+    """The parent run of repeats, given the records of each by stage. Cut off where MLflow has no more room."""
+    trainings = [repeat["train"] for repeat in repeats]
+    evaluations = [repeat["evaluate"]["metrics"] for repeat in repeats if "evaluate" in repeat]
+    sustained = [repeat["sustain"] for repeat in repeats if "sustain" in repeat]
     if len(sustained) > 1:
-        sustained = [{**sustained[0], "metrics": summarise_metrics([each["metrics"] for each in sustained])}]
+        sustained = [{**sustained[0], "metrics": summarise_metrics([result["metrics"] for result in sustained])}]
     lines = [
-        *_work(trainings[0]),
-        f"**Repeats** {describe_spread([each['metrics'] for each in trainings], evaluations)}",
+        *_describe_work(trainings[0]),
+        f"**Repeats** {describe_spread([training['metrics'] for training in trainings], evaluations)}",
         "",
-        *_sustained(sustained[0] if sustained else None),
-        *_table(repeats),
+        *_describe_sustained(sustained[0] if sustained else None),
+        *_repeats_table(repeats),
     ]
+    warned: dict[str, list[str]] = {}
+    for number, repeat in enumerate(repeats, 1):
+        for warning in [sentence for result in repeat.values() for sentence in result.get("warnings", [])]:
+            warned.setdefault(warning, []).append(str(number))
     if warned:
         lines += ["", "**Warnings**", ""]
         lines += [f"- {warning} (repeat {', '.join(numbers)})" for warning, numbers in warned.items()]
-    return _fitting(lines)
-
-
-def _table(repeats: Sequence[Mapping[str, Record]]) -> list[str]:
-    """A row for each repeat, as lines of Markdown: its seed, accuracies and seconds, and the images/s of each sustained
-    step that was measured."""
-    speeds = {step.title: score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS}
-    figures = [{**each["train"]["metrics"], **_later(each, "evaluate"), **_later(each, "sustain")} for each in repeats]
-    forms = {
-        "Test accuracy": ("test/accuracy", ".2%"),
-        "Best validation accuracy": ("best/val_accuracy", ".2%"),
-        "Seconds in all": ("time/total_seconds", ".2f"),
-        **{title: (key, ",.1f") for title, key in speeds.items() if any(key in each for each in figures)},
-    }
-    rows = [["Repeat", "Seed", *forms], ["---"] * (2 + len(forms))]
-    for number, (each, own) in enumerate(zip(repeats, figures, strict=True), 1):
-        seed = each["train"]["params"].get("settings.seed", "")
-        rows.append([str(number), seed, *(f"{own[key]:{form}}" if key in own else "" for key, form in forms.values())])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _later(repeat: Mapping[str, Record], stage: str) -> Mapping[str, float]:
-    """The figures of a later stage, where there are any."""
-    metrics: Mapping[str, float] = repeat[stage]["metrics"] if stage in repeat else {}
-    return metrics
-
-
-def _fitting(lines: Sequence[str]) -> str:
-    """As many of the lines as MLflow takes."""
-    rest = "\n\nMore in the repeats' own runs.\n"
     text = "\n".join(lines) + "\n"
     if len(text) <= DESCRIPTION_LENGTH:
         return text
-    return text[: DESCRIPTION_LENGTH - len(rest)].rpartition("\n")[0] + rest
+    ending = "\n\nMore in the repeats' own runs.\n"
+    return text[: DESCRIPTION_LENGTH - len(ending)].rpartition("\n")[0] + ending
+
+
+def describe_spread(repeats: Sequence[Metrics], evaluations: Sequence[Metrics]) -> str:
+    """Time and accuracies of repeats in words, each as median and range. `evaluations`: their metrics on test images,
+    if any."""
+
+    def spread(rows: Sequence[Metrics], key: str, form: str, unit: str = "") -> str:
+        values = [row[key] for row in rows]
+        return f"{median(values):{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
+
+    words = [f"{spread(repeats, 'time/total_seconds', '.2f', ' s')} in all"]
+    if evaluations:
+        words.append(f"test accuracy {spread(evaluations, 'test/accuracy', '.2%')}")
+    words.append(f"best validation accuracy {spread(repeats, 'best/val_accuracy', '.2%')}")
+    return f"median and range of {len(repeats)}: {', '.join(words)}"
+
+
+def _describe_work(record: Record) -> list[str]:
+    """The machine and what it did, as lines."""
+    tags, facts = record["tags"], record["facts"]
+    hardware = [
+        tags["hardware"] + (f" with {tags['hardware.memory_gib']} GiB" if "hardware.memory_gib" in tags else "")
+    ]
+    for key in ("hardware.model", "hardware.cpu", "software.os"):
+        if tags.get(key, tags["hardware"]) != tags["hardware"]:
+            hardware.append(tags[key])
+    epochs = len(record["epochs"])
+    return [
+        f"**Machine** {', '.join(hardware)}, torch {tags['software.torch']}, on `{tags['device']}`",
+        "",
+        f"**Work** `{tags['recipe']}` (workload `{tags['workload']}`): {facts['model']} with {tags['weights']} "
+        f"weights, {facts['trainable']:,} of {facts['parameters']:,} parameters trained on "
+        f"{facts['images']['train']:,} images "
+        f"of {len(facts['classes'])} classes ({tags['dataset']}) "
+        f"for {epochs} epoch{'s' * (epochs != 1)}, {tags['precision']}",
+        "",
+    ]
+
+
+def _describe_sustained(result: Record | None) -> list[str]:
+    """The speeds of the sustained steps, as lines. None if no step was measured."""
+    if result is None:
+        return []
+    metrics, tags = result["metrics"], result["tags"]
+    speeds = [
+        f"{step.title} {metrics[speed]:,.1f} images/s ({tags[score_steps.tag(step.name, 'precision')]}, "
+        f"batch {metrics[score_steps.metric(step.name, 'batch_size')]:.0f})"
+        for step in score_steps.STEPS
+        if (speed := score_steps.metric(step.name, "images_per_second")) in metrics
+    ]
+    if "speed/sustained_images_per_second" in metrics:  # of bundles before schema 3
+        speed = metrics["speed/sustained_images_per_second"]
+        speeds.append(f"{speed:,.0f} images/s of the recipe finetune's step (workload `{tags['sustained.workload']}`)")
+    return [f"**Sustained** {'; '.join(speeds)}", ""] if speeds else []
+
+
+def _repeats_table(repeats: Sequence[Mapping[str, Record]]) -> list[str]:
+    """A row for each repeat, as lines: seed, accuracies, seconds, and the speed of each sustained step."""
+    metrics = [
+        {key: value for result in repeat.values() for key, value in result["metrics"].items()} for repeat in repeats
+    ]
+    speeds = {step.title: score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS}
+    columns = {
+        "Test accuracy": ("test/accuracy", ".2%"),
+        "Best validation accuracy": ("best/val_accuracy", ".2%"),
+        "Seconds in all": ("time/total_seconds", ".2f"),
+        **{title: (key, ",.1f") for title, key in speeds.items() if any(key in row for row in metrics)},
+    }
+    lines = [["Repeat", "Seed", *columns], ["---"] * (2 + len(columns))]
+    for number, (repeat, row) in enumerate(zip(repeats, metrics, strict=True), 1):
+        seed = repeat["train"]["params"].get("settings.seed", "")
+        cells = [f"{row[key]:{form}}" if key in row else "" for key, form in columns.values()]
+        lines.append([str(number), seed, *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]

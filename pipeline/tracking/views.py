@@ -1,26 +1,27 @@
-"""What MLflow's UI shows of the experiment: a run table and charts that compare machines, and their meaning.
+"""What MLflow's UI shows of the experiment: its description, a run table and charts that compare machines.
 
-MLflow 3 opens an experiment on a page about traces and agents, and its run table has no metric. A view saved
-in an experiment tag mends that, with the links below. It has the form that the UI's own "Save view" writes
-(3.17), so that it is in the "Views" menu above the table too.
+MLflow 3 opens an experiment on a page about traces and agents, and its run table has no metric. Views saved in
+experiment tags, and links to them, fix that. The tags have the form that the UI's own "Save view" writes (3.17), so
+that the views are also in the menu "Views" above the table.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.profiling import score_steps
 
-KEY = "trainmark"
-"""Names the view in its tag and in links; constant, so that an old link shows the view as it is now."""
+TABLE, CHARTS = "trainmark", "trainmark-charts"
+"""The views' names in tags and links. They are constant, so that an old link shows the view as it is now."""
 
-_NAME = "Machines compared"
-_SAVED = 1_767_225_600_000  # the UI wants milliseconds since 1970; fixed, so that the tag never changes
+_NAMES = {TABLE: "Machines compared", CHARTS: "Charts of one workload"}
+_SAVED = 1_767_225_600_000  # the UI wants milliseconds since 1970; constant, so that the tag never changes
 
-_NAME_COLUMN, _DATE_COLUMN = "attributes.`Run Name`", "runDateAndNestInfo"  # always there, and first
-_CREATED = "attributes.start_time"  # the one order in which the UI puts the runs of repeats below their parent, folded
+_NAME_COLUMN, _DATE_COLUMN = "attributes.`Run Name`", "runDateAndNestInfo"  # the UI always puts them first
+_CREATED = "attributes.start_time"  # only in this order does the UI fold repeats below their parent run
 
-# With its side panels open the UI leaves 460 pixels beside name and date on a screen of 1600, with the assistant closed
-# 865: the figures that matter come first. What no run has gets no column.
+# On a screen of 1600 pixels, with its side panels open, the UI has 505 pixels beside name and date: repeats, taints and
+# the scores fit. A column that no run has a value for is not shown.
 _SCORE = {step.name: score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS}
 _BARS = (*_SCORE.values(), "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib")
 _METRICS = (
@@ -29,15 +30,21 @@ _METRICS = (
     "speed/feature_images_per_second",
     "energy/images_per_joule",
 )
-_TAGS = ("repeats", "taints", "behavior", "fallback", "workload", "hardware", "label", "recipe", "precision")
-_COLUMNS = (*(f"metrics.`{metric}`" for metric in _METRICS), *(f"tags.`{tag}`" for tag in _TAGS))
-_WIDTHS = {_NAME_COLUMN: 330, _DATE_COLUMN: 135, "tags.`repeats`": 75, "tags.`hardware`": 165}  # of others: 100 pixels
+_FIRST_TAGS = ("repeats", "taints")
+_TAGS = ("behavior", "fallback", "workload", "hardware", "label", "recipe", "precision")
+_COLUMNS = (
+    *(f"tags.`{tag}`" for tag in _FIRST_TAGS),
+    *(f"metrics.`{metric}`" for metric in _METRICS),
+    *(f"tags.`{tag}`" for tag in _TAGS),
+)
+_WIDTHS = {_NAME_COLUMN: 300, _DATE_COLUMN: 120, "tags.`repeats`": 70, "tags.`taints`": 90, "tags.`hardware`": 165}
+"""In pixels. Other columns have 100."""
 
 _LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
-_TRADE = ("time/total_seconds", "test/accuracy")  # across, up
+_SCATTER = ("time/total_seconds", "test/accuracy")  # x, y
 
-# The UI adds a chart of every other metric to the section named as all of the metric but its last part: kept, but
-# folded. Those above repeats have a standard deviation, too.
+# The UI adds a chart of every other metric to the section named by all of the metric but its last part. These sections
+# are folded. Parent runs of repeats also have standard deviations.
 _KINDS = ("best", "ceiling", "efficiency", "energy", "memory", "speed", "sustained", "test", "time", "train", "val")
 _FOLDED = (*_KINDS, "System metrics", *(f"std/{kind}" for kind in _KINDS))
 
@@ -49,7 +56,8 @@ ends with **× 5** stands for five trainings: it shows their medians, and the + 
 - **Compare two machines:** tick a run of each, then *Compare* shows settings and figures side by side. A click on a \
 metric shows its curves. Only runs of one `workload` did the same work.
 - **All machines at once:** *Report* above says who is faster and how sure that is, once runs were compared (it is in \
-the run `comparison`). *Charts* shows bars and curves.
+the run `comparison`). *Charts* shows bars and curves of \
+the newest workload and precision.
 - **Search:** `tags.hardware = 'NVIDIA H200'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
 - **Sort:** a click on a column's name sorts by it and unfolds all runs; a click on *Created* folds them again.
 
@@ -57,6 +65,8 @@ The view *{name}* in the menu *Views* brings these columns back. *Columns* offer
 
 | Column | Meaning |
 |---|---|
+| `repeats` | how many trainings are planned in this set |
+| `taints` | what disturbed the machine from outside: battery, load, swapping ... |
 | `{convnet_fp32}` | **the score**: images/s of a convolutional network at fp32, in the last third of a minute |
 | `{convnet_best}` | the same at the best precision of the hardware: bf16, fp16 or fp32 |
 | `{transformer_best}` | images/s of a vision transformer at that precision |
@@ -67,8 +77,6 @@ The view *{name}* in the menu *Views* brings these columns back. *Columns* offer
 | `speed/train_images_per_second` | images trained on per second, in the last epoch |
 | `speed/feature_images_per_second` | the same where the features of a frozen network are computed once |
 | `energy/images_per_joule` | images trained on and validated per joule, where the machine measures energy |
-| `repeats` | how many trainings are planned in this set |
-| `taints` | what disturbed the machine from outside: battery, load, swapping ... |
 | `behavior` | what the machine itself did under the load: it throttled, got hot or drifted |
 | `fallback` | what a stand-in replaced: **a run named DEMO is no measurement** |
 | `workload` | **only runs of one `workload` did the same work and can be compared** |
@@ -76,40 +84,56 @@ The view *{name}* in the menu *Views* brings these columns back. *Columns* offer
 """
 
 
-def experiment_tags(experiment_id: str, comparison: str | None = None) -> dict[str, str]:
-    """The tags that give the experiment its kind, its description and its view; the same text every time.
+def experiment_tags(experiment_id: str, report_id: str | None, newest_tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that give the experiment its kind, its description and its views.
 
-    The description begins with links: the UI shows that line alone until it is unfolded, and above the page about
-    agents too. `comparison`: the id of the run that holds the report, where there is one.
+    The description begins with links, because the UI shows only the first line until it is unfolded. `report_id`: the
+    run that holds the report, if any. `newest_tags`: the tags of the newest training, which choose the charts'
+    workload and precision.
     """
-    links = [f"[Run table](#{_page(experiment_id)})", f"[Charts](#{_page(experiment_id)}&compareRunsMode=CHART)"]
-    if comparison is not None:
-        links = [f"[Report](#{_run_page(experiment_id, comparison, '/artifacts/compare.html')})", *links]
-    view = {"name": _NAME, "createdAt": _SAVED, "updatedAt": _SAVED, "state": _json(_state())}
+    links = [f"[Run table](#{_page(experiment_id)})", f"[Charts](#{_charts_page(experiment_id)})"]
+    if report_id is not None:
+        links = [f"[Report](#{_run_page(experiment_id, report_id, '/artifacts/compare.html')})", *links]
+    chosen = {key: newest_tags[key] for key in ("workload", "precision") if key in newest_tags}
+    only = {"searchFilter": " and ".join(f"tags.{key} = '{value}'" for key, value in chosen.items())}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        "mlflow.note.content": _NOTE.format(links=" · ".join(links), name=_NAME, **_SCORE),
-        f"mlflow.sharedViewState.{KEY}": _json(view),
+        "mlflow.note.content": _NOTE.format(links=" · ".join(links), name=_NAMES[TABLE], **_SCORE),
+        f"mlflow.sharedViewState.{TABLE}": _view(TABLE, _state()),
+        f"mlflow.sharedViewState.{CHARTS}": _view(CHARTS, _state() | only),
     }
 
 
 def run_table_link(base: str, experiment_id: str) -> str:
-    """Where the UI at `base` shows the run table, newest first."""
+    """The run table in the UI at `base`, newest run first."""
     return f"{base.rstrip('/')}/#{_page(experiment_id)}"
 
 
+def charts_link(base: str, experiment_id: str) -> str:
+    """The charts in the UI at `base`, of one workload and precision."""
+    return f"{base.rstrip('/')}/#{_charts_page(experiment_id)}"
+
+
 def run_link(base: str, experiment_id: str, run_id: str) -> str:
-    """Where the UI at `base` shows one run."""
+    """One run in the UI at `base`."""
     return f"{base.rstrip('/')}/#{_run_page(experiment_id, run_id)}"
 
 
 # workflowType: without it the UI shows its menu for agents, whatever the experiment's kind.
-def _page(experiment_id: str) -> str:
-    return f"/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={KEY}"
+def _page(experiment_id: str, view: str = TABLE) -> str:
+    return f"/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"
+
+
+def _charts_page(experiment_id: str) -> str:
+    return f"{_page(experiment_id, CHARTS)}&compareRunsMode=CHART"
 
 
 def _run_page(experiment_id: str, run_id: str, tab: str = "") -> str:
     return f"/experiments/{experiment_id}/runs/{run_id}{tab}?workflowType=machine_learning"
+
+
+def _view(key: str, state: Mapping[str, Any]) -> str:
+    return _json({"name": _NAMES[key], "createdAt": _SAVED, "updatedAt": _SAVED, "state": _json(state)})
 
 
 def _state() -> dict[str, Any]:
@@ -119,7 +143,7 @@ def _state() -> dict[str, Any]:
         "selectedColumns": _COLUMNS,
         "columnOrder": (_NAME_COLUMN, _DATE_COLUMN, *_COLUMNS),
         "columnWidths": _WIDTHS,
-        "runsHiddenMode": "FIRST_20_RUNS",  # what charts show; the UI's own choice is 10
+        "runsHiddenMode": "FIRST_20_RUNS",  # in charts; the UI's default is 10
         "compareRunCharts": _charts(),
         "compareRunSections": [
             {"uuid": "r", "name": "Results", "display": True, "columns": 2, "cardHeight": 300},
@@ -131,12 +155,12 @@ def _state() -> dict[str, Any]:
 
 
 def _charts() -> list[dict[str, Any]]:
-    across, up = ({"key": key, "type": "METRIC"} for key in _TRADE)
-    # The UI smooths a curve that doesn't say otherwise; "Global": by the settings behind the cog wheel.
+    x_axis, y_axis = ({"key": key, "type": "METRIC"} for key in _SCATTER)
+    # The UI smooths curves by default. "Global" means the settings behind the cog wheel.
     raw = {"xAxisKey": "step", "lineSmoothness": 0, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
     charts: list[dict[str, Any]] = [
         *({"type": "BAR", "metricSectionId": "r", "metricKey": metric} for metric in _BARS),
-        {"type": "SCATTER", "metricSectionId": "r", "xaxis": across, "yaxis": up},
+        {"type": "SCATTER", "metricSectionId": "r", "xaxis": x_axis, "yaxis": y_axis},
         *({"type": "LINE", "metricSectionId": "c", "metricKey": metric} | raw for metric in _LINES),
     ]
     return [chart | {"uuid": str(number)} for number, chart in enumerate(charts)]

@@ -3,7 +3,6 @@
 import os
 import socket
 import sqlite3
-import threading
 from pathlib import Path
 
 import mlflow
@@ -116,17 +115,18 @@ def test_start_makes_a_run_with_params_tags_and_datasets():
     assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
 
 
-def test_the_experiment_is_made_once_and_says_what_it_shows():
+def described(experiment_id, report_id=None):
+    """Whether the experiment has its description and views, with a link to the report and the tags of the runs here."""
+    tags = client().get_experiment(experiment_id).tags
+    return views.experiment_tags(experiment_id, report_id, record_of()["tags"]).items() <= tags.items()
+
+
+def test_an_experiment_is_created_once_and_described_whoever_created_it():
     first, second = store.start_run(record_of()), store.start_run(record_of())
     assert first.experiment_id == second.experiment_id and first.run_id != second.run_id
-    experiment = client().get_experiment_by_name("trainmark")
-    assert views.experiment_tags(experiment.experiment_id).items() <= experiment.tags.items()
-
-
-def test_an_experiment_made_elsewhere_is_described_too():
-    made = client().create_experiment("trainmark")
-    assert store.start_run(record_of()).experiment_id == made
-    assert views.experiment_tags(made).items() <= client().get_experiment(made).tags.items()
+    assert described(first.experiment_id)
+    other = client().create_experiment("other")
+    assert store.start_run(record_of(experiment="other")).experiment_id == other and described(other)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_run_ends_as_it_ended_and_can_go_on(status):
     handle = store.start_run(record_of())
     store.end_run(handle, status, AT + 5)
     assert (run_of(handle).info.status, run_of(handle).info.end_time) == (status, AT + 5)
-    store.resume_run(handle)
+    store.set_status(handle, "RUNNING")
     assert run_of(handle).info.status == "RUNNING"
 
 
@@ -265,8 +265,7 @@ def test_the_given_run_is_filled_in_its_own_experiment(given):
     assert run.data.params == {"lr": "7", "epochs": "7"} | record_of()["params"]
     assert run.data.tags["workload"] == "w1"
     assert client().get_experiment_by_name("trainmark") is None
-    tags = client().get_experiment(given.experiment_id).tags
-    assert views.experiment_tags(given.experiment_id).items() <= tags.items()
+    assert described(given.experiment_id)
 
 
 def test_under_mlflow_run_a_run_is_found_in_the_experiment_of_the_one_given(given):
@@ -394,7 +393,7 @@ def test_a_single_training_may_stand_below_a_run_of_somebody_elses():
 
 def test_a_run_that_waits_for_others_is_neither_running_nor_finished():
     handle = store.start_run(record_of())
-    store.schedule_run(handle)
+    store.set_status(handle, "SCHEDULED")
     assert run_of(handle).info.status == "SCHEDULED" and not store.is_finished(handle)
     store.end_run(handle, "FINISHED")
     assert store.is_finished(handle)
@@ -490,7 +489,21 @@ def test_a_history_is_in_the_order_of_its_steps():
     assert found == {"val/accuracy": [0.1, 0.2, 0.3], "val/loss": []}
 
 
+def test_looking_into_a_store_creates_neither_it_nor_an_experiment(tmp_path, monkeypatch):
+    before = len(client().search_experiments())
+    assert store.comparison_run("unknown") is None
+    assert len(client().search_experiments()) == before
+    missing = tmp_path / "missing.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{missing.as_posix()}")
+    assert store.finished_runs() == []
+    assert store.comparison_run("trainmark") is store.experiment_to_show("trainmark") is None
+    assert not missing.exists()
+
+
 def test_the_comparison_is_one_run_that_is_no_training():
+    assert store.comparison_run("trainmark") is None
+    for name in ("trainmark", "another"):
+        client().create_experiment(name)
     first = store.comparison_run("trainmark")
     assert store.comparison_run("trainmark").run_id == first.run_id
     run = run_of(first)
@@ -500,20 +513,13 @@ def test_the_comparison_is_one_run_that_is_no_training():
     assert store.comparison_run("another").run_id != first.run_id
 
 
-def test_the_experiment_leads_to_its_comparison():
+def test_the_experiment_links_to_its_comparison_until_that_is_deleted():
+    experiment_id = store.start_run(record_of()).experiment_id
     handle = store.comparison_run("trainmark")
-    store.start_run(record_of())  # which describes the experiment, too
-    tags = client().get_experiment(handle.experiment_id).tags
-    assert views.experiment_tags(handle.experiment_id, handle.run_id).items() <= tags.items()
-
-
-def test_a_comparison_that_was_deleted_stays_so():
-    handle = store.comparison_run("trainmark")
+    assert described(experiment_id, handle.run_id)
     client().delete_run(handle.run_id)
     assert store.comparison_run("trainmark") is None
-    assert len(runs()) == 1
-    tags = client().get_experiment(handle.experiment_id).tags
-    assert views.experiment_tags(handle.experiment_id).items() <= tags.items()
+    assert len(runs()) == 2 and described(experiment_id)
 
 
 def test_the_experiment_to_show_is_the_one_with_runs():
@@ -577,32 +583,21 @@ def test_a_model_that_cannot_be_logged_leaves_the_environment_as_it_was(monkeypa
 # --- what the machine does meanwhile
 
 
-def test_system_metrics_are_collected_and_the_store_left_alone(own_store, monkeypatch):
+def test_system_metrics_are_sampled_and_the_store_left_alone(own_store):
     handle = store.start_run(record_of())
-    system = store.SystemMetrics(handle.run_id)
-    sampled = threading.Event()
-    collect = system._monitor.collect_metrics
-    monkeypatch.setattr(system._monitor, "collect_metrics", lambda: (collect(), system._step >= 3 and sampled.set()))
-    monkeypatch.setattr(system, "INTERVAL", 0.0)
+    system = store.SystemMetrics(handle.run_id, interval_seconds=0.0)
     before = own_store.read_bytes()
-    with system:
-        assert sampled.wait(30)
-    taken = system.take()
-    assert own_store.read_bytes() == before
-    assert [sample["step"] for sample in taken] == list(range(len(taken))) and len(taken) > 3
-    assert "system/cpu_utilization_percentage" in taken[0]["figures"]
-    assert {type(value) for sample in taken for value in sample["figures"].values()} == {float}
-    assert all(key.startswith("system/") for sample in taken for key in sample["figures"])
-    assert [sample["at"] for sample in taken] == sorted(sample["at"] for sample in taken)
-    assert system.take() == []
-
-
-def test_system_metrics_end_with_what_they_are_for():
-    handle = store.start_run(record_of())
-    with pytest.raises(ZeroDivisionError), store.SystemMetrics(handle.run_id) as system:
+    samples = []
+    with pytest.raises(ZeroDivisionError), system:
+        while len(samples) < 3:
+            samples += system.take()
         raise ZeroDivisionError
     assert not system._thread.is_alive()
-    assert system.take()[0]["step"] == 0
+    assert own_store.read_bytes() == before
+    assert [sample["step"] for sample in samples] == list(range(len(samples)))
+    assert "system/cpu_utilization_percentage" in samples[0]["figures"]
+    assert {type(value) for sample in samples for value in sample["figures"].values()} == {float}
+    assert [sample["at"] for sample in samples] == sorted(sample["at"] for sample in samples)
 
 
 # --- a store that fails
@@ -618,7 +613,7 @@ def everything(handle):
         lambda: store.log_datasets(handle, [DATASET]),
         lambda: store.set_tags(handle, {"label": None}),
         lambda: store.is_deleted(handle),
-        lambda: store.resume_run(handle),
+        lambda: store.set_status(handle, "RUNNING"),
         lambda: store.end_run(handle, "FINISHED"),
         lambda: store.run_tags(handle),
         lambda: store.log_text(handle, "a.txt", "a"),
@@ -658,7 +653,7 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
-    handle = store.Handle(MlflowClient(f"http://127.0.0.1:{port}"), "0" * 32, "1")
+    handle = store.Handle("0" * 32, "1")
     for call in everything(handle):
         assert line(StageError, call).startswith(f"the MLflow store http://127.0.0.1:{port} can't be used: ")
 
