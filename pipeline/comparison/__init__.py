@@ -1,7 +1,7 @@
 """Runs of machines become claims, tables, charts and a report. Imports neither torch nor mlflow.
 
 stats        intervals, ratios and equivalence of a few measurements
-runs         read a run: figures, conditions, taints
+runs         a run as it is read: figures, conditions, taints
 groups       which runs are pooled, which count, and why the others do not
 claims       what may be claimed of one machine against another
 costs        what the work costs
@@ -16,4 +16,5 @@ cells        tables as columns of text
 report       Markdown, terminal and JSON
 page         HTML
 charts       the charts of each table
+plots        how they are drawn
 """
