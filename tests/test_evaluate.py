@@ -87,13 +87,6 @@ def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch):
     assert uploads == [True, False]
 
 
-def test_nothing_of_an_earlier_evaluation_stays(outputs):
-    files.write_text(outputs / "evaluate" / "plots" / "stale.png", "stale")
-    evaluate.run(generated(), outputs)
-    assert [path.name for path in (outputs / "evaluate" / "plots").iterdir()] == ["confusion_matrix.png"]
-    assert all("stale" not in each.path for each in client().list_artifacts(runs()[0].info.run_id, "plots"))
-
-
 # --- where it is logged
 
 
@@ -214,17 +207,6 @@ def test_an_evaluation_that_ends_early_says_so(outputs, monkeypatch, error, stat
     assert run.info.status == status and run.info.end_time is not None
     evaluate.run(generated(), outputs)
     assert runs()[0].info.status == "FINISHED"
-
-
-def test_a_failing_restore_is_not_evaluated(outputs, monkeypatch):
-    def fail(*args):
-        raise StageError("the store is away")
-
-    monkeypatch.setattr(publisher, "publish_training", fail)
-    with pytest.raises(StageError, match="the store is away"):
-        evaluate.run(generated("tracking.experiment=another"), outputs)
-    record = files.read_json(outputs / "train" / "record.json")
-    assert store.find_run(record["id"], "another") is None
 
 
 # --- what is refused

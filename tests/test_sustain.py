@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from conftest import fails
-from mlflow.entities import ViewType
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import REPEATED, STEPS, generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
@@ -14,7 +13,7 @@ from pipeline import config, devices, files, sustain
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import StageError
 from pipeline.profiling import score_steps, system_state
-from pipeline.tracking import publisher, records, store
+from pipeline.tracking import publisher, records
 from pipeline.training.sustained import Slice, StepRun
 
 FIGURES = {"images_per_second", "first_third_images_per_second", "seconds", "batch_size"}
@@ -146,12 +145,6 @@ def test_steps_that_are_really_run_have_all_figures(once):
     assert set(metrics) >= metrics_of(*STEPS) and all(0 < value < math.inf for value in metrics.values())
 
 
-def test_nothing_of_an_earlier_one_stays(sustained, outputs):
-    (outputs / "sustain" / "plots").mkdir(parents=True)
-    sustained()
-    assert {path.name for path in (outputs / "sustain").iterdir()} == {"metrics.json", "record.json"}
-
-
 def test_a_repeat_leaves_its_own_part(outputs, runner):
     second = records.stage_folders(outputs, 2)
     shutil.copytree(outputs / "train", second["train"], ignore=shutil.ignore_patterns("repeats"))
@@ -249,50 +242,7 @@ def test_the_largest_batch_is_not_searched_for_unasked(sustained, override):
     assert "memory/largest_batch_size" not in result["metrics"]
 
 
-def test_a_largest_batch_that_is_not_found_is_no_figure(sustained):
-    assert "memory/largest_batch_size" not in sustained()["metrics"]
-
-
-# --- where it is put, and how it ends
-
-
-def test_a_store_without_the_run_gets_it_whole(sustained):
-    (run,) = runs()
-    result = sustained("tracking.experiment=another")
-    (restored,) = [each for each in runs() if each.info.run_id != run.info.run_id]
-    assert client().get_experiment(restored.info.experiment_id).name == "another"
-    courses = {key: values[-1] for key, values in result["series"].items()}
-    assert restored.data.metrics == run.data.metrics | result["metrics"] | courses
-    workload = score_steps.tag(CONVNET.name, "workload")
-    assert restored.data.tags[workload] == result["tags"][workload]
-    assert "restored" in restored.data.tags and restored.info.status == "FINISHED"
-    assert restored.info.end_time == result["ended"]
-    assert SPEED not in client().get_run(run.info.run_id).data.metrics
-
-
-def test_a_run_that_was_deleted_stays_deleted(sustained, outputs):
-    (run,) = runs()
-    client().delete_run(run.info.run_id)
-    result = sustained()
-    assert files.read_json(outputs / "sustain" / "record.json") == result
-    (after,) = client().search_runs([run.info.experiment_id], run_view_type=ViewType.ALL)
-    assert after.info.lifecycle_stage == "deleted" and SPEED not in after.data.metrics
-
-
-@pytest.mark.parametrize(
-    ("error", "status"), [(StageError("the store is away"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
-)
-def test_a_store_that_fails_meanwhile_is_told_by_the_run(sustained, monkeypatch, error, status):
-    def fail(*args):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "log_series", fail)
-        with pytest.raises(type(error)):
-            sustained()
-    assert runs()[0].info.status == status
-    sustained()
-    assert runs()[0].info.status == "FINISHED"
+# --- how it ends
 
 
 def test_a_step_that_fails_leaves_the_run_as_it_was(outputs):
@@ -308,11 +258,3 @@ def test_a_step_that_fails_leaves_the_run_as_it_was(outputs):
 
 def test_without_a_training_it_says_what_is_missing(tmp_path):
     assert "record.json" in fails(StageError, sustain.run, generated(*REPEATED), tmp_path)
-
-
-def test_figures_of_another_training_are_not_this_ones(sustained, outputs):
-    sustained()
-    record = files.read_json(outputs / "train" / "record.json")
-    folders = records.stage_folders(outputs)
-    assert set(publisher.stage_records(record, folders)) == {"sustain"}
-    assert publisher.stage_records(record | {"id": "another"}, folders) == {}
