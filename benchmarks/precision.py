@@ -13,7 +13,7 @@ points and the interval excludes 0.
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import bare, results
@@ -26,8 +26,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def compared(name: str, arguments: Any) -> dict[str, Any]:
-    """All precisions of one recipe over the seeds, by precision."""
+def measure_recipe(name: str, arguments: Any) -> dict[str, Any]:
+    """Train one recipe at every precision with every seed. Returns the figures by precision."""
     overrides = [*(() if arguments.whole else SMALL), *arguments.overrides, f"recipe={name}"]
     settings = results.settings_of(overrides)
     splits = bare.splits_of(settings)
@@ -41,13 +41,13 @@ def compared(name: str, arguments: Any) -> dict[str, Any]:
             trained = bare.train(settings, splits)
             accuracies[precision].append(trained["epochs"][-1]["val/accuracy"])
             seconds[precision].append(trained["seconds"])
-            said = f"{accuracies[precision][-1]:.2%} in {seconds[precision][-1]:.2f} s"
-            print(f"{name} seed {settings.seed} {precision}: {said}", flush=True)
-    found: dict[str, Any] = {}
+            figures = f"{accuracies[precision][-1]:.2%} in {seconds[precision][-1]:.2f} s"
+            print(f"{name} seed {settings.seed} {precision}: {figures}", flush=True)
+    by_precision: dict[str, Any] = {}
     for precision in precisions:
         contrast = stats.difference(accuracies[precision], accuracies["fp32"])
         assert contrast.high is not None
-        found[precision] = {
+        by_precision[precision] = {
             "accuracy": results.ratios(accuracies[precision]),
             "mean accuracy": statistics.fmean(accuracies[precision]),
             "minus fp32": contrast.value,
@@ -60,7 +60,7 @@ def compared(name: str, arguments: Any) -> dict[str, Any]:
     return {
         "epochs": settings.work.epochs,
         "images": {split: len(images) for split, images in splits.items()},
-        "precisions": found,
+        "precisions": by_precision,
     }
 
 
@@ -70,29 +70,39 @@ def differs(contrast: stats.Contrast) -> bool:
     return abs(contrast.value) > results.ACCURACIES_WITHIN and not contrast.low <= 0 <= contrast.high
 
 
+def print_table(recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a line for each recipe and precision."""
+    print(
+        f"{'recipe':13} {'precision':10} {'accuracy':>9}  {'range':17} {'minus fp32, points':22} {'times as fast':>13}"
+    )
+    for name, recipe in recipes.items():
+        for precision, figures in recipe["precisions"].items():
+            accuracy = figures["accuracy"]
+            spread = f"{accuracy['min']:.2%} to {accuracy['max']:.2%}"
+            apart = f"{100 * figures['minus fp32']:+.2f} ± {100 * figures['half of its 95% interval']:.2f}"
+            apart = "" if precision == "fp32" else apart + (" DIFFERS" if figures["differs"] else "")
+            speed = figures["fp32 seconds / its"]["median"]
+            print(f"{name:13} {precision:10} {figures['mean accuracy']:>9.2%}  {spread:17} {apart:22} {speed:>13.2f}")
+
+
 def main(words: Sequence[str]) -> None:
-    """Compares the recipes, and prints and writes a table."""
+    """Compare the precisions of the recipes; print a table and write it as JSON."""
     parser = results.parser(__doc__, "--seeds")
-    parser.add_argument("--recipes", default="finetune,linear-probe", help="which, comma between them (both)")
+    parser.add_argument("--recipes", default="finetune,linear-probe", help="which, separated by commas (both)")
     parser.add_argument("--whole", action="store_true", help="the recipes as params.yaml has them, on its data")
     arguments = parser.parse_args(words)
     if arguments.seeds < stats.MIN_UNITS:
         parser.error(f"--seeds: {arguments.seeds} is not allowed: expected at least {stats.MIN_UNITS}, for an interval")
     conditions = results.conditions_of(results.settings_of(arguments.overrides), arguments.overrides)
-    found = {name: compared(name, arguments) for name in arguments.recipes.split(",")}
-    print(
-        f"{'recipe':13} {'precision':10} {'accuracy':>9}  {'range':17} {'minus fp32, points':22} {'times as fast':>13}"
-    )
-    for name, result in found.items():
-        for precision, each in result["precisions"].items():
-            accuracy = each["accuracy"]
-            spread = f"{accuracy['min']:.2%} to {accuracy['max']:.2%}"
-            apart = f"{100 * each['minus fp32']:+.2f} ± {100 * each['half of its 95% interval']:.2f}"
-            apart = "" if precision == "fp32" else apart + (" DIFFERS" if each["differs"] else "")
-            speed = each["fp32 seconds / its"]["median"]
-            print(f"{name:13} {precision:10} {each['mean accuracy']:>9.2%}  {spread:17} {apart:22} {speed:>13.2f}")
-    results.write("precision", conditions, {"seeds": arguments.seeds, "recipes": found})
-    wrong = [f"{name} {key}" for name, r in found.items() for key, each in r["precisions"].items() if each["differs"]]
+    recipes = {name: measure_recipe(name, arguments) for name in arguments.recipes.split(",")}
+    print_table(recipes)
+    results.write("precision", conditions, {"seeds": arguments.seeds, "recipes": recipes})
+    wrong = [
+        f"{name} {precision}"
+        for name, recipe in recipes.items()
+        for precision, figures in recipe["precisions"].items()
+        if figures["differs"]
+    ]
     if wrong:
         sys.exit(f"accuracies differ from fp32's by more than 0.5 points, beyond noise: {', '.join(wrong)}")
 
