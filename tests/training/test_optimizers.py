@@ -120,12 +120,6 @@ def test_unknown_optimizer_is_refused_with_the_nearest(name, nearest):
     assert setting == "optimizer" and f'"{name}"' in rest and rest.endswith(f"did you mean {nearest}?")
 
 
-def test_unknown_scheduler_is_refused_with_all_and_the_nearest():
-    setting, rest = refusal(scheduler_of, "cosin")
-    assert setting == "scheduler" and "cosine | cyclic | onecycle | constant" in rest
-    assert rest.endswith("did you mean cosine?")
-
-
 # --- options
 
 
