@@ -38,7 +38,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
 def _must_download(settings: config.Settings) -> bool:
     """Whether data or weights are missing that `auto`, `cifar10` or `pretrained` would download."""
     data, recipe = settings.data, settings.work
-    is_there = any((data.folder / name).exists() for name in (fetch.ARCHIVE, fetch.BATCHES))
+    is_there = (data.folder / fetch.ARCHIVE).exists()
     return (data.source in ("auto", "cifar10") and not is_there) or (
         recipe.weights == "pretrained" and not weights.is_cached(recipe.model)
     )

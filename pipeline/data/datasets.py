@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import sys
+import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,8 +82,6 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
     """
     if inputs["source"] == "folder" and _folder_facts(data)["digest"] != inputs["digest"]:
         raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
-    if inputs["source"] == "cifar10":
-        fetch.fetch_cifar10(data.folder, (), data.timeout_seconds)  # pickles: load them only with the right digests
     cached = _cached_folder(inputs, split, image_size)
     try:
         images = np.load(cached / "images.npy", mmap_mode="c")  # "c": torch warns about read-only arrays
@@ -114,8 +114,7 @@ def _decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: i
 
 def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
     """The source that `auto` means, and why it is a fallback."""
-    on_disk = (data.folder / fetch.ARCHIVE).exists() or fetch.cifar10_present(data.folder)
-    if not on_disk and not fetch.reachable(data.mirrors):
+    if not (data.folder / fetch.ARCHIVE).exists() and not fetch.reachable(data.mirrors):
         return "synthetic", "no mirror of CIFAR-10 answers"
     try:
         fetch.fetch_cifar10(data.folder, data.mirrors, data.timeout_seconds)
@@ -239,14 +238,21 @@ def _folder_images(data: config.Data, size: list[int] | None, split: str, image_
 
 
 def _cifar10_images(data: config.Data, split: str) -> tuple[Images, Labels]:
-    from torchvision.datasets import CIFAR10  # takes seconds
-
-    published = CIFAR10(data.folder, train=split == "train")
-    labels = np.asarray(published.targets, np.int64)
-    if data.limit is None:
-        return published.data, labels
-    rows = np.concatenate([np.flatnonzero(labels == label)[: data.limit] for label in range(len(CIFAR10_CLASSES))])
-    return published.data[rows], labels[rows]
+    # The archive holds pickles, which are safe to load only with the published digest.
+    archive = fetch.fetch_cifar10(data.folder, (), data.timeout_seconds)
+    names = [f"data_batch_{number}" for number in range(1, 6)] if split == "train" else ["test_batch"]
+    batches = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            if name in names and (file := tar.extractfile(member)):
+                batches[name] = pickle.load(file, encoding="latin1")
+    images = np.concatenate([batches[name]["data"] for name in names]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = np.concatenate([np.asarray(batches[name]["labels"], np.int64) for name in names])
+    if data.limit is not None:
+        rows = np.concatenate([np.flatnonzero(labels == label)[: data.limit] for label in range(len(CIFAR10_CLASSES))])
+        images, labels = images[rows], labels[rows]
+    return images, labels
 
 
 # synthetic

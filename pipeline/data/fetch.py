@@ -1,16 +1,12 @@
-"""CIFAR-10 as it was published: downloaded once, resumed when cut, its digests checked at every use. Needs no torch."""
+"""CIFAR-10's archive as it was published: downloaded once, resumed when cut, its digest checked at every use."""
 
 import hashlib
-import os
-import shutil
 import socket
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import requests
@@ -21,82 +17,19 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from pipeline.errors import StageError, UsageError
 from pipeline.files import write_error
 
-# https://www.cs.toronto.edu/~kriz/cifar.html; the batches' digests are those of torchvision.datasets.CIFAR10
-ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE = "cifar-10-python.tar.gz"  # https://www.cs.toronto.edu/~kriz/cifar.html
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 ARCHIVE_BYTES = 170_498_071
-BATCHES = "cifar-10-batches-py"
-BATCH_MD5 = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
-}
-
 CHUNK_BYTES = 2**16
 
 
-def cifar10_present(folder: Path) -> bool:
-    """Whether `folder` holds CIFAR-10's batches, each with its published digest; about 0.3 s, no network.
-
-    Raises StageError where a batch exists and can't be read.
-    """
-    return all(_md5(folder / BATCHES / name) == md5 for name, md5 in BATCH_MD5.items())
-
-
-def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) -> None:
-    """Make sure that `folder` holds CIFAR-10, so that torchvision.datasets.CIFAR10(folder) can load it.
-
-    Good batches are used as they are, else a good archive, else the first mirror that has one. Damaged batches are
-    replaced from the archive. Raises UsageError where an archive put there by hand is not the published one, StageError
-    where there is none to be had or the disk is full.
-    """
-    if cifar10_present(folder):
-        return
-    archive = _fetch_archive(folder, mirrors, timeout_seconds)
-    _unpack(archive, folder / BATCHES)
-    if not cifar10_present(folder):
-        raise StageError(f"{folder / BATCHES} is not what {archive} held: is the disk sound?")
-
-
-def reachable(urls: Sequence[str], timeout_seconds: float = 3.0) -> list[str]:
-    """Those of `urls` whose host, or the proxy on the way, accepts a connection within `timeout_seconds`."""
-    sites = {url: "/".join(url.split("/", 3)[:3]) for url in urls}
-    answering: set[str] = set()
-
-    def probe(site: str) -> None:
-        try:
-            proxy = select_proxy(site, get_environ_proxies(site))
-            address = prepend_scheme_if_needed(proxy, "http") if proxy else site  # type: ignore[no-untyped-call]
-            parts = urlsplit(address)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            if parts.hostname is None:
-                return
-            # half the time for each address, so that a dead IPv6 route leaves time for IPv4
-            socket.create_connection((parts.hostname, port), timeout_seconds / 2).close()
-            answering.add(site)
-        except (OSError, ValueError, HTTPError):
-            pass
-
-    # Threads, since looking up a name has no time-out; daemons, so that one that hangs does not hold up the exit.
-    probes = [threading.Thread(target=probe, args=(site,), daemon=True) for site in set(sites.values())]
-    for thread in probes:
-        thread.start()
-    deadline = time.monotonic() + timeout_seconds
-    for thread in probes:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return [url for url, site in sites.items() if site in answering]
-
-
-def _fetch_archive(folder: Path, mirrors: Sequence[str], timeout_seconds: float) -> Path:
-    """The path of the archive in `folder`, its digest checked; downloaded where it is missing.
+def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) -> Path:
+    """The path of CIFAR-10's archive in `folder`, its digest checked; downloaded where it is missing.
 
     A mirror that is silent for `timeout_seconds` gives way to the next, which resumes the same `.part` file. That stays
     for the next call when all mirrors fail. The file gets its name only once its digest is right, so one with another
-    digest was put there by hand: it is left alone, and UsageError raised.
+    digest was put there by hand: it is left alone, and UsageError raised. Raises StageError where no mirror has the
+    archive or the disk is full.
     """
     path = folder / ARCHIVE
     digest = _md5(path)
@@ -126,26 +59,33 @@ def _fetch_archive(folder: Path, mirrors: Sequence[str], timeout_seconds: float)
     raise StageError(f"can't fetch {ARCHIVE}: {'; '.join(problems)}: {by_hand}")
 
 
-def _unpack(archive: Path, into: Path) -> None:
-    """Replace the folder `into` by the batches of `archive`, all or none. Extracts only the names that we know."""
-    try:
-        with (
-            TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.", ignore_cleanup_errors=True) as aside,
-            tarfile.open(archive, "r:gz") as tar,
-        ):
-            print(f"unpacking {archive}", file=sys.stderr)
-            fresh = Path(aside, "fresh")
-            fresh.mkdir()
-            for member in tar:
-                name = member.name.removeprefix(f"{BATCHES}/")
-                if name in BATCH_MD5 and (source := tar.extractfile(member)):
-                    with source, (fresh / name).open("wb") as target:
-                        shutil.copyfileobj(source, target)
-            if os.path.lexists(into):
-                into.rename(Path(aside, "replaced"))  # Windows renames no folder onto another
-            fresh.rename(into)
-    except OSError as error:
-        raise write_error(into, error) from error
+def reachable(urls: Sequence[str], timeout_seconds: float = 3.0) -> list[str]:
+    """Those of `urls` whose host, or the proxy on the way, accepts a connection within `timeout_seconds`."""
+    sites = {url: "/".join(url.split("/", 3)[:3]) for url in urls}
+    answering: set[str] = set()
+
+    def probe(site: str) -> None:
+        try:
+            proxy = select_proxy(site, get_environ_proxies(site))
+            address = prepend_scheme_if_needed(proxy, "http") if proxy else site  # type: ignore[no-untyped-call]
+            parts = urlsplit(address)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            if parts.hostname is None:
+                return
+            # half the time for each address, so that a dead IPv6 route leaves time for IPv4
+            socket.create_connection((parts.hostname, port), timeout_seconds / 2).close()
+            answering.add(site)
+        except (OSError, ValueError, HTTPError):
+            pass
+
+    # Threads, since looking up a name has no time-out; daemons, so that one that hangs does not hold up the exit.
+    probes = [threading.Thread(target=probe, args=(site,), daemon=True) for site in set(sites.values())]
+    for thread in probes:
+        thread.start()
+    deadline = time.monotonic() + timeout_seconds
+    for thread in probes:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [url for url, site in sites.items() if site in answering]
 
 
 def _md5(path: Path) -> str | None:

@@ -1,14 +1,10 @@
-"""Fetching and unpacking, against a small archive and a server on this machine that can misbehave."""
+"""Fetching, against a small archive and a server on this machine that can misbehave."""
 
-import errno
 import hashlib
-import io
 import random
 import re
-import shutil
 import socket
 import sys
-import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,26 +15,12 @@ from conftest import fails
 from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
 
-ROOT = Path(__file__).resolve().parents[2]
-BATCHES = {name: random.Random(name).randbytes(100_000) for name in fetch.BATCH_MD5}
-
 
 def md5(data):
     return hashlib.md5(data).hexdigest()
 
 
-def pack(contents):
-    """A .tar.gz of `{name: content}`."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return packed.getvalue()
-
-
-ARCHIVE = pack({f"{fetch.BATCHES}/{name}": data for name, data in [*BATCHES.items(), ("readme.html", b"")]})
+ARCHIVE = random.Random(0).randbytes(700_000)
 SIZE = len(ARCHIVE)
 CUT = 300_000
 
@@ -121,7 +103,6 @@ def published(monkeypatch):
     """The small archive stands for the published one, and no proxy of this machine is in the way."""
     monkeypatch.setattr(fetch, "ARCHIVE_MD5", md5(ARCHIVE))
     monkeypatch.setattr(fetch, "ARCHIVE_BYTES", SIZE)
-    monkeypatch.setattr(fetch, "BATCH_MD5", {name: md5(data) for name, data in BATCHES.items()})
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -143,49 +124,33 @@ def put(path, content):
     return path
 
 
-def put_batches(data):
-    for name, content in BATCHES.items():
-        put(data / fetch.BATCHES / name, content)
-
-
-def tree(folder):
-    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+def assert_fetched(data):
+    """The archive is there, whole, and nothing else."""
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == {fetch.ARCHIVE: ARCHIVE}
 
 
 # What is there already
 
 
-def test_our_digests_are_those_of_torchvision(monkeypatch):
+def test_our_digest_is_that_of_torchvision(monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.undo()
-    meta = CIFAR10.meta
-    assert dict([*CIFAR10.train_list, *CIFAR10.test_list, (meta["filename"], meta["md5"])]) == fetch.BATCH_MD5
     assert (CIFAR10.filename, CIFAR10.tgz_md5) == (fetch.ARCHIVE, fetch.ARCHIVE_MD5)
-    assert CIFAR10.base_folder == fetch.BATCHES
 
 
 def test_fetched_once(data, server):
-    assert not fetch.cifar10_present(data)
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert fetch.cifar10_present(data)
-    assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
-    assert (data / fetch.ARCHIVE).read_bytes() == ARCHIVE
+    assert fetch.fetch_cifar10(data, server.urls("good"), 5) == data / fetch.ARCHIVE
+    assert_fetched(data)
     assert server.requests == [("good", None)]
     connections = server.connections
     fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.connections == connections  # not even a probe
 
 
-@pytest.mark.parametrize("on_disk", ["batches", "archive"])
-def test_what_is_on_disk_is_used_without_a_network(data, server, on_disk):
-    if on_disk == "batches":
-        put_batches(data)
-    else:
-        put(data / fetch.ARCHIVE, ARCHIVE)
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert fetch.cifar10_present(data)
-    assert (data / fetch.ARCHIVE).exists() == (on_disk == "archive")
+def test_an_archive_put_there_by_hand_is_used(data, server):
+    put(data / fetch.ARCHIVE, ARCHIVE)
+    assert fetch.fetch_cifar10(data, server.urls("good"), 5) == data / fetch.ARCHIVE
     assert server.connections == 0
 
 
@@ -194,30 +159,13 @@ def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
     path = put(data / fetch.ARCHIVE, content)
     message = fails(UsageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
     assert all(word in message for word in (str(path), md5(content), md5(ARCHIVE), "replace"))
-    assert tree(data) == {Path(fetch.ARCHIVE): content}
+    assert [file.read_bytes() for file in data.iterdir()] == [content]
     assert server.connections == 0
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_damaged_batches_come_again_from_the_archive(data, server, damage):
-    put(data / fetch.ARCHIVE, ARCHIVE)
-    put_batches(data)
-    batch = data / fetch.BATCHES / "data_batch_3"
-    if damage == "changed":
-        batch.write_bytes(b"evil" + BATCHES["data_batch_3"][4:])
-    else:
-        batch.unlink()
-    assert not fetch.cifar10_present(data)
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert batch.read_bytes() == BATCHES["data_batch_3"]
-    assert {p.name for p in data.iterdir()} == {fetch.ARCHIVE, fetch.BATCHES}
-    assert server.connections == 0
-
-
-def test_unreadable_batch_is_named(data, server):
-    batch = data / fetch.BATCHES / "data_batch_1"
-    batch.mkdir(parents=True)
-    assert str(batch) in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
+def test_an_unreadable_archive_is_named(data, server):
+    (data / fetch.ARCHIVE).mkdir(parents=True)
+    assert str(data / fetch.ARCHIVE) in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
 
 
 # The download
@@ -231,14 +179,13 @@ def test_a_cut_download_is_resumed(data, server, capsys):
 
     fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert server.requests == [("cut", None), ("good", f"bytes={size}-")]
-    assert fetch.cifar10_present(data)
-    assert not part_of(data).exists()
+    assert_fetched(data)
     assert "\r" not in capsys.readouterr().err  # no bar where nobody watches
 
 
 def test_a_stalling_mirror_gives_way_to_the_next(data, server):
     fetch.fetch_cifar10(data, server.urls("stall", "good"), 1.0)
-    assert fetch.cifar10_present(data)
+    assert_fetched(data)
     (_, first), (how, then) = server.requests
     assert (first, how) == (None, "good")
     assert 0 < int(then.removeprefix("bytes=").removesuffix("-")) <= CUT
@@ -265,11 +212,10 @@ def test_a_bad_mirror(data, server, how, says):
     assert f"127.0.0.1 {says}" in message
     assert str(data) in message  # where to put it by hand
     assert not (data / fetch.ARCHIVE).exists()
-    assert not (data / fetch.BATCHES).exists()
     assert part_of(data).exists() == (how in ("endless", "silent-end"))
 
     fetch.fetch_cifar10(data, server.urls(how, "good"), 5)
-    assert fetch.cifar10_present(data)
+    assert_fetched(data)
 
 
 @pytest.mark.parametrize("how", ["missing", "page-of-any-length", "long"])
@@ -283,7 +229,7 @@ def test_a_bad_mirror_leaves_what_was_fetched(data, server, how):
 def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
     put(part_of(data), ARCHIVE[:CUT])
     fetch.fetch_cifar10(data, server.urls(how), 5)
-    assert fetch.cifar10_present(data)
+    assert_fetched(data)
     assert server.requests[0] == (how, f"bytes={CUT}-")
     assert server.requests[1:] == ([] if how == "ignores-range" else [(how, None)])
 
@@ -301,7 +247,7 @@ def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
 def test_only_a_damaged_part_is_fetched_anew(data, server, part, requests):
     put(part_of(data), part)
     fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert fetch.cifar10_present(data)
+    assert_fetched(data)
     assert server.requests == requests
 
 
@@ -335,40 +281,6 @@ def test_no_space_for_the_download(data, server):
     part_of(data).symlink_to("/dev/full")
     assert "no disk space" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good", "good"), 5)
     assert len(server.requests) == 1  # another mirror would not help
-
-
-def test_no_space_to_unpack(data, server, monkeypatch):
-    put(data / fetch.ARCHIVE, ARCHIVE)
-    put(data / fetch.BATCHES / "data_batch_1", b"damaged")
-    before = tree(data)
-
-    def copy_some(source, target):
-        target.write(source.read(10))
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "copyfileobj", copy_some)
-        assert "no disk space" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
-    assert tree(data) == before
-
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert fetch.cifar10_present(data)
-
-
-def test_a_sound_archive_with_other_batches_is_not_taken(data, server, monkeypatch):
-    put(data / fetch.ARCHIVE, ARCHIVE)
-    monkeypatch.setitem(fetch.BATCH_MD5, "test_batch", "0" * 32)
-    assert "is the disk sound" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
-
-
-def test_only_the_batches_are_unpacked(data, server, monkeypatch):
-    hostile = {f"{fetch.BATCHES}/../evil": b"evil", "/tmp/trainmark-evil": b"evil", f"{fetch.BATCHES}/evil": b"evil"}
-    content = pack(hostile | {f"{fetch.BATCHES}/{name}": batch for name, batch in BATCHES.items()})
-    monkeypatch.setattr(fetch, "ARCHIVE_MD5", md5(content))
-    put(data / fetch.ARCHIVE, content)
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert {path.name for path in data.rglob("*") if path.is_file()} == {fetch.ARCHIVE, *BATCHES}
-    assert not Path("/tmp/trainmark-evil").exists()
 
 
 # Who answers
