@@ -70,17 +70,6 @@ def test_another_execution_setting_is_another_row(key):
     assert same.settings["precision"] == "fp32" and best.settings is None
 
 
-@pytest.mark.parametrize(("tag", "value"), [("device", "cuda:1"), ("label", "mine"), ("software__torch", "2.11.0")])
-def test_other_conditions_are_another_row_of_the_table(tag, value):
-    comparison = Store().add(3).add(3, **{tag: value}).compare()
-    assert len(kinds(comparison)) == 2 and comparison.machines == 1
-
-
-def test_a_training_in_two_experiments_is_one_run():
-    comparison = Store().add(1, record="r1").add(1, record="r1").add(1, record="r2").compare()
-    assert (comparison.runs, comparison.copies) == (2, 1) and len(row(comparison, "GPU A").head.runs) == 2
-
-
 def test_unlike_workloads_are_never_in_one_table():
     first, second = sections(two().add(2, workload="w2", recipe="blog", **C).compare())
     assert (first.workload, first.title) == ("w1", "finetune on cifar10 with pretrained weights")
@@ -174,13 +163,6 @@ def test_a_reference_that_names_no_machine_or_several_is_refused(asked, allowed)
     assert line.startswith(f'compare.reference: "{asked}"') and f"expected {allowed}" in line
 
 
-def test_a_refusal_names_few_of_many_machines():
-    store = Store()
-    for number in range(30):
-        store.add(1, hardware=f"GPU {number:02}", machine=f"{number:012}")
-    assert fails(UsageError, lambda: store.compare(reference="other")).endswith("| GPU 09 | ...")
-
-
 def test_where_the_reference_did_not_do_the_work_nothing_is_compared():
     comparison = two().add(2, workload="w2", **C).compare(reference="C")
     assert [section.tables[0].reference for section in sections(comparison)] == [None, "C"]
@@ -230,15 +212,6 @@ def test_a_best_picked_among_several_counts_every_pair_it_might_have_been():
 )  # fmt: skip
 def test_what_makes_and_what_ends_a_claim(change, kind):
     assert kinds(two(**change).compare())["GPU B"] == kind
-
-
-def test_runs_added_afterwards_end_a_claim():
-    b = row(two().add(1, **B, seconds=5.0).compare(), "GPU B")
-    assert b.claim.kind == "problem" and len(b.head.runs) == 3 and len(b.head.left_out) == 1
-
-
-def test_disturbed_runs_are_let_into_claims_where_asked_for():
-    assert kinds(two(taints="load").compare(tainted=True))["GPU B"] == "faster"
 
 
 @pytest.mark.parametrize(("step", "kind", "basis"), [(SESSION, "faster", "5 sessions"), (MINUTE, "small", "4 minutes")])
@@ -444,10 +417,6 @@ def test_a_score_tells_the_energy_only_with_its_source(source, watts, efficiency
     images_per_joule = a.steps[CONVNET].images_per_joule
     assert (a.watts, a.energy_source) == (watts, source or "")
     assert (images_per_joule and images_per_joule.value) == efficiency
-
-
-def test_without_a_score_there_is_none():
-    assert two().compare().parts[0].score is None
 
 
 # --- prices
