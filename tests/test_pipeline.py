@@ -300,12 +300,6 @@ def test_another_machine_trains_again(project):
     path.write_text(facts)
 
 
-@pytest.mark.slow
-def test_temporary_experiments_want_a_store_that_lasts(project):
-    command = ["-m", "dvc", "exp", "run", "--temp", "-S", "recipes.linear-probe.epochs=1"]
-    assert "MLFLOW_TRACKING_URI" in project.run(sys.executable, *command, status=255)
-
-
 @pytest.fixture(scope="module")
 def blog_run(project):
     """The id of the one run that `mlflow run` made, in a store of its own."""
@@ -398,34 +392,6 @@ def test_under_mlflow_run_the_run_that_it_made_is_above_the_repeats(project):
     assert parent[1].endswith("fp32 × 2") and [name.split(" · ")[-1] for _, name, _ in children] == ["1/2", "2/2"]
     assert {status for *_, status in (parent, *children)} == {"FINISHED"}
     assert {project.table("tags", run_id)["mlflow.parentRunId"] for run_id, *_ in children} == {parent[0]}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["device=xpu:7"], ["device", '"xpu:7"', "cpu"]),
-        (["precision=tf32"], ["precision", '"tf32"', "fp32 | bf16"]),
-        (["optimizer=muon"], ["optimizer", '"muon"']),
-        (["epochs=7", "model=test_vit.r160_in1k"], ["model", "test_vit.r160_in1k", "download"]),
-    ],
-)
-def test_train_refuses_in_one_line(project, settings, words):
-    before = project.runs()
-    output = project.stage("train", "device=cpu", *settings, status=2)
-    (line,) = [line for line in output.splitlines() if line.startswith("train: ")]
-    assert "Traceback" not in output and all(word in line for word in words)
-    assert project.runs() == before
-
-
-@pytest.mark.slow
-def test_non_finite_loss_fails_the_run(project):
-    before = len(project.runs())
-    settings = ["lr=1e30", "optimizer=sgd", "precision=bf16", "features=recompute", "trainable=all"]
-    output = project.stage("run", *settings, status=1)
-    assert "loss is" in output.splitlines()[-1] and "Traceback" not in output
-    *_, (_, _, status) = project.runs()
-    assert status == "FAILED" and len(project.runs()) == before + 1
 
 
 @pytest.mark.slow
