@@ -16,6 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\na picture"
 SPEED, COURSE = (score_steps.metric("convnet_fp32", figure) for figure in ("images_per_second", "course"))
 TRAIN, EVALUATE, SUSTAIN = "train/record.json", "evaluate/record.json", "sustain/record.json"
 REPEATS_ID = "a" * 32
+MARKS = {"imported", "imported.run_id", store.PARENT_TAG}
 TITLE = "AMD EPYC · blog · fp32 (00000000)"
 
 
@@ -183,20 +184,17 @@ def stored_runs(tmp_path):
     """All of every run in the current store but for what an import marks, by its experiment, record and name."""
     everything = {}
     for run in runs():
+        run_id = run.info.run_id
         experiment = client().get_experiment(run.info.experiment_id).name
-        folder = tmp_path / f"artifacts of {run.info.run_id} {len(list(tmp_path.iterdir()))}"
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))} {run_id}"
         folder.mkdir()
-        client().download_artifacts(run.info.run_id, "", str(folder))
-        marks = {"imported", "imported.run_id", store.PARENT_TAG}
+        client().download_artifacts(run_id, "", str(folder))
+        metrics = {key: client().get_metric_history(run_id, key) for key in run.data.metrics}
         everything[experiment, run.data.tags.get("record"), run.info.run_name] = {
             "info": (run.info.status, run.info.end_time),
             "params": run.data.params,
-            "tags": {key: text for key, text in run.data.tags.items() if key not in marks},
-            "metrics": {
-                key: [(point.value, point.step, point.timestamp) for point in client().get_metric_history(id_, key)]
-                for id_ in [run.info.run_id]
-                for key in run.data.metrics
-            },
+            "tags": {key: run.data.tags[key] for key in run.data.tags.keys() - MARKS},
+            "metrics": {key: [(at.value, at.step, at.timestamp) for at in course] for key, course in metrics.items()},
             "datasets": sorted((each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs),
             "artifacts": {
                 path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()

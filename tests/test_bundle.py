@@ -130,8 +130,7 @@ def test_pictures_are_left_out_where_asked_and_nothing_else_is(tmp_path, use_sto
     assert imported["info"][0] == "FINISHED" and not any("plots" in name for name in imported["artifacts"])
 
 
-@pytest.mark.parametrize("order", ["ab", "ba"])
-def test_checkpoints_come_along_when_they_are_asked_for(tmp_path, use_store, monkeypatch, order):
+def test_checkpoints_come_along_when_they_are_asked_for(tmp_path, use_store, monkeypatch):
     logged = []
     monkeypatch.setattr(store, "log_model", lambda *arguments: logged.append(arguments[2:4]))
     contents = whole_run() | {"train/best.safetensors": checkpoint(tmp_path)}
@@ -140,7 +139,7 @@ def test_checkpoints_come_along_when_they_are_asked_for(tmp_path, use_store, mon
         bundle.main(["export", "--out", str(tmp_path / f"{name}.zip"), *options])
     logged.clear()
     use_store("other")
-    for name in order:
+    for name in "ab":
         bundles.import_runs([tmp_path / f"{name}.zip"])
     (run,) = stored_runs(tmp_path).values()
     assert run["artifacts"]["checkpoints/best.safetensors"] == contents["train/best.safetensors"]
@@ -200,15 +199,12 @@ def parent_run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("order", ["abc", "cba"])
-def test_the_run_above_repeats_waits_for_all_of_them(tmp_path, use_store, order):
-    numbers = {"a": (1,), "b": (3,), "c": (2, 1)}
-    paths = {name: pack(tmp_path / f"{name}.zip", *map(repeat, numbers[name])) for name in numbers}
+def test_the_run_above_repeats_waits_for_all_of_them(tmp_path, use_store):
     use_store("other")
     seen = set()
-    for name in order:
-        bundles.import_runs([paths[name]])
-        seen |= set(numbers[name])
+    for numbers in ((3,), (1,), (2, 1)):
+        bundles.import_runs([pack(tmp_path / "x.zip", *map(repeat, numbers))])
+        seen |= set(numbers)
         run = parent_run(tmp_path)
         if len(seen) < 3:
             assert run["tags"]["mlflow.note.content"] == f"{len(seen)} of 3 repeats are here"
@@ -225,8 +221,7 @@ def test_the_run_above_repeats_waits_for_all_of_them(tmp_path, use_store, order)
         assert stored_runs(tmp_path) == before
 
 
-@pytest.mark.parametrize("in_store", [True, False])
-@pytest.mark.parametrize("tags", [{"repeat": "2"}, {"repeat": "3", "repeats": "4"}])
+@pytest.mark.parametrize(("tags", "in_store"), [({"repeat": "2"}, True), ({"repeat": "3", "repeats": "4"}, False)])
 def test_repeats_that_do_not_fit_each_other_are_refused(tmp_path, own_store, tags, in_store):
     first = pack(tmp_path / "first.zip", repeat(2))
     other = pack(tmp_path / "x.zip", repeat(7, **{"repeat": "3", "repeats": "3"} | tags))
@@ -272,7 +267,7 @@ def test_a_training_is_exported_once_and_by_experiment(tmp_path, capsys):
 
 def test_what_a_stranger_added_to_a_run_stays_where_it_is(tmp_path):
     _, handle = made.put_in_store(tmp_path / "a", whole_run())
-    for name in ("plots/My Holiday.jpg", "plots/../x.png", "notes.txt")[::2]:
+    for name in ("plots/My Holiday.jpg", "notes.txt"):
         client().log_text(handle.run_id, "mine", name)
     bundles.export_runs(tmp_path / "x.zip")
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
@@ -481,8 +476,9 @@ def test_nothing_is_written_before_everything_is_checked(tmp_path, own_store, fi
     assert dump(own_store) == before
 
 
-@pytest.mark.parametrize("is_away", [False, True])
-@pytest.mark.parametrize("broken", ["start_run", "log_series", "mark_run"])
+@pytest.mark.parametrize(
+    ("broken", "is_away"), [("start_run", False), ("log_series", False), ("mark_run", False), ("mark_run", True)]
+)
 def test_an_import_that_fails_half_way_can_be_repeated(tmp_path, own_store, monkeypatch, broken, is_away):
     """The call fails for the second run. `is_away`: so does every attempt to delete the first one again."""
     path = pack(tmp_path / "a.zip", *(repeat(number, 2) for number in (1, 2)), whole_run(3))

@@ -87,46 +87,29 @@ def export_runs(
             for file, what, text in find_texts(run, private):
                 problem = f"{file} holds {what} of this machine ({text})"
                 raise StageError(f"{run.title}: {problem}: nothing was exported; delete that run first")
-        manifest = {
-            "format": "trainmark-bundle",
-            "schema": bundle_schema.SCHEMA,
-            "created": store.now(),
-            "runs": [_list_run(run) for run in runs],
-        }
-        bundle_schema.validate(bundle_schema.Manifest, manifest, out.name)
-        with files.atomic_write(out) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-            _add_file(archive, MANIFEST, files.json_text(manifest).encode())
-            for run in runs:
-                for path in _list_files(run):
-                    name = path.relative_to(run.folder).as_posix()
-                    _add_file(archive, f"runs/{run.record['id']}/{name}", path.read_bytes())
+        _write_archive(out, runs)
     for run in runs:
         terminal.say(f"exported {run.title}")
     terminal.say(f"bundle   {out}: {len(runs)} run{'s' * (len(runs) != 1)}, {out.stat().st_size / 2**20:.2f} MiB")
 
 
-def _list_files(run: Run) -> list[Path]:
-    return sorted(path for path in run.folder.rglob("*") if path.is_file())
-
-
-def _list_run(run: Run) -> dict[str, Any]:
-    """A run's entry in the manifest."""
-    contents = {path.relative_to(run.folder).as_posix(): path.read_bytes() for path in _list_files(run)}
-    return {
-        "record": run.record["id"],
-        "run_id": run.run_id,
-        "start": run.record["started"],
-        "end": run.end,
-        "files": {
-            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in contents.items()
-        },
-    }
-
-
-def _add_file(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Add a file to the zip, dated 1980: the local time would tell the time zone."""
-    compression = zipfile.ZIP_STORED if name.endswith(CHECKPOINT) else zipfile.ZIP_DEFLATED
-    archive.writestr(zipfile.ZipInfo(name), data, compression)
+def _write_archive(out: Path, runs: Sequence[Run]) -> None:
+    entries = []
+    with files.atomic_write(out) as aside, zipfile.ZipFile(aside, "w") as archive:
+        for run in runs:
+            listing = {}
+            for path in sorted(path for path in run.folder.rglob("*") if path.is_file()):
+                name, data = path.relative_to(run.folder).as_posix(), path.read_bytes()
+                listing[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+                # ZipInfo dates a file 1980: the local time would tell the time zone.
+                compression = zipfile.ZIP_STORED if name == CHECKPOINT else zipfile.ZIP_DEFLATED
+                archive.writestr(zipfile.ZipInfo(f"runs/{run.record['id']}/{name}"), data, compression)
+            times = {"start": run.record["started"], "end": run.end}
+            entries.append({"record": run.record["id"], "run_id": run.run_id, **times, "files": listing})
+        head = {"format": "trainmark-bundle", "schema": bundle_schema.SCHEMA, "created": store.now()}
+        manifest = head | {"runs": entries}
+        bundle_schema.validate(bundle_schema.Manifest, manifest, out.name)
+        archive.writestr(zipfile.ZipInfo(MANIFEST), files.json_text(manifest), zipfile.ZIP_DEFLATED)
 
 
 def _fetch_runs(scratch: Path, experiment: str | None, with_models: bool, with_pictures: bool) -> list[Run]:
@@ -215,7 +198,7 @@ def _check_directory(file: BinaryIO, where: str) -> None:
     """Check the size of the zip's list of files before all of it is read. ZIP64 would keep it elsewhere."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - 42))
     end = file.read()
-    if end[-22:-18] != b"PK\x05\x06":
+    if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
         raise refusal(where, "it is truncated, or no bundle")
     if end[:4] == b"PK\x06\x07" or int.from_bytes(end[-10:-6], "little") > DIRECTORY_BYTES:
         raise refusal(where, "it holds more files than a bundle may")
@@ -226,7 +209,7 @@ def _read_archive(archive: zipfile.ZipFile, folder: Path, where: str) -> list[Ru
     names = sorted(info.orig_filename for info in archive.infolist())
     listed = {MANIFEST} | {f"runs/{entry.record}/{name}" for entry in manifest.runs for name in entry.files}
     if names != sorted(listed):
-        odd = min(listed ^ set(names), default="a name is there twice")
+        odd = min(listed ^ set(names), default="a name twice")
         raise refusal(where, f"{MANIFEST} does not list what the zip holds: {bundle_schema.shorten(ascii(odd))}")
     runs = []
     for entry in manifest.runs:
@@ -373,9 +356,7 @@ def _check_conflicts(named_runs: Sequence[tuple[str, Run]], scratch: Path) -> No
     for file, run in named_runs:
         where, record = f"{file}: {run.title}", run.record
         if record["id"] not in known:
-            handle = store.find_run(record["id"], record["experiment"])
-            is_there = handle is not None and not store.is_deleted(handle)
-            known[record["id"]] = _stored_records(handle, run, scratch) if handle and is_there else {}
+            known[record["id"]] = _stored_records(run, scratch)
         for stage in _new_stages(run, known[record["id"]], where):
             known[record["id"]][stage] = run.stages[stage]
         _check_repeat(run, siblings, where)
@@ -399,7 +380,11 @@ def _check_repeat(run: Run, siblings: dict[str, dict[str, Mapping[str, str]]], w
     siblings[repeats_id][run.record["id"]] = tags
 
 
-def _stored_records(handle: store.Handle, run: Run, scratch: Path) -> dict[str, Record]:
+def _stored_records(run: Run, scratch: Path) -> dict[str, Record]:
+    """The records that the store holds of the run, by stage; none if the run is missing or deleted."""
+    handle = store.find_run(run.record["id"], run.record["experiment"])
+    if handle is None or store.is_deleted(handle):
+        return {}
     return publisher.records_in_store(handle.run_id, store.run_tags(handle), scratch, run.stages)
 
 
@@ -410,9 +395,7 @@ def _new_stages(run: Run, known: Mapping[str, Record], where: str) -> list[str]:
         other = known.get(stage)
         if other is None or (other["ended"] < record["ended"] and stage != "train"):
             stages.append(stage)
-        elif publisher.digest(other) != publisher.digest(record) and (
-            stage == "train" or other["ended"] == record["ended"]
-        ):
+        elif other != record and (stage == "train" or other["ended"] == record["ended"]):
             raise refusal(where, f"its {stage} record differs from that of the same run which is there")
     return stages
 
@@ -429,7 +412,7 @@ def _put_run(run: Run, scratch: Path, made: list[store.Handle]) -> None:
     if store.is_deleted(handle):
         terminal.say(f"left out {run.title}: it was deleted in this store")
         return
-    stored = _stored_records(handle, run, scratch)
+    stored = _stored_records(run, scratch)
     is_whole = "train" in stored  # otherwise it is under way, or it failed
     stages = _new_stages(run, stored, run.title) if is_whole else []
     checkpoint = run.folder / CHECKPOINT
