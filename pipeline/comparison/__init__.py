@@ -7,6 +7,7 @@ claims       what may be claimed of one machine against another
 costs        what the work costs
 schema       the comparison as plain values; their fields are the keys of compare.json
 context      what the tables share: settings, names, heads of rows, sides of claims
+work_rows    the figures of a recipe's work
 work_tables  a recipe's work at the same settings, and at each machine's best
 score_table  the sustained steps
 build        all of it: `compare`

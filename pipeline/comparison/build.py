@@ -18,7 +18,8 @@ from pipeline.comparison.groups import display_names
 from pipeline.comparison.runs import Run, clean
 from pipeline.comparison.schema import Comparison, Part
 from pipeline.comparison.score_table import score_of
-from pipeline.comparison.work_tables import COURSES, by_work, section_of
+from pipeline.comparison.work_rows import COURSES
+from pipeline.comparison.work_tables import by_work, section_of
 from pipeline.errors import UsageError, nearest
 
 __all__ = ["COURSES", "Comparison", "compare"]

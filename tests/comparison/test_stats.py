@@ -108,7 +108,7 @@ def test_equal_machines_are_called_equal_in_95_of_100(counts, spreads):
 
 
 def test_no_machine_of_forty_equal_ones_is_called_faster_in_95_of_100():
-    generator, trials, others = np.random.default_rng(40), 200, 39
+    generator, trials, others = np.random.default_rng(40), 100, 39
     level, false_claims = stats.bonferroni(stats.LEVEL, others), 0
     for _ in range(trials):
         baseline = draw(generator, 10, 0.01)
