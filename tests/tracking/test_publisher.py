@@ -235,6 +235,28 @@ def test_a_damaged_checkpoint_is_no_run(left):
 
 
 @pytest.mark.usefixtures("light")
+def test_the_parent_of_repeats_gets_their_summary_and_the_first_ones_pictures_and_settings(left):
+    record, folder = left
+    for number in (2, 1):
+        tags = record["tags"] | {"repeats.id": "a" * 32, "repeats": "2", "repeat": str(number)}
+        repeat = record | {"id": str(number) * 32, "tags": tags, "name": f"{record['name']} · {number}/2"}
+        for stage in ("evaluate", "sustain"):
+            path = folder / stage / "record.json"
+            files.write_json(path, files.read_json(path) | {"id": repeat["id"]})
+        publisher.restore_run(repeat, "trainmark", records.stage_folders(folder))
+        publisher.update_parent(repeat, "trainmark")
+        parent, _ = store.find_repeats("a" * 32, "trainmark")
+        assert store.is_finished(parent) == (number == 1)
+    metrics = client().get_run(parent.run_id).data.metrics
+    assert metrics["test/accuracy"] == result_of("evaluate", folder)["metrics"]["test/accuracy"]
+    assert metrics["std/test/accuracy"] == 0
+    assert store.list_artifacts(parent.run_id, "") == ["params.yaml", "plots"]
+    assert store.list_artifacts(parent.run_id, "plots") == [
+        f"plots/{name}.png" for name in ("accuracy", "confusion_matrix", "loss", "samples")
+    ]
+
+
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(("label", "shown"), [("under the desk", "under the desk"), (None, None)])
 def test_an_evaluation_sets_the_label_anew(left, label, shown):
     record, folder = left
