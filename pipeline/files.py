@@ -75,7 +75,3 @@ def contents(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-
-
-cannot_write = write_error
-written_aside = atomic_write

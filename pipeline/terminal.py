@@ -65,6 +65,3 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
         f"  {metrics['time/train_seconds']:.2f} s + {metrics['time/val_seconds']:.2f} s"
         + (f"  {speed:,.0f} images/s" if speed else "")
     )
-
-
-shout = warn
