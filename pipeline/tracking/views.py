@@ -20,8 +20,8 @@ _SAVED = 1_767_225_600_000  # the UI wants milliseconds since 1970; constant, so
 _NAME_COLUMN, _DATE_COLUMN = "attributes.`Run Name`", "runDateAndNestInfo"  # the UI always puts them first
 _CREATED = "attributes.start_time"  # only in this order does the UI fold repeats below their parent run
 
-# On a screen of 1600 pixels, with its side panels open, the UI has 505 pixels beside name and date: repeats, taints and
-# the scores fit. A column that no run has a value for is not shown.
+# On a screen of 1600 pixels, with its side panels open, the UI has 850 pixels for columns: repeats, taints and the
+# scores fit. A column that no run has a value for is not shown.
 _SCORE = {step.name: score_steps.metric(step.name, "images_per_second") for step in score_steps.STEPS}
 _BARS = (*_SCORE.values(), "time/total_seconds", "time/process_seconds", "test/accuracy", "memory/peak_mib")
 _METRICS = (
@@ -37,7 +37,7 @@ _COLUMNS = (
     *(f"metrics.`{metric}`" for metric in _METRICS),
     *(f"tags.`{tag}`" for tag in _TAGS),
 )
-_WIDTHS = {_NAME_COLUMN: 300, _DATE_COLUMN: 120, "tags.`repeats`": 70, "tags.`taints`": 90, "tags.`hardware`": 165}
+_WIDTHS = {_NAME_COLUMN: 270, _DATE_COLUMN: 120, "tags.`repeats`": 70, "tags.`taints`": 90, "tags.`hardware`": 165}
 """In pixels. Other columns have 100."""
 
 _LINES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
@@ -56,8 +56,8 @@ ends with **× 5** stands for five trainings: it shows their medians, and the + 
 - **Compare two machines:** tick a run of each, then *Compare* shows settings and figures side by side. A click on a \
 metric shows its curves. Only runs of one `workload` did the same work.
 - **All machines at once:** *Report* above says who is faster and how sure that is, once runs were compared (it is in \
-the run `comparison`). *Charts* shows bars and curves of \
-the newest workload and precision.
+the run `comparison`). *Charts* shows bars and curves of the newest workload and \
+precision.
 - **Search:** `tags.hardware = 'NVIDIA H200'`, `tags.recipe = 'finetune'`, `tags.workload = '...'`
 - **Sort:** a click on a column's name sorts by it and unfolds all runs; a click on *Created* folds them again.
 
