@@ -1,4 +1,4 @@
-"""A training as `train` does it, without MLflow, files or plots: what the other benchmarks take turns with."""
+"""A training as the stage `train` does it, without MLflow, files or plots. The other benchmarks compare with it."""
 
 import math
 import sys
@@ -17,40 +17,38 @@ from pipeline.profiling.clock import Clock
 from pipeline.training import loop, setup
 
 FIXED_SECONDS = 10.0
-"""How long one fixed batch is repeated at most; for no more steps than the training had."""
+"""The longest time for which one fixed batch is repeated; it gets no more steps than the training had."""
 
 
 def splits_of(settings: config.Settings) -> setup.Splits:
-    """The images that `train` trains on and validates on, in host memory; ends the process where CIFAR-10 can't be
-    had."""
-    found = datasets.resolve(settings.data)
-    if found["reason"]:
-        sys.exit(f"data: CIFAR-10 can't be had ({found['reason']}): -S data.source=synthetic, or a folder")
-    return setup.hold_out(setup.decode_splits(settings, found), settings)
+    """The images to train and validate on, in host memory. Ends the process where CIFAR-10 can't be had."""
+    data = datasets.resolve(settings.data)
+    if data["reason"]:
+        sys.exit(f"data: CIFAR-10 can't be had ({data['reason']}): -S data.source=synthetic, or a folder")
+    return setup.hold_out(setup.decode_splits(settings, data), settings)
 
 
 def weights_of(recipe: config.Recipe) -> Path | None:
-    """The file of the recipe's weights, None for random ones; ends the process where pretrained ones can't be had."""
-    found = weights.resolve(recipe)
-    if found["reason"]:
-        sys.exit(f"weights: pretrained ones can't be had ({found['reason']}): -S weights=random, or a file")
-    return weights.locate(found, recipe)
+    """The file of the recipe's weights; None for random ones. Ends the process where pretrained ones can't be had."""
+    facts = weights.resolve(recipe)
+    if facts["reason"]:
+        sys.exit(f"weights: pretrained ones can't be had ({facts['reason']}): -S weights=random, or a file")
+    return weights.locate(facts, recipe)
 
 
 def classes_of(splits: setup.Splits) -> int:
-    """How many classes the images have."""
+    """The number of classes of the images."""
     return int(splits["train"].labels.max()) + 1
 
 
 def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = False) -> dict[str, Any]:
-    """Trains; gives `epochs` (figures by epoch), `at` (the clock at each one's end), `seconds` (data in host memory to
-    the last epoch validated, as `time/total_seconds`), `setup`, `speed` (images a second; of a frozen network, of
-    computing its features) and, where `fixed`, `fixed_speed`: of the same step or pass on one batch that lies prepared
-    on the device."""
+    """Train, and return `epochs` (their figures), `at` (the time at each one's end), `seconds` (as
+    `time/total_seconds`), `setup` and `speed` (images a second; if features are computed once, of computing them).
+    `fixed` adds `fixed_speed`: the speed of the same step or pass on one prepared batch on the device."""
     recipe = settings.work
-    work, working = set_up(settings, splits)
-    backend, clock = work.loop.backend, work.loop.clock
-    rows, at, placement = trained_once(work, settings, splits, working)
+    training, step_bytes = set_up(settings, splits)
+    backend, clock = training.loop.backend, training.loop.clock
+    rows, at, placement = trained_once(training, settings, splits, step_bytes)
     images = sum(map(len, splits.values()))
     trained = len(splits["train"]) * recipe.epochs / clock.total("train")
     result = {
@@ -59,57 +57,57 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
         "seconds": clock.total(*setup.TOTAL),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
-        "speed": images / clock.total("features") if work.on_features else trained,
-        "steps": work.loop.times.percentiles(),
+        "speed": images / clock.total("features") if training.on_features else trained,
+        "steps": training.loop.times.percentiles(),
         "fault": backend.capture_error,
         "how": {
-            "features": "cache" if work.on_features else "recompute",
-            "channels_last": work.channels_last,
-            "compile": work.compile_mode,
-            "recorded": work.use_cuda_graph,
+            "features": "cache" if training.on_features else "recompute",
+            "channels_last": training.channels_last,
+            "compile": training.compile_mode,
+            "recorded": training.use_cuda_graph,
             "placement": placement,
         },
-        **({"features": images / clock.total("features")} if work.on_features else {}),
+        **({"features": images / clock.total("features")} if training.on_features else {}),
     }
     if fixed:
-        passed = images if work.on_features else len(splits["train"]) * recipe.epochs
-        result["fixed_speed"] = _fixed_speed(work, splits, passed)
-    if work.compile_mode != "off":
+        passed = images if training.on_features else len(splits["train"]) * recipe.epochs
+        result["fixed_speed"] = _fixed_speed(training, splits, passed)
+    if training.compile_mode != "off":
         torch.compiler.reset()  # else it stops compiling after some turns of the same code
     return result
 
 
 def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.TrainingSetup, float]:
-    """What a training needs, built, warmed up and put back to its beginning, with the bytes that a step takes on the
-    device; its clock has `setup`."""
+    """A training that is warmed up and reset, and the bytes of device memory that a step takes. Its clock has the span
+    `setup`."""
     recipe = settings.work
     backend = setup.device_for(settings.device, recipe)
-    backend.release_memory()  # what an earlier turn held
+    backend.release_memory()  # of an earlier turn
     clock = Clock(backend.synchronize)
     path = weights_of(recipe)
     with clock.span("setup"):
-        work = setup.TrainingSetup(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
-        working = setup.warm_up(work, splits)
-        work.restart(settings.seed)
-    return work, working
+        training = setup.TrainingSetup(recipe, settings.seed, classes_of(splits), path, splits, backend, clock)
+        step_bytes = setup.warm_up(training, splits)
+        training.restart(settings.seed)
+    return training, step_bytes
 
 
 def trained_once(
-    work: setup.TrainingSetup, settings: config.Settings, splits: setup.Splits, working: float
+    training: setup.TrainingSetup, settings: config.Settings, splits: setup.Splits, step_bytes: float
 ) -> tuple[list[dict[str, Any]], list[float], str]:
-    """Trains what `set_up` gave or `training.restart` put back: figures by epoch, the clock at each one's end, and
-    where the images lay; the work's clock has `training.TOTAL`."""
-    recipe, backend, clock = work.recipe, work.loop.backend, work.loop.clock
+    """Train what `set_up` returned or `restart` reset. Returns the epochs' figures, the time at each one's end, and
+    where the images lay. Its clock has the spans `setup.TOTAL`."""
+    recipe, backend, clock = training.recipe, training.loop.backend, training.loop.clock
     with clock.span("upload"):
-        samples, placement = setup.place_splits(work, splits, working, settings.data.device_gib)
-    if work.on_features:
+        samples, placement = setup.place_splits(training, splits, step_bytes, settings.data.device_gib)
+    if training.on_features:
         with clock.span("features"):
             for name, split in samples.items():
-                samples[name] = work.compute_features(split)
+                samples[name] = training.compute_features(split)
     rows, at = [], [time.perf_counter()]
     for row in loop.train(
-        work.loop,
-        lambda epoch: work.train_batches(samples["train"], settings.seed, epoch),
+        training.loop,
+        lambda epoch: training.train_batches(samples["train"], settings.seed, epoch),
         lambda: batching.batches(setup.val_split(samples), recipe.batch_size, backend),
     ):
         rows.append(row)
@@ -118,7 +116,7 @@ def trained_once(
 
 
 def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> float:
-    """Seconds that so many steps take."""
+    """Seconds that `steps` calls of `step` take."""
     backend.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -127,11 +125,11 @@ def seconds_of(step: Callable[[], object], steps: int, backend: Backend) -> floa
     return time.perf_counter() - start
 
 
-def _fixed_speed(work: setup.TrainingSetup, splits: setup.Splits, passed: int) -> float:
-    """Images a second of one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
-    backend = work.loop.backend
-    step, size = setup.fixed_step(work, splits)
+def _fixed_speed(training: setup.TrainingSetup, splits: setup.Splits, passed: int) -> float:
+    """Images a second on one fixed batch: the mean over as many steps as `passed` images make, not the fastest."""
+    backend = training.loop.backend
+    step, size = setup.fixed_step(training, splits)
 
-    seconds_of(step, 2, backend)  # kernels are chosen, launches recorded
+    seconds_of(step, 2, backend)  # autotuning and graph capture
     steps = min(math.ceil(passed / size), math.ceil(FIXED_SECONDS / seconds_of(step, 1, backend)))
     return steps * size / seconds_of(step, steps, backend)
