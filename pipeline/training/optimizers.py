@@ -5,12 +5,15 @@ An optimizer's name is looked up in `OWN`, then in the packages that `PACKAGES` 
 To add an optimizer of your own, write its class in this file and register it:
 
     @register("signsgd", capturable=True)
-    class SignSGD(torch.optim.Optimizer):
-        def __init__(self, params, lr, weight_decay=0.0):
+    class SignSGD(Optimizer):
+        '''Steps along the sign of each gradient (arXiv:1802.04434).'''
+
+        def __init__(self, params: Iterable[Parameter], lr: float, weight_decay: float = 0.0):
             super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
         @torch.no_grad()
-        def step(self, closure=None):
+        def step(self, closure: Any = None) -> Any:
+            '''Take one step.'''
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
