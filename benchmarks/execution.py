@@ -1,7 +1,7 @@
-"""How a backend does a recipe's step fastest: precision x memory layout x autotuning x compiling, side by side.
+"""The fastest way to run a recipe's step: precision x memory layout x autotuning x compiling, side by side.
 
-python -m benchmarks.execution [DEVICE [BATCH]]. Every way trains on the same made images on the device (uint8, 32 x 32,
-resized there to 96), ROUNDS times; printed are images a second, median and range.
+python -m benchmarks.execution [DEVICE [BATCH]] trains in every way, ROUNDS times, on the same random images on the
+device (uint8, 32 x 32, resized there to 96). It prints the median and range of the images per second.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def step_of(
 
 
 def speed(backend: devices.Backend, step: Callable[[], None], batch: int) -> float:
-    """Images a second over STEPS steps."""
+    """Images per second over STEPS steps."""
     backend.synchronize()
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -57,7 +57,7 @@ def speed(backend: devices.Backend, step: Callable[[], None], batch: int) -> flo
 
 
 def main(device: str = "auto", batch: str = "1024") -> None:
-    """Prints a line a way, fastest last."""
+    """Print a line for each way, the fastest last."""
     backend = devices.select(device)
     print(backend.facts()["name"], "torch", torch.__version__, f"batch {batch}")
     autotune = (False, True) if backend.kind == "cuda" else (False,)
