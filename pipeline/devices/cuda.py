@@ -67,11 +67,9 @@ class Cuda(Accelerator):
         return f"{build} supports only {' '.join(torch.cuda.get_arch_list())}: make run TORCH=cu126"
 
     def facts(self) -> dict[str, Any]:
-        """The card as torch sees it; its power limit and driver from the vendor's tool."""
+        """The card as torch sees it, with its driver and the power limit that is now set."""
         properties = torch.cuda.get_device_properties(self.index)
-        # The vendor's tool may list the cards in another order than torch: a fact counts only if all cards of the same
-        # name agree on it. Laptop GPUs of one name differ by power limit.
-        drivers = {gpu.get("driver") for gpu in system_info.gpus() if gpu["name"] == properties.name}
+        milliwatts = self._nvidia_card and self._nvidia_card.query("nvmlDeviceGetPowerManagementLimit")
         facts = {
             "name": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
@@ -81,8 +79,8 @@ class Cuda(Accelerator):
             "hip": torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "architectures": torch.cuda.get_arch_list(),
-            "driver": drivers.pop() if len(drivers) == 1 else None,
-            "power_limit_watts": system_info.power_limit_watts(properties.name),
+            "driver": next((gpu.get("driver") for gpu in system_info.gpus() if gpu["name"] == properties.name), None),
+            "power_limit_watts": round(milliwatts / 1000, 2) if milliwatts else None,
         }
         return {key: value for key, value in facts.items() if value is not None}
 

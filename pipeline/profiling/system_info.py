@@ -22,19 +22,6 @@ from pipeline.profiling import cgroup
 GIB = 2**30
 PCI = Path("/sys/bus/pci/devices")
 VENDORS = {"10de": "NVIDIA", "1002": "AMD", "8086": "Intel"}
-SYSCTL = (
-    ["sysctl", "hw.model", "machdep.cpu.brand_string", "kern.osproductversion"]
-    + [f"hw.perflevel{level}.{key}" for level in (0, 1) for key in ("name", "physicalcpu")]
-)  # fmt: skip
-ARM_VENDORS = {"0x48": "HiSilicon", "0x51": "Qualcomm", "0x61": "Apple", "0xc0": "Ampere"}
-ARM_CORES = {
-    "0x41:0xd03": "Cortex-A53", "0x41:0xd05": "Cortex-A55", "0x41:0xd07": "Cortex-A57",
-    "0x41:0xd08": "Cortex-A72", "0x41:0xd0b": "Cortex-A76", "0x41:0xd0c": "Neoverse-N1",
-    "0x41:0xd40": "Neoverse-V1", "0x41:0xd42": "Cortex-A78AE", "0x41:0xd49": "Neoverse-N2",
-    "0x41:0xd4f": "Neoverse-V2", "0x41:0xd83": "Neoverse-V3AE", "0x41:0xd84": "Neoverse-V3",
-    "0x41:0xd85": "Cortex-X925", "0x41:0xd87": "Cortex-A725", "0xc0:0xac3": "Ampere-1",
-}  # fmt: skip
-"""Names by implementer and part: /proc/cpuinfo names no ARM CPU."""
 
 
 @functools.cache
@@ -44,23 +31,26 @@ def facts() -> dict[str, Any]:
     No serial numbers, paths, host names or user names. `usable_cores` and `memory_limit_gib` are present only where a
     container, a CPU set or `taskset` allows less than `logical_cores` and `memory_gib`.
     """
-    system = _system()
-    usable_cores, memory_limit = _limits()
-    logical_cores, memory = psutil.cpu_count(), psutil.virtual_memory().total
+    system, limits = _system(), cgroup.limits()
+    logical_cores, memory = psutil.cpu_count() or 1, psutil.virtual_memory().total
+    usable_memory = min(memory, limits.memory_bytes or memory)
+    cpu_set = len(os.sched_getaffinity(0)) if sys.platform == "linux" else logical_cores
+    usable_cores = round(min(cpu_set, limits.cores or math.inf), 2)
+    usable_cores = int(usable_cores) if usable_cores == int(usable_cores) else usable_cores  # 4, not 4.0
     hardware = {
-        "model": system.pop("model", None),
-        "cpu": system.pop("cpu", None),
+        "model": system["model"] or None,
+        "cpu": system["cpu"] or None,
         "cores": psutil.cpu_count(logical=False),
         "memory_gib": round(memory / GIB, 1),
-        "usable_cores": usable_cores if usable_cores and logical_cores and usable_cores < logical_cores else None,
-        "memory_limit_gib": round(memory_limit / GIB, 1) if memory_limit and memory_limit < memory else None,
+        "usable_cores": usable_cores if usable_cores < logical_cores else None,
+        "memory_limit_gib": round(usable_memory / GIB, 1) if usable_memory < memory else None,
     }
     known = {
         "machine": fingerprint(hardware, gpus(), pci_displays(PCI), _installation_id()),
         **hardware,
         "logical_cores": logical_cores,
         "architecture": platform.machine(),
-        **system,
+        "os": system["os"],
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "mlflow")},
     }
@@ -71,16 +61,17 @@ def facts() -> dict[str, Any]:
 def gpus() -> list[dict[str, Any]]:
     """Every GPU in the machine, whether torch can use it or not.
 
-    Keys: `vendor`, `name`, `for_training` (False for GPUs that are part of an Intel or AMD processor), and where known
-    `memory_gib`, `cores`, `driver`, `default_power_limit_watts`.
+    Keys: `vendor`, `name`, `for_training` (False for GPUs that are part of an Intel or AMD processor); `driver` where a
+    card of NVIDIA has a working one; `cores` of Apple's GPUs.
     """
     if sys.platform == "darwin":
-        chip = _sysctl().get("machdep.cpu.brand_string", "")
-        cores = _number(parse_ioreg(command_output("ioreg", "-rd1", "-c", "AGXAccelerator"), "gpu-core-count"))
+        chip = _sysctl("machdep.cpu.brand_string")
+        cores = parse_ioreg(command_output("ioreg", "-rd1", "-c", "AGXAccelerator"), "gpu-core-count")
         # Virtual machines show no cores, and torch can't use their GPU.
-        apple = {"vendor": "Apple", "name": chip, "for_training": True, "cores": int(cores or 0)}
-        return [apple] if chip.startswith("Apple") and cores else []
-    nvidia = [nvidia_gpu(row) for row in _nvidia_smi_rows()]
+        return [{"vendor": "Apple", "name": chip, "for_training": True, "cores": int(cores)}] if cores else []
+    nvidia: list[dict[str, Any]] = [
+        {"vendor": "NVIDIA", "name": name, "for_training": True, "driver": driver} for name, driver, _ in _nvidia_smi()
+    ]
     if sys.platform == "win32":
         others = windows_gpus(command_output(
             "powershell", "-NoProfile", "-NonInteractive", "-Command",
@@ -88,9 +79,9 @@ def gpus() -> list[dict[str, Any]]:
         ))  # fmt: skip
         return nvidia + [gpu for gpu in others if not nvidia or gpu["vendor"] != "NVIDIA"]
     # In a container nvidia-smi shows only the container's cards, and the bus shows all of the host's.
-    devices = [device for device in pci_displays(PCI) if not nvidia or device["vendor"] != "10de"]
+    devices = [device for device in pci_displays(PCI) if not nvidia or not device["id"].startswith("10de")]
     names = parse_lspci(command_output("lspci", "-mm", "-nn")) if devices else {}
-    return nvidia + [pci_gpu(**device, description=names.get(pci_id(device), "")) for device in devices]
+    return nvidia + [pci_gpu(device["id"], names.get(device["id"], ""), device["memory_gib"]) for device in devices]
 
 
 def process_age() -> float:
@@ -113,13 +104,6 @@ def power_source() -> str | None:
     return "mains" if battery.power_plugged else "battery"
 
 
-def power_limit_watts(name: str) -> float | None:
-    """The power limit now set on the NVIDIA cards called `name`; None where they differ."""
-    rows = _query_nvidia_smi("name", "power.limit")
-    limits = {_number(row.get("power.limit")) for row in rows if row["name"] == name}
-    return limits.pop() if len(limits) == 1 else None
-
-
 def fingerprint(
     hardware: dict[str, Any], cards: list[dict[str, Any]], devices: list[dict[str, Any]], installation: str
 ) -> str:
@@ -129,7 +113,7 @@ def fingerprint(
     driver, and memory by the size that was probably installed. The installation's id is hashed together with a text of
     our own, as machine-id(5) asks.
     """
-    pci_ids = sorted(pci_id(device) for device in devices)
+    pci_ids = sorted(device["id"] for device in devices)
     names = sorted(
         [card["name"].removeprefix("NVIDIA "), card.get("cores", 0)] for card in cards if card["for_training"]
     )
@@ -147,41 +131,17 @@ def installed_gib(reported: float) -> float:
     return next(size for size in (power, 1.5 * power, 2 * power) if reported <= size)
 
 
-def parse_smi(text: str, fields: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of `nvidia-smi --query-gpu` without the values that a card does not tell. Skips error messages."""
-    lines = ([value.strip() for value in line.split(",")] for line in text.splitlines())
-    rows = [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields)]
-    known = [{key: value for key, value in row.items() if value[:1] != "[" and value != "N/A"} for row in rows]
-    return [row for row in known if row.get("name")]
-
-
-def nvidia_gpu(row: dict[str, str]) -> dict[str, Any]:
-    """A GPU from a row of nvidia-smi, without its UUID."""
-    memory_mib = _number(row.get("memory.total"))
-    optional = {
-        "memory_gib": round(memory_mib / 2**10, 1) if memory_mib else None,
-        "driver": row.get("driver_version"),
-        "default_power_limit_watts": _number(row.get("power.default_limit")),
-    }
-    known = {key: value for key, value in optional.items() if value}
-    return {"vendor": "NVIDIA", "name": row["name"], "for_training": True} | known
-
-
 def pci_displays(root: Path) -> list[dict[str, Any]]:
-    """Display controllers of the vendors in VENDORS on Linux's PCI bus. Virtual and server consoles are others'."""
+    """Display controllers of the vendors in VENDORS on Linux's PCI bus: `id`, such as `10de:1c03`, and `memory_gib`,
+    which only AMD's driver tells (else 0)."""
     displays = []
     for folder in sorted(root.glob("*")):
         kind, vendor, device = (contents(folder / key).removeprefix("0x") for key in ("class", "vendor", "device"))
         # 03 is a display controller, 12 an accelerator: an Instinct of AMD, but an NPU of Intel.
         if vendor in VENDORS and (kind.startswith("03") or (kind.startswith("12") and vendor == "1002")):
-            memory = _number(contents(folder / "mem_info_vram_total"))  # only from the driver amdgpu
-            displays.append({"vendor": vendor, "device": device, "memory_gib": round((memory or 0) / GIB, 1)})
+            memory_gib = int(contents(folder / "mem_info_vram_total") or 0) / GIB
+            displays.append({"id": f"{vendor}:{device}", "memory_gib": memory_gib})
     return displays
-
-
-def pci_id(device: dict[str, Any]) -> str:
-    """Vendor and device as in `10de:1c03`."""
-    return f"{device['vendor']}:{device['device']}"
 
 
 def parse_lspci(text: str) -> dict[str, str]:
@@ -191,8 +151,9 @@ def parse_lspci(text: str) -> dict[str, str]:
     return {f"{vendor}:{device}": description for vendor, description, device in matches if description != "Device"}
 
 
-def pci_gpu(vendor: str, device: str, memory_gib: float = 0, description: str = "") -> dict[str, Any]:
-    """A GPU from its PCI ids and the description that lspci or Windows gives it."""
+def pci_gpu(pci_id: str, description: str, memory_gib: float = 0) -> dict[str, Any]:
+    """A GPU from its PCI id and the description that lspci or Windows gives it ('' without one)."""
+    vendor, device = pci_id.split(":")
     brand = VENDORS[vendor]
     name = " ".join(re.sub(r"\((R|TM|C)\)", " ", description, flags=re.IGNORECASE).split())
     if product := re.search(r"\[(.+)\]$", name):
@@ -207,23 +168,19 @@ def pci_gpu(vendor: str, device: str, memory_gib: float = 0, description: str = 
         # As part of a processor Arc is called "Arc Graphics", "Arc 140V", "Arc B390".
         cards = r"Arc (Pro )?(A\d|B[5-9])\d|Data Center GPU (Max|Flex)"
         trains = bool(re.search(cards, name) if name else re.match(r"56[9abc]|e2[0-2]|0bd", device))
-    name = name or f"GPU {vendor}:{device}"
+    name = name or f"GPU {pci_id}"
     name = name if name.lower().startswith(brand.lower()) else f"{brand} {name}"
-    memory = {"memory_gib": memory_gib} if memory_gib and trains else {}
-    return {"vendor": brand, "name": name, "for_training": trains} | memory
+    return {"vendor": brand, "name": name, "for_training": trains}
 
 
 def windows_gpus(text: str) -> list[dict[str, Any]]:
-    """GPUs from the JSON of Win32_VideoController: one object, or an array. (Its AdapterRAM ends at 4 GiB.)"""
-    try:
-        adapters = json.loads(text)
-    except ValueError:
-        return []
+    """GPUs from the JSON of Win32_VideoController: nothing, one object, or an array."""
+    adapters = json.loads(text or "[]")
     displays = []
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
-        ids = re.match(r"PCI\\VEN_(\w{4})&DEV_(\w{4})", adapter.get("PNPDeviceID") or "")
+        ids = re.match(r"PCI\\VEN_(\w{4})&DEV_(\w{4})", adapter["PNPDeviceID"] or "")
         if ids and ids[1].lower() in VENDORS:
-            displays.append(pci_gpu(ids[1].lower(), ids[2].lower(), description=adapter.get("Name") or ""))
+            displays.append(pci_gpu(f"{ids[1]}:{ids[2]}".lower(), adapter["Name"] or ""))
     return displays
 
 
@@ -233,34 +190,28 @@ def parse_ioreg(text: str, key: str) -> str | None:
     return match[1] if match else None
 
 
-def parse_cpuinfo(text: str) -> str | None:
-    """The CPU's name from /proc/cpuinfo; on ARM the names of all kinds of core."""
-    values = re.findall(r"^(model name|CPU implementer|CPU part|cpu|uarch)\s*: (.*)$", text, re.MULTILINE)
-    for name_key in ("model name", "cpu", "uarch"):  # x86, POWER, RISC-V
-        if name := next((value for key, value in values if key == name_key), None):
-            return " ".join(name.split())
-    vendors = [value for key, value in values if key == "CPU implementer"]
-    parts = [value for key, value in values if key == "CPU part"]
-    kinds = dict.fromkeys(f"{vendor}:{part}" for vendor, part in zip(vendors, parts, strict=False))
-    return " + ".join(ARM_CORES.get(kind, f"{ARM_VENDORS.get(kind[:4], 'ARM')} {kind}") for kind in kinds) or None
+def linux_cpu(cpuinfo: str) -> str:
+    """The CPU's name from /proc/cpuinfo, or from lscpu on ARM: the names of all kinds of core."""
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)[:1]
+    names = names or re.findall(r"^\s*Model name: +(.+)$", command_output("lscpu"), re.MULTILINE)
+    return " + ".join(" ".join(name.split()) for name in dict.fromkeys(names))
 
 
-def linux_model(root: Path) -> str | None:
+def linux_model(root: Path) -> str:
     """Vendor and product of the machine, or of its board where the machine was assembled by its owner."""
     dmi = root / "sys/class/dmi/id"
     return (
         model_name(contents(dmi / "sys_vendor"), contents(dmi / "product_name"))
         or model_name(contents(dmi / "board_vendor"), contents(dmi / "board_name"))
         or contents(root / "proc/device-tree/model").rstrip("\0")
-        or None
     )
 
 
-def model_name(vendor: str, product: str) -> str | None:
-    """`LENOVO 20XW` or `HP EliteBook`; None for the placeholders that vendors forget to fill in."""
+def model_name(vendor: str, product: str) -> str:
+    """`LENOVO 20XW` or `HP EliteBook`; '' for the placeholders that vendors forget to fill in."""
     placeholder = r"(to be filled|system |default string|not |o\.e\.m|none|unknown|invalid|\W*$)"
     vendor, product = ("" if re.match(placeholder, text, re.IGNORECASE) else text for text in (vendor, product))
-    return (product if product.startswith(vendor) else f"{vendor} {product}") if product else None
+    return product if not product or product.startswith(vendor) else f"{vendor} {product}"
 
 
 def windows_name(product: str, version: str, build: int) -> str:
@@ -293,53 +244,33 @@ def command_output(*command: str, timeout_seconds: float = 5) -> str:
         return ""
 
 
-def _limits() -> tuple[float | None, int | None]:
-    """The cores and the bytes of memory that this process may use; None where no limit is known."""
-    if sys.platform != "linux":
-        return None, None
-    limits = cgroup.limits()
-    cores = min(len(os.sched_getaffinity(0)), limits.cores or math.inf)
-    return round(cores, 2) if cores % 1 else int(cores), limits.memory_bytes
-
-
-def _system() -> dict[str, Any]:
-    """`model`, `cpu` and `os`, as each operating system tells them."""
+def _system() -> dict[str, str]:
+    """`model`, `cpu` and `os`, as each operating system tells them; '' for what it does not tell."""
     if sys.platform == "darwin":
-        return _mac_system()
+        ioreg = command_output("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name")
+        names = parse_ioreg(ioreg, "product-name"), _sysctl("hw.model")
+        return {
+            "model": ", ".join(filter(None, names)),
+            "cpu": _sysctl("machdep.cpu.brand_string"),
+            "os": f"macOS {platform.mac_ver()[0]}",
+        }
     if sys.platform == "win32":
         bios, version = r"HARDWARE\DESCRIPTION\System\BIOS", r"SOFTWARE\Microsoft\Windows NT\CurrentVersion"
         cpu = _registry(r"HARDWARE\DESCRIPTION\System\CentralProcessor\0", "ProcessorNameString")
-        name, release = _registry(version, "ProductName"), _registry(version, "DisplayVersion")
+        product, release = _registry(version, "ProductName"), _registry(version, "DisplayVersion")
         return {
             "model": model_name(_registry(bios, "SystemManufacturer"), _registry(bios, "SystemProductName"))
             or model_name(_registry(bios, "BaseBoardManufacturer"), _registry(bios, "BaseBoardProduct")),
             "cpu": " ".join(cpu.split()),
-            "os": windows_name(name or "Windows", release, sys.getwindowsversion().build),
+            "os": windows_name(product, release, sys.getwindowsversion().build),
         }
-    try:
-        release = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
-    except OSError:
-        release = platform.system()
+    release = platform.freedesktop_os_release()["PRETTY_NAME"]
     wsl = " on WSL" if "microsoft" in platform.release().lower() else ""
     return {
         "model": linux_model(Path("/")),
-        "cpu": parse_cpuinfo(contents(Path("/proc/cpuinfo"))),
+        "cpu": linux_cpu(contents(Path("/proc/cpuinfo"))),
         "os": re.sub(r" \([^)]*\)$", "", release) + wsl,
     }
-
-
-def _mac_system() -> dict[str, Any]:
-    sysctl = _sysctl()
-    ioreg = command_output("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name")
-    system: dict[str, Any] = {
-        "model": ", ".join(filter(None, (parse_ioreg(ioreg, "product-name"), sysctl.get("hw.model")))),
-        "cpu": sysctl.get("machdep.cpu.brand_string"),
-        "os": f"macOS {sysctl.get('kern.osproductversion') or platform.mac_ver()[0]}",
-    }
-    for level, kind in enumerate(("Performance", "Efficiency")):
-        kind = sysctl.get(f"hw.perflevel{level}.name", kind).lower()
-        system[f"{kind}_cores"] = int(_number(sysctl.get(f"hw.perflevel{level}.physicalcpu")) or 0)
-    return system
 
 
 def _installation_id() -> str:
@@ -351,31 +282,19 @@ def _installation_id() -> str:
         if re.fullmatch(r"[0-9a-f]{32}", identity := contents(Path(path))):
             return identity
     # Containers often have none. Only then do the cards' ids count: they are unknown while the driver is broken.
-    return " ".join(sorted(row.get("uuid", "") for row in _nvidia_smi_rows()))
+    return " ".join(sorted(uuid for *_, uuid in _nvidia_smi()))
+
+
+def _sysctl(name: str) -> str:
+    return command_output("sysctl", "-n", name).strip()
 
 
 @functools.cache
-def _sysctl() -> dict[str, str]:
-    """Values of SYSCTL by name; those that this Mac does not know are absent."""
-
-    def values(*command: str) -> dict[str, str]:
-        lines = (line.partition(": ") for line in command_output(*command).splitlines())
-        return {key: value.strip() for key, _, value in lines if value.strip()}
-
-    native = values(*SYSCTL)
-    if "VirtualApple" in native.get("machdep.cpu.brand_string", ""):  # a Python for x86_64, under Rosetta
-        return values("arch", "-arm64", *SYSCTL) or native
-    return native
-
-
-@functools.cache
-def _nvidia_smi_rows() -> list[dict[str, str]]:
-    return _query_nvidia_smi("name", "memory.total", "driver_version", "power.default_limit", "uuid")
-
-
-def _query_nvidia_smi(*fields: str) -> list[dict[str, str]]:
-    query = f"--query-gpu={','.join(fields)}"
-    return parse_smi(command_output("nvidia-smi", query, "--format=csv,noheader,nounits"), fields)
+def _nvidia_smi() -> list[list[str]]:
+    """Name, driver version and UUID of each card whose driver answers."""
+    output = command_output("nvidia-smi", "--query-gpu=name,driver_version,uuid", "--format=csv,noheader")
+    rows = [line.split(", ") for line in output.splitlines()]
+    return [row for row in rows if len(row) == 3]  # without error messages
 
 
 def _registry(key: str, value: str) -> str:
@@ -389,10 +308,3 @@ def _registry(key: str, value: str) -> str:
             return str(winreg.QueryValueEx(handle, value)[0])
     except OSError:
         return ""
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None

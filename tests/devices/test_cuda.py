@@ -178,27 +178,6 @@ def test_a_card_that_cannot_be_used_is_told_with_what_to_do(cards, gpu, options,
 # --- facts and memory
 
 
-@pytest.mark.parametrize(
-    ("drivers", "limit", "expected"),
-    [
-        (["580.65", "580.65"], 70.0, {"driver": "580.65", "power_limit_watts": 70.0}),
-        (["580.65", "570.0"], None, {}),
-        ([None], 70.0, {"power_limit_watts": 70.0}),
-        ([], None, {}),
-    ],
-)
-def test_the_vendors_facts_are_those_that_all_cards_of_the_name_share(monkeypatch, cards, drivers, limit, expected):
-    cards((7, 5), name="Tesla T4", total_memory=15 * 2**30, multi_processor_count=40, major=7, minor=5)
-    gpus = [{"vendor": "NVIDIA", "name": "Tesla T4"} | ({"driver": driver} if driver else {}) for driver in drivers]
-    monkeypatch.setattr(system_info, "gpus", lambda: [{"vendor": "NVIDIA", "name": "Other", "driver": "1.0"}, *gpus])
-    monkeypatch.setattr(system_info, "power_limit_watts", lambda name: limit if name == "Tesla T4" else 450.0)
-    facts = Cuda().facts()
-    assert {key: facts[key] for key in ("driver", "power_limit_watts") if key in facts} == expected
-    assert (facts["name"], facts["memory_gib"], facts["gpu_cores"]) == ("Tesla T4", 15.0, 40)
-    assert facts["compute_capability"] == "7.5"
-    assert "hip" not in facts and None not in facts.values()
-
-
 def test_memory_is_of_the_device_itself_and_includes_its_graphs(monkeypatch, cards):
     cards((8, 0), (8, 0), total_memory=61 * MIB)
     calls = []
@@ -295,6 +274,22 @@ def test_a_card_counts_joules_and_keeps_nvml_open(card):
     assert [chosen.energy() for _ in range(3)] == [("nvml", 5000.0), None, ("nvml", 5250.5)]
     assert stand_in.opened == 1
     assert chosen.gpu_uuid() == UUID
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(70_000, {"driver": "580.65", "power_limit_watts": 70.0}), (NVMLError("Not Supported"), {"driver": "580.65"})],
+)
+def test_facts_are_those_of_the_card_and_its_driver(card, monkeypatch, limit, expected):
+    sizes = {"total_memory": 15 * 2**30, "multi_processor_count": 40}
+    card(PowerManagementLimit=limit, properties=TORCHS_UUID | {"name": "Tesla T4", "major": 7, "minor": 5} | sizes)
+    gpus = [{"name": "Other", "driver": "1.0"}, {"name": "Tesla T4", "driver": "580.65"}]
+    monkeypatch.setattr(system_info, "gpus", lambda: gpus)
+    facts = Cuda().facts()
+    assert {key: facts[key] for key in ("driver", "power_limit_watts") if key in facts} == expected
+    assert (facts["name"], facts["memory_gib"], facts["gpu_cores"]) == ("Tesla T4", 15.0, 40)
+    assert facts["compute_capability"] == "7.5"
+    assert "hip" not in facts and None not in facts.values()
 
 
 @pytest.mark.parametrize("answer", [NVMLError("Not Supported"), 0])

@@ -17,9 +17,7 @@ from pipeline.profiling import system_info
 GIB = 2**30
 ROOT = Path(system_info.__file__).parents[2]
 
-SMI_FIELDS = ("name", "memory.total", "driver_version", "power.default_limit", "uuid")
-DESKTOP = "NVIDIA GeForce GTX 1060 6GB, 6144, 560.35.03, 120.00, GPU-5f0c8f1e-0000-1111-2222-333344445555\n"
-LAPTOP = "NVIDIA GeForce RTX 3060 Laptop GPU, 6144, 550.120, [N/A], GPU-0a1b2c3d-0000-1111-2222-333344445555\n"
+DESKTOP = "NVIDIA GeForce GTX 1060 6GB, 560.35.03, GPU-5f0c8f1e-0000-1111-2222-333344445555\n"
 NO_DRIVER = (
     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
     "Make sure that the latest NVIDIA driver is installed and running.\n\n"
@@ -31,15 +29,7 @@ LSPCI = """\
 03:00.0 "VGA compatible controller [0300]" "Advanced Micro Devices, Inc. [AMD/ATI] [1002]" "Navi 31 [Radeon RX 7900 XT/7900 XTX/7900M] [744c]" -rc8 -p00 "XFX Limited [1eae]" "Device [7901]"
 04:00.0 "VGA compatible controller [0300]" "Intel Corporation [8086]" "Device [7d55]" -r08 -p00 "Dell [1028]" "Device [0c8c]"
 """  # noqa: E501
-SYSCTL_M1 = """\
-hw.model: MacBookAir10,1
-machdep.cpu.brand_string: Apple M1
-kern.osproductversion: 15.1
-hw.perflevel0.name: Performance
-hw.perflevel0.physicalcpu: 4
-hw.perflevel1.name: Efficiency
-hw.perflevel1.physicalcpu: 4
-"""
+SYSCTL_M1 = {"sysctl -n hw.model": "MacBookAir10,1\n", "sysctl -n machdep.cpu.brand_string": "Apple M1\n"}
 IOREG_M1 = """\
 +-o AGXAcceleratorG13G_B0  <class AGXAcceleratorG13G_B0, id 0x1000004b7, registered, matched, active, busy 0>
     {
@@ -60,7 +50,7 @@ HARDWARE = {"model": "LENOVO 20XW", "cpu": "Intel(R) Core(TM) i7-8700", "cores":
 @pytest.fixture
 def fresh():
     """No cached facts of this machine before the test, and none of the test's machine after it."""
-    caches = (system_info.facts, system_info.gpus, system_info._sysctl, system_info._nvidia_smi_rows)
+    caches = (system_info.facts, system_info.gpus, system_info._nvidia_smi)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -89,19 +79,6 @@ def recorded(monkeypatch, system: str, outputs: dict[str, str]) -> None:
     monkeypatch.setattr(system_info, "command_output", lambda *command: next(
         (text for start, text in outputs.items() if " ".join(command).startswith(start)), ""
     ))  # fmt: skip
-
-
-def test_nvidia_smi_describes_cards_and_leaves_out_what_it_does_not_know():
-    desktop, laptop = (system_info.nvidia_gpu(row) for row in system_info.parse_smi(DESKTOP + LAPTOP, SMI_FIELDS))
-    assert desktop == {
-        "vendor": "NVIDIA",
-        "name": "NVIDIA GeForce GTX 1060 6GB",
-        "for_training": True,
-        "memory_gib": 6.0,
-        "driver": "560.35.03",
-        "default_power_limit_watts": 120.0,
-    }
-    assert "default_power_limit_watts" not in laptop
 
 
 @pytest.mark.parametrize(
@@ -138,7 +115,6 @@ def test_linux_finds_gpus_on_the_bus_and_by_nvidia_smi(monkeypatch, tmp_path, fr
     ("vendor", "device", "description", "name", "for_training"),
     [
         ("1002", "744c", "Navi 31 [Radeon RX 7900 XT/7900 XTX]", "AMD Radeon RX 7900 XT/7900 XTX", True),
-        ("1002", "740f", "Aldebaran/MI200 [Instinct MI210]", "AMD Instinct MI210", True),
         ("1002", "1636", "Renoir [Radeon RX Vega 6 (Ryzen 4000/5000 Mobile Series)]", None, False),
         ("1002", "164e", "Raphael", "AMD Raphael", False),
         ("8086", "56a0", "DG2 [Arc A770]", "Intel Arc A770", True),
@@ -150,14 +126,9 @@ def test_linux_finds_gpus_on_the_bus_and_by_nvidia_smi(monkeypatch, tmp_path, fr
     ],
 )
 def test_cards_train_and_display_adapters_in_processors_do_not(vendor, device, description, name, for_training):
-    gpu = system_info.pci_gpu(vendor, device, description=description)
+    gpu = system_info.pci_gpu(f"{vendor}:{device}", description)
     assert gpu["for_training"] is for_training
     assert name is None or gpu["name"] == name
-
-
-def test_lspci_names_the_devices_of_its_list():
-    assert system_info.parse_lspci(LSPCI)["1002:744c"] == "Navi 31 [Radeon RX 7900 XT/7900 XTX/7900M]"
-    assert "8086:7d55" not in system_info.parse_lspci(LSPCI)
 
 
 def test_windows_tells_one_adapter_or_several(monkeypatch, fresh):
@@ -180,47 +151,35 @@ def test_windows_tells_one_adapter_or_several(monkeypatch, fresh):
     assert system_info.windows_name("Windows 10 Pro", "22H2", 19045) == "Windows 10 Pro 22H2"
 
 
-def test_a_mac_tells_its_chip_its_kinds_of_core_and_its_gpu(monkeypatch, fresh):
-    outputs = {
-        "sysctl": SYSCTL_M1,
+def test_a_mac_tells_its_model_its_chip_and_its_gpu(monkeypatch, fresh):
+    outputs = SYSCTL_M1 | {
         "ioreg -rd1 -c AGXAccelerator": IOREG_M1,
         "ioreg -rd1 -c IOPlatformDevice": IOREG_PRODUCT,
         "ioreg -rd1 -c IOPlatformExpertDevice": '"IOPlatformUUID" = "00000000-1111-2222-3333-444455556666"',
     }
     recorded(monkeypatch, "darwin", outputs)
-    gpu = {"vendor": "Apple", "name": "Apple M1", "for_training": True, "cores": 8}
     facts = system_info.facts()
-    assert facts["gpus"] == [gpu]
-    assert {key: facts[key] for key in ("model", "cpu", "os", "performance_cores", "efficiency_cores")} == {
-        "model": "MacBook Air (M1, 2020), MacBookAir10,1",
-        "cpu": "Apple M1",
-        "os": "macOS 15.1",
-        "performance_cores": 4,
-        "efficiency_cores": 4,
-    }
+    assert facts["gpus"] == [{"vendor": "Apple", "name": "Apple M1", "for_training": True, "cores": 8}]
+    assert (facts["model"], facts["cpu"]) == ("MacBook Air (M1, 2020), MacBookAir10,1", "Apple M1")
     assert "00000000-1111" not in json.dumps(facts)
 
 
-def test_a_python_for_intel_on_an_apple_chip_still_finds_the_chip(monkeypatch, fresh):
-    translated = "hw.model: MacBookAir10,1\nmachdep.cpu.brand_string: VirtualApple @ 2.50GHz\n"
-    outputs = {"sysctl": translated, "arch -arm64 sysctl": SYSCTL_M1, "ioreg -rd1 -c AGX": IOREG_M1}
-    recorded(monkeypatch, "darwin", outputs)
-    assert system_info.gpus()[0]["name"] == "Apple M1"
-
-
 def test_a_virtual_mac_shows_no_cores_and_has_no_gpu_for_torch(monkeypatch, fresh):
-    recorded(monkeypatch, "darwin", {"sysctl": SYSCTL_M1})
+    recorded(monkeypatch, "darwin", SYSCTL_M1)
     assert system_info.gpus() == []
 
 
-def test_the_cpu_is_named_on_x86_and_on_arm_which_gives_numbers_only():
-    x86 = "processor\t: 0\nmodel\t\t: 158\nmodel name\t: Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz\n"
-    assert system_info.parse_cpuinfo(x86) == "Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz"
-    core = "processor\t: {}\nBogoMIPS\t: 48.00\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {}\n\n"
-    big_little = "".join(core.format(index, part) for index, part in enumerate(["0xd05"] * 4 + ["0xd0b"] * 4))
-    assert system_info.parse_cpuinfo(big_little) == "Cortex-A55 + Cortex-A76"
-    assert system_info.parse_cpuinfo(core.format(0, "0xfff")) == "ARM 0x41:0xfff"
-    assert system_info.parse_cpuinfo("") is None
+def test_the_cpu_is_named_by_linux_or_by_lscpu_on_arm(monkeypatch):
+    big_little = (
+        "Vendor ID: ARM\n  Model name:   Cortex-A55\n    Model: 0\n  Model name:   Cortex-A76\nBIOS Model name: x\n"
+    )
+    recorded(monkeypatch, "linux", {"lscpu": big_little})
+    x86 = "processor\t: 0\nmodel\t\t: 158\nmodel name\t: Intel(R) Core(TM) i7-8700  CPU @ 3.20GHz\n"
+    assert system_info.linux_cpu(2 * x86) == "Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz"
+    assert (
+        system_info.linux_cpu("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd05\n")
+        == "Cortex-A55 + Cortex-A76"
+    )
 
 
 def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
@@ -233,7 +192,7 @@ def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
     assert system_info.linux_model(built) == "ASUSTeK COMPUTER INC. PRIME B450-PLUS"
     board = tree(tmp_path / "c", {"proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"})
     assert system_info.linux_model(board) == "Raspberry Pi 5 Model B Rev 1.0"
-    assert system_info.linux_model(tmp_path / "none") is None
+    assert system_info.linux_model(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(
@@ -253,7 +212,8 @@ def test_what_a_process_may_use_is_present_where_it_is_less_than_all(monkeypatch
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
     facts = system_info.facts()
-    assert {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts} == expected
+    limited = {key: facts[key] for key in ("usable_cores", "memory_limit_gib") if key in facts}
+    assert json.dumps(limited) == json.dumps(expected)  # 4.0 cores would be another fingerprint than 4
     assert facts["logical_cores"] == 8
 
 
@@ -267,26 +227,13 @@ def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
     assert system_info.linux_power_source(tree(tmp_path / "b", {"AC/online": "1"})) == "mains"
 
 
-def test_the_power_limit_of_now_is_told_where_all_cards_of_the_name_agree(monkeypatch):
-    recorded(monkeypatch, "linux", {"nvidia-smi": "A, 100.00\nB, 250.00\nB, 300.00\nC, [N/A]\nA, 100.00\n"})
-    assert [system_info.power_limit_watts(name) for name in "ABCD"] == [100.0, None, None, None]
-    recorded(monkeypatch, "linux", {"nvidia-smi": "A, 80.00\n"})
-    assert system_info.power_limit_watts("A") == 80.0  # set anew since
-
-
 def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines_apart():
-    gpu = {
-        "vendor": "NVIDIA",
-        "name": "NVIDIA GeForce GTX 1060 6GB",
-        "for_training": True,
-        "driver": "560.35.03",
-    }
-    bus = [{"vendor": "10de", "device": "1c03", "memory_gib": 0.0}]
+    gpu = {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 1060 6GB", "for_training": True, "driver": "560.35.03"}
+    bus = [{"id": "10de:1c03", "memory_gib": 0.0}]
     machine = system_info.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
-    assert machine == system_info.fingerprint(HARDWARE, [gpu | {"driver": "570.1", "memory_gib": 5.9}], bus, "a" * 32)
+    assert machine == system_info.fingerprint(HARDWARE, [gpu | {"driver": "570.1"}], bus, "a" * 32)
     assert machine == system_info.fingerprint(HARDWARE, [], bus, "a" * 32)
-    for memory in (15.4, 15.6, 16.0):  # of 16
-        assert machine == system_info.fingerprint(HARDWARE | {"memory_gib": memory}, [gpu], bus, "a" * 32)
+    assert machine == system_info.fingerprint(HARDWARE | {"memory_gib": 15.4}, [gpu], bus, "a" * 32)
     others = {
         system_info.fingerprint(HARDWARE, [gpu], bus, "b" * 32),
         system_info.fingerprint(HARDWARE, [gpu], bus * 2, "a" * 32),
@@ -295,6 +242,7 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
         system_info.fingerprint(HARDWARE | {"memory_limit_gib": 8.0}, [gpu], bus, "a" * 32),
     }
     assert len(others | {machine}) == 6
+    assert machine == "f7cf833571fd"  # the runs of earlier releases stay those of this machine
 
 
 @pytest.mark.parametrize(
