@@ -1,4 +1,4 @@
-"""The sustained steps that make a machine's score, and the names of their figures; imports no torch.
+"""The sustained steps that make a machine's score, and the names of their figures. Imports no torch.
 
 The steps are the same whatever the recipe: a convolutional network at fp32, the same network at the device's best
 precision, and a vision transformer at that precision.
@@ -13,8 +13,10 @@ from pipeline import config
 
 @dataclass(frozen=True)
 class Step:
-    """One training step that is repeated on made images. `model`: a timm name; `image_size`: pixels a side;
-    `best_precision`: run at the device's best precision, else at fp32. Every step trains all parameters by AdamW."""
+    """A training step that is repeated on random images. It trains all parameters with AdamW.
+
+    `model`: a timm name; `image_size`: pixels a side; `best_precision`: at the device's best precision, else at fp32.
+    """
 
     name: str
     title: str
@@ -43,7 +45,7 @@ def tag(step: str, fact: str) -> str:
 
 
 def workload(step: Step, batch_size: int, seconds: float) -> str:
-    """Ten hex digits that name what was repeated, with the batch that fitted, and for how long: heat builds up."""
+    """Ten hex digits that name the step, with the batch that fitted, and its duration: heat builds up."""
     work = {
         "model": step.model,
         "image_size": step.image_size,
