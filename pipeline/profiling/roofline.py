@@ -20,24 +20,20 @@ MIN_WINDOW_SECONDS = 1e-6
 """Least length that the first window, of one call, counts as: a coarse clock may read none."""
 
 MIN_SIDE, MAX_SIDE = 512, 8192
-"""Sides of the square matrices that `matmul_flops` multiplies: MIN_SIDE, doubled up to MAX_SIDE."""
+"""Sides of the square matrices that are multiplied: MIN_SIDE, doubled up to MAX_SIDE."""
 
 LONG_MATMUL_SECONDS = 0.02
 """A product that takes this long has filled the device: no larger one is tried."""
 
-MATMUL_SECONDS = 0.1
-"""How long `matmul_flops` measures each side."""
-
 COPY_SIDE, CPU_COPY_SIDE = 8192, 5632
-"""Side of the float32 matrix that `memory_bytes_per_second` copies: 256 MiB; 121 MiB on a CPU, where it counts in the
-process's peak memory."""
+"""Side of the float32 matrix that is copied: 256 MiB; 121 MiB on a CPU, where it counts in the process's peak."""
 
-COPY_SECONDS = 0.3
-"""How long `memory_bytes_per_second` measures."""
+MATMUL_SECONDS, COPY_SECONDS = 0.1, 0.3
+"""How long products of one side, and copies, are measured."""
 
 STEP_SECONDS, STEP_WINDOWS = 0.5, 3
-"""How long the training's own step is measured on one fixed batch, and in how many windows at least. A shorter training
-is not compared with the peaks: its first steps are slow, and it may have had calmer moments than any window."""
+"""How long the training's own step is measured, and in how many windows at least. A shorter training is not compared
+with the peaks: its first steps are slow, and it may have had calmer moments than any window."""
 
 MAX_VS_SYNTHETIC = 1.05
 """How many times the speed of one fixed batch a training may reach before its clock is doubted."""
@@ -63,11 +59,6 @@ class Peaks:
     slowest_images_per_second: float
     """Its slowest window."""
 
-    @property
-    def spread(self) -> float:
-        """How much faster the step's fastest window was than its slowest one, as a fraction."""
-        return self.images_per_second / self.slowest_images_per_second - 1
-
 
 def time_calls(
     work: Callable[[], object],
@@ -79,8 +70,7 @@ def time_calls(
 ) -> list[float]:
     """Seconds of one call of `work`, a mean for each window of about 50 ms, for `seconds` and at least `min_windows`.
 
-    The first call is not timed. The device is synchronized at both ends of a window, not between its calls. Other load
-    only slows a machine down, so the fastest window is nearest to its peak.
+    The first call is not timed. The device is synchronized at both ends of a window, not between its calls.
     """
 
     def window(calls: int) -> float:
@@ -111,7 +101,14 @@ def matmul_flops(backend: Backend, precision: str) -> float:
     there is less.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return max(_best_matmul_flops(backend, dtype) for dtype in {torch.float32, half})
+    best = 0.0
+    for dtype in {torch.float32, half}:
+        side, seconds = MIN_SIDE, 0.0
+        while side <= MAX_SIDE and seconds < LONG_MATMUL_SECONDS:
+            seconds = _matmul_seconds(backend, dtype, side)
+            best = max(best, 2 * side**3 / seconds)
+            side *= 2
+    return best
 
 
 def memory_bytes_per_second(backend: Backend) -> float:
@@ -133,9 +130,9 @@ def train_flops(
     """Floating-point operations of one sample in one training step: the forward pass, and the part of the backward pass
     that the trainable parameters need. None where they can't be counted.
 
-    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode; `net` itself
-    does not change. Products and convolutions count by their shapes, a multiply-add as two
-    (torch/utils/flop_counter.py); element-wise work (normalisation, activations, the optimizer) counts nothing.
+    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode. Products and
+    convolutions count by their shapes, a multiply-add as two (torch/utils/flop_counter.py); element-wise work
+    (normalisation, activations, the optimizer) counts nothing.
     """
 
     def step(net: nn.Module, inputs: Tensor) -> None:
@@ -149,12 +146,7 @@ def train_flops(
 
 def forward_flops(net: nn.Module, inputs_shape: tuple[int, ...]) -> float | None:
     """Floating-point operations of one sample in evaluation, counted like `train_flops`."""
-
-    @torch.no_grad()
-    def forward(net: nn.Module, inputs: Tensor) -> None:
-        net.eval()(inputs)
-
-    return _flops_per_sample(net, inputs_shape, forward)
+    return _flops_per_sample(net, inputs_shape, lambda net, inputs: net.eval()(inputs))
 
 
 def peak_metrics(peaks: Peaks) -> dict[str, float]:
@@ -189,24 +181,16 @@ def combine(measurements: Sequence[Peaks]) -> Peaks:
     )
 
 
-def describe(metrics: Mapping[str, float], peaks: Peaks) -> str:
-    """The metrics of `efficiency_metrics` in a sentence, with a likely cause for any that is above 1."""
-    share = metrics["efficiency/vs_synthetic"]
-    sentence = f"images passed at {_percent(share)} of the speed of one fixed batch"
-    if share > 1:
-        sentence += (
-            f": the machine may have been slower while that was measured (its windows were {peaks.spread:.1%} apart)"
-        )
-    utilisation = metrics.get("efficiency/model_flops_utilisation")
-    if utilisation is not None:
-        sentence += (
-            f"; the model's operations took {_percent(utilisation)} of the rate of this machine's matrix products"
-        )
-        if utilisation > 1:
-            sentence += (
-                ": its convolutions may need fewer operations than are counted, or it was slower while products were "
-                "measured"
-            )
+def describe(metrics: Mapping[str, float]) -> str:
+    """The metrics of `efficiency_metrics` in a sentence, with the likely causes if one is above 1."""
+    shares = [metrics["efficiency/vs_synthetic"], metrics.get("efficiency/model_flops_utilisation", 0.0)]
+    # With one more digit above 1, so that 100.4% does not read as 100%.
+    fixed_batch, utilisation = (f"{share:.1%}" if share > 1 else f"{share:.0%}" for share in shares)
+    sentence = f"images passed at {fixed_batch} of the speed of one fixed batch"
+    if shares[1]:
+        sentence += f"; the model's operations took {utilisation} of the rate of this machine's matrix products"
+    if max(shares) > 1:
+        sentence += " (the machine was slower while that was measured, or convolutions need fewer operations)"
     return sentence
 
 
@@ -224,25 +208,11 @@ def implausible_reason(metrics: Mapping[str, float], peaks: Peaks) -> str | None
         excess = f"{utilisation:.2f} times what the rate of its matrix products allows"
     else:
         return None
+    spread = peaks.images_per_second / peaks.slowest_images_per_second - 1
     return (
         f"{speed:,.0f} images/s is {excess}: the clock was read too early, or the machine was slower whenever that "
-        f"was measured (its windows were {peaks.spread:.0%} apart)"
+        f"was measured (its windows were {spread:.0%} apart)"
     )
-
-
-def _percent(share: float) -> str:
-    """With one more digit above 1, so that 100.4% does not read as 100%."""
-    return f"{share:.1%}" if share > 1 else f"{share:.0%}"
-
-
-def _best_matmul_flops(backend: Backend, dtype: torch.dtype) -> float:
-    best, side = 0.0, MIN_SIDE
-    while True:
-        seconds = _matmul_seconds(backend, dtype, side)
-        best = max(best, 2 * side**3 / seconds)
-        if seconds >= LONG_MATMUL_SECONDS or side >= MAX_SIDE:
-            return best
-        side *= 2
 
 
 def _matmul_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
@@ -253,14 +223,10 @@ def _matmul_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
 
 
 def _random_matrix(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:
-    """(side, side) on the device: a normal block drawn on the CPU, the same everywhere, repeated.
-
-    Zeros would flatter: they switch few transistors, so that a card at its power limit clocks higher (He 2024,
-    "Strangely, Matrix Multiplications on GPUs Run Faster When Given 'Predictable' Data!").
-    """
+    """(side, side) on the device: a normal block drawn on the CPU, repeated. Zeros would flatter: they switch few
+    transistors, so that a card at its power limit clocks higher."""
     block = torch.randn(MIN_SIDE, MIN_SIDE, generator=torch.Generator().manual_seed(seed))
-    repeats = side // MIN_SIDE
-    return block.to(backend.device, dtype).repeat(repeats, repeats)
+    return block.to(backend.device, dtype).repeat(side // MIN_SIDE, side // MIN_SIDE)
 
 
 def _flops_per_sample(
@@ -272,7 +238,7 @@ def _flops_per_sample(
     )
     try:
         meta_net = copy.deepcopy(net).to("meta")
-        with counter:
+        with counter, torch.no_grad():
             # Two samples: BatchNorm in training mode refuses one where it has one value a channel.
             run(meta_net, torch.empty((2, *inputs_shape), device="meta"))
     except Exception:  # a network may do anything that needs values; that must not end a training

@@ -158,7 +158,7 @@ def _record_efficiency(record: Record, training: TrainingSetup, splits: Splits, 
             record["tags"]["taints"] = "clock"
             record["warnings"].append(reason)
             terminal.say(f"note     {reason}")
-        verdict = roofline.describe(metrics, peaks)
+        verdict = roofline.describe(metrics)
     record["metrics"] |= metrics
     record["facts"]["verdict"] = verdict
     terminal.say(f"machine  {verdict}")

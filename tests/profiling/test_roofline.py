@@ -78,13 +78,6 @@ def small(monkeypatch):
         monkeypatch.setattr(roofline, name, value)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_matmul_on_the_cpu_leaves_random_numbers_alone(small, precision):
-    state = torch.get_rng_state()
-    assert 0 < roofline.matmul_flops(Cpu(), precision) < math.inf
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize(
     ("precision", "seconds", "expected", "timed"),
     [
@@ -108,12 +101,12 @@ def test_the_fastest_side_and_format_count(monkeypatch, precision, seconds, expe
     assert len(sides) == timed
 
 
-def test_matrices_are_random_and_the_same_everywhere(small):
-    first, again = (roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=0) for _ in range(2))
-    assert first.shape == (64, 64) and first.dtype == torch.bfloat16
-    assert torch.equal(first, again)
-    assert first.count_nonzero() == 64 * 64
-    assert not torch.equal(first, roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=1))
+def test_products_are_of_random_matrices_that_leave_other_random_numbers_alone(small):
+    state = torch.get_rng_state()
+    matrix = roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=0)
+    assert matrix.shape == (64, 64) and matrix.count_nonzero() == 64 * 64
+    assert 0 < roofline.matmul_flops(Cpu(), "bf16") < math.inf
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(("asynchronous", "side"), [(False, 64), (True, 128)])
@@ -157,13 +150,10 @@ def train_mode(net):
     net.train()
 
 
-def test_forward_operations_of_a_resnet():
-    assert len(convolutions()) == 20
-    assert roofline.forward_flops(resnet("all"), (3, 96, 96)) == sum(convolutions().values()) + HEAD
-
-
-def test_a_step_that_trains_all_of_it():
+def test_operations_of_a_resnet_and_of_a_step_that_trains_all_of_it():
     forward = sum(convolutions().values()) + HEAD
+    assert len(convolutions()) == 20
+    assert roofline.forward_flops(resnet("all"), (3, 96, 96)) == forward
     # Backward: gradients of weights and of inputs, but nobody asks for those of the images.
     expected = 3 * forward - convolutions()["conv1"]
     assert roofline.train_flops(resnet("all"), (3, 96, 96), set_mode=train_mode) == expected
@@ -242,23 +232,17 @@ def test_efficiency():
     }
     uncounted = roofline.efficiency_metrics(800.0, PEAKS, None)
     assert metrics.keys() - uncounted.keys() == {"efficiency/model_flops_utilisation"}
-    assert roofline.peak_metrics(PEAKS).items() < uncounted.items()
 
 
 @pytest.mark.parametrize(
-    ("images_per_second", "utilisation", "shown", "causes"),
-    [
-        (830, None, ["83% of the speed"], 0),
-        (1000, None, ["100% of the speed"], 0),
-        (980, 0.343, ["98% of the speed", "34% of the rate"], 0),
-        (1004, None, ["100.4% of the speed", "25.0% apart"], 1),
-        (900, 1.99, ["90% of the speed", "199.0% of the rate"], 1),
-    ],
+    ("images_per_second", "utilisation", "shown"),
+    [(830, None, ["83% of"]), (980, 0.343, ["98% of", "34% of"]), (1004, 1.99, ["100.4% of", "199.0% of"])],
 )
-def test_the_sentence_has_the_shares_and_a_cause_of_each_above_1(images_per_second, utilisation, shown, causes):
+def test_the_sentence_has_the_shares_and_a_cause_of_what_is_above_1(images_per_second, utilisation, shown):
     flops = utilisation and utilisation / images_per_second * PEAKS.matmul_flops
-    sentence = roofline.describe(roofline.efficiency_metrics(images_per_second, PEAKS, flops), PEAKS)
-    assert all(text in sentence for text in shown) and sentence.count(": ") == causes
+    sentence = roofline.describe(roofline.efficiency_metrics(images_per_second, PEAKS, flops))
+    assert all(text in sentence for text in shown)
+    assert ("slower" in sentence) == (images_per_second > 1000)
 
 
 @pytest.mark.parametrize(
@@ -281,5 +265,4 @@ def test_several_measurements_combine_to_the_best_of_each_and_the_slowest_window
     other = roofline.Peaks(
         matmul_flops=3e12, memory_bytes_per_second=4e10, images_per_second=900.0, slowest_images_per_second=700.0
     )
-    combined = roofline.combine([PEAKS, other])
-    assert combined == roofline.Peaks(3e12, 5e10, 1000.0, 700.0) and combined.spread == pytest.approx(3 / 7)
+    assert roofline.combine([PEAKS, other]) == roofline.Peaks(3e12, 5e10, 1000.0, 700.0)
