@@ -1,4 +1,4 @@
-"""Compare all machines of the store in one report: reports/compare.html, compare.md and compare.json.
+"""Compare all machines of the store in one report (reports/compare.html, compare.md, compare.json).
 
 A cached training that the store lacks is put into it first, without training again.
 """

@@ -1,4 +1,4 @@
-"""Measures the best checkpoint on the test split, and completes the training's run with it."""
+"""Measure the best checkpoint on the test split, as part of the training's run."""
 
 from pipeline import repeats
 

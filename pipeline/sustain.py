@@ -1,4 +1,4 @@
-"""Repeats fixed steps of training, the same whatever the recipe: the speeds that a machine keeps up."""
+"""Measure the score: fixed training steps, the same for every recipe, repeated until the machine is warm."""
 
 from pipeline import repeats
 

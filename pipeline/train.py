@@ -1,4 +1,4 @@
-"""Trains the chosen recipe's model, and leaves its record, curves, pictures and best checkpoint."""
+"""Train the chosen recipe. Write its record, curves, pictures and best checkpoint."""
 
 from pipeline import repeats
 

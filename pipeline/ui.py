@@ -1,4 +1,4 @@
-"""Opens the comparison report, and serves MLflow's UI on this machine until Ctrl-C."""
+"""Open the comparison report and serve MLflow's UI on this machine until Ctrl-C."""
 
 import os
 import signal

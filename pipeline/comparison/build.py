@@ -95,7 +95,7 @@ def _check_prices(runs: Sequence[Run], prices: Mapping[str, config.Price]) -> No
     for run in runs:
         tags = run.tags
         price = prices.get(tags.get("hardware", ""))
-        if price and price.buy and not price.machine and tags.get("backend") in ("cuda", "rocm", "xpu"):
+        if price and price.buy and not price.machine and tags.get("backend") not in ("cpu", "mps"):
             raise UsageError(
                 f"prices: {clean(tags['hardware'])}.machine: missing: expected the machine that the card sits in, "
                 "which buy includes"

@@ -148,7 +148,9 @@ def count_attempts(record: Mapping[str, Any], experiment: str) -> int:
     count."""
     handle = store.find_run(record["id"], experiment)
     tags = store.run_tags(handle) if handle else {}
-    return int(tags.get("sustained.attempts", "sustained.started" in tags)) - ("sustained.taints" in tags)
+    attempts = tags.get("sustained.attempts", "")  # a bundle may bring any text
+    counted = int(attempts) if attempts.isdecimal() else int("sustained.started" in tags)
+    return counted - ("sustained.taints" in tags)
 
 
 # --- runs
