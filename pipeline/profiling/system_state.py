@@ -20,7 +20,7 @@ from pipeline.files import contents
 from pipeline.profiling import system_info
 from pipeline.profiling.nvidia import NvidiaCard
 
-SystemState = Mapping[str, float | str | bool]
+SystemState = Mapping[str, Any]
 """What `sample` returns."""
 
 MAX_LOAD = 0.10
@@ -29,12 +29,8 @@ MAX_LOAD = 0.10
 MAX_GPU_LOAD = 0.05
 """Share of time that others may keep the GPU busy before the run: drawing a quiet desktop takes a few per cent."""
 
-MAX_SWAP_GROWTH_GIB = 0.25
-"""A few MiB come and go at any time; a quarter of a GiB means that memory ran short. Swap that is merely used is none:
-pages put aside long ago cost nothing."""
-
-MAX_SWAP_MIB_PER_SECOND = 1.0
-"""Traffic to and from swap: single old pages are read back at any time."""
+MAX_SWAP_GROWTH_GIB, MAX_SWAP_MIB_PER_SECOND = 0.25, 1.0
+"""Growth and traffic of swap that no shortage of memory explains: single old pages come and go at any time."""
 
 BEHAVIORS = frozenset({"throttled", "thermal", "drift"})
 """The words of `behavior`. Old runs have them among their taints."""
@@ -61,7 +57,6 @@ WINDOW_SECONDS = 0.5
 """How long CPU and swap are watched: at least 25 of the ticks that count CPU time."""
 
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")
-SWAP_COUNTERS = {"linux": r"^pswp(?:in|out) (\d+)", "darwin": r"^Swap(?:ins|outs):\s+(\d+)"}
 
 command_output = partial(system_info.command_output, timeout_seconds=3)
 """Shorter than elsewhere: a run waits for it, before and after."""
@@ -76,21 +71,19 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
     `gpu_sm_clock_mhz`, `gpu_throttle` (names joined by a comma, only where it is throttled), `gpu_power_watts`.
     """
     card = NvidiaCard.open(gpu_uuid)
-    state = _known(card.state()) if card else {}  # first: clocks recover as soon as the work ends
-    state |= _known({
-        "power_source": system_info.power_source(),
-        "low_power_mode": _low_power_mode(),
-        "thermal_pressure": _thermal_pressure(),
-        "swap_gib": _swap_gib(),
-    })  # fmt: skip
-    swapped = _swapped_bytes()
-    state |= _known({"cpu_load": _other_cpu_load()})
-    if swapped is not None and (swapped_after := _swapped_bytes()) is not None:
+    state = card.state() if card else {}  # first: clocks recover as soon as the work ends
+    state["power_source"] = system_info.power_source()
+    state["low_power_mode"] = _low_power_mode()
+    state["thermal_pressure"] = _thermal_pressure()
+    state["swap_gib"], swapped = _swap()
+    state["cpu_load"] = _other_cpu_load()
+    _, swapped_after = _swap()
+    if swapped is not None and swapped_after is not None:
         state["swapping"] = swapped_after - swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * WINDOW_SECONDS
     if card:
-        state |= _known(card.usage())
+        state |= card.usage()
         card.close()
-    return state
+    return {key: value for key, value in state.items() if value is not None}
 
 
 def taints(before: SystemState, after: SystemState) -> dict[str, str]:
@@ -99,47 +92,37 @@ def taints(before: SystemState, after: SystemState) -> dict[str, str]:
     `before` must be sampled when nothing of ours has run on the GPU for a second. The GPU's load in `after` is our own
     and is ignored.
     """
-    sentences = {}
-    if "battery" in (before.get("power_source"), after.get("power_source")):
-        sentences["battery"] = "the machine ran on battery"
-    if before.get("low_power_mode") or after.get("low_power_mode"):
-        sentences["low-power"] = "the machine was in low-power mode"
-    loads = {"started": _number(before, "cpu_load"), "ended": _number(after, "cpu_load")}
-    if parts := [f"{load:.0%} of the CPU when it {when}" for when, load in loads.items() if load > MAX_LOAD]:
-        sentences["load"] = f"other processes used {' and '.join(parts)}"
-
-    parts = []
-    if (load := _number(before, "gpu_load")) > MAX_GPU_LOAD:
-        parts.append(f"the GPU was {load:.0%} busy before it started")
-    if others := int(max(_number(before, "gpu_processes"), _number(after, "gpu_processes"))):
-        parts.append(f"{others} other process{' was' if others == 1 else 'es were'} computing on the GPU")
-    if parts:
-        sentences["gpu-load"] = " and ".join(parts)
-
-    parts = []
-    if (growth := _number(after, "swap_gib") - _number(before, "swap_gib")) > MAX_SWAP_GROWTH_GIB:
-        parts.append(f"the used swap grew by {growth:.1f} GiB")
-    if when := [name for name, state in (("start", before), ("end", after)) if state.get("swapping")]:
-        parts.append(f"the machine was swapping at the {' and at the '.join(when)}")
-    if parts:
-        sentences["swap"] = " and ".join(parts)
+    states = before, after
+    cpu_load = max(state.get("cpu_load", 0.0) for state in states)
+    gpu_load = before.get("gpu_load", 0.0)
+    processes = max(state.get("gpu_processes", 0) for state in states)
+    growth = after.get("swap_gib", 0.0) - before.get("swap_gib", 0.0)
+    disturbances = [
+        ("battery", any(state.get("power_source") == "battery" for state in states), "the machine ran on battery"),
+        ("low-power", any(state.get("low_power_mode") for state in states), "the machine was in low-power mode"),
+        ("load", cpu_load > MAX_LOAD, f"other processes used {cpu_load:.0%} of the CPU"),
+        ("gpu-load", gpu_load > MAX_GPU_LOAD, f"the GPU was {gpu_load:.0%} busy before it started"),
+        ("gpu-load", processes > 0, f"other processes ({processes}) were computing on the GPU"),
+        ("swap", growth > MAX_SWAP_GROWTH_GIB, f"the used swap grew by {growth:.1f} GiB"),
+        ("swap", any(state.get("swapping") for state in states), "the machine was swapping"),
+    ]
+    sentences: dict[str, str] = {}
+    for word, applies, sentence in disturbances:
+        if applies:
+            sentences[word] = f"{sentences[word]} and {sentence}" if word in sentences else sentence
     return sentences
 
 
 def behavior(before: SystemState, after: SystemState, seconds: Sequence[float]) -> dict[str, str]:
     """What the machine did by itself: a sentence for each word of BEHAVIORS. `seconds`: of equal work, in order."""
     sentences = {}
-    throttled, pressures = [], []
-    for when, state in (("start", before), ("end", after)):
-        reasons = [name for name in str(state.get("gpu_throttle", "")).split(", ") if name in SLOWDOWNS]
-        if reasons:
-            throttled.append(f"at the {when} ({', '.join(reasons)})")
-        if (pressure := state.get("thermal_pressure", "nominal")) != "nominal":
-            pressures.append(f"{pressure} at the {when}")
-    if throttled:
-        sentences["throttled"] = f"the GPU was throttled {' and '.join(throttled)}"
+    states = before, after
+    reasons = {name for state in states for name in state.get("gpu_throttle", "").split(", ")}
+    pressures = {state.get("thermal_pressure", "nominal") for state in states} - {"nominal"}
+    if slowdowns := sorted(reasons & SLOWDOWNS):
+        sentences["throttled"] = f"the GPU was throttled ({', '.join(slowdowns)})"
     if pressures:
-        sentences["thermal"] = f"the thermal pressure was {' and '.join(pressures)}"
+        sentences["thermal"] = f"the thermal pressure was {' and '.join(sorted(pressures))}"
     if drift := _drift(seconds):
         sentences["drift"] = drift
     return sentences
@@ -167,29 +150,6 @@ def trend_p_value(values: Sequence[float], phi: float = DRIFT_PHI) -> float:
     return 2 * float(special.stdtr(degrees, -abs(coefficients[1]) / error)) if error else 0.0
 
 
-def parse_pmset(text: str) -> bool | None:
-    """Whether `pmset -g` shows the low-power mode: `lowpowermode 1`, or `powermode 1` on Macs that also have a
-    high-power mode (2). None where it shows neither key."""
-    modes: list[str] = re.findall(r"^\s*(?:low)?powermode\s+(\d+)", text, re.MULTILINE)
-    return "1" in modes if modes else None
-
-
-def parse_thermal_pressure(text: str) -> str | None:
-    """The level's name from `notifyutil -g`, which prints errors on stdout too."""
-    match = re.search(r"^com\.apple\.system\.thermalpressurelevel (\d+)\s*$", text, re.MULTILINE)
-    level = int(match[1]) if match else len(THERMAL_PRESSURE)
-    return THERMAL_PRESSURE[level] if level < len(THERMAL_PRESSURE) else None
-
-
-def parse_swapped_pages(text: str, system: str) -> int | None:
-    """Pages moved to and from swap since boot, from Linux's /proc/vmstat or macOS's `vm_stat`.
-
-    psutil also counts a Mac's reading of files, and returns 0 where it can't tell.
-    """
-    counts: list[str] = re.findall(SWAP_COUNTERS[system], text, re.MULTILINE)
-    return sum(map(int, counts)) if len(counts) == 2 else None
-
-
 def _drift(seconds: Sequence[float]) -> str | None:
     if len(seconds) < MIN_DRIFT_VALUES:
         return None
@@ -199,14 +159,6 @@ def _drift(seconds: Sequence[float]) -> str | None:
         return None
     chance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
     return f"the last third took {abs(change):.1%} {'more' if change > 0 else 'less'} time than the first ({chance})"
-
-
-def _number(state: SystemState, key: str) -> float:
-    return float(state.get(key, 0.0))
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _other_cpu_load() -> float | None:
@@ -221,26 +173,26 @@ def _other_cpu_load() -> float | None:
     return round(min(max(busy - our_load, 0.0), 1.0), 3)
 
 
-def _swapped_bytes() -> int | None:
-    if sys.platform not in SWAP_COUNTERS:
-        return None
-    text = command_output("vm_stat") if sys.platform == "darwin" else contents(Path("/proc/vmstat"))
-    pages = parse_swapped_pages(text, sys.platform)
-    return None if pages is None else pages * mmap.PAGESIZE
-
-
-def _swap_gib() -> float | None:
+def _swap() -> tuple[float | None, int | None]:
+    """GiB of swap in use (None without), and bytes moved to and from it since boot where the system counts them."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about rates that we don't use
-            return round(psutil.swap_memory().used / 2**30, 2) or None
-    except (OSError, RuntimeError, psutil.Error):
-        return None
+            warnings.simplefilter("ignore")  # Linux in a sandbox counts nothing
+            swap = psutil.swap_memory()
+    except (OSError, RuntimeError):  # Windows without performance counters
+        return None, None
+    moved = swap.sin + swap.sout if sys.platform == "linux" else None
+    if sys.platform == "darwin":  # where psutil counts the reading of files
+        pages = re.findall(r"^Swap(?:ins|outs):\s+(\d+)", command_output("vm_stat"), re.MULTILINE)
+        moved = sum(map(int, pages)) * mmap.PAGESIZE if pages else None
+    return round(swap.used / 2**30, 2) or None, moved
 
 
 def _low_power_mode() -> bool | None:
     if sys.platform == "darwin":
-        return parse_pmset(command_output("pmset", "-g"))
+        # Macs that also have a high-power mode (2) call it `powermode`.
+        modes = re.findall(r"^\s*(?:low)?powermode\s+(\d+)", command_output("pmset", "-g"), re.MULTILINE)
+        return "1" in modes if modes else None
     profile = contents(PLATFORM_PROFILE) if sys.platform == "linux" else ""
     return profile == "low-power" if profile else None
 
@@ -248,4 +200,6 @@ def _low_power_mode() -> bool | None:
 def _thermal_pressure() -> str | None:
     if sys.platform != "darwin":
         return None
-    return parse_thermal_pressure(command_output("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
+    key = "com.apple.system.thermalpressurelevel"
+    level = re.search(rf"^{key} ([0-4])\s*$", command_output("notifyutil", "-g", key), re.MULTILINE)
+    return THERMAL_PRESSURE[int(level[1])] if level else None

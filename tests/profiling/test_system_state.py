@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +29,6 @@ Pageouts:                                 42210.
 Swapins:                                     12.
 Swapouts:                                   340.
 """
-VMSTAT = "nr_free_pages 1204\npgpgin 99123\npgpgout 45\npswpin 7\npswpout 20\npgalloc_dma 0\n"
 
 
 class CpuTimes(tuple):
@@ -63,7 +61,7 @@ def quiet(monkeypatch, tmp_path):
         read = system_state.contents
         monkeypatch.setattr(system_state, "contents", lambda path: read(path) if tmp_path in path.parents else "")
         monkeypatch.setattr(psutil, "cpu_times_percent", lambda seconds: CpuTimes((0.0, 0.0, 0.0)))
-        monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=0))
+        monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=0, sin=0, sout=0))
         monkeypatch.setattr(system_info, "power_source", lambda: None)
 
     return put
@@ -72,10 +70,10 @@ def quiet(monkeypatch, tmp_path):
 # --- the machine
 
 
-@pytest.mark.parametrize("system", ["linux", "darwin", "win32", "freebsd14"])
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
 def test_what_nobody_tells_is_absent(quiet, system):
     quiet(system)
-    assert system_state.sample() == {}
+    assert system_state.sample() == ({"swapping": False} if system == "linux" else {})
 
 
 def test_a_sample_of_this_machine_is_plain(monkeypatch):
@@ -94,7 +92,7 @@ def test_a_mac_tells_its_power_mode_thermal_pressure_and_swap(quiet, monkeypatch
     monkeypatch.setattr(
         system_state, "command_output", lambda *line: next(pages) if line == ("vm_stat",) else run(*line)
     )
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=3 * 2**29))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=3 * 2**29, sin=0, sout=0))
     monkeypatch.setattr(system_info, "power_source", lambda: "battery")
     assert system_state.sample() == {
         "power_source": "battery",
@@ -107,21 +105,12 @@ def test_a_mac_tells_its_power_mode_thermal_pressure_and_swap(quiet, monkeypatch
 
 @pytest.mark.parametrize(
     ("text", "mode"),
-    [
-        (" sleep 1\n lowpowermode         1\n", True),
-        (" lowpowermode         0\n", False),
-        (" powermode            1\n", True),
-        (" powermode            2\n", False),  # high power
-        (" sleep 1\n", None),
-    ],
-)
-def test_a_macs_low_power_mode_is_one_of_two_keys(text, mode):
-    assert system_state.parse_pmset(text) is mode
-
-
-@pytest.mark.parametrize(("level", "name"), [("0", "nominal"), ("4", "sleeping"), ("20", None), (": Failed", None)])
-def test_thermal_pressure_is_named_as_apple_does(level, name):
-    assert system_state.parse_thermal_pressure(f"com.apple.system.thermalpressurelevel {level}\n") == name
+    [(" sleep 1\n lowpowermode         0\n", False), (" powermode            1\n", True),
+     (" powermode            2\n", False)],  # high power
+)  # fmt: skip
+def test_a_macs_low_power_mode_is_one_of_two_keys(quiet, text, mode):
+    quiet("darwin", {"pmset -g": text})
+    assert system_state.sample()["low_power_mode"] is mode
 
 
 @pytest.mark.parametrize(("profile", "mode"), [("low-power\n", True), ("balanced\n", False), ("", None)])
@@ -131,33 +120,21 @@ def test_linux_low_power_mode_is_the_firmwares_profile(quiet, profile, mode):
     assert system_state.sample().get("low_power_mode") is mode
 
 
-def test_pages_to_and_from_swap_are_not_those_of_files():
-    assert system_state.parse_swapped_pages(VMSTAT, "linux") == 27
-    assert system_state.parse_swapped_pages(VM_STAT, "darwin") == 352
-    assert system_state.parse_swapped_pages("nr_free_pages 1204\n", "linux") is None
-
-
-@pytest.mark.parametrize(("pages", "swapping"), [(27, False), (28, False), (27 + 512, True)])
-def test_a_single_page_is_no_swapping(quiet, monkeypatch, pages, swapping):
+@pytest.mark.parametrize(("mebibytes", "swapping"), [(0.1, False), (2, True)])
+def test_a_single_page_is_no_swapping(quiet, monkeypatch, mebibytes, swapping):
     quiet("linux")
     monkeypatch.setattr(system_state, "WINDOW_SECONDS", 0.5)
-    texts = iter([VMSTAT, f"pswpin 0\npswpout {pages}\n"])
-    monkeypatch.setattr(system_state, "contents", lambda path: next(texts) if path.name == "vmstat" else "")
-    assert system_state.sample() == {"swapping": swapping}
+    swaps = iter([SimpleNamespace(used=2**30, sin=7, sout=20 + moved * 2**20) for moved in (0, mebibytes)])
+    monkeypatch.setattr(psutil, "swap_memory", lambda: next(swaps))
+    assert system_state.sample() == {"swapping": swapping, "swap_gib": 1.0}
 
 
-def test_psutils_warnings_and_errors_about_swap_stay_inside(quiet, monkeypatch):
-    quiet("linux")
-
-    def warn():
-        warnings.warn("'sin' and 'sout' swap memory stats couldn't be determined", RuntimeWarning, stacklevel=2)
-        return SimpleNamespace(used=2**30)
+def test_psutils_errors_about_swap_stay_inside(quiet, monkeypatch):
+    quiet("win32")
 
     def fail():
         raise RuntimeError("PdhAddEnglishCounterW failed. Performance counters may be disabled.")
 
-    monkeypatch.setattr(psutil, "swap_memory", warn)
-    assert system_state.sample() == {"swap_gib": 1.0}
     monkeypatch.setattr(psutil, "swap_memory", fail)
     assert system_state.sample() == {}
 
@@ -168,7 +145,7 @@ def test_the_load_of_others_is_without_waiting_and_without_our_own(quiet, monkey
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda seconds: CpuTimes((60.0, 30.0, 10.0)))
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(cpu_percent=lambda: own))  # of one core
-    assert system_state.sample() == {"cpu_load": pytest.approx(load)}
+    assert system_state.sample()["cpu_load"] == pytest.approx(load)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("pmset", 3)])
@@ -188,9 +165,8 @@ def processes(*pids):
     return [SimpleNamespace(pid=pid) for pid in pids]
 
 
-def test_a_card_tells_its_state_and_is_released(quiet, nvml, monkeypatch):
-    quiet("linux")
-    monkeypatch.setattr(nvidia, "_sees_all_processes", lambda: True)
+def test_a_card_tells_its_state_and_is_released(quiet, nvml):
+    quiet("win32")
     fake = nvml(
         Temperature=83,
         ClockInfo=1395,
@@ -229,16 +205,15 @@ def test_a_card_tells_its_state_and_is_released(quiet, nvml, monkeypatch):
     ],
     ids=["idle", "old driver", "unsupported", "slices", "another card"],
 )  # fmt: skip
-def test_only_what_a_card_knows_of_itself_is_told(quiet, nvml, monkeypatch, answers, expected):
-    quiet("linux")
-    monkeypatch.setattr(nvidia, "_sees_all_processes", lambda: True)
+def test_only_what_a_card_knows_of_itself_is_told(quiet, nvml, answers, expected):
+    quiet("win32")
     fake = nvml(**answers)
     assert system_state.sample(UUID) == expected
     assert fake.opened == 0
 
 
 def test_no_uuid_no_driver_and_no_binding_are_no_errors(quiet, nvml, monkeypatch):
-    quiet("linux")
+    quiet("win32")
     fake = nvml(Temperature=50)
     fake.nvmlInit = lambda: fake.answer(NVMLError("Driver Not Loaded"))
     assert system_state.sample(UUID) == {}
@@ -265,7 +240,7 @@ def test_outside_a_container_others_are_always_told(quiet, nvml, monkeypatch, tm
     nvml(ComputeRunningProcesses=processes(10**8))
     monkeypatch.setattr(nvidia, "PID_NAMESPACE", tmp_path)
     monkeypatch.setattr(nvidia, "INITIAL_PID_NAMESPACE", tmp_path.stat().st_ino)
-    assert system_state.sample(UUID) == {"gpu_processes": 1}
+    assert system_state.sample(UUID)["gpu_processes"] == 1
 
 
 # --- drift
@@ -287,10 +262,6 @@ def test_a_trend_is_rarely_seen_where_there_is_none(phi, count):
     assert rate <= 0.015
     if phi == system_state.DRIFT_PHI:
         assert rate >= 0.005  # at its level, and not just blind
-
-
-def test_a_straight_line_is_no_chance():
-    assert system_state.trend_p_value([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) < 1e-9
 
 
 def test_a_trend_is_that_of_generalised_least_squares():
@@ -350,11 +321,10 @@ def test_a_quiet_machine_has_no_taints_and_no_behavior():
         ({"power_source": "battery"}, {"power_source": "mains"}, "battery", []),
         ({}, {"power_source": "battery"}, "battery", []),
         ({"low_power_mode": True}, {}, "low-power", []),
-        ({"cpu_load": 0.35}, {"cpu_load": 0.12}, "load", ["35%", "started", "12%", "ended"]),
-        ({"gpu_load": 0.4}, {"gpu_processes": 2, "gpu_load": 1.0}, "gpu-load", ["40%", "2 other processes"]),
-        ({"gpu_processes": 1}, {}, "gpu-load", ["1 other process was"]),
+        ({"cpu_load": 0.35}, {"cpu_load": 0.12}, "load", ["35%"]),
+        ({"gpu_load": 0.4}, {"gpu_processes": 2, "gpu_load": 1.0}, "gpu-load", ["40%", "(2)"]),
         ({}, {"swap_gib": 1.5}, "swap", ["1.5 GiB"]),
-        ({"swapping": True}, {"swapping": True, "swap_gib": 2.0}, "swap", ["2.0 GiB", "start", "end"]),
+        ({"swapping": True}, {"swap_gib": 2.0}, "swap", ["2.0 GiB", "swapping"]),
     ],
 )
 def test_a_taint_is_what_others_did_with_its_figures(before, after, word, figures):
@@ -367,11 +337,9 @@ def test_a_taint_is_what_others_did_with_its_figures(before, after, word, figure
 @pytest.mark.parametrize(
     ("before", "after", "word", "figures"),
     [
-        ({"gpu_throttle": "sw power cap"}, {"gpu_throttle": "sw power cap, sw thermal slowdown"}, "throttled",
-         ["end (sw thermal slowdown)"]),
-        ({"gpu_throttle": "hw slowdown"}, {"gpu_throttle": "hw slowdown, hw power brake slowdown"}, "throttled",
-         ["start (hw slowdown)", "end (hw slowdown, hw power brake slowdown)"]),
-        ({"thermal_pressure": "nominal"}, {"thermal_pressure": "moderate"}, "thermal", ["moderate", "end"]),
+        ({"gpu_throttle": "hw slowdown"}, {"gpu_throttle": "sw power cap, sw thermal slowdown"}, "throttled",
+         ["(hw slowdown, sw thermal slowdown)"]),
+        ({"thermal_pressure": "nominal"}, {"thermal_pressure": "moderate"}, "thermal", ["moderate"]),
     ],
 )  # fmt: skip
 def test_what_the_machine_does_by_itself_is_no_taint(before, after, word, figures):
