@@ -9,7 +9,7 @@ class NVMLError(Exception):
 
 class Nvml:
     """`answers`: what `nvmlDeviceGet<name>` returns, or the error that it raises. Functions without an answer are
-    absent, as in an old driver. `opened` counts the users of NVML."""
+    absent, as in an old driver. `opened` counts the calls of `nvmlInit`."""
 
     NVMLError = NVMLError
 
@@ -25,9 +25,6 @@ class Nvml:
 
     def nvmlInit(self):  # noqa: N802
         self.opened += 1
-
-    def nvmlShutdown(self):  # noqa: N802
-        self.opened -= 1
 
     def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
         if uuid != self.uuid:

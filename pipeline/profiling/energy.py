@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from pipeline import terminal
 from pipeline.errors import UsageError
 
 Reading = Callable[[], tuple[str, float] | None]
@@ -27,13 +26,8 @@ POWERMETRICS = ("sudo", "-n", "powermetrics", "--samplers", "cpu_power", "-i", "
 """A sample every 100 ms, so that short epochs are not blurred; line-buffered text, cheaper to parse than a property
 list. Not in a session of its own: a password given to `sudo -v` is valid for one terminal."""
 
-START_SECONDS = 10.0
-"""How long the first sample may take; the tool starts in about a second."""
-
-STALE_SECONDS = 2.0
-"""After this time without a sample the joules are unknown."""
-
-STOP_SECONDS = 2.0
+START_SECONDS, STALE_SECONDS, STOP_SECONDS = 10.0, 2.0, 2.0
+"""How long the first sample may take (the tool starts in about a second), the next one, and the tool's end."""
 
 
 def check(name: str) -> None:
@@ -69,9 +63,10 @@ class Powermetrics:
 
     def start(self) -> None:
         """Start the tool and wait for its first sample. Raises UsageError if none comes."""
+        refusal = 'energy.source: "powermetrics" is not allowed here: expected'
         if not shutil.which("powermetrics"):
-            raise _refusal("a Mac")
-        with tempfile.TemporaryFile() as errors:  # a pipe would have to be emptied
+            raise UsageError(f"{refusal} a Mac")
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:  # a pipe would have to be emptied
             self._child = subprocess.Popen(
                 POWERMETRICS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
                 encoding="utf-8", errors="replace",
@@ -81,9 +76,8 @@ class Powermetrics:
             self._settled.wait(START_SECONDS)
             if self._latest is None:
                 errors.seek(0)
-                lines = errors.read().decode(errors="replace").strip().splitlines()
-                words = f" ({lines[-1]})" if lines else ""
-                raise _refusal(f"Apple's own chip, and leave to run the tool as root: run `sudo -v` first{words}")
+                reason = "".join(f" ({line.strip()})" for line in errors.readlines()[-1:])
+                raise UsageError(f"{refusal} Apple's own chip, and `sudo -v` run first in this terminal{reason}")
 
     def reading(self) -> tuple[str, float] | None:
         """Joules since the start; since the latest sample, at its power. None once a sample was missed."""
@@ -102,10 +96,8 @@ class Powermetrics:
         with suppress(PermissionError):
             self._child.terminate()
         self._thread.join(STOP_SECONDS)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            terminal.warn("powermetrics does not end, and takes power from what runs here", "sudo killall powermetrics")
 
     def _read(self, pipe: IO[str]) -> None:
         joules = 0.0
@@ -134,7 +126,3 @@ def parse_samples(lines: Iterable[str]) -> Iterator[tuple[float, float] | None]:
         elif power := re.match(r"Combined Power \(.+\):\s*(\d+(?:\.\d+)?)\s*mW", line):
             yield None if seconds is None else (seconds, float(power[1]) / 1e3)
             seconds = None
-
-
-def _refusal(expected: str) -> UsageError:
-    return UsageError(f'energy.source: "powermetrics" is not allowed here: expected {expected}')

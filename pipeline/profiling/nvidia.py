@@ -25,28 +25,20 @@ class NvidiaCard:
     @classmethod
     def open(cls, uuid: str | None) -> "NvidiaCard | None":
         """The card with this UUID (`GPU-...`); None without a UUID, without NVML, and for a card cut into MIG slices,
-        since NVML's figures are of all slices."""
+        since NVML's figures are of all slices. NVML stays open: unloading the driver would reset its counters."""
         if uuid is None:
             return None
         try:
             import pynvml as nvml  # not there on macOS
+
+            nvml.nvmlInit()
+            card = cls(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
         except ImportError:
             return None
-        try:
-            nvml.nvmlInit()
         except nvml.NVMLError:
-            return None
-        card = cls(nvml, None)
-        try:
-            card._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except nvml.NVMLError:
-            card.close()
             return None
         mig_mode = card.query("nvmlDeviceGetMigMode")  # [now, after the next reset]
-        if mig_mode and mig_mode[0]:
-            card.close()
-            return None
-        return card
+        return None if mig_mode and mig_mode[0] else card
 
     def query(self, function: str, *arguments: Any) -> Any:
         """Call a function of NVML for this card; None where card, driver or binding does not support it."""
@@ -55,13 +47,6 @@ class NvidiaCard:
             return call and call(self._handle, *arguments)
         except self._nvml.NVMLError:
             return None
-
-    def close(self) -> None:
-        """Release NVML, which counts its users."""
-        try:
-            self._nvml.nvmlShutdown()
-        except self._nvml.NVMLError:
-            return
 
     def state(self) -> dict[str, Any]:
         """Temperature, clock, power and what throttles the card at this moment; None for what is unknown."""

@@ -33,6 +33,10 @@ STEPS = (
 )
 
 
+VERSION = 3
+"""Raise it when the code runs the same steps faster or slower than before on any backend, beyond noise."""
+
+
 def metric(step: str, figure: str) -> str:
     """The metric of a step's figure: `images_per_second` (median of the last third), `first_third_images_per_second`,
     `seconds`, `batch_size`, `images_per_joule`, `watts`, or the series `course` (images/s by slice)."""

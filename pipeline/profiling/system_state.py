@@ -82,7 +82,6 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
         state["swapping"] = swapped_after - swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * WINDOW_SECONDS
     if card:
         state |= card.usage()
-        card.close()
     return {key: value for key, value in state.items() if value is not None}
 
 

@@ -108,19 +108,13 @@ def test_samples_are_seconds_and_watts():
     other = SAMPLE.replace("500.00ms", "1010.09ms").replace("1200 mW", "45 mW")
     end = "\n**** Thermal pressure ****\n\nCurrent pressure level: Nominal\n"
     assert samples(start + SAMPLE + end + other) == [(0.5, 1.2), (pytest.approx(1.01009), 0.045)]
-
-
-def test_a_sample_is_there_with_its_last_line_and_not_before():
-    lines = iter(SAMPLE.splitlines())
-    assert next(energy.parse_samples(lines)) == (0.5, 1.2)
-    assert list(lines) == []
     assert samples(SAMPLE[: SAMPLE.index(" mW\n", SAMPLE.index("Combined"))]) == []
 
 
 @pytest.mark.parametrize(
     "text",
-    [INTEL + SAMPLE, NO_TIME, "Combined Power (CPU + GPU + ANE): 1200 mW\n", SAMPLE.replace("1200", "-5") + SAMPLE],
-    ids=["intel", "no time", "no header", "negative"],
+    [INTEL + SAMPLE, NO_TIME, "Combined Power (CPU + GPU + ANE): 1200 mW\n"],
+    ids=["intel", "no time", "no header"],
 )
 def test_a_sample_that_lacks_something_is_none(text):
     assert samples(text)[0] is None
@@ -142,7 +136,7 @@ def test_joules_are_summed_up_and_continued_at_the_latest_power(started):
 
 
 @needs_sh
-@pytest.mark.parametrize("end", ["exit 0\n", printing(INTEL + SAMPLE) + HANG, "kill -9 $$\n"])
+@pytest.mark.parametrize("end", ["exit 0\n", printing(INTEL + SAMPLE) + HANG])
 def test_from_a_missing_sample_on_there_is_no_reading(started, tmp_path, monkeypatch, end):
     go = tmp_path / "go"
     counter = started(printing(SAMPLE) + f'while [ ! -e "{go}" ]; do sleep 0.02 > /dev/null; done\n' + end)
@@ -162,17 +156,6 @@ def test_a_tool_that_we_may_not_signal_ends_by_its_pipe(started, monkeypatch):
     counter = started(FOREVER)
     counter.stop()
     assert counter._child.returncode == -signal.SIGPIPE
-
-
-@needs_sh
-def test_a_tool_that_cannot_be_ended_is_named_and_does_not_hold_us_up(started, monkeypatch, capsys):
-    monkeypatch.setattr(energy, "STOP_SECONDS", 0.05)
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess.Popen, "terminate", lambda self: None)
-        counter = started(printing(SAMPLE) + HANG)
-        counter.stop()
-    assert "sudo killall powermetrics" in capsys.readouterr().err
-    monkeypatch.setattr(energy, "STOP_SECONDS", 30)  # the fixture ends it
 
 
 @needs_sh
@@ -227,11 +210,10 @@ def test_a_machine_without_the_tool_is_refused(monkeypatch, tmp_path):
     ("script", "sudo", "words"),
     [
         (HANG, "echo sudo: a password is required >&2; exit 1", "(sudo: a password is required)"),
-        (HANG, "exit 1", "sudo -v"),
         (printing(INTEL) * 2 + HANG, 'shift; exec "$@"', "Apple's own chip"),
         (HANG, 'shift; exec "$@"', "sudo -v"),
     ],
-    ids=["password", "no leave", "intel", "no sample"],
+    ids=["password", "intel", "no sample"],
 )
 def test_a_tool_that_gives_no_samples_is_refused(tool, monkeypatch, script, sudo, words):
     monkeypatch.setattr(energy, "START_SECONDS", 1)
