@@ -94,6 +94,7 @@ def _measure(settings: config.Settings, steps: Sequence[Step], run_step: RunStep
         "sustained.energy_source": " ".join({each.energy[0] for each in step_runs.values() if each and each.energy})
         or None,
         "sustained.threads": str(torch.get_num_threads()),
+        "sustained.execution": str(score_steps.VERSION),
     }
     warnings += [f"while steps were repeated, {sentence}" for sentence in taints.values()]
     warnings += itertools.chain.from_iterable(behavior.values())

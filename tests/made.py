@@ -2,7 +2,7 @@
 
 from pipeline import config
 from pipeline.comparison import build
-from pipeline.profiling.score_steps import STEPS, metric, tag, workload
+from pipeline.profiling.score_steps import STEPS, VERSION, metric, tag, workload
 
 EXECUTION = {
     "precision": "fp32", "channels_last": "auto", "compile": "auto", "graph": "auto", "features": "auto",
@@ -17,15 +17,19 @@ NOISE = (0.0, 0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.002, -0.002, 0.004)
 
 SESSION = 3_600_000
 """Milliseconds between the starts of made runs, unless a test says otherwise: each is a session of its own."""
+MINUTE = 60_000
+
+A, B, C = ({"machine": letter * 12, "hardware": name} for letter, name in (("a", "GPU A"), ("b", "GPU B"), ("c", "C")))
+"""Tags of three machines."""
 
 
 class Store:
-    """Made runs, and their courses by id. `asked`: the ids whose courses were read."""
+    """Made runs, and their courses by id. `courses_read`: the ids whose courses were read."""
 
     def __init__(self):
         self.runs = []
         self.courses = {}
-        self.asked = []
+        self.courses_read = []
         self.sets = 0
 
     # Many parameters: each is one thing that a test may vary.
@@ -38,7 +42,7 @@ class Store:
         set_tags = {
             "machine": "a" * 12, "hardware": "GPU A", "device": "cuda", "backend": "cuda", "workload": "w1",
             "recipe": "finetune", "dataset": "cifar10", "weights": "pretrained", "software.torch": "2.14.1",
-            "software.execution": str(config.EXECUTION_VERSION),
+            "software.execution": str(config.EXECUTION_VERSION), "sustained.execution": str(VERSION),
         }  # fmt: skip
         if planned > 1:
             set_tags |= {"repeats.id": f"{self.sets:032x}", "repeats": str(planned)}
@@ -77,7 +81,8 @@ class Store:
         """Like `add`, with a score. `speed`: images/s of the convnet at fp32; `best`: at its best precision, if None
         twice as many; `transformer`: if None a quarter."""
         first = len(self.runs)
-        self.add(count, sustained__taints=taints, sustained__energy_source="nvml" if watts else None, **others)
+        tags = {"sustained__taints": taints, "sustained__energy_source": "nvml" if watts else None}
+        self.add(count, **tags, **others)
         speeds = (speed, best or 2 * speed, transformer or speed / 4)
         for run, noise in zip(self.runs[first:], NOISE, strict=False):
             for step, typical in zip(STEPS, speeds, strict=True):
@@ -95,7 +100,7 @@ class Store:
         return self
 
     def course(self, run_id):
-        self.asked.append(run_id)
+        self.courses_read.append(run_id)
         return self.courses[run_id]
 
     def compare(self, prices=None, **settings):
@@ -153,6 +158,11 @@ def table(comparison, place=0, *, demo=False):
 def row(comparison, name, place=0):
     (match,) = [row for row in table(comparison, place).rows if row.head.name.startswith(name)]
     return match
+
+
+def kinds(comparison, place=0, *, demo=False):
+    """The kind of each machine's claim, by name."""
+    return {row.head.name: row.claim.kind for row in table(comparison, place, demo=demo).rows}
 
 
 def score_row(comparison, name, *, demo=False):

@@ -33,15 +33,15 @@ def answer(comparison: Comparison) -> str:
     part = next((part for part in comparison.parts if not part.demo), None)
     if part is None:
         return comparison.advice
-    compared = _of_score(part.score) if part.score else None
+    compared = _compare_scores(part.score) if part.score else None
     if compared is None and not comparison.advice:
-        compared = _of_work(part.sections)
+        compared = _compare_work(part.sections)
     if compared is None:
-        return " ".join(text for text in (_single(part), comparison.advice) if text)
+        return " ".join(text for text in (_only_machine(part), comparison.advice) if text)
     return " ".join(_sentences(compared, _unscored(part) if part.score else {}))
 
 
-def _of_score(table: Score) -> _Compared | None:
+def _compare_scores(table: Score) -> _Compared | None:
     """Choose a step that several machines ran: first one with a claim, then one with a ratio, then any."""
     if table.reference is None:
         return None
@@ -63,7 +63,7 @@ def _of_score(table: Score) -> _Compared | None:
     return min(steps, key=rank, default=None)
 
 
-def _of_work(sections: Sequence[Section]) -> _Compared | None:
+def _compare_work(sections: Sequence[Section]) -> _Compared | None:
     """Choose a table with several machines: first one with a claim, then one with the same settings."""
     tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
 
@@ -84,7 +84,7 @@ def _of_work(sections: Sequence[Section]) -> _Compared | None:
 def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
     claimed = [(name, claim) for name, _, claim in compared.rows if claim.kind in CLAIMED]
     claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
-    sentences = [_claimed(compared, name, claim) for name, claim in claimed[:NAMED]]
+    sentences = [_claim_sentence(compared, name, claim) for name, claim in claimed[:NAMED]]
     if len(claimed) > NAMED:
         sentences.append(f"{len(claimed) - NAMED} more are in the table.")
     others = [row for row in compared.rows if row[2].kind not in (*CLAIMED, "reference")]
@@ -93,19 +93,19 @@ def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
         first = first or next((row for row in others if _ratio(row[2])), None)
         if first is not None:
             others.remove(first)
-            sentences += _unclaimed(compared, first[0], first[2])
+            sentences += _why_no_claim(compared, first[0], first[2])
     undecided = [name for name, _, claim in others if claim.kind in UNDECIDED]
     if undecided:
-        sentences.append(f"No difference from {compared.reference} is established for {_listed(undecided)}.")
+        sentences.append(f"No difference from {compared.reference} is established for {_join(undecided)}.")
     reasons = {name: head.problem or claim.reason for name, head, claim in others if claim.kind not in UNDECIDED}
     reasons |= unscored
     if reasons:
         absent = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
-        sentences.append(f"Not compared: {_listed(absent)}.")
+        sentences.append(f"Not compared: {_join(absent)}.")
     return sentences
 
 
-def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
+def _claim_sentence(compared: _Compared, name: str, claim: Claim) -> str:
     """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).`, the faster one first."""
     contrast = claim.speedup
     assert contrast is not None and contrast.low is not None and contrast.high is not None
@@ -114,20 +114,20 @@ def _claimed(compared: _Compared, name: str, claim: Claim) -> str:
         *((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True
     )
     interval = [f"{ends[0]} to {ends[1]}"] if ends[0] != ends[1] else []
-    return f"{_pair(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
+    return f"{_ratio_text(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
 
 
-def _unclaimed(compared: _Compared, name: str, claim: Claim) -> list[str]:
+def _why_no_claim(compared: _Compared, name: str, claim: Claim) -> list[str]:
     if claim.kind in UNDECIDED:
         return [claim.sentence]
     # A new planned set only counts under another label.
     label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
     more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
     basis = f" ({claim.basis})" if claim.basis else ""
-    return [f"{_pair(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]
+    return [f"{_ratio_text(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]
 
 
-def _pair(compared: _Compared, name: str, claim: Claim) -> str:
+def _ratio_text(compared: _Compared, name: str, claim: Claim) -> str:
     ratio = _ratio(claim) or 1.0
     first, second = (name, compared.reference) if ratio >= 1 else (compared.reference, name)
     return f"{first}: {format_figure(max(ratio, 1 / ratio))} times {second} {compared.where}"
@@ -137,7 +137,7 @@ def _ratio(claim: Claim) -> float | None:
     return claim.speedup.value if claim.speedup else None
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     more = [f"{len(words) - NAMED} more"] if len(words) > NAMED else []
     return ", ".join([*words[:NAMED], *more])
 
@@ -158,22 +158,22 @@ def _unscored(part: Part) -> dict[str, str]:
     return missing
 
 
-def _single(part: Part) -> str:
+def _only_machine(part: Part) -> str:
     """The figure of the only machine."""
     for row in part.score.rows if part.score else ():
         for step in score_steps.STEPS:
             if step.name in row.steps:
                 speed = format_figure(row.steps[step.name].speed.value)
-                return f"{row.head.name}: {speed} images/s at {step.title} ({_runs(row.head)})."
+                return f"{row.head.name}: {speed} images/s at {step.title} ({_run_count(row.head)})."
     for section in part.sections:
         for table in section.tables:
             for work in table.rows:
                 if "total_seconds" in work.figures:
                     seconds = format_figure(work.figures["total_seconds"].value)
-                    return f"{work.head.name}: {seconds} s for {section.title} ({_runs(work.head)})."
+                    return f"{work.head.name}: {seconds} s for {section.title} ({_run_count(work.head)})."
     return ""
 
 
-def _runs(head: Head) -> str:
+def _run_count(head: Head) -> str:
     count = len(head.runs)
     return f"{count} run{'s' * (count != 1)}"

@@ -17,9 +17,9 @@ from pipeline.comparison.context import Context
 from pipeline.comparison.groups import display_names
 from pipeline.comparison.runs import Run, clean
 from pipeline.comparison.schema import Comparison, Part
-from pipeline.comparison.score_table import score_of
+from pipeline.comparison.score_table import make_score
 from pipeline.comparison.work_rows import COURSES
-from pipeline.comparison.work_tables import by_work, section_of
+from pipeline.comparison.work_tables import group_by_work, make_section
 from pipeline.errors import UsageError, nearest
 
 __all__ = ["COURSES", "Comparison", "compare"]
@@ -50,8 +50,8 @@ def compare(
     for demo in (False, True):
         chosen = [run for run in unique if ("fallback" in run.tags) == demo]
         if chosen:
-            sections = [section_of(context, *same_work) for same_work in by_work(chosen)]
-            parts.append(Part(demo, score_of(context, chosen), sections))
+            sections = [make_section(context, *same_work) for same_work in group_by_work(chosen)]
+            parts.append(Part(demo, make_score(context, chosen), sections))
     starts = [run.started for run in unique if run.started]
     hardware = {run.tags.get("hardware") for run in unique}
     return Comparison(
@@ -70,7 +70,7 @@ def compare(
 
 def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
     """The fingerprint, label or hardware that `reference` names, in full or by a part that only one machine has."""
-    if reference is None or not runs or any(run.is_of(reference) for run in runs):
+    if reference is None or not runs or any(run.ran_on(reference) for run in runs):
         return reference
     fingerprints = {run.tags.get("machine", "") for run in runs}
     known = sorted({run.tags[tag] for run in runs for tag in ("hardware", "label") if run.tags.get(tag)})

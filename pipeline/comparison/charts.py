@@ -18,30 +18,30 @@ WITHOUT_BAR = ("parity", "problem", "other", "alone")
 
 def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
     """The charts by the folder of their table and by name. A single machine has none."""
-    figures_by_place: dict[str, dict[str, Figure]] = {}
+    figures_by_folder: dict[str, dict[str, Figure]] = {}
     for part in comparison.parts:
         if part.score:
-            figures_by_place[score_place(part)] = _of_score(part.score)
+            figures_by_folder[score_folder(part)] = _score_charts(part.score)
         for section in part.sections:
             for table in section.tables:
-                figures_by_place[work_place(part, section, table)] = _of_work(section, table)
-    return {place: figures for place, figures in figures_by_place.items() if figures}
+                figures_by_folder[work_folder(part, section, table)] = _work_charts(section, table)
+    return {place: figures for place, figures in figures_by_folder.items() if figures}
 
 
-def score_place(part: Part) -> str:
+def score_folder(part: Part) -> str:
     """The folder of the score's charts."""
     return "demo-score" if part.demo else "score"
 
 
-def work_place(part: Part, section: Section, table: Table) -> str:
+def work_folder(part: Part, section: Section, table: Table) -> str:
     """The folder of the charts of a table of work."""
     version = "" if section.version == CURRENT_VERSION else f"-version-{section.version}"
     kind = "best" if table.settings is None else "same-settings"
     return f"{_file_name('demo-' * part.demo + f'work-{section.workload}{version}')}/{kind}"
 
 
-def _of_score(table: Score) -> dict[str, Figure]:
-    made = {}
+def _score_charts(table: Score) -> dict[str, Figure]:
+    by_name = {}
     for step in score_steps.STEPS:
         rows = [(row, row.steps[step.name]) for row in table.rows if step.name in row.steps]
         if len(rows) > 1:
@@ -55,9 +55,9 @@ def _of_score(table: Score) -> dict[str, Figure]:
                 )
                 for row, figures in rows
             ]
-            made[step.name] = plots.bars(_sorted(bars), title=f"Score: {step.title}", unit="images/s")
-    made |= _efficiency(table, score_steps.STEPS[0])
-    return made
+            by_name[step.name] = plots.bars(_sorted(bars), title=f"Score: {step.title}", unit="images/s")
+    by_name |= _efficiency(table, score_steps.STEPS[0])
+    return by_name
 
 
 def _efficiency(table: Score, step: score_steps.Step) -> dict[str, Figure]:
@@ -79,22 +79,22 @@ def _efficiency(table: Score, step: score_steps.Step) -> dict[str, Figure]:
     }
 
 
-def _of_work(section: Section, table: Table) -> dict[str, Figure]:
+def _work_charts(section: Section, table: Table) -> dict[str, Figure]:
     if len(table.rows) < 2:
         return {}
     settings = "" if table.settings is None else f", {settings_in_words(table.settings)}"
-    made = {}
+    by_name = {}
     if table.reference is not None:
         title = f"Speed-up against {table.reference}{settings}"
-        made["speed-up"] = plots.ratios([_ratio(table, row) for row in table.rows], title=title, unit="times as fast")
+        by_name["speed-up"] = plots.ratios([_ratio(table, row) for row in table.rows], title=title, unit="times as fast")
         curves = [plots.Curve(_label(table, row), row.shown["link"], row.course) for row in table.rows if row.course]
         curves.sort(key=lambda curve: not curve.label.endswith("(reference)"))
         if curves:
             title = f"Validation accuracy against time{settings}"
-            made["accuracy"] = plots.courses(curves, target=section.target, title=title)
-    made |= _by_kind(table, "peak_mib", "memory", f"Peak memory ({{}}){settings}", "MiB")
-    made |= _by_kind(table, "images_per_joule", "energy", f"Images per joule ({{}}){settings}", "images/J")
-    return made
+            by_name["accuracy"] = plots.courses(curves, target=section.target, title=title)
+    by_name |= _by_kind(table, "peak_mib", "memory", f"Peak memory ({{}}){settings}", "MiB")
+    by_name |= _by_kind(table, "images_per_joule", "energy", f"Images per joule ({{}}){settings}", "images/J")
+    return by_name
 
 
 def _by_kind(table: Table, key: str, name: str, title: str, unit: str) -> dict[str, Figure]:

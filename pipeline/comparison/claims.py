@@ -109,7 +109,7 @@ def _verdict(
     low, high, detectable = _widen(speedup, floor)
     speedup = stats.Contrast(speedup.value, low, high, detectable)
     basis = ", ".join(
-        [_evidence(candidate, baseline), *_equal_accuracy(accuracy), *_unlike_conditions(candidate, baseline)]
+        [_evidence(candidate, baseline), *_equal_accuracy(accuracy), *_differing_conditions(candidate, baseline)]
     )
     if low <= 1 <= high:
         missed = "too few runs"
@@ -170,7 +170,7 @@ def _equal_accuracy(accuracy: stats.Equivalence | None) -> list[str]:
     return ["equal accuracy" + (f" to within {points:.1f} points" if points >= 0.05 else "")]
 
 
-def _unlike_conditions(candidate: Side, baseline: Side) -> list[str]:
+def _differing_conditions(candidate: Side, baseline: Side) -> list[str]:
     """`torch 2.11 and 2.14`: the conditions that differ and must be named."""
     same_hardware = candidate.hardware == baseline.hardware
     pairs = {name: (value, baseline.conditions.get(name, "")) for name, value in candidate.conditions.items()}

@@ -34,7 +34,7 @@ class Context:
         """The group that the others are compared with: of the reference asked for, else of any machine, one without a
         problem, then the one with the most runs, then the first by name. None if no group is of the reference."""
         reference = self.settings.reference
-        eligible = [group for group in groups if reference is None or any(run.is_of(reference) for run in group.runs)]
+        eligible = [group for group in groups if reference is None or any(run.ran_on(reference) for run in group.runs)]
         return min(
             eligible,
             key=lambda group: (bool(group.problem), -len(group.runs), self.name(group), group.entity),
@@ -83,7 +83,7 @@ def energy_source(runs: Sequence[Run], tag: str, metric: str) -> str:
     return sources.pop() if len(sources) == 1 else ""
 
 
-def side_of(
+def make_side(
     name: str,
     group: Group,
     seconds: Sequence[tuple[Run, float]],

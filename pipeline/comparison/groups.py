@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 from pipeline import config
 from pipeline.comparison.runs import CONDITIONS, SCORE, WORK, Entity, Run
+from pipeline.profiling import score_steps
 
 CURRENT_VERSION = str(config.EXECUTION_VERSION)
 """The tag `software.execution` of runs by the code as it is."""
+
+VERSIONS = {WORK: CURRENT_VERSION, SCORE: str(score_steps.VERSION)}
+"""The version of the code as it is, by stage."""
 
 DISTURBED = "disturbed"
 """How the reason of a run begins that something outside the machine disturbed."""
@@ -70,7 +74,7 @@ def _group(
 ) -> Group:
     """Decide which runs count. `set_sizes`: the number of runs of each planned set, in whatever group."""
     planned, counted, excluded, problem = _first_planned_set(runs, set_sizes)
-    if (version := counted[0].version) != CURRENT_VERSION:
+    if (version := counted[0].version(stage)) != VERSIONS[stage]:
         problem = f"measured by version {version} of the code"
     disturbed = [] if allow_tainted else [run for run in counted if run.taints(stage)]
     if len(disturbed) < len(counted):

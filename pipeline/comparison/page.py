@@ -130,7 +130,7 @@ def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]
         _html_table(score_columns(table), classes),
         _claims(report.score_claims(table)),
         _paragraph(report.no_reference(table)),
-        _figures(len(table.rows), drawn.get(charts.score_place(part), {})),
+        _figures(len(table.rows), drawn.get(charts.score_folder(part), {})),
         *_absent(absent_columns(absent_from_score(table), "images/s")),
     ]
 
@@ -138,7 +138,7 @@ def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]
 def _section_parts(part: Part, section: Section, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
     parts = [f"<h2>{escape(report.heading(section))} <code>{escape(section.workload)}</code></h2>"]
     for table in section.tables:
-        charted = drawn.get(charts.work_place(part, section, table), {})
+        charted = drawn.get(charts.work_folder(part, section, table), {})
         classes = [_row_class(row.head, row.claim.kind == "reference") for row in table.rows]
         parts += [
             f"<h3>{escape(report.table_title(table))}</h3>",

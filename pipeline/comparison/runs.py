@@ -49,10 +49,9 @@ class Run:
         """A tag, cleaned."""
         return clean(self.tags.get(key, default))
 
-    @property
-    def version(self) -> str:
-        """The version of the code that executed the run."""
-        return self.tag("software.execution", "1")
+    def version(self, stage: str) -> str:
+        """The version of the code that executed the stage."""
+        return self.tag(f"{stage}execution") or self.tag("software.execution", "1")
 
     @property
     def execution(self) -> dict[str, str]:
@@ -78,7 +77,7 @@ class Run:
         machine = self.tag("machine") or self.tag("hardware") or "?"
         return Entity(machine, self.tag("device") or "?", self.tag("label"), tuple(conditions.values()))
 
-    def is_of(self, machine: str) -> bool:
+    def ran_on(self, machine: str) -> bool:
         """Whether this is the fingerprint, label or hardware of the run's machine."""
         return machine in [self.tags.get(tag) for tag in ("machine", "label", "hardware")]
 

@@ -6,15 +6,15 @@ from statistics import median
 
 from pipeline.comparison import claims, stats
 from pipeline.comparison.claims import Claim, Side
-from pipeline.comparison.context import Context, claimable, energy_source, side_of
+from pipeline.comparison.context import Context, claimable, energy_source, make_side
 from pipeline.comparison.costs import costs_of_score
-from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
+from pipeline.comparison.groups import VERSIONS, Group, group_runs
 from pipeline.comparison.runs import SCORE, Entity, Run, measurements
 from pipeline.comparison.schema import Score, ScoreRow, StepFigures
 from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
 
-def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
+def make_score(context: Context, runs: Sequence[Run]) -> Score | None:
     """The score of all machines that have one; None where none has."""
     scored = [run for run in runs if any(run.measurement(_speed(step)) for step in STEPS)]
     if not scored:
@@ -45,7 +45,7 @@ def score_of(context: Context, runs: Sequence[Run]) -> Score | None:
 
 def _shared_facts(run: Run) -> dict[str, str]:
     """What runs must share for their scores to be pooled: recipe, version, the steps as they were run, settings."""
-    facts = {"recipe": run.tag("recipe"), "version": run.version}
+    facts = {"recipe": run.tag("recipe"), "version": run.version(SCORE)}
     facts |= {
         tag(step.name, fact): run.tag(tag(step.name, fact)) for step in STEPS for fact in ("workload", "precision")
     }
@@ -64,7 +64,7 @@ def _check_attempts(group: Group) -> Group:
 def _precedence(group: Group) -> tuple[bool, bool, int, str]:
     """A machine's first planned set comes first, whatever came of it. A free choice would be the best of several."""
     first = group.runs[0]
-    return group.settings["version"] != CURRENT_VERSION, group.planned == 1, first.started or 0, first.run_id
+    return group.settings["version"] != VERSIONS[SCORE], group.planned == 1, first.started or 0, first.run_id
 
 
 def _speed(step: Step) -> str:
@@ -132,7 +132,7 @@ def _with_claims(
         where = f"at {step.title}"
         if row is baseline_row:
             claim = Claim("reference")
-        elif reason := _unlike(steps[step.name], baseline_row.steps.get(step.name), baseline_row.head.name):
+        elif reason := _step_difference(steps[step.name], baseline_row.steps.get(step.name), baseline_row.head.name):
             claim = Claim("other", f"{row.head.name}: not compared {where}: {reason}.", reason=reason)
         else:
             claim = claims.compare(_side(*candidate, step), _side(*baseline, step), context.settings, level, where)
@@ -140,7 +140,7 @@ def _with_claims(
     return replace(row, steps=steps)
 
 
-def _unlike(candidate: StepFigures, baseline: StepFigures | None, reference: str) -> str:
+def _step_difference(candidate: StepFigures, baseline: StepFigures | None, reference: str) -> str:
     """Why a step is not compared with the reference's; '' where it is the same."""
     if baseline is None:
         return f"{reference} did not run it"
@@ -155,4 +155,4 @@ def _side(row: ScoreRow, group: Group, step: Step) -> Side:
     """A group's runs of a step. The name tells the precision where that is the device's best one."""
     name = f"{row.head.name} at {row.steps[step.name].precision}" if step.best_precision else row.head.name
     seconds = [(run, 1 / speed) for run in group.runs if (speed := run.measurement(_speed(step)))]
-    return side_of(name, group, seconds, stage=SCORE)
+    return make_side(name, group, seconds, stage=SCORE)

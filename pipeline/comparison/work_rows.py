@@ -37,7 +37,7 @@ MEMORY_OF = {"cpu": "process", "mps": "driver"}
 """What peak memory is of, by device; `tensors` elsewhere. Only figures of one kind are comparable."""
 
 
-def row_of(context: Context, group: Group, target: float | None) -> Row:
+def make_row(context: Context, group: Group, target: float | None) -> Row:
     """The row of a group. `target`: the accuracy to which a time is given, if any."""
     figures, values = _figures(context, group)
     source = energy_source(group.runs, "energy.source", WORK_METRICS["images_per_joule"])

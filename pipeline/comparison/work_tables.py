@@ -8,18 +8,18 @@ from typing import Any
 
 from pipeline.comparison import claims, stats
 from pipeline.comparison.claims import Claim, Side
-from pipeline.comparison.context import Context, claimable, side_of
+from pipeline.comparison.context import Context, claimable, make_side
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
 from pipeline.comparison.runs import WORK, Entity, Run, clean, measurements
 from pipeline.comparison.schema import Section, Table
-from pipeline.comparison.work_rows import ACCURACIES, TOTAL, WORK_METRICS, accuracy_by_seed, row_of, value_of
+from pipeline.comparison.work_rows import ACCURACIES, TOTAL, WORK_METRICS, accuracy_by_seed, make_row, value_of
 
 
-def by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+def group_by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """The runs by workload and by version of the code. The current version comes first, then what most machines did."""
     same_work: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        same_work.setdefault((run.tag("workload", "?"), run.version), []).append(run)
+        same_work.setdefault((run.tag("workload", "?"), run.version(WORK)), []).append(run)
 
     def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
         (workload, version), members = item
@@ -29,7 +29,7 @@ def by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     return [(*key, members) for key, members in sorted(same_work.items(), key=order)]
 
 
-def section_of(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
+def make_section(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
     """The tables of runs that did the same work with the same version of the code."""
     groups = group_runs(runs, lambda run: run.execution, WORK, allow_tainted=context.settings.tainted)
     tags = runs[0].tags
@@ -91,7 +91,7 @@ def _table(
     chosen = sorted(chosen, key=lambda group: (*_by_time(group), context.name(group)))
     timed = [group for group in chosen if measurements(group.runs, TOTAL)]
     baseline = context.baseline(timed)
-    rows = [row_of(context, group, target) for group in chosen]
+    rows = [make_row(context, group, target) for group in chosen]
     if baseline is None:
         return Table(settings, None, 0, stats.LEVEL, rows)
     # A best was picked among several groups: every pair that it might have been counts as a comparison.
@@ -113,7 +113,7 @@ def _claims(
     """What is claimed of the candidate's work, and of its whole process. `best`: each machine is at its best."""
     if candidate is baseline:
         return Claim("reference"), Claim("reference")
-    if reason := _not_run(context, groups, candidate, baseline):
+    if reason := _missing_precision(context, groups, candidate, baseline):
         name = _side_name(context, candidate, best=True)
         claim = Claim("other", f"{name}: not compared with {context.name(baseline)}: {reason}.", reason=reason)
         return claim, claim
@@ -127,7 +127,7 @@ def _claims(
     return compare("total_seconds", "on this work"), compare("process_seconds", "from process start to result")
 
 
-def _not_run(context: Context, groups: Sequence[Group], candidate: Group, baseline: Group) -> str:
+def _missing_precision(context: Context, groups: Sequence[Group], candidate: Group, baseline: Group) -> str:
     """The precision of one side that the other never ran, in a sentence. Then settings would be compared, not machines.
     '' if both ran both."""
     for group, other in ((candidate, baseline), (baseline, candidate)):
@@ -145,7 +145,7 @@ def _side_name(context: Context, group: Group, *, best: bool) -> str:
 def _side(context: Context, group: Group, key: str, *, best: bool) -> Side:
     """A side of the claim about the times `key`. Its seconds are empty if no run has that time."""
     accuracies = {images: accuracy_by_seed(group.runs, WORK_METRICS[figure]) for images, figure in ACCURACIES.items()}
-    return side_of(
+    return make_side(
         _side_name(context, group, best=best),
         group,
         [(run, value) for run in group.runs if (value := value_of(run, key)) is not None],

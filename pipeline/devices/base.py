@@ -58,20 +58,19 @@ class Backend(ABC):
     """Whether operations are queued: a clock must then synchronize before it is read."""
 
     sorts_int64 = False
-    """Whether int64 products, shifts and sorts are known to be right on the device; if not, the CPU computes them."""
+    """Whether int64 products, shifts and sorts are right on the device; if not, the CPU computes them."""
 
     raises_oom = True
     """Whether it raises an error when memory runs out. A CPU swaps until the system kills the process."""
 
     def __init__(self, index: int = 0):
         self.index = index
-        self.capture_error: str | None = None
-        """Why a function could not be captured (`capture_graph`) and runs eagerly."""
+        self.capture_error: str | None = None  # why a function could not be captured and runs eagerly
 
     @property
     def device(self) -> torch.device:
         """The torch device of its tensors."""
-        return torch.device(self.kind, self.index)
+        return torch.device(self.kind)
 
     @classmethod
     @abstractmethod
@@ -80,8 +79,8 @@ class Backend(ABC):
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """Why this build of torch cannot use `gpu` (one of `system_info.gpus`), and what to do about it. None for a GPU
-        that is not this backend's business."""
+        """Why this build of torch cannot use `gpu` (one of `system_info.gpus`), and what to do about it. None for
+        other backends' GPUs."""
         return None
 
     @abstractmethod
@@ -97,11 +96,8 @@ class Backend(ABC):
         """Start a new measurement of the peaks in `memory_mib`, where the backend can."""
 
     def memory_mib(self) -> dict[str, float]:
-        """Memory use in MiB (2**20 bytes); what is unknown is absent.
-
-        `peak`: highest use since the last reset (each backend says of what); `peak_reserved`: the same of torch's
-        allocator; `current`: of tensors now; `driver`: now, as the driver counts it.
-        """
+        """Memory use in MiB (2**20 bytes): `peak` and `peak_reserved` (by torch's allocator) since the last reset,
+        `current` (of tensors) and `driver` (as it counts) now. What is unknown is absent."""
         return {}
 
     def capacity_mib(self) -> float | None:
@@ -117,11 +113,8 @@ class Backend(ABC):
 
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         """Start copying tensors from host memory to the device. Returns a function that returns the copies, ready for
-        use on the stream that is current when it is called.
-
-        The default is a synchronous copy: an asynchronous one is safe from pinned memory only, and mps has none.
-        Tensors that are on the device already are returned as they are.
-        """
+        use on the stream that is current when it is called. The default is a synchronous copy: an asynchronous one is
+        safe from pinned memory only, and mps has none."""
         copies = tuple(tensor.to(self.device) for tensor in tensors)
         return lambda: copies
 
@@ -132,9 +125,9 @@ class Backend(ABC):
         optimizer: torch.optim.Optimizer | None = None,
         parameters: Sequence[Tensor] = (),
     ) -> Callable[..., Any]:
-        """`function` of tensors, captured at the first call with each shape, which runs it several times, and replayed
-        from then on. The next call of any captured function overwrites its result. Pass the `optimizer` whose step is
-        part of it, or else the `parameters` whose gradients it leaves. Here it is `function` itself."""
+        """`function` of tensors, captured at the first call with each shape and replayed from then on, see
+        `graphs.GraphedFunction`; here `function` itself. Pass the `optimizer` whose step is part of it, or else the
+        `parameters` whose gradients it leaves."""
         return function
 
     def record_event(self) -> object | None:
@@ -150,8 +143,7 @@ class Backend(ABC):
         return None
 
     def gpu_uuid(self) -> str | None:
-        """NVIDIA's UUID of this card (`GPU-...`), which NVML finds it by; None for others. Never recorded: it is a
-        serial number."""
+        """NVIDIA's UUID of this card (`GPU-...`). None for others. Never recorded: it is a serial number."""
         return None
 
     def set_precision(self, precision: str) -> None:
@@ -168,8 +160,7 @@ class Backend(ABC):
         return "fp32"
 
     def tune(self, *, repeated: bool = True) -> None:  # noqa: B027
-        """Configure the libraries below torch for speed. `repeated`: the same shapes come again and again, so that
-        autotuning pays."""
+        """Configure the libraries below torch for speed. `repeated`: shapes recur, so that autotuning pays."""
 
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses the channels-last memory layout."""
@@ -217,6 +208,11 @@ class Backend(ABC):
 
 class Accelerator(Backend):
     """A GPU whose torch module (`torch.<kind>`) has the functions of torch.cuda, with an allocator like CUDA's."""
+
+    @property
+    def device(self) -> torch.device:
+        """The torch device of its tensors."""
+        return torch.device(self.kind, self.index)
 
     @property
     def _module(self) -> Any:

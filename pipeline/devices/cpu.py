@@ -32,11 +32,6 @@ class Cpu(Backend):
         super().__init__(index)
         self._rapl = RaplEnergy()
 
-    @property
-    def device(self) -> torch.device:
-        """The only one, without an index."""
-        return torch.device("cpu")
-
     @classmethod
     def count(cls) -> int:
         """Always one."""

@@ -43,8 +43,7 @@ class Cuda(Accelerator):
 
     @classmethod
     def count(cls) -> int:
-        """The GPUs before the first one that this build of torch has no code for. Indices are CUDA's: for a later GPU,
-        set CUDA_VISIBLE_DEVICES."""
+        """The GPUs before the first that this build of torch has no code for: later ones keep CUDA's indices."""
         return sum(1 for _ in takewhile(runs_on, range(torch.cuda.device_count())))
 
     @classmethod
@@ -60,10 +59,8 @@ class Cuda(Accelerator):
         if torch.version.cuda is None:
             return f"{build} is built without CUDA: make run TORCH=cu130 (cards before Turing: TORCH=cu126)"
         if torch.cuda.device_count() == 0:
-            return (
-                f"its driver {gpu['driver']} does not support CUDA {torch.version.cuda}: update the driver, "
-                "or make run TORCH=cu126"
-            )
+            needed = f"CUDA {torch.version.cuda}"
+            return f"its driver {gpu['driver']} does not support {needed}: update it, or make run TORCH=cu126"
         return f"{build} supports only {' '.join(torch.cuda.get_arch_list())}: make run TORCH=cu126"
 
     def facts(self) -> dict[str, Any]:
@@ -98,12 +95,10 @@ class Cuda(Accelerator):
         return memory
 
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        """Copy through pinned memory on a separate stream. Tensors that are not pinned themselves may be overwritten
-        at once."""
+        """Copy through pinned memory on a separate stream: the tensors may be overwritten at once."""
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # Inside the stream's context, pin_memory initialises no other card. torch keeps a pinned block while a copy on
-        # this stream reads it.
+        # Inside the stream's context, pin_memory initialises no other card.
         with torch.cuda.stream(self._copy_stream):
             copies = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
             copied = self._copy_stream.record_event()
@@ -143,7 +138,7 @@ class Cuda(Accelerator):
 
     @cached_property
     def _nvidia_card(self) -> NvidiaCard | None:
-        """Stays open: unloading the driver would reset its counter."""
+        """For its power limit and its energy."""
         return NvidiaCard.open(self.gpu_uuid())
 
     def energy(self) -> tuple[str, float] | None:
@@ -159,7 +154,7 @@ class Cuda(Accelerator):
 
     def best_precision(self) -> str:
         """bf16 where there are units for it. Else fp16 where it is at least twice as fast as fp32: NVIDIA's P100 (6.0),
-        Volta and Turing (CUDA C++ Programming Guide, "Arithmetic Instructions"), and AMD's Vega and later."""
+        Volta and Turing (CUDA C++ Programming Guide, "Arithmetic Instructions"), and AMD's cards."""
         if self.name == "rocm":
             architecture = getattr(torch.cuda.get_device_properties(self.index), "gcnArchName", "")
             return "bf16" if BF16_ARCHITECTURES.match(architecture) else "fp16"
@@ -184,9 +179,8 @@ def runs_on(index: int) -> bool:
     card = torch.cuda.get_device_capability(index)
     for architecture in torch.cuda.get_arch_list():
         kind, _, number = architecture.partition("_")
-        digits = number.rstrip("af")  # sm_90a is for that card only, sm_100f for later minor versions too
+        digits = number.rstrip("af")  # sm_90a, sm_100f
         built = (int(digits[:-1]), int(digits[-1]))
-        later_minor = built[0] == card[0] and built < card and not number.endswith("a")
-        if built == card or later_minor or (kind == "compute" and number == digits and built < card):
+        if built <= card and (built[0] == card[0] or kind == "compute"):
             return True
     return False

@@ -26,8 +26,7 @@ class GraphPool:
 
     @property
     def hidden_bytes(self) -> int:
-        """The most memory that a replay of a live graph takes in addition to what torch's allocator counts: memory that
-        is freed within a graph is counted during the capture only."""
+        """The most memory of a live graph that torch's allocator counts during its capture only."""
         return max(self._hidden.values(), default=0)
 
     def warm_up(self, function: Callable[[], object]) -> None:
@@ -41,25 +40,21 @@ class GraphPool:
         current.wait_stream(side)
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture one call of `function`. Returns a function that replays it, and its result, which every replay
-        overwrites in place; so does a replay of any other graph of the pool."""
+        """Capture one call of `function`. Returns a function that replays it, and its result."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
                 result = function()
         except RuntimeError:
-            self._end_capture()
+            # Complete a small capture: until then torch's generator refuses to draw numbers.
+            with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros((), device=self.device)
             raise
         self._pool = graph.pool()
         peak = torch.cuda.max_memory_allocated(self.device)
         self._hidden[graph] = peak - torch.cuda.memory_allocated(self.device)
         return graph.replay, result
-
-    def _end_capture(self) -> None:
-        """Complete a small capture after one that failed: until then torch's generator refuses to draw numbers."""
-        with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros((), device=self.device)
 
 
 class Graph(NamedTuple):
@@ -72,13 +67,12 @@ class Graph(NamedTuple):
 
 
 class GraphedFunction:
-    """`function` of tensors, captured at the first call with each shape and replayed from then on.
+    """`function` of tensors, captured at the first call with each shape, which runs it several times, and replayed from
+    then on. The next call of any captured function overwrites its result.
 
-    Two things that eager code takes from Python are kept up to date for the replays. With `optimizer`, whose step is
-    part of `function`, the step reads the learning rate from the device, and each replay copies the schedule's current
-    rate there. With `parameters`, each replay sets their `.grad` to the gradients that its graph computes.
-
-    A function that can't be captured is called as it is, and `on_failure` receives the reason.
+    With `optimizer`, whose step is part of `function`, the step reads the learning rate from the device, and each replay
+    copies the schedule's current rate there. With `parameters`, each replay sets their `.grad` to the gradients that
+    its graph computes. A function that can't be captured is called as it is, and `on_failure` receives the reason.
     """
 
     def __init__(
@@ -96,7 +90,7 @@ class GraphedFunction:
         self._graphs: dict[tuple[torch.Size, ...], Graph | None] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The function's result; the next call of any captured function overwrites it."""
+        """The function's result."""
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self._graphs:
             try:

@@ -24,11 +24,6 @@ class Mps(Backend):
         super().__init__(index)
         self._peak_bytes = 0
 
-    @property
-    def device(self) -> torch.device:
-        """The only one, without an index."""
-        return torch.device("mps")
-
     @classmethod
     def count(cls) -> int:
         """One, if torch was built with MPS and macOS offers it."""
@@ -36,21 +31,16 @@ class Mps(Backend):
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """For Apple's GPUs: another Python, or a newer macOS."""
-        if gpu["vendor"] != "Apple":
-            return None
-        if not torch.backends.mps.is_built():
-            return f"this torch {torch.__version__} has no MPS: use Python for arm64, not x86_64"
-        return "macOS does not offer it to torch: MPS needs macOS 14 or newer"
+        """For Apple's GPUs: a newer macOS."""
+        return "torch needs macOS 14 or newer for MPS" if gpu["vendor"] == "Apple" else None
 
     def facts(self) -> dict[str, Any]:
         """The chip as Apple names it, from the system: torch only says "mps"."""
         machine = system_info.facts()
-        gpu: dict[str, Any] = next((gpu for gpu in machine.get("gpus", []) if gpu["vendor"] == "Apple"), {})
         facts = {
-            "name": gpu.get("name") or machine.get("cpu", "Apple GPU"),
-            "memory_gib": machine.get("memory_gib"),  # CPU and GPU share one memory
-            "gpu_cores": gpu.get("cores"),
+            "name": machine["cpu"],
+            "memory_gib": machine["memory_gib"],  # CPU and GPU share one memory
+            "gpu_cores": next((gpu["cores"] for gpu in machine["gpus"]), None),
             "recommended_memory_gib": round(torch.mps.recommended_max_memory() / 2**30, 1),
             "macos": platform.mac_ver()[0],
             "mps_cpu_fallback": os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK", "0") == "1",
@@ -67,21 +57,17 @@ class Mps(Backend):
         self._peak_bytes = 0
 
     def memory_mib(self) -> dict[str, float]:
-        """`peak`: highest `driver` at any `synchronize`, a lower bound; `current`: of tensors; `driver`: all that Metal
-        gave this process, with torch's cache and MPSGraph's buffers."""
-        memory = {"peak": self._peak_bytes} if self._peak_bytes else {}
-        memory["current"] = torch.mps.current_allocated_memory()
-        memory["driver"] = torch.mps.driver_allocated_memory()
-        return {name: count / 2**20 for name, count in memory.items()}
+        """`peak`: highest `driver` at any `synchronize`, a lower bound; `driver`: all that Metal gave this process."""
+        current, driver = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+        peak = {"peak": self._peak_bytes / 2**20} if self._peak_bytes else {}
+        return peak | {"current": current / 2**20, "driver": driver / 2**20}
 
     def capacity_mib(self) -> float | None:
-        """The limit that Metal recommends, about two thirds of the RAM. torch refuses only beyond 1.7 times as much
-        (MPSAllocator.h), where macOS swaps."""
+        """The limit that Metal recommends, about two thirds of the RAM. Beyond it macOS swaps."""
         return torch.mps.recommended_max_memory() / 2**20
 
     def free_bytes(self) -> int | None:
-        """A lower bound: the rest of Metal's limit, but no more than the free RAM. torch's cached buffers do not count,
-        since Metal does not tell them from MPSGraph's own."""
+        """A lower bound, without torch's cache: the rest of Metal's limit, but no more than the free RAM."""
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return max(0, min(free, int(psutil.virtual_memory().available)))
 
