@@ -70,9 +70,9 @@ class GraphedFunction:
     """`function` of tensors, captured at the first call with each shape, which runs it several times, and replayed from
     then on. The next call of any captured function overwrites its result.
 
-    With `optimizer`, whose step is part of `function`, the step reads the learning rate from the device, and each replay
-    copies the schedule's current rate there. With `parameters`, each replay sets their `.grad` to the gradients that
-    its graph computes. A function that can't be captured is called as it is, and `on_failure` receives the reason.
+    With `optimizer`, whose step is part of `function`, the step reads the learning rate from the device, and each
+    replay copies the schedule's current rate there. With `parameters`, each replay sets their `.grad` to the gradients
+    that its graph computes. A function that can't be captured is called as it is, and `on_failure` receives the reason.
     """
 
     def __init__(
