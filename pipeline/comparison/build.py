@@ -1,10 +1,9 @@
-"""Compare machines: runs become groups, groups the rows of tables, and tables what may be claimed.
+"""Compare machines: put runs into groups, make a table row of each group, and compare the rows of a table.
 
 The score ranks machines by sustained steps that are the same for all. The work of a recipe is compared in two kinds of
-tables: every machine at the same settings, and each at its best. In each table all rows are compared with one
-reference, by intervals that hold together (`stats.bonferroni`). A run that is in no table is listed with its reason.
-
-All of it is plain values, of which `report.as_json` makes compare.json.
+tables: every machine at the same settings, and each machine at its best. In each table, every row is compared with one
+reference, at a level corrected for the number of comparisons (`stats.bonferroni`). A run that is in no table is listed
+with the reason.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,14 +31,16 @@ def compare(
     settings: config.Compare,
     prices: Mapping[str, config.Price] | None,
 ) -> Comparison:
-    """Compare `runs`, each with the fields of Run, newest first. `courses` gives the COURSES of a run by its id, and is
-    asked only for runs in tables; `link` gives the address of a run's page from the ids of experiment and run.
+    """Compare `runs` (mappings with the fields of Run), newest first.
 
-    Raises UsageError if `settings.reference` is no machine of these runs, and for the price of a card without its
-    machine.
+    `courses` returns the COURSES of a run by its id; it is called only for runs in tables. `link` returns the address
+    of a run's page from the ids of its experiment and run.
+
+    Raises UsageError if `settings.reference` matches none of these runs' machines, or if a card has a price to buy but
+    no `machine`.
     """
     all_runs = [Run(**fields) for fields in runs]
-    by_record: dict[str, Run] = {}  # a training that stands in several experiments is one run
+    by_record: dict[str, Run] = {}  # a training that is in several experiments counts once
     for run in all_runs:
         by_record.setdefault(run.tags.get("record", run.run_id), run)
     unique = list(by_record.values())
@@ -48,10 +49,10 @@ def compare(
     context = Context(cache(courses), link, settings, prices or {}, display_names(unique))
     parts = []
     for demo in (False, True):
-        chosen = [run for run in unique if ("fallback" in run.tags) == demo]
-        if chosen:
-            sections = [make_section(context, *same_work) for same_work in group_by_work(chosen)]
-            parts.append(Part(demo, make_score(context, chosen), sections))
+        selected = [run for run in unique if ("fallback" in run.tags) == demo]
+        if selected:
+            sections = [make_section(context, *same_work) for same_work in group_by_work(selected)]
+            parts.append(Part(demo, make_score(context, selected), sections))
     starts = [run.started for run in unique if run.started]
     hardware = {run.tags.get("hardware") for run in unique}
     return Comparison(
@@ -69,7 +70,7 @@ def compare(
 
 
 def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
-    """The fingerprint, label or hardware that `reference` names, in full or by a part that only one machine has."""
+    """The fingerprint, label or hardware that `reference` matches, in full or by a part that only one of them has."""
     if reference is None or not runs or any(run.ran_on(reference) for run in runs):
         return reference
     fingerprints = {run.tags.get("machine", "") for run in runs}
@@ -80,7 +81,7 @@ def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
     if len(matches) == 1:
         return str(matches[0])
     close = nearest(reference, known)
-    fault = f"is part of {len(matches)} names" if matches else "is no machine of these runs"
+    fault = f"is part of {len(matches)} names" if matches else "matches no machine of these runs"
     allowed = [clean(name) for name in matches] or ["null", "a fingerprint", *map(clean, known)]
     raise UsageError(
         f'compare.reference: "{clean(reference)}" {fault}: expected '
@@ -91,40 +92,40 @@ def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
 
 
 def _check_prices(runs: Sequence[Run], prices: Mapping[str, config.Price]) -> None:
-    """Refuse the price of a card alone: a card needs a machine around it."""
+    """Raise UsageError if a card has a price to buy but no `machine`: a card alone trains nothing."""
     for run in runs:
         tags = run.tags
         price = prices.get(tags.get("hardware", ""))
         if price and price.buy and not price.machine and tags.get("backend") not in ("cpu", "mps"):
             raise UsageError(
-                f"prices: {clean(tags['hardware'])}.machine: missing: expected the machine that the card sits in, "
-                "which buy includes"
+                f"prices: {clean(tags['hardware'])}.machine: missing: expected the machine that the card is in; "
+                "its price is part of buy"
             )
 
 
 def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
-    """What to do next where no two machines can be compared; '' where they can."""
+    """What to do next if no two machines can be compared; '' if some can."""
     if not runs:
-        return "No finished runs yet: `dvc repro` (or `make run`) makes the first one."
+        return "No finished runs yet: `make run` (or `dvc repro`) makes the first one."
     real = [part for part in parts if not part.demo]
-    heads = [
+    names_by_table = [
         [row.head.name for row in table.rows] for part in real for section in part.sections for table in section.tables
     ]
-    heads += [[row.head.name for row in part.score.rows] for part in real if part.score]
-    if any(len(set(names)) > 1 for names in heads):
+    names_by_table += [[row.head.name for row in part.score.rows] for part in real if part.score]
+    if any(len(set(names)) > 1 for names in names_by_table):
         return ""
     machines = {run.entity()[:2] for run in runs if "fallback" not in run.tags}
     if not machines:
         return (
-            "Nothing to compare: every run is a DEMO, with a stand-in for data, weights or GPU. Put right what its "
-            "warning says, and run it again."
+            "Nothing to compare: every run is a DEMO, with a stand-in for data, weights or GPU. Fix what its warning "
+            "says, and run again."
         )
     if len(machines) == 1:
         return (
-            "One machine so far. Run the same on another, with MLFLOW_TRACKING_URI naming this store, or bring its "
-            "runs here: `python -m pipeline.bundle export` there, `import` here. The two will then be compared."
+            "One machine so far. To compare two, run the same on another with MLFLOW_TRACKING_URI set to this store. "
+            "Or copy its runs: `python -m pipeline.bundle export` there, `python -m pipeline.bundle import` here."
         )
     return (
-        f"{len(machines)} machines, but no two did the same work with the same version of this code: run one recipe on "
-        "the same data with the same settings on both, such as `python -m pipeline.run -S recipe=linear-probe`."
+        f"{len(machines)} machines, but no two did the same work with the same version of this code. On both, run one "
+        "recipe with the same data and settings, such as `python -m pipeline.run -S recipe=linear-probe`."
     )

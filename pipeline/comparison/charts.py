@@ -1,4 +1,4 @@
-"""The charts of a comparison, by table."""
+"""Which charts a report shows, and the data that they plot."""
 
 import re
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from pipeline.comparison.schema import Comparison, Head, Part, Row, Score, Secti
 from pipeline.profiling import score_steps
 
 WITHOUT_BAR = ("parity", "problem", "other", "alone")
-"""Kinds of claims without a bar, because their ratio is no result."""
+"""Kinds of claims that get no bar, because their ratio is not a result."""
 
 
 def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
-    """The charts by the folder of their table and by name. A single machine has none."""
+    """The charts by folder, one for each table, and by name. A table with a single machine has no charts."""
     figures_by_folder: dict[str, dict[str, Figure]] = {}
     for part in comparison.parts:
         if part.score:
@@ -25,7 +25,7 @@ def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
         for section in part.sections:
             for table in section.tables:
                 figures_by_folder[work_folder(part, section, table)] = _work_charts(section, table)
-    return {place: figures for place, figures in figures_by_folder.items() if figures}
+    return {folder: figures for folder, figures in figures_by_folder.items() if figures}
 
 
 def score_folder(part: Part) -> str:
@@ -34,7 +34,7 @@ def score_folder(part: Part) -> str:
 
 
 def work_folder(part: Part, section: Section, table: Table) -> str:
-    """The folder of the charts of a table of work."""
+    """The folder of the charts for a table of a recipe's work."""
     version = "" if section.version == CURRENT_VERSION else f"-version-{section.version}"
     kind = "best" if table.settings is None else "same-settings"
     return f"{_file_name('demo-' * part.demo + f'work-{section.workload}{version}')}/{kind}"
@@ -61,7 +61,7 @@ def _score_charts(table: Score) -> dict[str, Figure]:
 
 
 def _efficiency(table: Score, step: score_steps.Step) -> dict[str, Figure]:
-    """Images per joule of a step, a chart for each source of energy."""
+    """Charts of images per joule for one step: one chart per energy source."""
     by_source: dict[str, list[plots.Bar]] = {}
     for row in table.rows:
         figures: StepFigures | None = row.steps.get(step.name)
@@ -86,7 +86,8 @@ def _work_charts(section: Section, table: Table) -> dict[str, Figure]:
     by_name = {}
     if table.reference is not None:
         title = f"Speed-up against {table.reference}{settings}"
-        by_name["speed-up"] = plots.ratios([_ratio(table, row) for row in table.rows], title=title, unit="times as fast")
+        bars = [_ratio_bar(table, row) for row in table.rows]
+        by_name["speed-up"] = plots.ratios(bars, title=title, unit="times as fast")
         curves = [plots.Curve(_label(table, row), row.shown["link"], row.course) for row in table.rows if row.course]
         curves.sort(key=lambda curve: not curve.label.endswith("(reference)"))
         if curves:
@@ -98,7 +99,7 @@ def _work_charts(section: Section, table: Table) -> dict[str, Figure]:
 
 
 def _by_kind(table: Table, key: str, name: str, title: str, unit: str) -> dict[str, Figure]:
-    """A chart for each kind of a figure: what two kinds of memory or sources of energy measured is not comparable."""
+    """One chart per kind of memory or source of energy, because figures of two kinds are not comparable."""
     kinds: dict[str, list[plots.Bar]] = {}
     for row in table.rows:
         if key in row.figures:
@@ -115,7 +116,7 @@ def _by_kind(table: Table, key: str, name: str, title: str, unit: str) -> dict[s
 
 
 def _file_name(text: str) -> str:
-    """The text without what a file's name may not have."""
+    """The text with underscores for characters that a file name should not have."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
 
 
@@ -125,7 +126,7 @@ def _bar(head: Head, estimate: stats.Estimate, *, label: str, link: str, kind: s
 
 
 def _sorted(bars: Sequence[plots.Bar]) -> list[plots.Bar]:
-    """The largest first."""
+    """Bars from the largest to the smallest."""
     return sorted(bars, key=lambda bar: -(bar.value or 0))
 
 
@@ -134,17 +135,17 @@ def _label(table: Table, row: Row) -> str:
     return f"{name} (reference)" if row.claim.kind == "reference" else name
 
 
-def _ratio(table: Table, row: Row) -> plots.Bar:
+def _ratio_bar(table: Table, row: Row) -> plots.Bar:
     claim, cell = row.claim, ratio_cell(row.claim)
-    drawn = None if claim.kind in WITHOUT_BAR else claim.speedup
+    speedup = None if claim.kind in WITHOUT_BAR else claim.speedup
     if claim.kind == "reference":
-        drawn = stats.Contrast(1, None, None, None)
+        speedup = stats.Contrast(1, None, None, None)
     return plots.Bar(
         label=_label(table, row),
         text=f"{cell.text} [{cell.notes[-1]}]" if cell.notes else cell.text,
         link=row.shown["link"],
         look=claim.kind,
-        value=drawn.value if drawn else None,
-        low=drawn.low if drawn else None,
-        high=drawn.high if drawn else None,
+        value=speedup.value if speedup else None,
+        low=speedup.low if speedup else None,
+        high=speedup.high if speedup else None,
     )

@@ -1,4 +1,4 @@
-"""What the tables of work and of the score need: settings, names, links, and the heads and sides made with them."""
+"""What all tables use: settings, names and links, and functions that build parts of rows and claims."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pipeline.comparison.schema import Head, Other
 
 @dataclass(frozen=True)
 class Context:
-    """`courses`, `link`, `settings` and `prices`: see `build.compare`; `names`: what each entity is called."""
+    """The arguments of `build.compare`, and `names`: the display name of each entity."""
 
     courses: Callable[[str], Mapping[str, Sequence[float]]]
     link: Callable[[str, str], str]
@@ -31,8 +31,9 @@ class Context:
         return {"id": run.run_id, "link": self.link(run.experiment_id, run.run_id)}
 
     def baseline(self, groups: Sequence[Group]) -> Group | None:
-        """The group that the others are compared with: of the reference asked for, else of any machine, one without a
-        problem, then the one with the most runs, then the first by name. None if no group is of the reference."""
+        """The group that the others are compared with; None if no group ran on `settings.reference`.
+
+        Groups without a problem come first, then those with the most runs, then those first by name."""
         reference = self.settings.reference
         eligible = [group for group in groups if reference is None or any(run.ran_on(reference) for run in group.runs)]
         return min(
@@ -42,10 +43,10 @@ class Context:
         )
 
     def head(self, group: Group, stage: str) -> Head:
-        """Whom a row of the stage's table is of, and on what evidence it rests."""
+        """The machine that a row is about, and the runs that count for `stage`."""
         latest = group.runs[-1]
         starts = [run.start(stage) for run in group.runs]
-        known = [start for start in starts if start]
+        known_starts = [start for start in starts if start]
         return Head(
             name=self.name(group),
             hardware=latest.tag("hardware"),
@@ -62,23 +63,23 @@ class Context:
             problem=group.problem,
             behavior=sorted(set().union(*(run.behavior(stage) for run in group.runs))),
             sessions=len(stats.sessions(starts)),
-            hours=(max(known) - min(known)) / 3_600_000 if known else 0.0,
+            hours=(max(known_starts) - min(known_starts)) / 3_600_000 if known_starts else 0.0,
         )
 
     def other(self, group: Group, metric: str, reason: str) -> Other:
-        """A group that is in no table. `metric`: its figure."""
+        """A group that is in no table. `metric`: whose median is shown as its figure."""
         values = measurements(group.runs, metric)
         runs = [self.run_link(run) for run in group.all_runs]
         return Other(self.name(group), group.settings, runs, median(values) if values else None, reason)
 
 
 def claimable(group: Group) -> bool:
-    """Whether the group can carry a claim: no problem, and enough runs."""
+    """Whether claims about the group are possible: it has no problem and enough runs."""
     return not group.problem and len(group.runs) >= stats.MIN_UNITS
 
 
 def energy_source(runs: Sequence[Run], tag: str, metric: str) -> str:
-    """The source of the runs' energy `metric`; '' where it is not the same for all."""
+    """The `tag` of the runs that have the energy `metric`; '' if they differ or no run has it."""
     sources = {run.tag(tag) for run in runs if metric in run.metrics}
     return sources.pop() if len(sources) == 1 else ""
 
@@ -90,7 +91,7 @@ def make_side(
     accuracies: Mapping[str, Mapping[int, float]] | None = None,
     stage: str = WORK,
 ) -> Side:
-    """One side of a claim. `seconds`: the runs of a group with what each took."""
+    """One side of a claim. `seconds`: the runs of the group, each with its time."""
     return Side(
         name=name,
         hardware=group.runs[0].tag("hardware"),

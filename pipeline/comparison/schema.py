@@ -1,4 +1,4 @@
-"""What a comparison says, as plain values: rows, tables and sections. The fields are the keys of compare.json."""
+"""The results of a comparison as dataclasses. Their fields are the keys of compare.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from pipeline.comparison.stats import Estimate
 
 @dataclass(frozen=True)
 class Head:
-    """Whom a row is of, and its evidence. `conditions`: by the keys of `runs.CONDITIONS`; `runs`: those that count;
-    `left_out`: the excluded ones with their reasons; `planned`: how many were planned; `problem`: why nothing is
-    claimed ('' for none); `behavior`: what the machine did, such as throttling; `sessions`: how many the runs make;
-    `hours`: from the first start to the last."""
+    """The machine that a row is about, and its runs.
+
+    `conditions`: by the keys of `runs.CONDITIONS`; `runs`: those that count; `left_out`: those that do not, each with
+    its reason; `planned`: the number of planned runs; `problem`: why nothing is claimed ('' for none); `behavior`: what
+    the machine did by itself, such as throttling; `sessions`: their number; `hours`: from the first start to the last.
+    """
 
     name: str
     hardware: str
@@ -36,9 +38,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Row:
-    """One group's work. `figures` and each run's `values`: by the keys of WORK_METRICS, epoch_seconds and
-    images_per_second; `reached`: how many runs reached the target accuracy, of how many; `shown`: the most typical
-    run; `course`: its seconds and validation accuracy by epoch; `whole`: the claim of whole processes."""
+    """A recipe's work on one machine.
+
+    `figures`, and the `values` of all runs: by the keys of WORK_METRICS, epoch_seconds and images_per_second;
+    `reached`: how many runs reached the target accuracy, and of how many; `shown`: the most typical run; `course`: that
+    run's (seconds, validation accuracy) after each epoch; `claim`: about `total_seconds`; `whole`: about
+    `process_seconds`.
+    """
 
     head: Head
     settings: Mapping[str, str]
@@ -56,8 +62,8 @@ class Row:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One sustained step of one group. `speed` (of the last third, with each run's `values`) and `first_third`: images
-    per second; `workload`: the hash of the work."""
+    """One sustained step on one machine. `speed` (of the last third) and `first_third`: images per second; `values`:
+    the speed of each run; `workload`: a hash of the step, its batch and its duration."""
 
     speed: Estimate
     values: Sequence[float]
@@ -72,7 +78,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One machine's score. `steps`: by name; `watts`: the most that a step drew; `recipe`: what it was run with."""
+    """One machine's score. `steps`: by name; `watts`: the highest of all steps; `recipe`: what was trained before."""
 
     head: Head
     recipe: str
@@ -90,7 +96,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Other:
-    """A group that is in no table, and why. `figure`: its median total time, or speed of the first step."""
+    """A group that is in no table, and why. `figure`: its median total time, or its median speed at the first step."""
 
     name: str
     settings: Mapping[str, str]
@@ -101,8 +107,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are compared with each other, the fastest first. `settings`: what all share, None where each machine is
-    at its best; `level`: of each row's interval, so that all `comparisons` hold together at 95%."""
+    """Rows that are compared with `reference`, the fastest first. `settings`: what all rows share, or None if each
+    machine is at its best; `level`: of each row's interval, so that all `comparisons` hold together at 95%."""
 
     settings: Mapping[str, str] | None
     reference: str | None
@@ -113,8 +119,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Machines that did the same work with the same `version` of the code. `target`: the accuracy to which a time is
-    given; `others`: groups that are in no table."""
+    """Machines that did the same work with the same `version` of the code. `target`: the recipe's target accuracy;
+    `others`: groups that are in no table."""
 
     workload: str
     version: str
@@ -136,7 +142,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Part:
-    """Real runs, or those with a stand-in: never in one table."""
+    """Either all real runs or all DEMO runs (with a stand-in). They are never in one table."""
 
     demo: bool
     score: Score | None
@@ -145,10 +151,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the report says. `runs`: the number of trainings; `copies`: how many of them stand in a second
-    experiment; `first`, `last`: when the oldest and the newest began, in milliseconds since 1970; `rules`: the settings
-    that claims follow; `unused_prices`: names in the price file that are no run's hardware; `advice`: what to do next
-    where there is nothing to compare."""
+    """The whole comparison. `runs`: the number of trainings; `copies`: the number of their copies in other experiments;
+    `first`, `last`: the start of the oldest and of the newest run, in milliseconds since 1970; `rules`: the settings
+    that claims follow; `unused_prices`: hardware in the price file that no run has; `advice`: what to do next if there
+    is nothing to compare."""
 
     runs: int
     copies: int

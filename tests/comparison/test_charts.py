@@ -89,20 +89,20 @@ def test_a_score_names_precision_and_batch_where_they_are_the_devices(monkeypatc
 def test_every_table_has_a_folder_of_its_own():
     found = every_kind().compare()
     places = [
-        charts.work_place(part, section, each)
+        charts.work_folder(part, section, each)
         for part in found.parts
         for section in part.sections
         for each in section.tables
     ]
     assert len(places) == len(set(places))
     assert f"work-w1-version-{OLDER}/same-settings" in places and "demo-work-w1/same-settings" in places
-    assert charts.score_place(found.parts[0]) == "score"
+    assert charts.score_folder(found.parts[0]) == "score"
 
 
 @pytest.mark.parametrize("odd", ["../../etc", "a/b", "..", "x y"])
 def test_no_tag_of_a_run_names_a_file_elsewhere(odd):
     found = Store().add(3, workload=odd).compare()
-    place = charts.work_place(found.parts[0], sections(found)[0], table(found))
+    place = charts.work_folder(found.parts[0], sections(found)[0], table(found))
     assert place.count("/") == 1 and ".." not in place
     store = Store()
     for machine in "ab":

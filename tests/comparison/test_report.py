@@ -331,7 +331,7 @@ def test_a_demo_is_announced():
 
 def test_no_runs_make_a_report_of_one_line():
     text = report.markdown(Store().compare())
-    assert text == "# Machines compared\n\nNo finished runs yet: `dvc repro` (or `make run`) makes the first one.\n"
+    assert text == "# Machines compared\n\nNo finished runs yet: `make run` (or `dvc repro`) makes the first one.\n"
 
 
 def test_what_another_version_measured_is_marked_and_not_claimed_of():
