@@ -9,7 +9,6 @@ from standin import Standin
 
 from pipeline import config, devices
 from pipeline.devices import BACKENDS
-from pipeline.devices.cpu import Cpu
 from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.profiling import system_info
 
@@ -78,7 +77,6 @@ def test_a_backend_of_your_own_is_one_file(tmp_path, monkeypatch):
         ("auto", {"cuda": 1, "mps": 1, "cpu": 1}, ("cuda", 0)),
         ("auto", {"cuda": 0, "xpu": 2, "cpu": 1}, ("xpu", 0)),
         ("auto", {"cuda": 0, "cpu": 1}, ("cpu", 0)),
-        ("cuda", {"cuda": 2, "cpu": 1}, ("cuda", 0)),
         ("cuda:0", {"cuda": 1, "cpu": 1}, ("cuda", 0)),
         ("cuda:1", {"cuda": 2, "cpu": 1}, ("cuda", 1)),
         ("cpu", {"cuda": 1, "cpu": 1}, ("cpu", 0)),
@@ -92,7 +90,6 @@ def test_a_device_is_chosen(device, counts, chosen):
 @pytest.mark.parametrize(
     ("device", "counts", "expected"),
     [
-        ("cuda", {"cuda": 0, "cpu": 1}, "auto | cpu"),
         ("mps", {"cuda": 1, "mps": 0, "cpu": 1}, "auto | cuda | cpu"),
         ("cuda:1", {"cuda": 1, "cpu": 1}, "auto | cuda | cpu"),
         ("cuda:2", {"cuda": 2, "cpu": 1}, "auto | cuda | cuda:0 | cuda:1 | cpu"),
@@ -219,7 +216,6 @@ def test_compile_and_graph_are_chosen_or_refused(backend):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
         torch.OutOfMemoryError("Allocation on device"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
@@ -227,7 +223,7 @@ def test_compile_and_graph_are_chosen_or_refused(backend):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
-    ids=["cuda", "torch", "mps", "cpu", "windows", "cublas", "numpy"],
+    ids=["torch", "mps", "cpu", "windows", "cublas", "numpy"],
 )
 def test_running_out_of_memory_ends_with_what_to_lower(error):
     with pytest.raises(OutOfMemoryError) as caught, Standin().memory_errors():
@@ -235,16 +231,11 @@ def test_running_out_of_memory_ends_with_what_to_lower(error):
     assert "batch_size" in str(caught.value) and caught.value.__cause__ is error
 
 
-def test_torchs_own_allocator_is_understood():
-    with pytest.raises(OutOfMemoryError), Cpu().memory_errors():
-        torch.empty(2**50, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes cannot be multiplied"), ValueError("memory"), StageError("out of memory")]
 )
 def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as caught, Cpu().memory_errors():
+    with pytest.raises(type(error)) as caught, Standin().memory_errors():
         raise error
     assert caught.value is error
 

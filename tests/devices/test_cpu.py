@@ -31,10 +31,8 @@ def test_it_is_one_synchronous_device_without_an_index(monkeypatch):
     [
         ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, True, "fp32"),
         ({"avx512_bf16": True}, True, "bf16"),
-        ({"amx_bf16": True}, True, "bf16"),
         ({"neon": True, "bf16": True}, True, "bf16"),
         ({"neon": True, "bf16": True}, False, "fp32"),  # a Mac's CPU: torch does not use the instructions there
-        ({}, True, "fp32"),
     ],
 )
 def test_its_best_precision_is_bf16_where_its_instructions_are_used(monkeypatch, flags, has_onednn, best):

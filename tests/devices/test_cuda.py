@@ -2,7 +2,6 @@
 
 import sys
 from types import SimpleNamespace
-from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -189,52 +188,6 @@ def test_memory_is_of_the_device_itself_and_includes_its_graphs(monkeypatch, car
     assert chosen.memory_mib()["peak"] == 2.0
 
 
-# --- streams and events
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Stands for torch.cuda's streams and events, and for a tensor; tells what was called, in order."""
-    stand_in = MagicMock()
-    for name in ("Stream", "stream", "current_stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
-    return stand_in
-
-
-def test_copies_run_on_a_stream_of_their_own_and_the_reader_waits_for_them(calls, cards):
-    cards((8, 0), (8, 0))
-    device = torch.device("cuda:1")
-    side, reader = calls.Stream.return_value, calls.current_stream.return_value
-    copies = Cuda(1).to_device_async((calls.tensor,))
-    pinned = call.tensor.pin_memory()
-    assert calls.mock_calls == [
-        call.Stream(device),
-        call.stream(side),
-        call.stream().__enter__(),
-        pinned,
-        pinned.to(device, non_blocking=True),
-        call.Stream().record_event(),
-        call.stream().__exit__(None, None, None),
-    ]
-    calls.reset_mock()
-    (copy,) = copies()
-    assert calls.mock_calls == [
-        call.current_stream(device),
-        call.current_stream().wait_event(side.record_event.return_value),
-        pinned.to().record_stream(reader),
-    ]
-    assert copy is calls.tensor.pin_memory.return_value.to.return_value
-
-
-def test_events_are_recorded_on_the_current_stream_and_timed_in_seconds(calls, cards):
-    cards((8, 0))
-    calls.Event().elapsed_time.return_value = 250.0  # ms
-    first, last = Cuda().record_event(), Cuda().record_event()
-    assert calls.Event.call_args == call(enable_timing=True)
-    assert calls.Event().record.call_args == call(calls.current_stream())
-    assert Cuda().elapsed_seconds(first, last) == 0.25
-
-
 # --- energy by NVML
 
 TORCHS_UUID = {"uuid": UUID.removeprefix("GPU-")}
@@ -280,21 +233,17 @@ def test_facts_are_those_of_the_card_and_its_driver(card, monkeypatch, limit, ex
     assert "hip" not in facts and None not in facts.values()
 
 
-@pytest.mark.parametrize("answer", [NVMLError("Not Supported"), 0])
-def test_a_card_before_volta_has_no_counter(card, answer):
-    card(TotalEnergyConsumption=answer)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"TotalEnergyConsumption": NVMLError("Not Supported")},
+        {"TotalEnergyConsumption": 0},
+        {"TotalEnergyConsumption": 1000, "nvml_uuid": "another"},
+        {"TotalEnergyConsumption": 1000, "properties": {}},
+        {"TotalEnergyConsumption": 1000, "hip": "7.2"},
+    ],
+    ids=["before Volta", "0", "NVML does not find it", "torch has no UUID", "AMD"],
+)
+def test_a_card_without_a_counter_has_no_energy(card, options):
+    card(**options)
     assert Cuda().energy() is None
-
-
-def test_a_card_that_nvml_does_not_find_is_looked_for_once(card):
-    stand_in = card(nvml_uuid="another", TotalEnergyConsumption=1000)
-    chosen = Cuda()
-    assert chosen.energy() is None
-    stand_in.nvmlInit = lambda: pytest.fail("looked for again")
-    assert chosen.energy() is None
-
-
-@pytest.mark.parametrize("options", [{"properties": {}}, {"hip": "7.2"}], ids=["torch has no UUID", "AMD"])
-def test_a_card_without_nvidias_uuid_has_no_counter(card, options):
-    stand_in = card(TotalEnergyConsumption=1000, **options)
-    assert (Cuda().gpu_uuid(), Cuda().energy(), stand_in.opened) == (None, None, 0)

