@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from pipeline import cli, config, files, terminal
 from pipeline.errors import StageError
-from pipeline.tracking import records
+from pipeline.tracking import descriptions, records
 
 if sys.platform == "win32":
     import msvcrt
@@ -229,7 +229,7 @@ def summarise(folder: Path, stage: str) -> None:
         metrics = [files.read_json(path / "record.json")["metrics"] for path in paths]
     records.write_summary(folder, stage, trained, metrics)
     if stage == "evaluate" and len(trained) > 1:
-        terminal.say(f"repeats  {records.describe_spread([record['metrics'] for record in trained], metrics)}")
+        terminal.say(f"repeats  {descriptions.describe_spread([record['metrics'] for record in trained], metrics)}")
 
 
 def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:

@@ -14,7 +14,7 @@ from stores import client, own_store, record_of, runs  # noqa: F401 (own_store: 
 
 from pipeline import config, files, repeats
 from pipeline.errors import StageError, UsageError
-from pipeline.tracking import publisher, records, store
+from pipeline.tracking import descriptions, publisher, records, store
 
 STAND_IN = """
 import json, os, sys
@@ -78,7 +78,7 @@ def updated(monkeypatch):
     """The store is left alone: the repeats after which the parent run is updated."""
     calls = []
     monkeypatch.setattr(publisher, "update_parent", lambda record, experiment: calls.append(record["tags"]["repeat"]))
-    monkeypatch.setattr(records, "describe_spread", lambda trained, evaluated: "a spread")
+    monkeypatch.setattr(descriptions, "describe_spread", lambda trained, evaluated: "a spread")
     return calls
 
 
@@ -158,14 +158,6 @@ def test_a_stage_alone_is_driven_with_the_trainings_that_are_there(settings_for,
     assert calls(folder)[3:] == [f"evaluate {number}" for number in (1, 2, 3)] and updated == ["1"]
     assert plan_of(folder, "evaluate")["seeds"] == [1, 2, 3] and plan_of(folder, "evaluate")["ended"]
     assert plan_of(folder, "evaluate")["id"] == plan_of(folder)["id"]
-
-
-def test_a_stage_is_not_driven_where_a_training_is_missing(settings_for, folder):
-    drive(settings_for(), folder, child(stages=("train",)), ["train"])
-    (folder / "train" / "repeats" / "2" / "record.json").unlink()
-    with pytest.raises(StageError, match=r"record\.json is missing"):
-        drive(settings_for(), folder, child(stages=("evaluate",)), ["evaluate"])
-    assert len(calls(folder)) == 3
 
 
 # --- pauses
@@ -568,16 +560,6 @@ def test_later_stages_are_repeated_as_often_as_was_trained(entered, folder, stag
     files.write_json(folder / "train" / "record.json", {"tags": {"repeats": "5"}})
     ((_, _, stages, planned, _),), status = entered(stage, "--repeats", "1")
     assert (stages, planned, status) == ([stage], 5, 0)
-
-
-def test_a_child_drives_nothing(entered, monkeypatch):
-    monkeypatch.setenv(repeats.CHILD, "2:/outputs")
-    assert entered("train", "--repeats", "3") == ([], None)
-
-
-def test_a_wrong_setting_is_refused_first(entered, capsys):
-    assert entered("train", "--repeats", "0") == ([], 2)
-    assert capsys.readouterr().err.startswith("train: repeats: 0 is not allowed")
 
 
 def test_a_child_runs_its_repeat_in_its_folder(monkeypatch, tmp_path):

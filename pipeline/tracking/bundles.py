@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from pipeline import files, terminal
 from pipeline.errors import StageError, UsageError
-from pipeline.tracking import bundle_schema, publisher, records, store
+from pipeline.tracking import bundle_schema, descriptions, publisher, records, store
 from pipeline.tracking.bundle_schema import refusal
 
 MANIFEST = "bundle.json"
@@ -285,8 +285,8 @@ def load_run(folder: Path, where: str, run_id: str, schema: int = bundle_schema.
             if file.read(8) != b"\x89PNG\r\n\x1a\n":
                 raise refusal(where, f"{picture.name} is no PNG picture")
     try:
-        if len(records.describe_run(record, stages)) > records.DESCRIPTION_LENGTH:
-            raise refusal(where, f"its description has more than {records.DESCRIPTION_LENGTH:,} characters")
+        if len(descriptions.describe_run(record, stages)) > descriptions.MAX_LENGTH:
+            raise refusal(where, f"its description has more than {descriptions.MAX_LENGTH:,} characters")
     except KeyError as error:
         raise refusal(where, f"{error} is missing") from None
     if (folder / CHECKPOINT).exists():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files, terminal
-from pipeline.tracking import records, store
+from pipeline.tracking import descriptions, records, store
 
 CHECKPOINT = "checkpoints/best.safetensors"
 """The artifact that holds a training's best checkpoint."""
@@ -82,7 +82,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
 
 
 def _describe(handle: store.Handle, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    store.set_tags(handle, {"mlflow.note.content": records.describe_run(record, results)})
+    store.set_tags(handle, {"mlflow.note.content": descriptions.describe_run(record, results)})
 
 
 def _log_record(handle: store.Handle, stage: str, record: Mapping[str, Any]) -> None:
@@ -282,5 +282,5 @@ def _publish_parent(parent: store.Handle, rows: Sequence[Mapping[str, Any]]) -> 
             store.log_metrics(parent, metrics, max(result["ended"] for result in results))
     tags = [{key: value for result in repeat.values() for key, value in result["tags"].items()} for repeat in repeats]
     store.set_tags(parent, records.shared_tags(tags))
-    store.set_tags(parent, {"mlflow.note.content": records.describe_parent(repeats)})
+    store.set_tags(parent, {"mlflow.note.content": descriptions.describe_parent(repeats)})
     store.end_run(parent, "FINISHED", max(end_time(repeat["train"], repeat) for repeat in repeats))

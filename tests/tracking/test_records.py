@@ -10,7 +10,7 @@ from conftest import fails
 from pipeline import config, files
 from pipeline.errors import StageError, UsageError
 from pipeline.profiling import score_steps
-from pipeline.tracking import records
+from pipeline.tracking import descriptions, records
 
 HARDWARE = {
     "machine": "b72054f1a41b", "model": "LENOVO 20XW", "cpu": "AMD EPYC", "cores": 2, "logical_cores": 4,
@@ -105,14 +105,6 @@ def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_
     assert json.loads(found["settings.data.mirrors"]) == list(settings_of().data.mirrors)
 
 
-def test_every_key_of_the_recipe_and_of_the_settings_is_there(settings_of):
-    found = records.run_params(settings_of())
-    shown = {key.replace("recipes.NAME", "train") for key, *_ in config.describe()}
-    for key in shown:
-        name = key if key.startswith("train.") else f"settings.{key}"
-        assert any(other == name or other.startswith(f"{name}.") for other in found), name
-
-
 @pytest.mark.parametrize(
     ("path", "shown"),
     [
@@ -150,16 +142,6 @@ def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
     assert "jane" not in text
     assert records.run_params(settings)["settings.data.path"] == "pictures"
     assert records.run_params(settings)["train.weights"] == "mine.safetensors"
-
-
-def test_the_runs_own_settings_hold_the_chosen_recipe_alone(settings_of):
-    settings = settings_of("recipe=finetune", "epochs=3")
-    own = records.effective_settings(settings)
-    assert list(own["recipes"]) == ["finetune"]
-    assert own["recipes"]["finetune"]["epochs"] == 3
-    assert "linear-probe" not in config.dump(own)
-    described = {key.partition(".")[0] for key, *_ in config.describe()}
-    assert set(own) == described
 
 
 # --- tags
@@ -307,7 +289,7 @@ def record(settings_of):
 
 
 def test_the_description_says_machine_work_and_result(record):
-    text = records.describe_run(record, {})
+    text = descriptions.describe_run(record, {})
     machine, work, result, part = text.strip().split("\n\n")
     assert machine == (
         "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
@@ -318,20 +300,12 @@ def test_the_description_says_machine_work_and_result(record):
         "**Result** best validation accuracy 87.65% in epoch 2; 61.50 s in all; last epoch 12,346 images/s"
     )
     assert part == "**Machine's part** limited by compute: 99% of the speed of one fixed batch"
-    tested = records.describe_run(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
+    tested = descriptions.describe_run(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
     assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in tested
     for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
         del record["tags"][key]
-    assert records.describe_run(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
+    assert descriptions.describe_run(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
     assert text.endswith("\n") and not text.endswith("\n\n")
-
-
-def test_the_description_of_features_computed_once_says_their_speed(record):
-    record["metrics"]["speed/feature_images_per_second"] = 2345.6
-    record["epochs"][-1]["figures"].pop("speed/train_images_per_second")
-    text = records.describe_run(record, {})
-    assert "the frozen network's features computed once at 2,346 images/s" in text
-    assert "last epoch" not in text
 
 
 @pytest.fixture
@@ -342,26 +316,26 @@ def sustained():
 
 
 def test_the_description_says_what_the_machine_keeps_up(record, sustained):
-    before = records.describe_run(record, {})
-    text = records.describe_run(record, {"sustain": sustained})
+    before = descriptions.describe_run(record, {})
+    text = descriptions.describe_run(record, {"sustain": sustained})
     assert text == f"{before}\n**Sustained** convnet fp32 8,765.4 images/s (fp32, batch 128)\n"
     older = {
         "metrics": {"speed/sustained_images_per_second": 8765.4},
         "tags": {"sustained.workload": "0123456789"},
         "warnings": [],
     }
-    text = records.describe_run(record, {"sustain": older})
+    text = descriptions.describe_run(record, {"sustain": older})
     assert text.startswith(before) and "8,765 images/s" in text and "`0123456789`" in text
 
 
 def test_the_description_lists_the_warnings(record, sustained):
     record["warnings"] = ["the machine ran on battery", "validated on the test split"]
     said = "**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n"
-    assert records.describe_run(record, {}).endswith(said)
+    assert descriptions.describe_run(record, {}).endswith(said)
     sustained["warnings"] = ["while one step was repeated, the machine ran on battery"]
-    assert records.describe_run(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
+    assert descriptions.describe_run(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
     record["warnings"] = []
-    text = records.describe_run(record, {"sustain": sustained})
+    text = descriptions.describe_run(record, {"sustain": sustained})
     assert text.endswith(f"**Warnings**\n\n- {sustained['warnings'][0]}\n")
 
 
@@ -463,7 +437,7 @@ def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(recor
         each["sustain"] = copy.deepcopy(sustained)
         each["sustain"]["metrics"][SPEED] = speed
     three[1]["train"]["warnings"] = three[2]["train"]["warnings"] = ["it was hot"]
-    text = records.describe_parent(three)
+    text = descriptions.describe_parent(three)
     for words in (
         "**Machine**", "**Work**", "**Sustained** convnet fp32 102.0 images/s (fp32, batch 128)",
         "median and range of 3: 12.00 s (11.00 to 13.00) in all, "
@@ -473,10 +447,10 @@ def test_the_description_above_repeats_has_a_row_for_each_and_their_spread(recor
     ):  # fmt: skip
         assert words in text, words
     del three[1]["evaluate"], three[1]["sustain"]
-    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in records.describe_parent(three)
+    assert "| 2 | 8 |  | 25.00% | 12.00 |  |" in descriptions.describe_parent(three)
 
 
 def test_a_description_ends_where_mlflow_has_no_more_room(record):
-    text = records.describe_parent(repeats_of(record, 400))
-    assert 7900 < len(text) <= records.DESCRIPTION_LENGTH
+    text = descriptions.describe_parent(repeats_of(record, 400))
+    assert 7900 < len(text) <= descriptions.MAX_LENGTH
     assert text.endswith(" |\n\nMore in the repeats' own runs.\n")
