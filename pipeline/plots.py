@@ -77,16 +77,16 @@ def samples(images: npt.NDArray[np.uint8], names: Sequence[str], *, title: str) 
 
 
 @styled
-def loss(epochs: Sequence[Mapping[str, float]], *, title: str) -> Figure:
-    """Draws training and validation loss against the epoch.
+def metric(epochs: Sequence[Mapping[str, float]], name: str, *, title: str) -> Figure:
+    """Draw `train/<name>` and `val/<name>` against the epoch.
 
-    There is at least one record. Each has "epoch" (from 1) and, where measured, "train/loss" and "val/loss"
-    (cross-entropy, nats).
+    There is at least one epoch. Each has "epoch" (from 1) and, where measured, the two figures.
     """
+    words = name.replace("_", " ")
     figure = _figure(8, 5, title)
-    axes = figure.add_subplot(title="Loss", ylabel="loss")
-    _line(axes, epochs, "train/loss", label="training", **TRAINING)
-    _line(axes, epochs, "val/loss", label="validation", **VALIDATION)
+    axes = figure.add_subplot(title=words.capitalize(), ylabel=words)
+    _line(axes, epochs, f"train/{name}", label="training", **TRAINING)
+    _line(axes, epochs, f"val/{name}", label="validation", **VALIDATION)
     axes.set_ylim(bottom=0)
     _finish(figure, axes, epochs)
     return figure

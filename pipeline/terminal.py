@@ -58,10 +58,14 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
     """An epoch's metrics on one line."""
     speed = metrics.get("speed/train_images_per_second")
     lr = metrics.get("train/lr_applied", metrics["train/lr"])
+    base = {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy", "lr", "lr_applied")}
+    others = [name for name in metrics if name.startswith(("train/", "val/")) and name not in base]
     return (
         f"epoch {epoch:>{len(str(epochs))}}/{epochs}"
         f"  loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.2%}"
-        f"  val loss {metrics['val/loss']:.4f}  val accuracy {metrics['val/accuracy']:.2%}  lr {lr:.2e}"
+        f"  val loss {metrics['val/loss']:.4f}  val accuracy {metrics['val/accuracy']:.2%}"
+        + "".join(f"  {name.replace('/', ' ')} {metrics[name]:.4g}" for name in others)
+        + f"  lr {lr:.2e}"
         f"  {metrics['time/train_seconds']:.2f} s + {metrics['time/val_seconds']:.2f} s"
         + (f"  {speed:,.0f} images/s" if speed else "")
     )

@@ -18,7 +18,7 @@ from pipeline.models import checkpoints, classifier, weights
 from pipeline.profiling import energy, system_info, system_state
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import publisher, records, store, training_record
-from pipeline.training import measured, optimizers, setup
+from pipeline.training import loop, measured, optimizers, setup
 
 Record = dict[str, Any]
 
@@ -162,11 +162,13 @@ def _draw(record: Record, settings: config.Settings, images: batching.Split, out
     names = [classes[label] for label in images.labels.numpy()[chosen]]
     split = "test split" if settings.work.validation == "test" else "validation split"
     best = int(record["metrics"]["best/epoch"])
-    for name, figure in (
-        ("samples", plots.samples(images.inputs.numpy()[chosen], names, title=title)),
-        ("loss", plots.loss(epochs, title=title)),
-        ("accuracy", plots.accuracy(epochs, best_epoch=best, validation=split, title=title)),
-    ):
+    curves = ["loss", *(name for name in loop.METRICS if name != "accuracy")]
+    figures = {
+        "samples": plots.samples(images.inputs.numpy()[chosen], names, title=title),
+        "accuracy": plots.accuracy(epochs, best_epoch=best, validation=split, title=title),
+        **{name: plots.metric(epochs, name, title=title) for name in curves},
+    }
+    for name, figure in figures.items():
         plots.save(figure, out / "plots" / f"{name}.png")
 
 

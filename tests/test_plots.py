@@ -69,7 +69,7 @@ def test_samples_show_each_image_under_its_name(count):
 @pytest.mark.parametrize("count", [1, 10, 100])
 def test_loss_holds_both_losses_from_zero(count):
     epochs = records(count)
-    figure = plots.loss(epochs, title=TITLE)
+    figure = plots.metric(epochs, "loss", title=TITLE)
     assert values(figure, "training") == [record["train/loss"] for record in epochs]
     assert values(figure, "validation") == [record["val/loss"] for record in epochs]
     assert list(lines(figure)["training"].get_xdata()) == [record["epoch"] for record in epochs]
@@ -79,7 +79,7 @@ def test_loss_holds_both_losses_from_zero(count):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 100])
 def test_epoch_ticks_are_few_whole_numbers(count):
-    ticks = epoch_ticks(plots.loss(records(count), title=TITLE))
+    ticks = epoch_ticks(plots.metric(records(count), "loss", title=TITLE))
     assert 1 <= len(ticks) <= 12
     assert all(1 <= int(tick) <= count for tick in ticks)
     assert count > 10 or ticks == [str(epoch) for epoch in range(1, count + 1)]
@@ -118,13 +118,13 @@ def test_an_axis_that_does_not_start_at_zero_says_so():
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):
     epochs = [{"epoch": 1, "train/loss": 2.0}, {"epoch": 2, "train/loss": 1.0, "val/loss": 3.0}, {"epoch": 3}]
-    figure = plots.loss(epochs, title=TITLE)
+    figure = plots.metric(epochs, "loss", title=TITLE)
     assert list(lines(figure)["training"].get_xdata()) == [1, 2]
     assert list(lines(figure)["validation"].get_xdata()) == [2]
     figure = plots.accuracy(epochs, best_epoch=2, validation="test split", title=TITLE)
     assert legend(figure) == ["training loss (right axis)"]
     plots.save(figure, tmp_path / "accuracy.png")
-    plots.save(plots.loss([{"epoch": 1}], title=TITLE), tmp_path / "loss.png")
+    plots.save(plots.metric([{"epoch": 1}], "loss", title=TITLE), tmp_path / "loss.png")
 
 
 def test_a_loss_that_is_not_a_number_is_a_gap(tmp_path):
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_a_number_is_a_gap(tmp_path):
         {"epoch": 1, "train/loss": 2.0, "val/loss": float("inf")},
         {"epoch": 2, "train/loss": float("nan")},
     ]
-    figure = plots.loss(epochs, title=TITLE)
+    figure = plots.metric(epochs, "loss", title=TITLE)
     plots.save(figure, tmp_path / "loss.png")
     assert 2 < figure.axes[0].get_ylim()[1] < 3
 
@@ -205,7 +205,7 @@ def test_odd_class_names_are_drawn_as_they_are(tmp_path):
 def test_a_long_title_stays_in_the_figure():
     title = "DEMO · AMD EPYC 7763 64-Core Processor · blog · fp32 · 128 threads · one more word and another"
     for figure in (
-        plots.loss(records(1), title=title),
+        plots.metric(records(1), "loss", title=title),
         plots.confusion_matrix(confusion(3), ["cat", "dog", "wild"], accuracy=0.5, title=title),
         plots.confusion_matrix(confusion(100), ["class"] * 100, accuracy=0.5, title=title),
     ):
@@ -217,7 +217,7 @@ def test_a_long_title_stays_in_the_figure():
 def all_figures():
     return {
         "samples": plots.samples(np.full((6, 32, 32, 3), 99, np.uint8), list("abcdef"), title=TITLE),
-        "loss": plots.loss(records(10), title=TITLE),
+        "loss": plots.metric(records(10), "loss", title=TITLE),
         "accuracy": plots.accuracy(records(10), best_epoch=3, validation="test split", title=TITLE),
         "confusion": plots.confusion_matrix(confusion(3), ["a", "b", "c"], accuracy=0.9, title=TITLE),
     }
@@ -243,7 +243,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
     path.write_bytes(b"old")
-    figure = plots.loss(records(1), title=TITLE)
+    figure = plots.metric(records(1), "loss", title=TITLE)
 
     def full(file, **_):
         file.write_bytes(b"half")
@@ -261,7 +261,7 @@ def test_plots_leave_matplotlib_and_torch_alone():
 import json, sys, matplotlib
 before = {key: dict.__getitem__(matplotlib.rcParams, key) for key in matplotlib.rcParams}
 from pipeline import plots
-plots.loss([{"epoch": 1, "train/loss": 1.0}], title="t")
+plots.metric([{"epoch": 1, "train/loss": 1.0}], "loss", title="t")
 changed = [key for key, value in before.items() if dict.__getitem__(matplotlib.rcParams, key) != value]
 print(json.dumps({"loaded": [name for name in ("torch", "matplotlib.pyplot") if name in sys.modules],
                   "changed": [key for key in changed if key != "backend"]}))

@@ -38,10 +38,7 @@ def measure(
     with terminal.progress("test", len(images)) as advance, clock.span("test") as span:
         placed = images.to(backend.device) if upload else images
         batches = batching.batches(placed, recipe.batch_size, backend)
-        loss, accuracy = loop.evaluate(net, eval_step, metrics, batches, predictions, advance)
-    figures = {
-        "test/accuracy": accuracy,
-        "test/loss": loss,
-        "speed/test_images_per_second": len(images) / span.seconds,
-    }
+        means = loop.evaluate(net, eval_step, metrics, batches, predictions, advance)
+    figures = {f"test/{name}": mean for name, mean in means.items()}
+    figures["speed/test_images_per_second"] = len(images) / span.seconds
     return torch.cat(predictions).cpu().numpy(), figures

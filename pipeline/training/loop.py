@@ -35,27 +35,37 @@ class NonFiniteLossError(StageError):
     """The loss became NaN or infinite, and training on would be pointless."""
 
 
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest logit is the label's."""
+    return logits.argmax(1) == labels
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"accuracy": is_correct}
+"""Metrics of an epoch besides the loss, by name. Each maps logits (B, classes) and labels (B,) to a value per sample,
+(B,); the epoch's figure is the mean. CONTRIBUTING.md says how to add one."""
+
+
 class RunningMetrics:
-    """Sums of loss and correct answers over samples, on the device. Read them rarely: reading synchronizes."""
+    """Sums of the loss and of `METRICS` over samples, on the device. Read them rarely: reading synchronizes."""
 
     def __init__(self, device: torch.device):
-        # float32, since mps has no float64; a float64 sum would differ in the seventh digit at 50,000 samples.
-        self._loss = torch.zeros((), device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        # float32, since mps has no float64. It counts correct answers exactly up to 2**24 samples.
+        self._sums = {name: torch.zeros((), device=device) for name in ("loss", *METRICS)}
 
     def reset(self) -> None:
         """Set the sums to 0 in place, where a captured step adds to them."""
-        self._loss.zero_()
-        self._correct.zero_()
+        for total in self._sums.values():
+            total.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: `loss` is its mean, a scalar; `logits` (B, classes); `labels` (B,)."""
-        self._loss.add_(loss.detach(), alpha=len(labels))
-        self._correct.add_((logits.detach().argmax(1) == labels).sum())
+        self._sums["loss"].add_(loss.detach(), alpha=len(labels))
+        for name, metric in METRICS.items():
+            self._sums[name].add_(metric(logits.detach(), labels).sum())
 
-    def read(self, count: int) -> tuple[float, float]:
-        """Mean loss, and accuracy as a fraction, of the `count` samples added."""
-        return self._loss.item() / count, self._correct.item() / count
+    def read(self, count: int) -> dict[str, float]:
+        """The means over the `count` samples added, by name. Accuracies are fractions."""
+        return {name: total.item() / count for name, total in self._sums.items()}
 
 
 @dataclass(frozen=True)
@@ -212,22 +222,18 @@ def train(
                         loop.scheduler.step()
                 images += len(labels)
                 progress(len(labels))
-            train_loss, train_accuracy = loop.metrics.read(images)
+            train_means = loop.metrics.read(images)
         loop.times.collect()
-        _require_finite("training", train_loss, epoch)
+        _require_finite("training", train_means["loss"], epoch)
         if not loop.options.schedule_per_batch:
             loop.scheduler.step()
         with loop.clock.span("validate") as val_span:
-            val_loss, val_accuracy = evaluate(
-                loop.network, loop.eval_step, loop.metrics, val_batches(), progress=progress
-            )
-        _require_finite("validation", val_loss, epoch)
+            val_means = evaluate(loop.network, loop.eval_step, loop.metrics, val_batches(), progress=progress)
+        _require_finite("validation", val_means["loss"], epoch)
         figures = {
             "epoch": epoch,
-            "train/loss": train_loss,
-            "train/accuracy": train_accuracy,
-            "val/loss": val_loss,
-            "val/accuracy": val_accuracy,
+            **{f"train/{name}": mean for name, mean in train_means.items()},
+            **{f"val/{name}": mean for name, mean in val_means.items()},
             "train/lr": float(lr),
             "train/lr_applied": optimizers.applied_lr(loop.optimizer),
             "time/train_seconds": train_span.seconds,
@@ -258,9 +264,9 @@ def evaluate(
     batches: Batches,
     predictions: list[Tensor] | None = None,
     progress: Progress = silent,
-) -> tuple[float, float]:
-    """Mean loss and accuracy (a fraction) of `network` over `batches`. `eval_step` is a `make_eval_step` of `network`
-    and `metrics`. Appends each batch's predicted labels, (B,) int64 on the device, to `predictions`, if given."""
+) -> dict[str, float]:
+    """The mean loss and `METRICS` of `network` over `batches`. `eval_step` is a `make_eval_step` of `network` and
+    `metrics`. Appends each batch's predicted labels, (B,) int64 on the device, to `predictions`, if given."""
     network.eval()
     metrics.reset()
     images = 0

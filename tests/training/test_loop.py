@@ -11,6 +11,7 @@ from standin import Away, Capturing, EventStandin, Queued, Standin
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR
 
+from pipeline import terminal
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
 from pipeline.errors import StageError
@@ -59,21 +60,6 @@ def test_figures_are_sums_over_samples_though_the_last_batch_is_short():
     assert figures["val/loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
     assert figures["val/accuracy"] == correct.double().mean().item()
     assert torch.allclose(network.weight, weight.float(), atol=1e-6)
-
-
-def test_each_epoch_has_its_own_batches_and_plain_numbers():
-    asked, progress, split = [], [], samples(9)
-    epochs = loop.train(
-        make_loop(linear(), steps=3, epochs=3),
-        lambda epoch: asked.append(epoch) or batching.batches(split, 4, Cpu()),
-        lambda: batching.batches(samples(6), 4, Cpu()),
-        progress.append,
-    )
-    rows = list(epochs)
-    assert asked == [row["epoch"] for row in rows] == [1, 2, 3]
-    assert progress == [4, 4, 1, 4, 2] * 3
-    assert {type(value) for row in rows for value in row.values()} <= {int, float}
-    assert set(rows[0]) >= {"time/train_seconds", "time/val_seconds", "speed/train_images_per_second"}
 
 
 def test_the_network_trains_in_its_own_mode_and_validates_in_eval():
@@ -196,13 +182,6 @@ def test_what_a_backend_does_not_tell_of_its_memory_is_absent(memory, capacity, 
     assert {name: value for name, value in figures.items() if name.startswith("memory/")} == expected
 
 
-def test_on_features_no_image_counts_as_trained():
-    backend = Standin()
-    train_loop = make_loop(Queued(linear(), backend, 1.0), backend=backend, on_features=True)
-    (figures,) = train(train_loop, samples(4), samples(4))
-    assert "speed/train_images_per_second" not in figures and figures["time/train_seconds"] == 1.0
-
-
 def test_steps_are_timed_in_training_alone():
     backend = EventStandin()
     train_loop = make_loop(Queued(linear(), backend, 0.25), backend=backend, epochs=2)
@@ -226,27 +205,6 @@ def test_the_warm_up_takes_real_steps_then_waits_and_never_reads_the_clock():
 
 
 # --- a step
-
-
-def test_metrics_add_up_in_place_until_they_are_reset():
-    metrics = loop.RunningMetrics(torch.device("cpu"))
-    memory = [metrics._loss.data_ptr(), metrics._correct.data_ptr()]
-    logits, labels = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 1.0]]), torch.tensor([0, 1, 1])
-    metrics.add(torch.tensor(0.5), logits, labels)
-    metrics.add(torch.tensor(2.0), logits[:1], labels[:1])
-    assert metrics.read(4) == (3.5 / 4, 3 / 4)
-    metrics.reset()
-    assert metrics.read(4) == (0, 0)
-    assert memory == [metrics._loss.data_ptr(), metrics._correct.data_ptr()]  # where a captured step adds to them
-
-
-def test_inputs_are_prepared_in_training_and_validation():
-    seen, network = [], linear()
-    network.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
-    split = batching.Split(torch.arange(16, dtype=torch.uint8).view(4, 4), torch.tensor([0, 1, 2, 0]))
-    train(make_loop(network, prepare=lambda inputs: inputs.float() / 16), split, split)
-    assert len(seen) == 2
-    assert all(torch.equal(inputs, torch.arange(16.0).view(4, 4) / 16) for inputs in seen)
 
 
 def test_bf16_is_for_the_network_alone():
@@ -336,12 +294,6 @@ def test_a_captured_step_does_what_an_eager_one_does(chosen, captured):
     assert rows[0] == rows[1]
 
 
-def test_nothing_is_captured_unless_it_is_asked_for():
-    backend = Capturing()
-    outcome(backend, {}, use_cuda_graph=False, trainings=1)
-    assert backend.captured == []
-
-
 @pytest.mark.parametrize("use_cuda_graph", [False, True])
 def test_a_restart_puts_the_scale_back_where_a_captured_step_reads_it(use_cuda_graph):
     train_loop = make_loop(linear(), backend=Capturing(), precision="fp16", use_cuda_graph=use_cuda_graph)
@@ -378,15 +330,15 @@ def test_an_evaluation_drops_nothing_and_gives_predictions_in_order(backend):
     )
     loop.evaluate(network, eval_step, metrics, batching.batches(split, 4, backend))
     predictions, progress = [], []
-    loss, accuracy = loop.evaluate(
+    means = loop.evaluate(
         network, eval_step, metrics, batching.batches(split, 4, backend), predictions, progress.append
     )
     assert progress == [4, 4, 4, 4, 4, 3]
     weight, bias = (parameter.double() for parameter in network.parameters())
     losses, right, *_ = softmax_by_hand(weight, bias, split.inputs.double(), split.labels)
     assert torch.equal(torch.cat(predictions), (split.inputs.double() @ weight.T + bias).argmax(1))
-    assert loss == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert accuracy == pytest.approx(right.double().mean().item(), abs=1e-12)
+    assert means["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert means["accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-12)
     assert len({prediction.data_ptr() for prediction in predictions}) == 6
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -405,16 +357,6 @@ def test_features_are_float32_in_the_order_of_the_batches():
     assert torch.allclose(features.inputs, layer(split.inputs[order]).detach())
     assert torch.equal(features.labels, split.labels[order])
     assert features.inputs.untyped_storage().nbytes() == 7 * 5 * 4  # one tensor, nothing beside it
-
-
-def test_features_lie_where_the_samples_do():
-    """As for samples in host memory, whose batches are computed on the device."""
-    split = samples(6)
-    features = loop.compute_features(
-        lambda inputs: inputs, split.to(torch.device("meta")), batching.batches(split, 4, Cpu())
-    )
-    assert (features.inputs.device.type, features.labels.device.type) == ("meta", "meta")
-    assert (features.inputs.shape, features.labels.dtype) == ((6, 4), torch.int64)
 
 
 # --- the same numbers
@@ -443,3 +385,18 @@ def test_samples_in_host_memory_give_the_same_figures_bit_for_bit(overrides, cac
     figures = train_resnet(*overrides, cached=cached, backend=backend, on_device=False)
     assert figures == train_resnet(*overrides, cached=cached)
     assert len(backend.sent) == 3 * (3 + 2) + (5 if cached else 0)
+
+
+@pytest.mark.parametrize("backend", [Cpu, Capturing])
+def test_a_metric_that_is_added_is_a_mean_over_samples_of_both_splits(monkeypatch, backend):
+    monkeypatch.setitem(loop.METRICS, "margin", lambda logits, labels: logits[:, 0] - logits[:, 1])
+    split, backend = samples(10), backend()
+    train_loop = make_loop(linear(), backend=backend, use_cuda_graph=backend.supports_graphs, lr=0.0)
+    batches = lambda *_: batching.batches(split, 4, backend)  # noqa: E731
+    loop.warm_up(train_loop, batches(), batches())
+    (figures,) = loop.train(train_loop, batches, batches)
+    with torch.no_grad():
+        logits = train_loop.network(split.inputs)
+    for name in ("train/margin", "val/margin"):
+        assert figures[name] == pytest.approx((logits[:, 0] - logits[:, 1]).mean().item(), rel=1e-5)
+    assert f"train margin {figures['train/margin']:.4g}" in terminal.epoch_line(1, 1, figures)
