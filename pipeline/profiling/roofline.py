@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -54,10 +54,7 @@ class Peaks:
     """Bytes read and written by a copy."""
 
     images_per_second: float
-    """Of the training's own step, repeated on one fixed batch on the device: its fastest window."""
-
-    slowest_images_per_second: float
-    """Its slowest window."""
+    """Of the training's own step, repeated on one fixed batch on the device."""
 
 
 def time_calls(
@@ -172,13 +169,8 @@ def efficiency_metrics(images_per_second: float, peaks: Peaks, flops_per_image: 
 
 
 def combine(measurements: Sequence[Peaks]) -> Peaks:
-    """The peaks of several measurements: the fastest of each rate, and the slowest window of all."""
-    return Peaks(
-        matmul_flops=max(peaks.matmul_flops for peaks in measurements),
-        memory_bytes_per_second=max(peaks.memory_bytes_per_second for peaks in measurements),
-        images_per_second=max(peaks.images_per_second for peaks in measurements),
-        slowest_images_per_second=min(peaks.slowest_images_per_second for peaks in measurements),
-    )
+    """The fastest of each rate."""
+    return Peaks(*(max(rates) for rates in zip(*map(astuple, measurements), strict=True)))
 
 
 def describe(metrics: Mapping[str, float]) -> str:
@@ -194,11 +186,9 @@ def describe(metrics: Mapping[str, float]) -> str:
     return sentence
 
 
-def implausible_reason(metrics: Mapping[str, float], peaks: Peaks) -> str | None:
-    """Why the metrics of `efficiency_metrics` can't be right, in a sentence; None where they can.
-
-    Other load while the peaks were measured makes them too low, so measure them again before doubting a clock.
-    """
+def implausible_reason(metrics: Mapping[str, float]) -> str | None:
+    """Why the metrics of `efficiency_metrics` can't be right, in a sentence; None where they can. Other load makes
+    peaks too low, so measure them again before doubting a clock."""
     share = metrics["efficiency/vs_synthetic"]
     utilisation = metrics.get("efficiency/model_flops_utilisation", 0.0)
     speed = share * metrics["ceiling/synthetic_images_per_second"]
@@ -208,11 +198,7 @@ def implausible_reason(metrics: Mapping[str, float], peaks: Peaks) -> str | None
         excess = f"{utilisation:.2f} times what the rate of its matrix products allows"
     else:
         return None
-    spread = peaks.images_per_second / peaks.slowest_images_per_second - 1
-    return (
-        f"{speed:,.0f} images/s is {excess}: the clock was read too early, or the machine was slower whenever that "
-        f"was measured (its windows were {spread:.0%} apart)"
-    )
+    return f"{speed:,.0f} images/s is {excess}: the clock was read too early, or the machine was slower before"
 
 
 def _matmul_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:

@@ -150,11 +150,11 @@ def _record_efficiency(record: Record, training: TrainingSetup, splits: Splits, 
     else:
         metrics = roofline.efficiency_metrics(speed, peaks, limits.flops_per_image)
         for _ in range(PEAK_RETRIES):
-            if not roofline.implausible_reason(metrics, peaks):
+            if not roofline.implausible_reason(metrics):
                 break
             peaks = _measure_again(training, splits, peaks)
             metrics = roofline.efficiency_metrics(speed, peaks, limits.flops_per_image)
-        if reason := roofline.implausible_reason(metrics, peaks):
+        if reason := roofline.implausible_reason(metrics):
             record["tags"]["taints"] = "clock"
             record["warnings"].append(reason)
             terminal.say(f"note     {reason}")

@@ -243,7 +243,6 @@ def measure_peaks(training: TrainingSetup, splits: Splits) -> roofline.Peaks:
     )
     peaks = roofline.Peaks(
         images_per_second=size / min(seconds),
-        slowest_images_per_second=size / max(seconds),
         matmul_flops=roofline.matmul_flops(backend, training.recipe.precision),
         memory_bytes_per_second=roofline.memory_bytes_per_second(backend),
     )

@@ -35,7 +35,7 @@ class Scripted(Clock):
 
 
 def peaks_of(images_per_second, matmul_flops=1e15):
-    return roofline.Peaks(matmul_flops, 5e10, images_per_second, 0.8 * images_per_second)
+    return roofline.Peaks(matmul_flops, 5e10, images_per_second)
 
 
 @pytest.fixture
