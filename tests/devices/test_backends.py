@@ -189,12 +189,6 @@ def test_memory_is_known_or_absent_and_never_0(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_facts_are_plain_and_known(backend):
-    facts = backend().facts()
-    assert facts["name"] and json.loads(json.dumps(facts)) == facts
-
-
-@pytest.mark.parametrize("backend", HERE)
 def test_compile_and_graph_are_chosen_or_refused(backend):
     chosen = backend()
     assert chosen.compile_mode("auto", 1) == "off"
@@ -240,7 +234,10 @@ def test_other_errors_pass(error):
     assert caught.value is error
 
 
-def test_torchs_facts_are_plain():
+@pytest.mark.parametrize("backend", HERE)
+def test_facts_are_plain_and_known(backend):
+    facts = backend().facts()
+    assert facts["name"] and json.loads(json.dumps(facts)) == facts
     facts = devices.torch_facts()
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
     assert "\n" not in facts["build"]

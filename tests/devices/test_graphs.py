@@ -3,7 +3,6 @@
 import pytest
 import torch
 from standin import TapePool
-from torch import nn
 
 from pipeline.devices.graphs import GraphedFunction
 
@@ -27,10 +26,10 @@ class CountingPool(TapePool):
         return counted, result
 
 
-def graphed(function, *errors, **state):
+def graphed(function, *errors):
     """(function, pool, reasons of failed captures)."""
     pool, reasons = CountingPool(*errors), []
-    return GraphedFunction(function, pool, reasons.append, **state), pool, reasons
+    return GraphedFunction(function, pool, reasons.append), pool, reasons
 
 
 def test_each_shape_is_captured_once_at_its_first_call_and_replayed_from_then_on():
@@ -60,45 +59,6 @@ def test_a_replay_runs_no_python():
     results = [call(torch.ones(1)).item() for _ in range(3)]
     assert len(runs) == 4 and results == [4, 4, 4]  # three warm-up calls and the capture
     assert total == 4 + 3  # what it does to tensors is repeated
-
-
-def test_the_learning_rate_of_a_replayed_step_is_the_schedules():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
-
-    def step(gradient):
-        parameter.grad = gradient
-        optimizer.step()
-
-    call, *_ = graphed(step, optimizer=optimizer)
-    call(torch.ones(1))
-    for lr in (0.5, 0.25):
-        optimizer.param_groups[0]["lr"] = lr
-        before = parameter.item()
-        call(torch.ones(1))
-        assert before - parameter.item() == lr
-        assert optimizer.param_groups[0]["lr"] is lr
-
-    stale, *_ = graphed(step)  # without the optimizer, the rate is the one of the capture
-    stale(torch.ones(1))
-    optimizer.param_groups[0]["lr"] = 64.0
-    before = parameter.item()
-    stale(torch.ones(1))
-    assert before - parameter.item() == 0.25
-
-
-def test_each_replay_leaves_the_gradients_of_its_own_graph():
-    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))]
-
-    def backward(tensor):
-        for parameter in parameters:
-            parameter.grad = None
-        (parameters[0] * tensor.sum()).sum().backward()
-
-    call, *_ = graphed(backward, parameters=parameters)
-    for size in (3, 5, 3):
-        call(torch.full((size,), 2.0))
-        assert parameters[0].grad.tolist() == [2 * size] * 2 and parameters[1].grad is None
 
 
 @pytest.mark.parametrize(
