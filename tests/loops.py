@@ -59,7 +59,7 @@ def make_loop(
             lr=lr,
             options=options or {},
             total_steps=chosen.epochs * steps,
-            fastest=backend.optimizer_options,
+            device_options=backend.optimizer_options,
         )
         schedule = optimizers.build_scheduler(
             scheduler,
@@ -67,7 +67,7 @@ def make_loop(
             options=scheduler_options or {},
             lr=lr,
             epochs=chosen.epochs,
-            moves_per_epoch=steps if chosen.schedule_per_batch else 1,
+            scheduler_steps_per_epoch=steps if chosen.schedule_per_batch else 1,
             warmup_epochs=0,
         )
         return built, schedule
