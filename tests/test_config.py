@@ -129,15 +129,11 @@ def test_a_recipe_of_ones_own(params):
         ("label='7'", "7"),
         ("label=猫", "猫"),
         ("seed=2147483647", 2147483647),
-        ("sustain_seconds=0", 0.0),
-        ("data.limit=1", 1),
         ("data.device_gib=null", None),
         ("weights=~/w.safetensors", "~/w.safetensors"),
         ("trainable=[layer4, fc]", ("layer4", "fc")),
-        ("lr=1e-3", 0.001),
         ("lr=1", 1.0),
         ("channels_last=true", True),
-        ("channels_last=auto", "auto"),
         ("compile=off", "off"),
         ("threads=4", 4),
     ],
@@ -193,25 +189,17 @@ def test_a_misspelt_or_missing_key(params, key):
 @pytest.mark.parametrize(
     ("override", "meant"),
     [
-        ("recipe=finetun", "finetune"),
-        ("device=cude", "cuda"),
         ("device=gpu", "cuda"),
         ("device=Metal", "mps"),
         ("data.source=sinthetic", "synthetic"),
-        ("scheduler=cosin", "cosine"),
-        ("weights=pretraned", "pretrained"),
-        ("precision=bf61", "bf16"),
         ("precision=float16", "fp16"),
         ("epoch=1", "epochs"),
-        ("learning_rate=1", "lr"),
         ("learning-rate=1", "lr"),
         ("Batch-Size=1", "batch_size"),
         ("num_epochs=1", "epochs"),
-        ("limit=1", "data.limit"),
         ("data-limit=1", "data.limit"),
         ("data.sorce=auto", "data.source"),
         ("recipes.finetune.epoch=1", "recipes.finetune.epochs"),
-        ("recipes.finetune.batch=1", "recipes.finetune.batch_size"),
         ("recipes.finetun.lr=1", "recipes.finetune"),
     ],
 )
@@ -228,31 +216,20 @@ def test_synonyms_are_of_names_that_are_there():
     ("override", "key", "words"),
     [
         ("recipe=imagenet", "recipe", "blog | linear-probe | finetune"),
-        ("zebra=1", "zebra", ", ".join(PARAMS)),
         ("zebra.stripes=1", "zebra", ", ".join(PARAMS)),
         ("data.zebra=1", "data.zebra", "source, path, limit, device_gib, timeout_seconds, mirrors"),
-        ("tracking.uri=x", "tracking.uri", "experiment"),
         # The long common beginning must not make any key look like any other.
         ("recipes.linear-probe.zebra=1", "recipes.linear-probe.zebra", "model, weights, "),
         ("recipes.zebra.lr=1", "recipes.zebra", "blog, linear-probe, finetune"),
         ("seed.more=1", "seed.more", f"seed holds {PARAMS['seed']}"),
         ("data=auto", "data", '"auto"'),
         ("recipes.blog=1", "recipes.blog", "1"),
-        ("recipes={}", "recipes", "at least one recipe"),
         ("recipes=null", "recipes", "at least one recipe"),
     ],
 )
 def test_unknown_at_every_level(override, key, words):
     line = refusal(override)
     assert line.startswith(f"{key}: ") and words in line and "did you mean" not in line
-
-
-def test_unknown_keys_in_the_file(params):
-    tree = copy.deepcopy(PARAMS) | {"epochs": 3}
-    assert f"recipes.{PARAMS['recipe']}.epochs" in refusal(path=params(tree))  # of a recipe, but at the file's top
-    tree = copy.deepcopy(PARAMS)
-    tree["recipes"]["blog"]["learning_rate"] = tree["recipes"]["blog"].pop("lr")  # not the chosen recipe
-    assert refusal(path=params(tree)).endswith("did you mean recipes.blog.lr?")
 
 
 def test_a_long_value_is_cut():
@@ -319,12 +296,6 @@ def test_what_is_written_is_read_again(word):
 def test_an_override_needs_a_key_and_a_value(text):
     line = refusal(text)
     assert line.startswith(f"-S {' '.join(text.split())}: ") and "key=value" in line
-
-
-@pytest.mark.parametrize("value", ["[1", "{a", "'x", "a: b: c", "\x07", "!!float x", "@a"])
-def test_a_value_that_is_not_yaml(value):
-    line = refusal(f"trainable={value}")
-    assert line.startswith("-S trainable") and ": not YAML: " in line
 
 
 @pytest.mark.parametrize("overrides", [["recipe=finetune", "lr=0.02"], ["lr=0.02", "recipe=finetune"]])
@@ -413,11 +384,6 @@ def test_neither_origin_nor_order_is_the_work(params, monkeypatch):
     assert workload() != before
 
 
-def test_flat():
-    tree = {"a": 1, "b": {"c": [2], "d": {"e": None}}, "f": {}}
-    assert config.flat(tree, "x.") == {"x.a": 1, "x.b.c": [2], "x.b.d.e": None}
-
-
 # --- prices
 
 PRICED = "{buy: 1234, per_hour: 2.5, currency: EUR, date: 2000-01-01, source: https://example.org/a}"
@@ -451,13 +417,10 @@ def test_only_the_default_file_of_prices_may_be_missing(tmp_path, monkeypatch):
         (PRICED.replace("currency: EUR, ", ""), ".currency: missing "),
         (PRICED.replace("EUR", "€"), '.currency: "€" '),
         (PRICED.replace("1234", "0"), ".buy: 0 "),
-        (PRICED.replace("2.5", ".nan"), ".per_hour: NaN "),
         (PRICED.replace("2.5", "1e999"), ".per_hour: Infinity "),
         (PRICED.replace("2.5", "cheap"), '.per_hour: "cheap" '),
-        (PRICED.replace("2000-01-01", "today"), '.date: "today" '),
         (PRICED.replace("2000-01-01", "2000-02-30"), '.date: "2000-02-30" '),
         (PRICED.replace("source:", "sauce:"), ".sauce: unknown setting; did you mean GPU A.source?"),
-        (PRICED.replace("per_hour", "hourly"), ".hourly: unknown setting; allowed here: buy, per_hour, per_kwh, "),
         (PRICED.replace("{", "{hours_per_day: 25, "), ".hours_per_day: 25 "),
         (PRICED.replace("buy: 1234, per_hour: 2.5, ", ""), ": expected buy or per_hour"),
         ("12", ": 12 "),

@@ -72,21 +72,6 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
     assert drawn["title"] == files.read_json(outputs / "train" / "record.json")["name"]
 
 
-def test_the_images_lie_where_the_trainings_did(outputs, monkeypatch):
-    uploads, measure = [], evaluate.evaluation.measure
-    monkeypatch.setattr(
-        evaluate.evaluation,
-        "measure",
-        lambda *args, upload, **options: uploads.append(upload) or measure(*args, upload=upload, **options),
-    )
-    record = files.read_json(outputs / "train" / "record.json")
-    for place in ("device", "host"):
-        record["tags"]["data.placement"] = place
-        files.write_json(outputs / "train" / "record.json", record)
-        evaluate.run(generated(), outputs)
-    assert uploads == [True, False]
-
-
 # --- where it is logged
 
 
@@ -116,16 +101,6 @@ def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert accuracy in run.data.tags["mlflow.note.content"] and accuracy in output
     assert "-S repeats=3" in output  # how to get an interval
-
-
-def test_the_test_split_is_an_input_of_the_run_once(outputs):
-    result = evaluate.run(generated(), outputs)
-    evaluate.run(generated(), outputs)
-    contexts = [(each.dataset.name, each.tags[0].value) for each in runs()[0].inputs.dataset_inputs]
-    assert sorted(contexts) == [
-        ("synthetic-test", "testing"), ("synthetic-train", "training"), ("synthetic-validation", "validation")
-    ]  # fmt: skip
-    assert [each["name"] for each in result["datasets"]] == ["synthetic-test"]
 
 
 def test_a_test_split_that_was_validated_on_is_logged_once(tmp_path, light):

@@ -76,14 +76,6 @@ def test_a_full_disk(tmp_path, monkeypatch, code, call):
     assert names(tmp_path) == ["a.json"]
 
 
-def test_a_path_that_can_not_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "b.txt", tmp_path / "folder"):
-        assert str(path) in fails(StageError, files.write_text, path, "")
-    assert names(tmp_path) == ["file", "folder"]
-
-
 def test_json_there_and_back(tmp_path):
     path = tmp_path / "a.json"
     value = {"b": [1, 2.5, None, True], "a": {"猫": "🐈", "lr": 1e-5}}

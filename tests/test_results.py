@@ -9,7 +9,7 @@ from result_files import JPEG, later_stages, result, whole_result
 from stores import own_store  # noqa: F401 (each test has its own)
 
 from pipeline import config
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import StageError
 from results import check, compare
 
 REPEATS = [result(n, repeats__id="5" * 32, repeats="3", repeat=str(n)) for n in (1, 2, 3)]
@@ -98,11 +98,6 @@ def test_what_is_wrong_with_a_run_is_named(tmp_path, capsys, make, fault):
     assert "precision" not in line  # how a run is executed is free
 
 
-def test_all_that_is_wrong_is_named(tmp_path, capsys):
-    record = result(fallback="device", label="ada@example.org")
-    assert len(lines(capsys, pack(tmp_path / "My Machine.zip", run_files(record)), status=StageError)) == 5
-
-
 def test_a_machine_has_one_bundle_and_a_bundle_one_machine(tmp_path, capsys):
     other = whole_result(result(2, machine="c" * 12))
     paths = [pack(tmp_path / f"{name}.zip", whole_result(result(n))) for n, name in ((1, "a"), (3, "b"))]
@@ -132,12 +127,6 @@ def test_a_damaged_bundle_is_named_and_the_next_one_is_checked(tmp_path, capsys)
     pack(tmp_path / "c.zip", contents)
     found = lines(capsys, *sorted(tmp_path.glob("*.zip")), status=StageError)
     assert [line.split()[0] for line in found] == ["wrong", "wrong", "ok"] and "runs.0.start" in found[1]
-
-
-def test_a_missing_file_and_an_unknown_option_are_refused():
-    for argument in ("none.zip", "--quick"):
-        with pytest.raises(UsageError):
-            check.main([argument])
 
 
 def test_every_result_that_is_there_may_be_and_is_in_the_report(capsys):

@@ -1,7 +1,5 @@
 """`python -m pipeline.run`: all stages in order, in a folder of its own, in one process or in one for each repeat."""
 
-import subprocess
-import sys
 import threading
 from functools import partial
 
@@ -9,7 +7,7 @@ import pytest
 from stores import own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, config, download, evaluate, files, hardware, repeats, run, sustain, train
+from pipeline import compare, download, evaluate, files, hardware, repeats, run, sustain, train
 from pipeline.errors import StageError
 
 STAGES = (hardware, download, train, evaluate, sustain, compare)
@@ -107,36 +105,6 @@ def test_a_stage_that_fails_ends_it(settings_of, outputs, called, driven, monkey
     with pytest.raises(StageError, match="no images"):
         run.run(settings_of(f"repeats={repeats_count}"), outputs)
     assert [stage for stage, *_ in called] == [hardware, download]
-
-
-def test_a_folder_that_cannot_be_created_is_refused(settings_of, outputs, called):
-    (outputs.parent / "runs").write_text("a file")
-    with pytest.raises(StageError, match="linear-probe"):
-        run.run(settings_of(), outputs)
-    assert called == []
-
-
-WITHOUT_SCIPY = """
-import sys
-
-sys.modules["scipy"] = None
-from pipeline import cli, evaluate, repeats, run, sustain, train
-
-for stage in (run.hardware, run.download, train, evaluate, sustain):
-    stage.run = lambda *_, stage=stage, **options: print(stage.__name__)
-repeats.summarise = lambda *_: None
-run._new_folder = lambda runs, name: runs
-sys.argv = ["run.py"]
-cli.main(run.run, "")
-"""
-
-
-def test_only_the_comparison_needs_scipy():
-    command = [sys.executable, "-c", WITHOUT_SCIPY]
-    ended = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.stdout.split() == [stage.__name__ for stage in STAGES[:-1]]
-    assert ended.stderr.startswith("run: scipy") and len(ended.stderr.splitlines()) == 1
-    assert ended.returncode == 1
 
 
 @pytest.mark.usefixtures("light")

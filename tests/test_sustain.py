@@ -5,13 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import fails
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import REPEATED, STEPS, generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import config, devices, files, sustain
 from pipeline.devices.cpu import Cpu
-from pipeline.errors import StageError
 from pipeline.profiling import score_steps, system_state
 from pipeline.tracking import publisher, records
 from pipeline.training.sustained import Slice, StepRun
@@ -67,8 +65,7 @@ def sustained(outputs, runner):
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["recipe=blog", "recipe=finetune", *(f"recipes.linear-probe.{key}" for key in ("precision=bf16", "threads=3"))],
+    "override", ["recipe=blog", *(f"recipes.linear-probe.{key}" for key in ("precision=bf16", "threads=3"))]
 )
 def test_the_steps_are_the_same_whatever_the_settings(outputs, runner, override):
     settings = config.load(["sustain_seconds=1", "device=cpu", override])
@@ -143,17 +140,6 @@ def test_it_becomes_part_of_the_trainings_run(sustained, outputs, capsys):
 def test_steps_that_are_really_run_have_all_figures(once):
     metrics = files.read_json(once.outputs / "sustain" / "metrics.json")
     assert set(metrics) >= metrics_of(*STEPS) and all(0 < value < math.inf for value in metrics.values())
-
-
-def test_a_repeat_leaves_its_own_part(outputs, runner):
-    second = records.stage_folders(outputs, 2)
-    shutil.copytree(outputs / "train", second["train"], ignore=shutil.ignore_patterns("repeats"))
-    record = files.read_json(second["train"] / "record.json") | {"id": "2" * 32}
-    files.write_json(second["train"] / "record.json", record)
-    files.write_json(outputs / "sustain" / "record.json", {"of": "the first"})
-    result = sustain.run(generated(*REPEATED), outputs, 2, STEPS, runner)
-    assert result["id"] == record["id"] and files.read_json(second["sustain"] / "record.json") == result
-    assert files.read_json(outputs / "sustain" / "record.json") == {"of": "the first"}
 
 
 def test_a_score_counts_how_often_it_was_measured_undisturbed(sustained, monkeypatch):
@@ -254,7 +240,3 @@ def test_a_step_that_fails_leaves_the_run_as_it_was(outputs):
         sustain.run(generated(*REPEATED), outputs, run_step=fail)
     (after,) = runs()
     assert after.to_dictionary() == before.to_dictionary() and not (outputs / "sustain").exists()
-
-
-def test_without_a_training_it_says_what_is_missing(tmp_path):
-    assert "record.json" in fails(StageError, sustain.run, generated(*REPEATED), tmp_path)

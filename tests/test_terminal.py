@@ -48,10 +48,6 @@ def test_an_epochs_line_has_its_metrics():
     assert "  lr 3.00e-05  " in terminal.epoch_line(1, 1, METRICS | {"train/lr_applied": 3e-5})
 
 
-def test_epochs_stand_below_each_other():
-    assert len({terminal.epoch_line(epoch, 100, METRICS).index("  loss") for epoch in (1, 10, 100)}) == 1
-
-
 def show_epochs(count):
     with terminal.epochs_progress(count, 8) as (advance, finish):
         for epoch in range(1, count + 1):

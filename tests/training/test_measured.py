@@ -177,7 +177,6 @@ def measuring(monkeypatch):
 @pytest.mark.parametrize(
     ("shares", "best"),
     [
-        ([0.7], 0.7),
         ([1.04], 1.04),
         ([1.1, 1.0], 1.0),  # other load held the machine down while it was measured first
         ([1.1, 1.2, 1.0], 1.0),  # and for longer
