@@ -289,23 +289,22 @@ def record(settings_of):
 
 
 def test_the_description_says_machine_work_and_result(record):
-    text = descriptions.describe_run(record, {})
-    machine, work, result, part = text.strip().split("\n\n")
-    assert machine == (
-        "**Machine** NVIDIA T4 with 14.6 GiB, LENOVO 20XW, AMD EPYC, Debian GNU/Linux 12, torch 2.14.1, on `cuda`"
-    )
-    assert work.startswith(f"**Work** `finetune` (workload `{record['tags']['workload']}`): resnet18.a1_in1k with ")
-    assert "5,130 of 11,181,642 parameters trained on 45,000 images of 3 classes (folder) for 2 epochs, fp32" in work
-    assert result == (
-        "**Result** best validation accuracy 87.65% in epoch 2; 61.50 s in all; last epoch 12,346 images/s"
-    )
-    assert part == "**Machine's part** limited by compute: 99% of the speed of one fixed batch"
+    machine, work, result, part = descriptions.describe_run(record, {}).strip().split("\n\n")
+    for text, values in (
+        (
+            machine,
+            ("NVIDIA T4", "14.6 GiB", "LENOVO 20XW", "AMD EPYC", "Debian GNU/Linux 12", "torch 2.14.1", "`cuda`"),
+        ),
+        (work, ("`finetune`", record["tags"]["workload"], "resnet18.a1_in1k", "5,130 of 11,181,642", "45,000", "fp32")),
+        (result, ("87.65% in epoch 2", "61.50 s", "12,346 images/s")),
+        (part, ("limited by compute",)),
+    ):
+        assert [value for value in values if value not in text] == []
     tested = descriptions.describe_run(record, {"evaluate": {"metrics": {"test/accuracy": 0.8571}}})
-    assert "87.65% in epoch 2, **test accuracy 85.71%**; 61.50 s in all" in tested
+    assert "**test accuracy 85.71%**" in tested
     for key in ("hardware.memory_gib", "hardware.model", "hardware.cpu", "software.os"):
         del record["tags"][key]
-    assert descriptions.describe_run(record, {}).startswith("**Machine** NVIDIA T4, torch 2.14.1, on `cuda`\n")
-    assert text.endswith("\n") and not text.endswith("\n\n")
+    assert "None" not in descriptions.describe_run(record, {})
 
 
 @pytest.fixture
@@ -328,15 +327,10 @@ def test_the_description_says_what_the_machine_keeps_up(record, sustained):
     assert text.startswith(before) and "8,765 images/s" in text and "`0123456789`" in text
 
 
-def test_the_description_lists_the_warnings(record, sustained):
-    record["warnings"] = ["the machine ran on battery", "validated on the test split"]
-    said = "**Warnings**\n\n- the machine ran on battery\n- validated on the test split\n"
-    assert descriptions.describe_run(record, {}).endswith(said)
-    sustained["warnings"] = ["while one step was repeated, the machine ran on battery"]
-    assert descriptions.describe_run(record, {"sustain": sustained}).endswith(f"{said}- {sustained['warnings'][0]}\n")
-    record["warnings"] = []
+def test_the_description_lists_the_warnings_of_all_stages(record, sustained):
+    record["warnings"], sustained["warnings"] = ["it ran on battery"], ["it was hot"]
     text = descriptions.describe_run(record, {"sustain": sustained})
-    assert text.endswith(f"**Warnings**\n\n- {sustained['warnings'][0]}\n")
+    assert text.endswith("- it ran on battery\n- it was hot\n")
 
 
 # --- repeats
