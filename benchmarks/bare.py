@@ -54,7 +54,7 @@ def train(settings: config.Settings, splits: setup.Splits, *, fixed: bool = Fals
     result = {
         "epochs": rows,
         "at": at,
-        "seconds": clock.total(*setup.TOTAL),
+        "seconds": clock.total(*setup.TOTAL_SPANS),
         "upload": clock.total("upload"),
         "setup": clock.total("setup"),
         "speed": images / clock.total("features") if training.on_features else trained,
@@ -81,7 +81,7 @@ def set_up(settings: config.Settings, splits: setup.Splits) -> tuple[setup.Train
     """A training that is warmed up and reset, and the bytes of device memory that a step takes. Its clock has the span
     `setup`."""
     recipe = settings.work
-    backend = setup.device_for(settings.device, recipe)
+    backend = setup.configure_backend(settings.device, recipe)
     backend.release_memory()  # of an earlier turn
     clock = Clock(backend.synchronize)
     path = weights_of(recipe)
@@ -96,7 +96,7 @@ def trained_once(
     training: setup.TrainingSetup, settings: config.Settings, splits: setup.Splits, step_bytes: float
 ) -> tuple[list[dict[str, Any]], list[float], str]:
     """Train what `set_up` returned or `restart` reset. Returns the epochs' figures, the time at each one's end, and
-    where the images lay. Its clock has the spans `setup.TOTAL`."""
+    where the images lay. Its clock has the spans `setup.TOTAL_SPANS`."""
     recipe, backend, clock = training.recipe, training.loop.backend, training.loop.clock
     with clock.span("upload"):
         samples, placement = setup.place_splits(training, splits, step_bytes, settings.data.device_gib)

@@ -29,7 +29,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
     Writes `folder/evaluate` and returns its record.
     """
     recipe = settings.work
-    backend = setup.device_for(settings.device, recipe)
+    backend = setup.configure_backend(settings.device, recipe)
     inputs = records.load_inputs(settings, folder)
     folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
@@ -70,7 +70,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
 def _load_checkpoint(
     settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
 ) -> classifier.Classifier:
-    """The model of the checkpoint. Raises UsageError where the checkpoint is of other work or another training."""
+    """The model of the checkpoint. Raises UsageError if it belongs to another workload or training."""
     wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
     if wanted != trained:
         raise UsageError(

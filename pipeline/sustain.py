@@ -1,4 +1,4 @@
-"""Measure the score: fixed training steps, the same for every recipe, repeated until the machine is warm."""
+"""Measure the score: repeat fixed training steps, the same for every recipe, until the machine is warm."""
 
 from pipeline import repeats
 
@@ -30,9 +30,9 @@ def run(
     run_step: RunStep = sustained.run_step,
     largest_batch: Callable[[Step, str], int | None] = sustained.largest_batch,
 ) -> dict[str, Any]:
-    """Measure `steps` for `sustain_seconds` each, as part of the run that `train` made of repeat `number` (from 1).
+    """Measure `steps` for `sustain_seconds` each, as part of the run in which repeat `number` (from 1) was trained.
 
-    Writes `folder/sustain` and returns its record. For 0 seconds nothing is measured, and the run stays as it is.
+    Writes `folder/sustain` and returns its record. For 0 seconds it measures nothing and leaves the run as it is.
     """
     folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
@@ -46,7 +46,7 @@ def run(
     repeats.clear_outputs(folder, "sustain", number, records.planned_repeats(folder))
     _write(result, record, settings, folders)
     if settings.sustain_seconds and settings.largest_batch:
-        # Last, when all else is written: this search may end the process.
+        # Search only after everything else is written: the system may kill the process.
         largest = largest_batch(steps[0], settings.device)
         if largest is not None:
             terminal.say(f"sustain  {steps[0].title}: the largest batch that fits is {largest:,}")
@@ -56,7 +56,7 @@ def run(
 
 
 def _measure(settings: config.Settings, steps: Sequence[Step], run_step: RunStep) -> dict[str, Any]:
-    """What the record says of the steps. A step that is the same work as an earlier one gets that one's figures."""
+    """Measure the steps. Returns metrics, tags, series and warnings. Equal steps run once and share figures."""
     backend = devices.select(settings.device)
     best, gpu = backend.best_precision(), backend.gpu_uuid()
     before = system_state.sample(gpu)  # while the device is idle
@@ -91,7 +91,7 @@ def _measure(settings: config.Settings, steps: Sequence[Step], run_step: RunStep
     tags |= {
         "sustained.taints": " ".join(taints) or None,
         "sustained.behavior": " ".join(behavior) or None,
-        "sustained.energy_source": " ".join({each.energy[0] for each in step_runs.values() if each and each.energy})
+        "sustained.energy_source": " ".join({run.energy[0] for run in step_runs.values() if run and run.energy})
         or None,
         "sustained.threads": str(torch.get_num_threads()),
         "sustained.execution": str(score_steps.VERSION),
@@ -106,7 +106,7 @@ def _measure(settings: config.Settings, steps: Sequence[Step], run_step: RunStep
 def _write(
     result: Mapping[str, Any], record: Mapping[str, Any], settings: config.Settings, folders: Mapping[str, Path]
 ) -> None:
-    """Write the record, and publish it in the training's run. A second time only what is new is added."""
+    """Write the record and publish it in the training's run. A second call adds only what is new."""
     files.write_json(folders["sustain"] / "metrics.json", result["metrics"])
     files.write_json(folders["sustain"] / "record.json", result)
     if result["metrics"] or result["warnings"]:

@@ -24,15 +24,17 @@ Record = dict[str, Any]
 
 
 def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float = 0.0) -> Record:
-    """Train once, as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`; writes `folder/train`, or its
-    part for the repeat `number` (from 1). Returns the record. `earlier`: seconds that this process spent on other
-    stages before."""
+    """Train once, as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`. Returns the record.
+
+    Writes `folder/train`, or the subfolder of repeat `number` (from 1). `earlier`: seconds that this process spent on
+    earlier stages.
+    """
     recipe = settings.work
     startup = system_info.process_age() - earlier
-    store.store_uri()  # refuses a store that would be lost, before any work
+    store.store_uri()  # raises for a store that would be lost, before any work
     _check(recipe)
     energy.check(settings.energy.source)
-    backend = setup.device_for(settings.device, recipe)
+    backend = setup.configure_backend(settings.device, recipe)
     clock = Clock(backend.synchronize)
     machine = files.read_json(folder / "hardware.json")
     inputs = records.load_inputs(settings, folder)
@@ -41,7 +43,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         terminal.warn("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused_gpu)
     settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
     with clock.span("inspect"):
-        before = system_state.sample(backend.gpu_uuid())  # the device has done nothing for us yet
+        before = system_state.sample(backend.gpu_uuid())  # before our own work loads the device
     with clock.span("decode"):
         decoded = setup.decode_splits(settings, inputs["data"])
         splits = setup.hold_out(decoded, settings)
@@ -65,14 +67,14 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         _train(training, splits, decoded, settings, record, out, earlier)
     except OutOfMemoryError as error:
         out_of_memory = str(error)
-    if out_of_memory:  # outside the except clause: the error holds memory that a smaller batch needs
+    if out_of_memory:  # not in the except clause, since the error holds memory that a smaller batch needs
         del training
         raise StageError(_suggest_batch(out_of_memory, settings, splits, classes, backend))
     return record
 
 
 def _check(recipe: config.Recipe) -> None:
-    """Refuse what can be refused before any data is touched."""
+    """Check model, optimizer and schedule before any data is loaded."""
     classifier.check_name(recipe.model)
     optimizers.check(recipe)
 
@@ -86,7 +88,7 @@ def _train(
     out: Path,
     earlier: float,
 ) -> None:
-    """Train as the run of `record`, complete the record, and write `out`."""
+    """Train in an MLflow run for `record`, complete the record, and write the files in `out`."""
     clock, backend = training.loop.clock, training.loop.backend
     with clock.span("log"):
         handle = store.start_run(record, _parent_run(record))
@@ -98,7 +100,7 @@ def _train(
             best = None
             for figures in measured.train(training, splits, settings, record, limits):
                 _note_target(record, settings, figures, clock)
-                if best is None or figures["val/accuracy"] > best:  # the first of equals stays
+                if best is None or figures["val/accuracy"] > best:  # of equal epochs, the first is best
                     best = figures["val/accuracy"]
                     with clock.span("checkpoint"):
                         _save_checkpoint(training.net, record, figures, settings, out)
@@ -106,20 +108,20 @@ def _train(
                     record["epochs"].append({"at": store.now(), "figures": figures, "system": system.take()})
                     store.log_epoch(handle, record["epochs"][-1])
         record["ended"] = store.now()
-        record["metrics"] |= training_record.span_metrics(clock, setup.TOTAL) | training.loop.times.percentiles()
+        record["metrics"] |= training_record.span_metrics(clock, setup.TOTAL_SPANS) | training.loop.times.percentiles()
         training_record.add_conditions(record, system_state.sample(backend.gpu_uuid()))
         training_record.add_best_epoch(record)
         _draw(record, settings, decoded["train"], out)
         record["metrics"]["time/process_seconds"] = system_info.process_age() - earlier
         training_record.write_files(record, settings, out)
         publisher.publish_training(handle, record, out)
-        # Last: a training without its record counts as one that was not logged completely.
+        # Written last: without this file, the training counts as not completely logged.
         files.write_json(out / "record.json", record)
         store.end_run(handle, "FINISHED", record["ended"])
 
 
 def _parent_run(record: Record) -> store.Handle | None:
-    """The run of a set of repeats, resumed; None for a single training."""
+    """Create or resume the parent run of the repeats. None for a single training."""
     if store.REPEATS_TAG not in record["tags"]:
         return None
     parent, is_new = publisher.parent_run(record, record["experiment"])
@@ -132,7 +134,7 @@ def _note_target(record: Record, settings: config.Settings, figures: dict[str, f
     """Record the time of the first epoch that reaches the target accuracy."""
     target = settings.work.target_accuracy
     if target is not None and figures["val/accuracy"] >= target:
-        record["metrics"].setdefault("time/to_target_seconds", clock.total(*setup.TOTAL))
+        record["metrics"].setdefault("time/to_target_seconds", clock.total(*setup.TOTAL_SPANS))
 
 
 def _save_checkpoint(
@@ -153,7 +155,7 @@ def _save_checkpoint(
 
 
 def _draw(record: Record, settings: config.Settings, images: batching.Split, out: Path) -> None:
-    """Draw the pictures of the run's page in MLflow; six of `images` are its samples."""
+    """Draw the plots for the run's page in MLflow, and six samples of `images`."""
     from pipeline import plots  # importing matplotlib takes a third of a second
 
     epochs = [epoch["figures"] for epoch in record["epochs"]]
@@ -175,7 +177,7 @@ def _draw(record: Record, settings: config.Settings, images: batching.Split, out
 def _suggest_batch(
     reason: str, settings: config.Settings, splits: setup.Splits, classes: int, backend: devices.Backend
 ) -> str:
-    """What to do about a batch that is too large: the largest power of two that fits, if one does."""
+    """Advice for a batch that is too large: the largest power of two that fits, if there is one; else `reason`."""
     tried = settings.work.batch_size
     backend.release_memory()
     if tried == 1:
@@ -184,7 +186,7 @@ def _suggest_batch(
     with backend.memory_errors():
         clock = Clock(backend.synchronize)
         training = setup.TrainingSetup(eager, settings.seed, classes, None, splits, backend, clock)
-    largest = setup.largest_batch(training, tuple(splits["train"].inputs.shape[1:]), below=tried)
+    largest = setup.largest_batch_below(training, tuple(splits["train"].inputs.shape[1:]), tried)
     if not largest:
         return reason
     return f"batch_size: {tried} is too much for the memory of {backend.kind}: the largest that fits is {largest}"

@@ -468,7 +468,7 @@ def room(monkeypatch):
 
     def limit(images, *, in_warm_up=True):
         full, tried = [in_warm_up], []
-        prepare, place, step_fits = batching.prepare, setup.place_splits, setup._step_fits
+        prepare, place, step_peak_mib = batching.prepare, setup.place_splits, setup._step_peak_mib
 
         def limited(batch, *args, **kwargs):
             if full[0] and len(batch) > images:
@@ -482,7 +482,9 @@ def room(monkeypatch):
         monkeypatch.setattr(batching, "prepare", limited)
         monkeypatch.setattr(setup, "place_splits", fills)
         monkeypatch.setattr(
-            setup, "_step_fits", lambda training, size, shape: tried.append(size) or step_fits(training, size, shape)
+            setup,
+            "_step_peak_mib",
+            lambda training, size, shape: tried.append(size) or step_peak_mib(training, size, shape),
         )
         return tried
 

@@ -27,7 +27,7 @@ STEPS = (
 def threads(monkeypatch):
     """One thread does so little work fastest; what a test sets does not last."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(setup, "THREADS", 1)
+    monkeypatch.setattr(setup, "DEFAULT_THREADS", 1)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

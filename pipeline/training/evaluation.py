@@ -1,4 +1,4 @@
-"""A trained model measured on a split of images."""
+"""Evaluate a trained model on the test split."""
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ def measure(
     channels_last: bool,
     upload: bool,
 ) -> tuple[NDArray[np.int64], dict[str, float]]:
-    """The predicted label of each image, and the figures of the test split by the names that MLflow shows.
+    """Returns the predicted label of each image, and the test metrics by their MLflow names.
 
-    `upload`: copy all images to the device first, as part of what is timed; else each batch is copied when it is due.
+    `upload`: copy all images to the device first, and time this copy too. Else each batch is copied when it is needed.
     """
     net = net.to(backend.device).to(memory_format=setup.memory_format(channels_last))
     prepare = setup.make_prepare(images, recipe.image_size, backend, channels_last=channels_last)
@@ -36,8 +36,8 @@ def measure(
     loop.evaluate(net, eval_step, metrics, [setup.first_batch(images, size, backend) for size in sizes])
     predictions: list[Tensor] = []
     with terminal.progress("test", len(images)) as advance, clock.span("test") as span:
-        placed = images.to(backend.device) if upload else images
-        batches = batching.batches(placed, recipe.batch_size, backend)
+        samples = images.to(backend.device) if upload else images
+        batches = batching.batches(samples, recipe.batch_size, backend)
         means = loop.evaluate(net, eval_step, metrics, batches, predictions, advance)
     figures = {f"test/{name}": mean for name, mean in means.items()}
     figures["speed/test_images_per_second"] = len(images) / span.seconds

@@ -152,7 +152,7 @@ def _record_efficiency(record: Record, training: TrainingSetup, splits: Splits, 
         for _ in range(PEAK_RETRIES):
             if not roofline.implausible_reason(metrics):
                 break
-            peaks = _measure_again(training, splits, peaks)
+            peaks = _remeasure_peaks(training, splits, peaks)
             metrics = roofline.efficiency_metrics(speed, peaks, limits.flops_per_image)
         if reason := roofline.implausible_reason(metrics):
             record["tags"]["taints"] = "clock"
@@ -164,7 +164,7 @@ def _record_efficiency(record: Record, training: TrainingSetup, splits: Splits, 
     terminal.say(f"machine  {verdict}")
 
 
-def _measure_again(training: TrainingSetup, splits: Splits, peaks: roofline.Peaks) -> roofline.Peaks:
+def _remeasure_peaks(training: TrainingSetup, splits: Splits, peaks: roofline.Peaks) -> roofline.Peaks:
     """Measure the peaks again, since other load may have slowed the machine down before."""
     with suppress(OutOfMemoryError), training.loop.clock.span("ceilings"), training.loop.backend.memory_errors():
         return roofline.combine([peaks, setup.measure_peaks(training, splits)])

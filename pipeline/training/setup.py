@@ -1,4 +1,4 @@
-"""Everything that a training needs on its device: model, loop, batches, memory, and the roofline of its own step."""
+"""Prepare a training on its device: model, loop, splits, warm-up, memory, and the peak speed of its step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,23 +20,23 @@ from pipeline.profiling.clock import Clock
 from pipeline.training import loop, optimizers
 
 Splits = dict[str, batching.Split]
-"""By name: `train`, and the one to validate on."""
+"""Split by name: `train`, and `validation` or `test` to validate on."""
 
-TOTAL = ("upload", "features", "train", "validate")
-"""The clock's spans that make `time/total_seconds`."""
+TOTAL_SPANS = ("upload", "features", "train", "validate")
+"""The spans of the clock that `time/total_seconds` adds up."""
 
 FREE_SHARE = 0.9
-"""How much of the device's free memory the images may take; fragmentation and other programs need the rest."""
+"""Share of the device's free memory that images may take. Fragmentation and other programs need the rest."""
 
-THREADS = torch.get_num_threads()
-"""torch's own choice, before any recipe sets another number."""
+DEFAULT_THREADS = torch.get_num_threads()
+"""The number of CPU threads that torch chooses, before any recipe sets another."""
 
-LARGEST_BATCH = 2**20
-"""The largest `batch_size` that the settings allow."""
+MIN_BATCH, LARGEST_BATCH = 2, 2**20
+"""The batch sizes to search. BatchNorm may reject a single image; the settings allow no more than the largest."""
 
 
 class TrainingSetup:
-    """A recipe's model on its device, and the loop that trains it, or that trains its head on features."""
+    """A recipe's model on its device, and the loop that trains the model, or only its head on cached features."""
 
     def __init__(
         self,
@@ -48,40 +48,41 @@ class TrainingSetup:
         backend: Backend,
         clock: Clock,
     ):
-        """Build the model with random numbers from `seed`. Raises UsageError where a setting fits neither the model nor
-        the device."""
+        """Build the model with random numbers from `seed`. Raises UsageError if a setting does not fit the model or the
+        device."""
         train = splits["train"]
         self.recipe = recipe
         self._classes, self._weights, self._backend, self._clock = classes, weights, backend, clock
-        self._images = len(train)
-        auto = recipe.channels_last == "auto"
-        self.channels_last = backend.channels_last(recipe.precision) if auto else bool(recipe.channels_last)
+        self._train_images = len(train)
+        self.channels_last = (
+            backend.channels_last(recipe.precision) if recipe.channels_last == "auto" else recipe.channels_last
+        )
         net = self._new_model(seed)
         self.net = net.to(backend.device).to(memory_format=memory_format(self.channels_last))
-        few = first_batch(train, min(2, len(train)), backend)[0]
-        example = batching.prepare(few, recipe.image_size, channels_last=self.channels_last)
+        images, _ = first_batch(train, min(2, len(train)), backend)
+        example = batching.prepare(images, recipe.image_size, channels_last=self.channels_last)
         self.on_features = classifier.caches_features(self.net, recipe, example)
-        """Whether the head alone is trained, on features that are computed once."""
+        """Whether only the head is trained, on features that are computed once."""
         passes = 1 if self.on_features else recipe.epochs
-        images = len(train) + len(val_split(splits))
-        self.compile_mode = backend.compile_mode(recipe.compile, images * passes)
+        images_per_pass = len(train) + len(val_split(splits))
+        self.compile_mode = backend.compile_mode(recipe.compile, images_per_pass * passes)
         self.use_cuda_graph = backend.use_cuda_graph(recipe.graph, self.compile_mode)
 
         prepare = make_prepare(train, recipe.image_size, backend, channels_last=self.channels_last)
-        self._prepare = self._compiled(prepare, WITHOUT_GRAPHS.get(self.compile_mode, self.compile_mode))
-        self._network = self.net.head if self.on_features else self._compiled(self.net, self.compile_mode)
+        self._prepare = _compiled(prepare, WITHOUT_GRAPHS.get(self.compile_mode, self.compile_mode))
+        self._network = self.net.head if self.on_features else _compiled(self.net, self.compile_mode)
         self._backbone: Callable[[Tensor], Tensor] = self.net.features
-        self._fold_again: Callable[[], None] = lambda: None
+        self._refold: Callable[[], None] = lambda: None
         if self.on_features:
-            folded, self._fold_again = folding.fold_batch_norm(self.net, example)
-            self._backbone = self._compiled(folded, self.compile_mode)
+            folded, self._refold = folding.fold_batch_norm(self.net, example)
+            self._backbone = _compiled(folded, self.compile_mode)
         self.feature_step = self._make_feature_step(self._prepare, self.use_cuda_graph)
-        """Computes the head's input, (B, D) float32, for a batch of uint8 images; it is valid until the next call."""
+        """Computes the head's input, (B, D) float32, for uint8 images (B, H, W, 3), valid until the next call."""
         self.loop = self._make_loop(loop.unchanged if self.on_features else self._prepare, self.use_cuda_graph)
 
     def make_step(self, *, raw: bool, use_cuda_graph: bool) -> Callable[[Tensor, Tensor], object]:
-        """Another step of the same work, with an optimizer of its own, or another pass that computes features. It takes
-        a batch and its labels; `raw`: of uint8 images, else of prepared ones."""
+        """Make another training step with a new optimizer, or another feature pass if `on_features`. The step takes
+        images and labels; the images are uint8 if `raw`, else already prepared."""
         prepare = self._prepare if raw else loop.unchanged
         if not self.on_features:
             return self._make_loop(prepare, use_cuda_graph).step
@@ -89,31 +90,31 @@ class TrainingSetup:
         return lambda images, _: feature_step(images)
 
     def set_step_mode(self) -> None:
-        """Put the model into the mode in which `make_step`'s steps run."""
+        """Set the model to evaluation mode for a feature pass, else to training mode."""
         self.net.eval() if self.on_features else self.loop.set_train_mode()
 
     def restart(self, seed: int) -> None:
-        """Reset model, optimizer, schedule and random numbers for a training with `seed`, in place: what was compiled
-        or captured stays valid."""
+        """Reset model, optimizer, schedule and random numbers for a training with `seed`. The memory stays the same, so
+        that compiled functions and captured graphs stay valid."""
         self.net.load_state_dict(self._new_model(seed).state_dict())
-        self._fold_again()
+        self._refold()
         self.loop.restart()
-        torch.manual_seed(seed)  # what dropout draws must not depend on how the model was built
+        torch.manual_seed(seed)  # dropout must not depend on how many numbers the model drew
 
     def compute_features(self, split: batching.Split, progress: loop.Progress = loop.silent) -> batching.Split:
-        """The head's input for each image of `split`, on the device of `split`."""
+        """Compute the head's input for each image of `split`, on the device of `split`."""
         self.net.eval()
         batches = batching.batches(split, self.recipe.batch_size, self._backend)
         return loop.compute_features(self.feature_step, split, batches, progress)
 
     def train_batches(self, split: batching.Split, seed: int, epoch: int) -> loop.Batches:
-        """The batches of a training epoch."""
+        """The batches of training epoch `epoch`, counted from 1."""
         return batching.shuffled_batches(
             split, self.recipe.batch_size, self._backend, seed, epoch, flip=self.recipe.flip
         )
 
     def val_batches(self, split: batching.Split) -> loop.Batches:
-        """The batches of a validation."""
+        """The batches of `split` in their order, for validation."""
         return batching.batches(split, self.recipe.batch_size, self._backend)
 
     def _new_model(self, seed: int) -> classifier.Classifier:
@@ -140,7 +141,7 @@ class TrainingSetup:
 
     def _make_optimizer(self) -> loop.Schedule:
         params = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        steps_per_epoch = math.ceil(self._images / self.recipe.batch_size)
+        steps_per_epoch = math.ceil(self._train_images / self.recipe.batch_size)
         return optimizers.build(self.recipe, params, steps_per_epoch, self._backend.optimizer_options)
 
     def _make_feature_step(self, prepare: loop.Prepare, use_cuda_graph: bool) -> Callable[[Tensor], Tensor]:
@@ -148,34 +149,34 @@ class TrainingSetup:
             self._backbone, prepare, self._backend, self.recipe.precision, use_cuda_graph=use_cuda_graph
         )
 
-    @staticmethod
-    def _compiled(function: Any, mode: str) -> Any:
-        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
+def configure_backend(device: str, recipe: config.Recipe) -> Backend:
+    """Select the backend for the setting `device`, tune it, and set the recipe's precision and CPU threads.
 
-def device_for(device: str, recipe: config.Recipe) -> Backend:
-    """The backend for a value of `device`, tuned, and set to the recipe's precision and CPU threads. Raises UsageError
-    where it is not there or can't do them."""
+    Raises UsageError if the device is missing or does not support the precision.
+    """
     backend = devices.select(device)
     backend.tune()
     backend.set_precision(recipe.precision)
-    torch.set_num_threads(recipe.threads or THREADS)  # one process may run stages with several recipes
+    torch.set_num_threads(recipe.threads or DEFAULT_THREADS)  # one process may run stages with several recipes
     return backend
 
 
 def decode_splits(settings: config.Settings, resolved: dict[str, Any]) -> Splits:
-    """All images to train and validate on, in host memory, by their split in the source that `datasets.resolve`
-    found."""
+    """Load the images to train and validate on into host memory: `train`, and `test` if it is the validation split.
+
+    `resolved` is the result of `datasets.resolve`.
+    """
     recipe = settings.work
+    names = ("train", "test") if recipe.validation == "test" else ("train",)
     return {
-        split: batching.as_split(*datasets.decode(settings.data, resolved, split, recipe.image_size))
-        for split in (("train", "test") if recipe.validation == "test" else ("train",))
+        name: batching.as_split(*datasets.decode(settings.data, resolved, name, recipe.image_size)) for name in names
     }
 
 
 def hold_out(images: Splits, settings: config.Settings) -> Splits:
-    """The images to train and to validate on, from those of `decode_splits`; a validation split is drawn by the
-    seed."""
+    """The splits to train and to validate on. `images` is the result of `decode_splits`; if it has no `test`, hold out
+    a validation split, chosen by the seed."""
     if settings.work.validation == "test":
         return images
     train, validation = batching.stratified_split(images["train"].labels.numpy(), settings.seed)
@@ -183,18 +184,17 @@ def hold_out(images: Splits, settings: config.Settings) -> Splits:
 
 
 def warm_up(training: TrainingSetup, splits: Splits) -> float:
-    """Run every batch shape once, so that autotuning, compilation and graph capture are not timed. Call `restart`
-    afterwards.
+    """Run every batch shape once, so that autotuning, compilation and graph capture are not timed.
 
-    Returns the bytes of device memory that another such run takes at its peak; 0 on a CPU, where the memory is not the
-    training's alone.
+    Returns the peak of device memory in a second run, in bytes; 0 on a CPU, whose peak includes the whole process. The
+    model learns from these steps: call `restart` afterwards.
     """
     backend = training.loop.backend
     try:
         _warm_up_once(training, splits)
         if not backend.asynchronous:
             return 0.0
-        backend.release_memory()  # kernels that were tried may have taken far more than those that were chosen
+        backend.release_memory()  # autotuning tries kernels that need far more memory than the chosen ones
         backend.reset_peak_memory()
         _warm_up_once(training, splits)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -205,27 +205,27 @@ def warm_up(training: TrainingSetup, splits: Splits) -> float:
 
 def _warm_up_once(training: TrainingSetup, splits: Splits) -> None:
     train, backend = splits["train"], training.loop.backend
-    batches = [batch for few in _batch_shapes(training, train) for batch in training.train_batches(few, 0, 0)]
+    batches = [batch for split in _one_batch_splits(training, train) for batch in training.train_batches(split, 0, 0)]
     if backend.asynchronous or training.use_cuda_graph or training.compile_mode != "off":
-        val_batches = [(few.inputs, few.labels) for few in _batch_shapes(training, val_split(splits))]
-    else:  # an eager CPU does nothing once per shape
+        val_batches = [(split.inputs, split.labels) for split in _one_batch_splits(training, val_split(splits))]
+    else:  # on a CPU, eager evaluation has nothing to prepare for each shape
         val_batches = batches[:1]
-    batching.epoch_permutation(len(train), backend, seed=0, epoch=0)  # sorting so many has kernels of its own
+    batching.epoch_permutation(len(train), backend, seed=0, epoch=0)  # a sort of this length has its own kernels
     loop.warm_up(training.loop, batches, val_batches)
 
 
-def _batch_shapes(training: TrainingSetup, split: batching.Split) -> Iterator[batching.Split]:
-    """For each batch size of `split`, its first samples on the device."""
+def _one_batch_splits(training: TrainingSetup, split: batching.Split) -> Iterator[batching.Split]:
+    """For each batch size of `split`: a split on the device that holds the first samples, one batch of them."""
     for size in batch_sizes(split, training.recipe.batch_size):
-        few = split.take(np.arange(size))
+        samples = split.take(np.arange(size))
         if training.on_features:
-            few = training.compute_features(few)
-        yield batching.Split(*first_batch(few, size, training.loop.backend))
+            samples = training.compute_features(samples)
+        yield batching.Split(*first_batch(samples, size, training.loop.backend))
 
 
 def fixed_step(training: TrainingSetup, splits: Splits) -> tuple[Callable[[], object], int]:
-    """A function that runs the training step, or the pass that computes features, on one prepared batch on the device;
-    and that batch's size. The model learns from it."""
+    """Returns a function that runs the training step, or the feature pass, on one prepared batch, and the size of this
+    batch. The model learns from the step."""
     size = min(training.recipe.batch_size, len(splits["train"]))
     images, labels = first_batch(splits["train"], size, training.loop.backend)
     prepared = batching.prepare(images, training.recipe.image_size, channels_last=training.channels_last)
@@ -235,7 +235,7 @@ def fixed_step(training: TrainingSetup, splits: Splits) -> tuple[Callable[[], ob
 
 
 def measure_peaks(training: TrainingSetup, splits: Splits) -> roofline.Peaks:
-    """This machine's limits for this work. The model learns from it: call `restart` afterwards."""
+    """Measure the peak rates of this machine for this training. The model learns: call `restart` afterwards."""
     backend = training.loop.backend
     step, size = fixed_step(training, splits)
     seconds = roofline.time_calls(
@@ -251,7 +251,7 @@ def measure_peaks(training: TrainingSetup, splits: Splits) -> roofline.Peaks:
 
 
 def flops_per_image(training: TrainingSetup) -> float | None:
-    """Floating-point operations for one image in a training step, or in computing its features."""
+    """Floating-point operations per image in a training step, or in the feature pass. None if they can't be counted."""
     recipe = training.recipe
     shape = (3, recipe.image_size, recipe.image_size)
     if training.on_features:
@@ -264,53 +264,64 @@ def flops_per_image(training: TrainingSetup) -> float | None:
 def place_splits(
     training: TrainingSetup, splits: Splits, step_bytes: float, device_gib: float | None
 ) -> tuple[Splits, str]:
-    """The splits where they are trained from, and that place: `device` if they fit beside the `step_bytes` of a step,
-    else `host`. `device_gib` limits how much of the device they may take."""
+    """Copy the splits to the device if they fit beside the `step_bytes` of a step.
+
+    Returns the splits and where they are: `device` or `host`. `device_gib` limits the device memory that they may take.
+    """
     backend = training.loop.backend
     free = backend.free_bytes()
-    room = math.inf if free is None else FREE_SHARE * free - step_bytes
+    available = math.inf if free is None else FREE_SHARE * free - step_bytes
     if device_gib is not None:
-        room = min(room, device_gib * 2**30)
-    if sum(split.nbytes for split in splits.values()) > room:
-        return dict(splits), "host"  # a copy: the caller may replace images by features
+        available = min(available, device_gib * 2**30)
+    if sum(split.nbytes for split in splits.values()) > available:
+        return dict(splits), "host"  # a copy, since the caller may replace images by features
     return {name: split.to(backend.device) for name, split in splits.items()}, "device"
 
 
-def largest_batch(training: TrainingSetup, image_shape: tuple[int, ...], *, below: int | None = None) -> int | None:
-    """The largest power of two whose step fits the device's memory, found by taking steps; None where none fits.
+def largest_batch(training: TrainingSetup, image_shape: tuple[int, ...]) -> int | None:
+    """The largest power of two whose training step fits the device's memory. Tries steps from 2 images upwards.
 
-    Searches downwards from below `below`, or upwards from 2; not for a single image, since BatchNorm refuses one whose
-    maps are a pixel. Images are (N, *image_shape) uint8. The model learns from the steps. A batch that takes more than
-    the device's capacity, where the system would swap, does not fit; one that would need half as much again is not
-    tried. Upwards, a device of unknown capacity is not searched: None.
+    Returns None if not even 2 images fit, or if the device's capacity is unknown. Images are (N, *image_shape) uint8. A
+    batch size that would probably need more than 1.5 times the capacity is not tried. The model learns from the steps.
     """
-    backend = training.loop.backend
-    capacity = backend.capacity_mib()
+    capacity = training.loop.backend.capacity_mib()
     if capacity is None:
-        if below is None:
-            return None
-        capacity = math.inf
-    largest, size = None, 2 if below is None else 2 ** (math.ceil(math.log2(below)) - 1)
-    while size >= 2:
-        backend.reset_peak_memory()
-        done = _step_fits(training, size, image_shape)
-        peak = backend.memory_mib().get("peak", 0.0)
-        fits = done and peak <= capacity
-        if below is not None:
-            if fits:
-                return size
-            size //= 2
-        elif not fits or 2 * peak > 1.5 * capacity or size == LARGEST_BATCH:
-            return size if fits else largest
-        else:
-            largest, size = size, 2 * size
+        return None
+    largest, size = None, MIN_BATCH
+    while size <= LARGEST_BATCH:
+        peak = _step_peak_mib(training, size, image_shape)
+        if peak is None or peak > capacity:
+            break
+        largest = size
+        if 2 * peak > 1.5 * capacity:
+            break
+        size *= 2
+    return largest
+
+
+def largest_batch_below(training: TrainingSetup, image_shape: tuple[int, ...], limit: int) -> int | None:
+    """The largest power of two below `limit` whose training step fits the device's memory; None if none fits.
+
+    Tries steps downwards. Images are (N, *image_shape) uint8. The model learns from the steps.
+    """
+    capacity = training.loop.backend.capacity_mib() or math.inf
+    size: int = 2 ** (math.ceil(math.log2(limit)) - 1)
+    while size >= MIN_BATCH:
+        peak = _step_peak_mib(training, size, image_shape)
+        if peak is not None and peak <= capacity:
+            return size
+        size //= 2
     return None
 
 
-def _step_fits(training: TrainingSetup, size: int, image_shape: tuple[int, ...]) -> bool:
-    """Whether a step of `size` images ends without running out of memory."""
+def _step_peak_mib(training: TrainingSetup, size: int, image_shape: tuple[int, ...]) -> float | None:
+    """The peak memory of a step on `size` images, in MiB; None if it runs out of memory.
+
+    The peak may exceed the device's capacity: the system then swaps. It is 0 if the backend does not know it.
+    """
     backend = training.loop.backend
     training.set_step_mode()
+    backend.reset_peak_memory()
     backend.tune(repeated=False)
     try:
         with backend.memory_errors():
@@ -320,17 +331,17 @@ def _step_fits(training: TrainingSetup, size: int, image_shape: tuple[int, ...])
             for _ in range(2):  # the first step allocates the optimizer's state
                 step(images, labels)
             backend.synchronize()
+        return backend.memory_mib().get("peak", 0.0)
     except OutOfMemoryError:
-        return False
+        return None
     finally:
         backend.tune()
         backend.release_memory()
-    return True
 
 
 def saved_bytes_per_image(training: TrainingSetup, images: batching.Split) -> float:
-    """Bytes that a step saves per image for its backward pass, from steps on two and on four of `images`. The model
-    learns from them."""
+    """Bytes per image that a step saves for its backward pass: the difference between steps on 2 and on 4 of `images`.
+    The model learns from the steps."""
     step = training.make_step(raw=True, use_cuda_graph=False)
 
     def saved_bytes(size: int) -> int:
@@ -348,7 +359,7 @@ def saved_bytes_per_image(training: TrainingSetup, images: batching.Split) -> fl
 
 
 def first_batch(split: batching.Split, size: int, backend: Backend) -> tuple[Tensor, Tensor]:
-    """The first `size` samples as one batch on the device."""
+    """The first `size` samples of `split` as one batch on the device."""
     (batch,) = batching.batches(split.take(np.arange(size)), size, backend)
     return batch
 
@@ -358,22 +369,26 @@ def val_split(splits: Splits) -> batching.Split:
     return next(split for name, split in splits.items() if name != "train")
 
 
+def _compiled(function: Any, mode: str) -> Any:
+    return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """torch's name for the layout."""
+    """torch's memory format."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def batch_sizes(split: batching.Split, batch_size: int) -> list[int]:
-    """The sizes of the split's batches, in rising order."""
+    """The different sizes of the split's batches, ascending: the last batch may be short."""
     return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0})
 
 
 def make_prepare(images: batching.Split, image_size: int, backend: Backend, *, channels_last: bool) -> loop.Prepare:
-    """A function that turns a batch of `images` into the network's input (`batching.prepare`)."""
+    """Make a function that turns a batch of `images` into the network's input by `batching.prepare`."""
     height, width, _ = images.inputs.shape[1:]
-    enlarge = batching.resize_weights(height, width, image_size, backend.device)
+    weights = batching.resize_weights(height, width, image_size, backend.device)
 
     def prepare(batch: Tensor) -> Tensor:
-        return batching.prepare(batch, image_size, enlarge, channels_last=channels_last)
+        return batching.prepare(batch, image_size, weights, channels_last=channels_last)
 
     return prepare

@@ -1,4 +1,4 @@
-"""One training step repeated for a while on random images: the speeds that a device reaches and keeps up."""
+"""Repeat one training step on random images, to measure the speeds that a device reaches and sustains."""
 
 import itertools
 import math
@@ -28,15 +28,15 @@ SEED = 0
 """Seed of images, labels and weights."""
 
 SLICE_SECONDS = 1.0
-"""How often the device is synchronized and the speed read. A slice takes longer where a single step does, and a third
-of the whole time where that is less than three seconds."""
+"""Length of a slice, after which the device is synchronized. It is longer if a single step is, and a third of the whole
+time if that is less than three seconds."""
 
 MIN_SLICES = 3
-"""One slice for each third of the time."""
+"""At least one slice for each third of the time."""
 
 MEMORY_MARGIN = 2
-"""How many times the bytes saved for its backward pass a step takes at most: for gradients, copies in other layouts,
-and what the allocator keeps."""
+"""A step needs at most this many times the bytes that it saves for its backward pass. The rest is for gradients, copies
+in other layouts, and the allocator's reserve."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -55,15 +55,15 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class StepRun:
-    """How a repeated step went."""
+    """The measurements of a repeated step."""
 
     batch_size: int
     slices: list[Slice]
     energy: tuple[str, float] | None
-    """The counter that was read, and the joules of all slices; None where the device has no counter that moved."""
+    """The energy counter's name, and the joules of all slices; None without a counter, or if it did not move."""
 
     def figures(self) -> dict[str, float]:
-        """The step's figures, by the names that `score_steps.metric` lists."""
+        """The step's figures, by the names in the docstring of `score_steps.metric`."""
         first, last = split_thirds(self.slices)
         seconds = math.fsum(piece.seconds for piece in self.slices)
         figures = {
@@ -80,8 +80,8 @@ class StepRun:
 
 
 def split_thirds(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
-    """The slices whose middle lies in the first third of the whole time, and those whose middle lies in the last; where
-    there is none, the first slice, and the last."""
+    """Returns the slices whose middle is in the first third of the whole time, and those whose middle is in the last
+    third. If there are none, the first slice or the last stands for them."""
     ends = list(itertools.accumulate(piece.seconds for piece in slices))
     middles = [(piece, end - piece.seconds / 2) for end, piece in zip(ends, slices, strict=True)]
     first = [piece for piece, middle in middles if middle < ends[-1] / 3]
@@ -90,29 +90,29 @@ def split_thirds(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
 
 
 def run_step(step: Step, precision: str, device: str, seconds: float) -> StepRun | None:
-    """Repeat `step` for `seconds` with its batch, or with the largest half, quarter, ... that fits the memory.
+    """Repeat `step` for `seconds`. If its batch does not fit the memory, try a half, a quarter, ... of it.
 
-    Returns None where not even one image fits. The memory is free again afterwards.
+    Returns None if not even one image fits. Frees the memory at the end.
     """
     batch_size = step.batch_size
     while batch_size:
         recipe = _recipe(step, precision, batch_size)
-        backend = setup.device_for(device, recipe)
+        backend = setup.configure_backend(device, recipe)
         try:
             with backend.memory_errors():
                 return _repeat(step.title, recipe, backend, seconds)
         except OutOfMemoryError:
-            batch_size //= 2  # the next try comes after this clause, whose error keeps the memory
+            batch_size //= 2  # try again only after this clause, since the error holds memory
         finally:
             backend.release_memory()
     return None
 
 
 def largest_batch(step: Step, device: str) -> int | None:
-    """The largest power of two that fits as the step's batch at fp32, without CUDA graphs; None where that can't be
-    found out."""
+    """The largest power of two that fits the memory as batch size of `step` at fp32, without CUDA graphs; None if it is
+    unknown."""
     recipe = replace(_recipe(step, "fp32", step.batch_size), graph=False)
-    backend = setup.device_for(device, recipe)
+    backend = setup.configure_backend(device, recipe)
     if not backend.raises_oom:
         return None
     try:
@@ -124,14 +124,14 @@ def largest_batch(step: Step, device: str) -> int | None:
 
 
 def random_images(count: int, side: int) -> batching.Split:
-    """Images (count, side, side, 3) uint8 and labels. A step takes as long on them as on real ones."""
+    """Random images (count, side, side, 3) uint8 and labels. A step takes the same time as on real images."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
     return batching.Split(inputs, torch.randint(CLASSES, (count,), generator=generator))
 
 
 def steps_per_slice(train_loop: loop.TrainLoop, batches: Batches, seconds: float) -> int:
-    """How many steps make a slice, judged by the second step: the first one includes what is done once per shape."""
+    """The number of steps in a slice, from the time of the second step. The first includes autotuning and capture."""
     with train_loop.clock.span("first step"):
         train_loop.step(*next(batches))
     with train_loop.clock.span("second step") as span:
@@ -142,7 +142,7 @@ def steps_per_slice(train_loop: loop.TrainLoop, batches: Batches, seconds: float
 def time_slices(
     title: str, train_loop: loop.TrainLoop, batches: Batches, batch_size: int, steps: int, seconds: float
 ) -> list[Slice]:
-    """Run slices of `steps` steps until `seconds` have passed, and at least MIN_SLICES."""
+    """Run slices of `steps` steps until `seconds` have passed, and at least MIN_SLICES of them."""
     clock, images = train_loop.clock, steps * batch_size
     slices: list[Slice] = []
     with terminal.progress(title, images * math.ceil(seconds / SLICE_SECONDS)) as advance:
@@ -156,7 +156,7 @@ def time_slices(
 
 
 def _repeat(title: str, recipe: config.Recipe, backend: Backend, seconds: float) -> StepRun:
-    """Raises OutOfMemoryError where the batch does not fit."""
+    """Repeat the recipe's step for `seconds`. Raises OutOfMemoryError if the batch does not fit."""
     images = random_images(BATCHES * recipe.batch_size, recipe.image_size)
     training = _build(recipe, images, backend)
     if not backend.raises_oom:
@@ -175,7 +175,7 @@ def _repeat(title: str, recipe: config.Recipe, backend: Backend, seconds: float)
 
 
 def _build(recipe: config.Recipe, images: batching.Split, backend: Backend) -> setup.TrainingSetup:
-    """The step's model on the device, in training mode."""
+    """Build the step's model on the device, in training mode."""
     splits = {"train": images, "validation": images}
     training = setup.TrainingSetup(recipe, SEED, CLASSES, None, splits, backend, Clock(backend.synchronize))
     training.loop.set_train_mode()
@@ -183,16 +183,17 @@ def _build(recipe: config.Recipe, images: batching.Split, backend: Backend) -> s
 
 
 def _require_memory(training: setup.TrainingSetup, images: batching.Split) -> None:
-    """Raise OutOfMemoryError where a step would take more memory than is free: a CPU swaps instead of raising, or the
-    system kills the process."""
+    """Raise OutOfMemoryError if a step would need more memory than is free. A CPU would swap instead, or the system
+    would kill the process."""
     backend = training.loop.backend
-    free, needed = backend.free_bytes(), MEMORY_MARGIN * setup.saved_bytes_per_image(training, images)
-    if free is not None and needed * training.recipe.batch_size > free:
+    free = backend.free_bytes()
+    needed_per_image = MEMORY_MARGIN * setup.saved_bytes_per_image(training, images)
+    if free is not None and needed_per_image * training.recipe.batch_size > free:
         raise OutOfMemoryError(f"{backend.kind} has {free / 2**30:.1f} GiB free: lower batch_size")
 
 
 def _recipe(step: Step, precision: str, batch_size: int) -> config.Recipe:
-    """The step as a recipe, the same whatever the user's settings."""
+    """The step as a recipe. It does not depend on the user's settings."""
     return config.Recipe(
         model=step.model,
         weights="random",

@@ -199,29 +199,21 @@ class Limited(Cpu):
 
     raises_oom = True
     capacity = 8.0
-    used = 0
 
     def capacity_mib(self):
         return self.capacity
 
-    def reset_peak_memory(self):
-        self.used = 0
-
-    def memory_mib(self):
-        return {"peak": float(self.used)}
-
 
 @pytest.fixture
 def device(monkeypatch):
-    backend, fits = Limited(), setup._step_fits
+    backend, measure = Limited(), setup._step_peak_mib
 
-    def step_fits(training, size, shape):
+    def step_peak_mib(training, size, shape):
         assert not training.use_cuda_graph and training.compile_mode == "off" and training.recipe.precision == "fp32"
-        backend.used = size
-        return fits(training, size, shape)
+        return None if measure(training, size, shape) is None else float(size)
 
     monkeypatch.setattr(devices, "select", lambda device: backend)
-    monkeypatch.setattr(setup, "_step_fits", step_fits)
+    monkeypatch.setattr(setup, "_step_peak_mib", step_peak_mib)
     return backend
 
 
