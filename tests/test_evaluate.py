@@ -133,20 +133,6 @@ def test_every_repeats_checkpoint_is_measured_and_its_own_run_completed(repeated
     assert "test accuracy" in output.splitlines()[-1] and "-S repeats=3" not in output
 
 
-def test_a_repeat_is_evaluated_beside_what_the_others_left(repeated):
-    settings, outputs = repeated(2)
-    for number in (2, 1, 2):
-        stale = records.stage_folders(outputs, number)["evaluate"] / "stale.txt"
-        files.write_text(stale, "stale")
-        evaluate.run(settings, outputs, number)
-        assert not stale.exists()
-    left = {path.relative_to(outputs / "evaluate").as_posix() for path in (outputs / "evaluate").rglob("*.json")}
-    assert left == {"record.json", "metrics.json", "repeats/2/record.json", "repeats/2/metrics.json"}
-    shutil.rmtree(outputs / "evaluate")
-    shutil.copy(outputs / "train" / "best.safetensors", outputs / "train" / "repeats" / "2" / "best.safetensors")
-    assert "another training" in refusal(settings, outputs, 2)
-
-
 def test_a_store_without_the_run_gets_it_back(outputs):
     (run,) = runs()
     result = evaluate.run(generated("tracking.experiment=another"), outputs)

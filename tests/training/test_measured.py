@@ -206,12 +206,6 @@ def test_a_speed_that_stays_impossible_taints_the_run(run, measuring, shares, fl
     assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(share)
 
 
-def test_too_little_memory_to_measure_again_leaves_the_first_measurement(run, measuring):
-    measuring(*[torch.OutOfMemoryError("no more")] * 2)
-    record, _ = run("features=recompute", peaks=peaks_of(SPEED / 2))
-    assert record["tags"]["taints"] == "clock" and record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(2)
-
-
 @pytest.mark.parametrize(("share", "judged"), [(1.0, False), (12.0, True)])
 def test_a_short_training_is_not_judged_unless_its_clock_made_it_short(run, measuring, monkeypatch, share, judged):
     monkeypatch.setattr(roofline, "STEP_SECONDS", 20_000.5)
