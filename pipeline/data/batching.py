@@ -1,4 +1,4 @@
-"""Images ready to train on: the validation split, the order of each epoch, batches on the device, the resize."""
+"""Prepare images for training: hold out a validation split, shuffle each epoch, cut batches, resize."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from pipeline.devices import Backend
 from pipeline.errors import UsageError
 
 UPLOAD_ROWS = 8192
-"""How many images are gathered in host memory at a time on their way to the device."""
+"""The number of images that are gathered in host memory at a time and copied to the device."""
 
 GOLDEN_GAMMA, MIX_1, MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-"""SplitMix64's constants, as the signed numbers that tensors hold."""
+"""SplitMix64's constants as signed int64."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its inputs take on a device."""
+        """Bytes that the split's inputs need on a device."""
         return len(self) * self.inputs[0].nbytes
 
     def take(self, indices: NDArray[np.int64]) -> "Split":
@@ -46,7 +46,7 @@ class Split:
         return Split(self.inputs, self.labels, rows if self.rows is None else self.rows[rows])
 
     def to(self, device: torch.device) -> "Split":
-        """A copy on `device` that holds only the split's own samples."""
+        """A copy on `device` of only the samples that belong to the split."""
         if self.rows is None:
             return Split(self.inputs.to(device), self.labels.to(device))
         inputs = torch.empty((len(self), *self.inputs.shape[1:]), dtype=self.inputs.dtype, device=device)
@@ -67,8 +67,8 @@ class Neighbours(NamedTuple):
 
 
 class ResizeWeights(NamedTuple):
-    """How (H, W) is enlarged to (S, S): as matrices, `columns` (W, S) and `rows` (S, H) float32, and the same weights
-    by neighbours."""
+    """The weights that enlarge (H, W) to (S, S): as matrices, `columns` (W, S) and `rows` (S, H) float32, and as the
+    two neighbours of each output, `across` and `down`."""
 
     columns: Tensor
     rows: Tensor
@@ -82,9 +82,9 @@ def as_split(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
 
 
 def stratified_split(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ascending indices (train, validation): a tenth of each class, chosen by `seed`, is held out for validation.
+    """Hold out a tenth of each class, chosen by `seed`, for validation. Returns ascending indices (train, validation).
 
-    A tenth is rounded, and at least one image where the class has two. Raises UsageError where no class has two.
+    The tenth is rounded, but at least one image of a class that has two. Raises UsageError if no class has two.
     """
     held_out = []
     for label in np.unique(labels):
@@ -102,8 +102,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut `split` into batches on the device; the last one may be short.
 
-    `order`: (N,) int64, beside the split's labels, shuffles it. A batch in host memory is copied to the device while
-    the one before it is worked on.
+    `order`: (N,) int64, on the device of the labels, is the order of the samples. Batches in host memory are copied
+    to the device one ahead, while the device works on the previous one.
     """
     sliced = _slice(split, batch_size, order)
     return sliced if split.inputs.device.type == backend.device.type else _prefetch(sliced, backend)
@@ -112,7 +112,7 @@ def batches(
 def shuffled_batches(
     split: Split, batch_size: int, backend: Backend, seed: int, epoch: int, *, flip: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's batches in `epoch_permutation`, the same on every device.
+    """An epoch's batches, shuffled by `epoch_permutation`: the same on every device.
 
     `flip` mirrors each image left to right with probability one half.
     """
@@ -129,12 +129,12 @@ def shuffled_batches(
 
 
 def epoch_permutation(count: int, backend: Backend, seed: int, epoch: int) -> Tensor:
-    """(count,) int64: the order of an epoch's samples, drawn from `seed` and `epoch`."""
+    """The order of an epoch's samples, (count,) int64, which depends only on `count`, `seed` and `epoch`."""
     return torch.argsort(_splitmix64(count, seed, 2 * epoch, _random_device(backend)))
 
 
 def resize_weights(height: int, width: int, image_size: int, device: torch.device) -> ResizeWeights | None:
-    """The weights by which `prepare` enlarges (height, width) to `image_size`; None where it does not enlarge."""
+    """The weights with which `prepare` enlarges (height, width) to `image_size`; None if it does not enlarge."""
     if (height, width) == (image_size, image_size) or max(height, width) > image_size:
         return None
     across, down = _neighbours(width, image_size), _neighbours(height, image_size)
@@ -152,13 +152,13 @@ def prepare(
     """Resize (B, H, W, 3) uint8 to (B, 3, image_size, image_size) float32 from 0 to 1, as PIL does.
 
     Bilinear, rounded to 8 bits, with a widened filter when shrinking (Pillow, src/libImaging/Resample.c). `weights`:
-    the `resize_weights`, computed here where absent. Enlarging goes by columns first and rounds in between, as PIL
-    does: by two matrix products, or, compiled, by one kernel that reads each output's four inputs. Both are faster than
-    torch's own interpolation.
+    the result of `resize_weights`, computed here if absent. Like PIL, enlarging interpolates across columns, rounds,
+    then interpolates down rows. It uses two matrix products, or, when compiled, one kernel that reads the four inputs
+    of each output. Both are faster than torch's interpolation.
 
-    Shrinking, by torch, rounds once: values may differ from PIL's by one step of 1/255. So may enlarged values that
-    lie halfway between two steps, where the last bit decides (6 times as large: 5% of values); more of them where the
-    products are TF32's, which drop that bit (2 or 4 times as large). Of both roundings, rarely, by two steps.
+    Values may differ from PIL's by one step of 1/255, rarely by two. When shrinking, torch rounds only once. When
+    enlarging, the last bit decides about values halfway between two steps: 5% of all values at 6 times the size, more
+    with TF32, which drops this bit, at 2 or 4 times the size.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     height, width = images.shape[1:3]
@@ -176,9 +176,9 @@ def prepare(
 
 
 def _enlarge_by_matmul(images: Tensor, weights: ResizeWeights, channels_last: bool) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 from 0 to 255, by few, fast kernels."""
+    """(B, H, W, 3) uint8 -> (B, 3, S, S) float32 from 0 to 255, with a few fast kernels."""
     size, height = weights.rows.shape
-    # (B, 3, H, S): products of three columns, as the images lie, are slow.
+    # (B, 3, H, S). Products in the images' own layout would have only three columns, which is slow.
     pixels = torch.matmul(images.permute(0, 3, 1, 2).float().contiguous(), weights.columns).round_()
     if channels_last:
         pixels = pixels.permute(0, 2, 3, 1).reshape(len(images), height, size * 3)
@@ -189,24 +189,24 @@ def _enlarge_by_matmul(images: Tensor, weights: ResizeWeights, channels_last: bo
 
 
 def _enlarge_by_gather(images: Tensor, weights: ResizeWeights) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, S, S, 3) float32 from 0 to 255, equal to `_enlarge_by_matmul`. Many kernels, which the
-    compiler fuses into one."""
+    """(B, H, W, 3) uint8 -> (B, S, S, 3) float32 from 0 to 255, with the same values as `_enlarge_by_matmul`. Only for
+    compiled code: the compiler fuses its many kernels into one."""
     across, down = weights.across, weights.down
 
-    def widened(rows: Tensor) -> Tensor:
-        lines = images[:, rows]
-        left = lines[:, :, across.first] * across.first_weight[:, None]
-        return (left + lines[:, :, across.second] * across.second_weight[:, None]).round()
+    def interpolate_columns(rows: Tensor) -> Tensor:
+        selected = images[:, rows]
+        left = selected[:, :, across.first] * across.first_weight[:, None]
+        return (left + selected[:, :, across.second] * across.second_weight[:, None]).round()
 
-    upper = widened(down.first) * down.first_weight[:, None, None]
-    return (upper + widened(down.second) * down.second_weight[:, None, None]).round()
+    upper = interpolate_columns(down.first) * down.first_weight[:, None, None]
+    return (upper + interpolate_columns(down.second) * down.second_weight[:, None, None]).round()
 
 
 def _neighbours(inputs: int, outputs: int) -> Neighbours:
     centres = ((torch.arange(outputs, dtype=torch.float64) + 0.5) * (inputs / outputs) - 0.5).clamp(0, inputs - 1)
     first = centres.floor()
     fraction = centres - first
-    # A millionth more, so that halves are rounded up, as PIL does; torch rounds them to even.
+    # Increase by a millionth, so that halves are rounded up, as in PIL; torch rounds halves to even.
     first_weight, second_weight = ((weight * (1 + 2**-20)).float() for weight in (1 - fraction, fraction))
     return Neighbours(first.long(), (first.long() + 1).clamp(max=inputs - 1), first_weight, second_weight)
 
@@ -227,21 +227,21 @@ def _slice(split: Split, batch_size: int, order: Tensor | None) -> Iterator[tupl
         rows = torch.arange(start, min(stop, len(split))) if order is None else order[start:stop]
         if split.rows is not None:
             rows = split.rows[rows]
-        # inputs[rows] would take the host twice as long to launch.
+        # inputs[rows] takes the host twice as long to launch.
         yield torch.index_select(split.inputs, 0, rows), torch.index_select(split.labels, 0, rows)
 
 
 def _prefetch(sliced: Iterator[tuple[Tensor, Tensor]], backend: Backend) -> Iterator[tuple[Tensor, Tensor]]:
-    """Copy batches of host memory to the device, each before the one ahead of it is asked for."""
-    ahead = None
+    """Copy batches from host memory to the device. Starts each copy before it yields the previous batch."""
+    previous = None
     for batch in sliced:
-        coming = backend.to_device_async(batch)
-        if ahead is not None:
-            images, labels = ahead()
+        current = backend.to_device_async(batch)
+        if previous is not None:
+            images, labels = previous()
             yield images, labels
-        ahead = coming
-    if ahead is not None:
-        images, labels = ahead()
+        previous = current
+    if previous is not None:
+        images, labels = previous()
         yield images, labels
 
 
@@ -250,18 +250,18 @@ def _random_device(backend: Backend) -> torch.device:
 
 
 def _splitmix64(count: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    """(count,) int64, all different: SplitMix64's outputs from a start that `seed` and `stream` give (Steele, Lea and
-    Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """SplitMix64's outputs, (count,) int64, all different, from the start that `seed` and `stream` give (Steele, Lea
+    and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
-    torch's own generators give other numbers on each kind of device, and machines that are compared must take the same
-    batches. Products wrap, as they do on every device.
+    Not torch's generators: they give different numbers on each kind of device, but machines that are compared must use
+    the same batches. Products wrap around on every device.
     """
     start = int(_mix(_mix(torch.tensor(seed)) ^ stream))
     return _mix(torch.arange(1, count + 1, device=device) * GOLDEN_GAMMA + start)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection; the masks make torch's shifts of signed numbers logical ones."""
+    """SplitMix64's finaliser, a bijection. The masks turn torch's arithmetic shifts into logical ones."""
     bits = (bits ^ bits >> 30 & 0x3_FFFF_FFFF) * MIX_1
     bits = (bits ^ bits >> 27 & 0x1F_FFFF_FFFF) * MIX_2
     return bits ^ bits >> 31 & 0x1_FFFF_FFFF

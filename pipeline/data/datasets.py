@@ -1,4 +1,4 @@
-"""Where images come from: the published CIFAR-10, a folder, or generated pictures. Imports torch only when needed."""
+"""Find and decode images: the published CIFAR-10, a folder, or generated pictures. Does not import torch."""
 
 import hashlib
 import io
@@ -25,38 +25,38 @@ from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
 
 CACHE = config.ROOT / ".cache"
-"""What can be found out again, but slowly. It may be deleted at any time."""
+"""A cache of slow results. It may be deleted at any time."""
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SYNTHETIC_CLASSES = [
     "disc", "ring", "square", "frame", "triangle", "cross", "horizontal", "vertical", "diagonal", "checks",
 ]  # fmt: skip
 SYNTHETIC_VERSION = "synthetic-1"
-"""Raise it when the generator draws other pixels: it stands for the data in the workload."""
+"""Raise the number when the generator draws other pixels. The workload fingerprint includes it."""
 
 DECODED_VERSION = 1
-"""Raise it when decoding gives other pixels, so that none of those in the cache are used."""
+"""Raise it when decoding gives other pixels, so that old cached images are not used."""
 
 SPLITS = ("train", "test")
 MAX_DECODERS = min(4, os.cpu_count() or 1)
-"""Threads that decode images of more than SMALL_PIXELS; smaller ones are decoded faster by one."""
+"""Threads that decode images of more than SMALL_PIXELS. One thread decodes smaller images faster."""
 SMALL_PIXELS = 64 * 64
 IMAGES_PER_TASK = 64
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for a file that it can't read (SyntaxError: for a broken PNG)."""
+"""Errors that PIL raises for an unreadable file (SyntaxError: for a broken PNG)."""
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 
 def resolve(data: config.Data) -> dict[str, Any]:
-    """Find the data, fetch CIFAR-10 where it is missing, and describe it without an absolute path.
+    """Find the data, download CIFAR-10 if it is missing, and describe the data without an absolute path.
 
     Keys: `requested`, `source`, `digest`, `limit`, `classes`, `counts` (images of each split), `size` ([width, height]
-    where all images have one size, else null) and `reason` (of a fallback, else null). Raises UsageError for data that
-    the user must put right, StageError where cifar10 can't be had.
+    if all images have one size, else null) and `reason` (of a fallback, else null). Raises UsageError for data that
+    the user must correct, StageError if CIFAR-10 can't be downloaded.
     """
     source: str = data.source
     reason = None
@@ -76,9 +76,9 @@ def resolve(data: config.Data) -> dict[str, Any]:
 def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     """The images of a split, (N, H, W, 3) uint8, and their labels, (N,) int64, in a fixed order.
 
-    `inputs` is the result of `resolve`. A folder's images keep their size where all have the same; else each is
+    `inputs` is the result of `resolve`. A folder's images keep their size if all have the same; else each is
     squashed to `image_size` squared. Images are decoded once: later calls map the cached arrays into memory. Raises
-    UsageError that names an unreadable file, StageError where the source is no longer what `inputs` says.
+    UsageError with the name of an unreadable file, StageError if the data changed since `resolve`.
     """
     if inputs["source"] == "folder" and _folder_facts(data)["digest"] != inputs["digest"]:
         raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
@@ -93,12 +93,12 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
             with files.atomic_write(cached / f"{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, array)
     except StageError as error:
-        print(f"decoded images are not kept: {error}", file=sys.stderr)
+        print(f"decoded images are not cached: {error}", file=sys.stderr)
     return images, labels
 
 
 def _cached_folder(inputs: dict[str, Any], split: str, image_size: int) -> Path:
-    """The folder of a split's decoded images, named after all that decides their pixels."""
+    """The cache folder of a split's decoded images. Its name is a hash of everything that decides their pixels."""
     size = inputs["size"] or [image_size, image_size]
     pixels = [DECODED_VERSION, PIL_VERSION, inputs["digest"], inputs["limit"], split, size]
     return CACHE / "decoded" / hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:32]
@@ -119,7 +119,7 @@ def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
     try:
         fetch.fetch_cifar10(data.folder, data.mirrors, data.timeout_seconds)
     except UsageError:
-        raise  # an archive put there by hand is wrong: for its owner to put right
+        raise  # the user put a wrong archive there, and must correct it
     except StageError as error:
         return "synthetic", str(error).replace(str(data.folder), config.shareable(data.path))
     return "cifar10", None
@@ -136,7 +136,7 @@ def _fixed_facts(
 
 
 def _list_folder(data: config.Data) -> dict[str, dict[str, list[str]]]:
-    """The paths below `data.path` of each split's and class's images, classes and files in order of name."""
+    """Split -> class -> paths of its images, relative to `data.path`. Classes and files are sorted by name."""
     listing: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         folder = data.folder / split
@@ -166,7 +166,7 @@ def _list_class(data: config.Data, folder: str) -> list[str]:
 
 
 def _folder_facts(data: config.Data) -> dict[str, Any]:
-    """Digest and size take seconds for many files, so they are cached by the files' names, sizes and times."""
+    """Digest, size, classes and counts. Digest and size are slow, so they are cached by file names, sizes and times."""
     listing = _list_folder(data)
     paths = [path for split in SPLITS for group in listing[split].values() for path in group]
     stats = []
@@ -198,7 +198,7 @@ def _digest_and_size(folder: Path, paths: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _image_errors(path: str) -> Iterator[None]:
-    """Raise UsageError naming `path`, without its absolute folder, where the image can't be read."""
+    """Raise UsageError with the relative `path` if the image inside can't be read."""
     try:
         yield
     except UnicodeEncodeError:
@@ -226,7 +226,7 @@ def _folder_images(data: config.Data, size: list[int] | None, split: str, image_
             images[index] = np.asarray(pixels)
 
     threads = 1 if size and width * height <= SMALL_PIXELS else MAX_DECODERS
-    # Around all threads, which share the filters: each of them would restore those of another.
+    # Set once outside the threads: they share the filters, and would restore each other's.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore", UserWarning)  # PIL's, about odd metadata and transparency
         for _ in pool.map(decode_some, range(0, len(paths), IMAGES_PER_TASK)):
@@ -259,10 +259,10 @@ def _cifar10_images(data: config.Data, split: str) -> tuple[Images, Labels]:
 
 
 def _synthetic_images(split: str, limit: int | None) -> tuple[Images, Labels]:
-    """Ten shapes and patterns at random places, sizes and colours, in noise.
+    """Draw ten shapes and patterns with random positions, sizes, colours and noise.
 
-    Drawn with integers alone, so that the pixels are the same everywhere: NumPy promises PCG64's stream, but not that
-    of floating-point functions.
+    Uses only integers, so that the pixels are the same everywhere: NumPy guarantees PCG64's stream, but not that of
+    floating-point functions.
     """
     count = (500, 100)[SPLITS.index(split)]
     count = min(count, limit or count)
@@ -293,7 +293,7 @@ def _pictures(label: int, split: str) -> Iterator[Images]:
             ((x + phase) // period + (y + phase) // period) % 2 == 0,
         )[label]
         front, back = random.integers(0, 256, (2, 3))
-        while abs(front - back).max() < 96:  # so that the shape stands out from its ground
+        while abs(front - back).max() < 96:  # until the shape contrasts with its background
             front = random.integers(0, 256, 3)
         picture = np.where(mask[..., None], front, back) + random.integers(-40, 41, (32, 32, 3))
         yield picture.clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Checkpoints: a model's weights and all facts that are needed to use it, in one .safetensors file."""
+"""Checkpoints: a model's weights and all facts that are needed to use them, in one .safetensors file."""
 
 import json
 from dataclasses import dataclass
@@ -36,8 +36,7 @@ def save(path: Path, model: classifier.Classifier, facts: Checkpoint) -> None:
 
 
 def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:
-    """The model of a checkpoint, in evaluation mode on the CPU, and its facts. Raises StageError where it can't be
-    used."""
+    """The model of a checkpoint, in evaluation mode on the CPU, and its facts. Raises StageError if unusable."""
     metadata, state = classifier.read_safetensors(path)
     try:
         stored: dict[str, Any] = json.loads(metadata["trainmark"])

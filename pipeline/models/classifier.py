@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The last layer, by timm's own name for it."""
+        """The last layer, as timm defines it for the model."""
         head: nn.Module = self.net.get_classifier()  # type: ignore[operator]
         return head
 
@@ -117,8 +117,8 @@ def build(recipe: Recipe, classes: int, weights: Path | None) -> Classifier:
 
 
 def set_train_mode(model: nn.Module, frozen_batch_norm: str) -> None:
-    """Put the model into training mode; in BatchNorm layers whose own weights are frozen, `frozen_batch_norm`: eval
-    keeps the statistics, train lets them move."""
+    """Set the model to training mode. In BatchNorm layers whose weights are frozen, `frozen_batch_norm` decides: `eval`
+    keeps the statistics, `train` updates them."""
     model.train()
     if frozen_batch_norm == "eval":
         for module in model.modules():
@@ -128,10 +128,10 @@ def set_train_mode(model: nn.Module, frozen_batch_norm: str) -> None:
 
 @torch.no_grad()
 def caches_features(model: Classifier, recipe: Recipe, images: Tensor) -> bool:
-    """Whether the input of the head is computed once: where it is the same in every epoch, if the recipe allows it.
+    """Whether to compute the head's input only once: if it is the same in every epoch, and the recipe allows it.
 
-    `images`: (B, 3, H, W) float32 in 0..1 on the model's device, to check that head and features make the model. Raises
-    UsageError where `features: cache` is impossible.
+    `images`: (B, 3, H, W) float32 in 0..1 on the model's device, to test if `head(features)` equals its logits. Raises
+    UsageError if `features: cache` is impossible.
     """
     obstacle = _obstacle_to_caching(model, recipe, images)
     if recipe.features == "cache" and obstacle:
@@ -140,7 +140,7 @@ def caches_features(model: Classifier, recipe: Recipe, images: Tensor) -> bool:
 
 
 def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> str | None:
-    """What before the head learns, moves or is random; None where nothing does."""
+    """Why the head's input changes between epochs, or can't be separated; None if it can be cached."""
     head = model.head
     head_parameters = set(head.parameters()) if isinstance(head, nn.Module) else set()
     if not head_parameters or any(p.requires_grad for p in model.parameters() if p not in head_parameters):
@@ -162,7 +162,7 @@ def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> s
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable parameters, and of all."""
+    """The number of trainable parameters, and of all parameters."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -179,7 +179,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def load_state(net: nn.Module, state: dict[str, Tensor], what: str, error: type[StageError] = StageError) -> None:
-    """Load tensors that fit `net` in names and shapes. Raises `error`, which begins with `what`, where they don't."""
+    """Load tensors into `net`. If names or shapes don't fit, raises `error` with a message that begins with `what`."""
     expected = net.state_dict()
     for problem, names in (("lacks", expected.keys() - state), ("holds an unknown", state.keys() - expected)):
         if names:
@@ -193,7 +193,7 @@ def load_state(net: nn.Module, state: dict[str, Tensor], what: str, error: type[
 
 @torch.no_grad()
 def _check_image_size(net: nn.Module, recipe: Recipe) -> None:
-    """Try the image size: many transformers take only one, which shows only when they are called."""
+    """Run the model once, since many transformers accept only one image size, and fail only when called."""
     net.eval()
     try:
         net(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
@@ -229,7 +229,7 @@ def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
 
 
 def _load_weights(net: nn.Module, recipe: Recipe, classes: int, path: Path) -> None:
-    """Load `path` into `net`, without a head for the classes that the weights were published with."""
+    """Load `path` into `net`. Skip the head if it was published for another number of classes."""
     _, state = read_safetensors(path)
     cfg: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     published, heads = int(cfg["num_classes"]), cfg["classifier"]

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions before it, for a network that only evaluates."""
+"""Fold BatchNorm layers into the convolutions before them, for evaluation only."""
 
 from collections.abc import Callable
 from typing import cast
@@ -15,7 +15,7 @@ def fold_batch_norm(model: Classifier, images: Tensor) -> tuple[nn.Module, Calla
     """A copy of `model.features` with each BatchNorm folded into the convolution before it, and a function that folds
     again, in the same memory, after the model's weights have changed.
 
-    Without folding where torch can't trace the model, or where it would change the features of `images` (B, 3, H, W).
+    Folds nothing if torch can't trace the model, or if folding would change the features of `images` (B, 3, H, W).
     """
     features = Features(model).eval()
     try:
@@ -28,7 +28,7 @@ def fold_batch_norm(model: Classifier, images: Tensor) -> tuple[nn.Module, Calla
             fused.load_state_dict(fuse_conv_bn_eval(convolution.eval(), norm.eval()).state_dict())
 
     expected, result = features(images), folded(images)
-    # Far above what TF32 rounds away, far below what a missing layer would change.
+    # Far above TF32's rounding errors, far below the change from a missing layer.
     equal = (result - expected).abs().max() <= 1e-2 * expected.abs().max()
     return (folded, fold_again) if equal else (features, lambda: None)
 

@@ -15,7 +15,7 @@ HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def resolve(recipe: config.Recipe) -> dict[str, Any]:
-    """Find the weights, fetch pretrained ones where they are missing, and describe them without an absolute path.
+    """Find the weights, download pretrained ones if they are missing, and describe them without an absolute path.
 
     Keys: `model`, `requested`, `used` (pretrained | random | file), `digest` (of the file, null for random ones), `hub`
     ([repository, file] of pretrained ones, else null), `reason` (of a fallback, else null). Raises UsageError for
