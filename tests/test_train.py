@@ -107,8 +107,8 @@ def files_in(folder):
 
 WAYS = [
     ("recipe=linear-probe",),
-    pytest.param(("recipe=finetune", "batch_size=16"), marks=pytest.mark.slow),
-    pytest.param(("recipe=blog", "optimizer=sgd", "lr=0.01"), marks=pytest.mark.slow),
+    ("recipe=finetune", "batch_size=16"),
+    ("recipe=blog", "optimizer=sgd", "lr=0.01"),
 ]
 
 
