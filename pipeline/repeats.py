@@ -1,7 +1,8 @@
-"""Repeats: each is a process, one after another, with the seeds `seed`, `seed` + 1, ...
+"""Run the same work several times, each repeat in a process of its own, with the seeds `seed`, `seed` + 1, ...
 
-The driver imports no torch. It writes a plan before it starts the first process, and starts one for each repeat that
-is missing, so that a set that was interrupted goes on. A child learns from an environment variable which repeat it is.
+The driver, which starts these processes one after another, imports no torch. It writes a plan before the first one and
+starts only those that are missing, so that an interrupted set can be resumed. An environment variable tells a child
+which repeat it is.
 """
 
 import dataclasses
@@ -30,27 +31,27 @@ else:
     import fcntl
 
 CHILD = "TRAINMARK_REPEAT"
-"""Environment variable that a driver sets for its child: `<number of the repeat>:<folder>`. Not a user's setting."""
+"""Environment variable that the driver sets for a child: `<number of the repeat>:<folder>`. Not for users."""
 
 PLAN, LOCK = "set.json", ".lock"
-"""The plan, in the folder of the driver's first stage, and the file that a driver and its children lock."""
+"""File of the plan, in the folder of the driver's first stage. File that the driver and its children lock."""
 
 UNFINISHED = ".unfinished"
-"""Folder beside the stages' with the outputs of each complete repeat of an unfinished set. DVC deletes the outputs of a
-stage before it starts it again."""
+"""Folder that holds copies of the complete repeats of an unfinished set. DVC deletes a stage's outputs before it runs
+the stage again."""
 
-NOT_FIXED = ("compare", "tracking", "repeat_pause")
-"""Settings that may change before a set goes on."""
+MAY_CHANGE = ("compare", "tracking", "repeat_pause")
+"""Settings that may differ when a set is resumed."""
 
 RunStage = Callable[[config.Settings, Path, int], Any]
-"""Runs a stage for one repeat: settings, folder of all stages, number of the repeat from 1."""
+"""Runs a stage for one repeat. Arguments: settings, folder of all stages, number of the repeat from 1."""
 
 StartChild = Callable[[int, Path, IO[str]], int]
-"""Runs a repeat in a process: its number, the folder of all stages, the locked file. Returns the exit status."""
+"""Runs a repeat in a process and returns its exit status. Arguments: number, folder of all stages, locked file."""
 
 
 class RepeatFailedError(StageError):
-    """A child ended with another exit status than 0. The driver ends with the same."""
+    """A child failed. The driver ends with the child's exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -59,7 +60,7 @@ class RepeatFailedError(StageError):
 
 @dataclass
 class Plan:
-    """What is written before the first repeat starts, and what happened since. Times are in ms since 1970."""
+    """The planned set, and the processes started so far. Times are in milliseconds since 1970."""
 
     id: str
     repeats: int
@@ -68,14 +69,14 @@ class Plan:
     fixed: dict[str, Any]
     """What must be the same for all repeats, by dotted key."""
     order: list[dict[str, Any]] = field(default_factory=list)
-    """For each process: `repeat`, `start`, `end`, `status`, and `pause_seconds` since the end of the last complete one.
-    A process that was killed together with its driver has no end."""
+    """For each process: `repeat`, `start`, `end`, `status`, and `pause_seconds` since the last complete repeat. If the
+    driver was killed too, `end` and `status` are missing."""
     ended: int | None = None
-    """When the set was complete. None: not yet."""
+    """When the set was completed; None until then."""
 
     @classmethod
     def read(cls, path: Path) -> "Plan | None":
-        """The plan at `path`. None if there is none that can be read."""
+        """Read a plan. None if the file is missing or damaged."""
         with suppress(StageError, TypeError):
             return cls(**files.read_json(path))
         return None
@@ -85,7 +86,7 @@ class Plan:
         files.write_json(path, dataclasses.asdict(self))
 
     def last_end(self) -> int | None:
-        """When the last complete repeat ended."""
+        """When the last complete repeat ended; None before the first."""
         return max((entry["end"] for entry in self.order if entry.get("status") == 0), default=None)
 
 
@@ -93,8 +94,8 @@ class Plan:
 
 
 def start_stage(doc: str | None, stage: str) -> None:
-    """Answer --help and refuse a wrong setting before torch is imported, which takes seconds. Then run the repeats of a
-    stage that has several, and exit."""
+    """Answer --help and refuse wrong settings before torch is imported, which takes seconds. If several repeats are
+    planned, run them in child processes and exit."""
     settings = cli.parse_early(doc)
     if _child_environment() is None:
         with cli.exit_on_error(cli.program()):
@@ -105,14 +106,14 @@ def start_stage(doc: str | None, stage: str) -> None:
 
 
 def run_stage(stage: str, run: RunStage, doc: str | None) -> None:
-    """Run a stage from the command line, for one repeat in a driver's child, else once."""
+    """Run a stage from the command line: one repeat if this process is a driver's child, else a single run."""
 
-    def once(settings: config.Settings, folder: Path) -> None:
+    def run_single(settings: config.Settings, folder: Path) -> None:
         run(settings, folder, 1)
         summarise(folder, stage)
 
     if not run_as_child(run, doc):
-        cli.main(once, doc)
+        cli.main(run_single, doc)
 
 
 def run_as_child(run: RunStage, doc: str | None) -> bool:
@@ -122,18 +123,19 @@ def run_as_child(run: RunStage, doc: str | None) -> bool:
         return False
     number, folder = child
 
-    def repeat(settings: config.Settings, _: Path) -> None:
+    def run_repeat(settings: config.Settings, _: Path) -> None:
         try:
             run(settings, folder, number)
         except KeyboardInterrupt:
-            sys.exit(130)  # the driver says why
+            sys.exit(130)  # without a message: the driver prints one
 
     with _stoppable(twice=False):
-        cli.main(repeat, doc)
+        cli.main(run_repeat, doc)
     return True
 
 
 def _child_environment() -> tuple[int, Path] | None:
+    """The repeat and the folder that the driver gave this process. None if it is no child."""
     number, _, folder = os.environ.get(CHILD, "").partition(":")
     return (int(number), Path(folder)) if number else None
 
@@ -144,23 +146,23 @@ def _child_environment() -> tuple[int, Path] | None:
 def run_repeats(
     settings: config.Settings, folder: Path, stages: Sequence[str], planned: int, start_child: StartChild
 ) -> None:
-    """Run `stages` for each repeat that is missing in `folder`, each in a process.
+    """Run `stages` for each repeat that `folder` lacks, each repeat in a process.
 
-    An interrupted set goes on if nothing that matters has changed, else a new set starts and old outputs are deleted.
-    Raises RepeatFailedError if a child fails, and StageError if another process works there. The parent run is then
-    FAILED, or KILLED after Ctrl-C and SIGTERM.
+    Resumes an interrupted set if its fixed values are unchanged; otherwise deletes its outputs and starts a new set.
+    Raises RepeatFailedError if a child fails, and StageError if another process works in `folder`. The parent run in
+    MLflow then gets the status FAILED, or KILLED after Ctrl-C and SIGTERM.
     """
     from pipeline.tracking import publisher, store  # MLflow takes seconds to import, and most commands need no driver
 
-    store.store_uri()  # refuses a store that would be lost, before any work
+    store.store_uri()  # raises before any work if the store would be lost
     path = folder / stages[0] / PLAN
     with _lock(folder) as lock, _stoppable(twice=True):
         plan = _resume_or_plan(settings, folder, stages, planned)
         try:
             for number in range(1, planned + 1):
-                if not _missing_stages(plan, folder, stages, number):
+                if not missing_stages(folder, stages, number):
                     continue
-                if list(stages) != ["evaluate"]:  # an accuracy does not depend on the machine's temperature
+                if list(stages) != ["evaluate"]:  # accuracy does not depend on the machine's temperature
                     _pause(plan)
                 _run_repeat(plan, path, number, lambda number: start_child(number, folder, lock))
                 _save_repeat(folder, stages, number)
@@ -178,28 +180,34 @@ def run_repeats(
 
 
 def find_unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
-    """The folder below `base` with an interrupted set that goes on with `settings` and the machine, data and weights of
-    `folder`, the last one used if there are several. If there is none, say why the last set does not go on."""
+    """Find the newest folder below `base` whose interrupted set can be resumed with `settings` and with the machine,
+    data and weights of `folder`. If there is none, print why the newest set can't be resumed, and return None."""
     fixed = _fixed_values(settings, folder, ["train"])
     paths = sorted(base.glob(f"*/train/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     plans = [(path.parent.parent, plan) for path in paths if (plan := Plan.read(path)) and plan.ended is None]
-    for other, plan in plans:
-        if plan.fixed == fixed and _is_free(other):
-            return other
+    for candidate, plan in plans:
+        if plan.fixed == fixed and _is_free(candidate):
+            return candidate
     if plans and plans[0][1].fixed != fixed:
-        other, plan = plans[0]
-        terminal.say(f"note     {_difference(plan, fixed)}, in {other.name}: a new set starts")
+        newest, plan = plans[0]
+        _print_difference(plan, fixed, newest)
     return None
 
 
 def missing_stages(folder: Path, stages: Sequence[str], number: int) -> list[str]:
-    """Those of a process's `stages` that have no record of this repeat."""
+    """The stages, of those that the driver runs, that have no record of this repeat of the planned set."""
     plan = Plan(**files.read_json(folder / stages[0] / PLAN))
-    return _missing_stages(plan, folder, stages, number)
+    folders = records.stage_folders(folder, number)
+    paths = {stage: folders[stage] / "record.json" for stage in ("train", *stages)}
+    present = {stage: files.read_json(path) for stage, path in paths.items() if path.exists()}
+    training = present.get("train")
+    if training is None or training["tags"].get("repeats.id") != plan.id:
+        return list(stages)
+    return [stage for stage in stages if stage not in present or present[stage]["id"] != training["id"]]
 
 
 def repeat_tags(settings: config.Settings, folder: Path, number: int) -> dict[str, str]:
-    """The tags of a training that say which repeat it is (see records.py). A single one has none."""
+    """The tags that say which repeat a training is (see records.py); none for a single training."""
     if settings.repeats == 1:
         return {}
     plan = Plan(**files.read_json(folder / "train" / PLAN))
@@ -209,8 +217,8 @@ def repeat_tags(settings: config.Settings, folder: Path, number: int) -> dict[st
 
 
 def clear_outputs(folder: Path, stage: str, number: int, planned: int) -> Path:
-    """Delete what an earlier repeat left in a stage's folder, and return that folder. The first of several repeats has
-    the other ones and the plan in its folder, which stay."""
+    """Delete the old outputs of a stage's repeat and return its folder. The folder of the first of several repeats also
+    holds the plan and the other repeats: these stay."""
     out = records.stage_folders(folder, number)[stage]
     preserved = {"repeats", PLAN} if number == 1 and planned > 1 else set()
     for path in out.iterdir() if out.exists() else ():
@@ -220,7 +228,7 @@ def clear_outputs(folder: Path, stage: str, number: int, planned: int) -> Path:
 
 
 def summarise(folder: Path, stage: str) -> None:
-    """Write the metrics of all repeats of a stage, or of a single training, and their summary."""
+    """Write the metrics of a stage, a row for each repeat, and their summary."""
     trained = records.training_records(folder)
     if stage == "train":
         metrics = [records.final_metrics(record) for record in trained]
@@ -233,7 +241,7 @@ def summarise(folder: Path, stage: str) -> None:
 
 
 def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
-    """The plan of an interrupted set, or a new one, after deleting the outputs of an earlier set."""
+    """Return the plan of an interrupted set that can be resumed. Else delete the old outputs and write a new plan."""
     from pipeline.tracking import store
 
     path = folder / stages[0] / PLAN
@@ -242,14 +250,14 @@ def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[st
     if plan is not None and plan.ended is None:
         if plan.fixed == fixed:
             _restore_saved(folder, stages)
-            complete = sum(not _missing_stages(plan, folder, stages, number) for number in range(1, planned + 1))
-            terminal.say(f"resumed  {complete} of {planned} repeats are there")
-            # A process that was killed could not end its run.
+            complete = sum(not missing_stages(folder, stages, number) for number in range(1, planned + 1))
+            terminal.say(f"resumed  {complete} of {planned} repeats are complete")
+            # A process that was killed could not end its MLflow run.
             store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present_records(folder)])
             store.refer_given_run(plan.id)
             plan.pause_seconds = settings.repeat_pause
             return plan
-        terminal.say(f"note     {_difference(plan, fixed)}: it starts anew")
+        _print_difference(plan, fixed, folder)
     if "train" in stages:
         set_id, seeds = uuid.uuid4().hex, [settings.seed + number for number in range(planned)]
     else:
@@ -265,20 +273,20 @@ def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[st
 
 
 def _save_repeat(folder: Path, stages: Sequence[str], number: int) -> None:
-    """Save what a repeat left, whole or not at all, as links where the file system has them."""
+    """Copy the outputs of a repeat to UNFINISHED, whole or not at all."""
     for stage in stages:
         saved = folder / UNFINISHED / stage / str(number)
         partial = saved.with_name(f".{number}")
         shutil.rmtree(partial, ignore_errors=True)
-        not_its_own = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
+        ignore = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
         source = records.stage_folders(folder, number)[stage]
-        shutil.copytree(source, partial, ignore=not_its_own, copy_function=_link_if_missing)
+        shutil.copytree(source, partial, ignore=ignore, copy_function=_link_if_missing)
         shutil.rmtree(saved, ignore_errors=True)
         partial.replace(saved)
 
 
 def _restore_saved(folder: Path, stages: Sequence[str]) -> None:
-    """Put back what was deleted of each saved repeat."""
+    """Put the files of saved repeats back where they are missing."""
     for stage in stages:
         for saved in (folder / UNFINISHED / stage).glob("[0-9]*"):
             target = records.stage_folders(folder, int(saved.name))[stage]
@@ -291,6 +299,7 @@ def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
 
 
 def _link_if_missing(source: str, target: str) -> None:
+    """Hard-link a file, which takes no space; copy it if the file system can't."""
     if not Path(target).exists():
         try:
             os.link(source, target)
@@ -298,21 +307,11 @@ def _link_if_missing(source: str, target: str) -> None:
             shutil.copy2(source, target)
 
 
-def _missing_stages(plan: Plan, folder: Path, stages: Sequence[str], number: int) -> list[str]:
-    folders = records.stage_folders(folder, number)
-    paths = {stage: folders[stage] / "record.json" for stage in ("train", *stages)}
-    present = {stage: files.read_json(path) for stage, path in paths.items() if path.exists()}
-    training = present.get("train")
-    if training is None or training["tags"].get("repeats.id") != plan.id:
-        return list(stages)
-    return [stage for stage in stages if stage not in present or present[stage]["id"] != training["id"]]
-
-
 def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """What all repeats of a set share, by dotted key: settings, machine, data, weights and versions. For later stages
-    also the trainings."""
+    """What must be the same for all repeats of a set, by dotted key: settings, machine, data, weights and versions. For
+    later stages also the trainings."""
     hardware, inputs = files.read_json(folder / "hardware.json"), records.load_inputs(settings, folder)
-    fixed = {key: value for key, value in records.effective_settings(settings).items() if key not in NOT_FIXED}
+    fixed = {key: value for key, value in records.effective_settings(settings).items() if key not in MAY_CHANGE}
     fixed |= {
         "machine": hardware["machine"],
         "torch": hardware.get("torch"),
@@ -323,19 +322,22 @@ def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]
     }
     if "train" not in stages:
         fixed["trainings"] = [record["id"] for record in records.training_records(folder)]
-    flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # as it is read from a file
+    flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # the same types as in a plan that was read
     return flat
 
 
-def _difference(plan: Plan, fixed: dict[str, Any]) -> str:
-    """Which fixed values differ from a plan's, in words."""
+def _print_difference(plan: Plan, fixed: dict[str, Any], folder: Path) -> None:
+    """Print which fixed values differ from those of the unfinished set in `folder`."""
     keys = [key for key in dict.fromkeys([*plan.fixed, *fixed]) if plan.fixed.get(key) != fixed.get(key)]
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-    return f"a set of {plan.repeats} repeats is not complete, but was begun with another {shown}"
+    terminal.say(
+        f"note     the unfinished set of {plan.repeats} repeats in {folder.name} was started with another {shown}: "
+        "a new set starts"
+    )
 
 
 def _pause(plan: Plan) -> None:
-    """Wait until the planned pause after the last process is over."""
+    """Wait until `pause_seconds` have passed since the last complete repeat."""
     last = plan.last_end()
     seconds = plan.pause_seconds - (time.time() - last / 1000) if last is not None else 0.0
     if seconds > 0:
@@ -344,7 +346,7 @@ def _pause(plan: Plan) -> None:
 
 
 def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int], int]) -> None:
-    """Run one repeat in a process, and write that into the plan."""
+    """Run one repeat in a process. Write its start, end and exit status into the plan."""
     last, start = plan.last_end(), time.time_ns() // 1_000_000
     entry: dict[str, Any] = {"repeat": number, "start": start}
     if last is not None:
@@ -361,20 +363,20 @@ def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int]
         raise KeyboardInterrupt
     if status:
         raise RepeatFailedError(
-            f"repeat {number} of {plan.repeats} ended with exit status {status}; the same command goes on from it",
+            f"repeat {number} of {plan.repeats} ended with exit status {status}; the same command resumes the set",
             status,
         )
 
 
 def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> None:
-    """Summarise all repeats, in files and in the store."""
+    """Summarise a complete set, in files and in the store."""
     from pipeline.tracking import publisher
 
     trained = records.training_records(folder)
     experiment = records.experiment_name(settings, trained[0]["tags"])
     for stage in stages:
         summarise(folder, stage)
-    for record in trained:  # a child that was killed may not have logged all that it left
+    for record in trained:  # a child that was killed may have written records that it did not log
         publisher.add_missing_stages(record, experiment, records.stage_folders(folder, records.repeat_number(record)))
     publisher.update_parent(trained[0], experiment)
 
@@ -383,13 +385,13 @@ def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> N
 
 
 def child_starter(module: str) -> StartChild:
-    """Start this process's own command line, as `python -m pipeline.<module>`, for one repeat."""
+    """Start this process's command line again, as `python -m pipeline.<module>`, for one repeat."""
     return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
 
 
 def command_starter(command: Sequence[str]) -> StartChild:
-    """Start `command` for one repeat. The exit status is a shell's: 128 plus the signal that killed the child. Ctrl-C
-    and SIGTERM are passed on and the child's end is waited for. A second signal kills it."""
+    """Start `command` for one repeat. After Ctrl-C or SIGTERM, terminate the child and wait for it; after a second one,
+    kill it. A child that a signal killed has the exit status 128 plus the signal's number, as in a shell."""
 
     def start_child(number: int, folder: Path, lock: IO[str]) -> int:
         environment = os.environ | {CHILD: f"{number}:{folder.absolute()}"}
@@ -398,7 +400,7 @@ def command_starter(command: Sequence[str]) -> StartChild:
         try:
             status = child.wait()
         except KeyboardInterrupt:
-            if sys.platform != "win32":  # there Ctrl-C reaches all, and `terminate` leaves no time for an end
+            if sys.platform != "win32":  # on Windows the child gets Ctrl-C itself, and `terminate` kills at once
                 child.terminate()
             try:
                 child.wait()
@@ -413,14 +415,17 @@ def command_starter(command: Sequence[str]) -> StartChild:
 
 @contextmanager
 def _stoppable(*, twice: bool) -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt as SIGINT does, but only once, so that a signal sent to both driver and child
-    does not disturb the child's end. `twice`: the same signal raises it a second time."""
+    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM. With `twice`, also when the same signal comes again.
+
+    Ctrl-C in a terminal reaches both driver and child. The driver then sends the child SIGTERM, which must not
+    interrupt the child while it cleans up.
+    """
     seen: set[int] = set()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        is_first, is_same = not seen, number in seen
+        raises = not seen or (twice and number in seen)
         seen.add(number)
-        if is_first or (twice and is_same):
+        if raises:
             raise KeyboardInterrupt
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -436,7 +441,7 @@ def _stoppable(*, twice: bool) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[IO[str]]:
-    """Lock a folder for this process and the children that inherit the file. Raises StageError if another has it."""
+    """Lock a folder for this process and for children that inherit the file. Raises StageError if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         try:
@@ -445,7 +450,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
             else:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StageError(f"{folder}: another process repeats a training there: wait for its end") from None
+            raise StageError(f"{folder}: another process runs repeats in this folder: wait until it ends") from None
         yield lock
 
 

@@ -27,10 +27,6 @@ def bench(tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_ratios_have_their_spread():
-    assert results.ratios([3.0, 1.0, 2.5]) == {"median": 2.5, "min": 1.0, "max": 3.0, "n": 3, "values": [3.0, 1.0, 2.5]}
-
-
 def test_what_is_written_has_its_conditions_and_no_name_or_path(bench, pictures):
     overrides = [f"data.path={pictures}", f'weights="{pictures}/own.safetensors"', "device=cpu", "recipe=blog"]
     path = results.write("one", results.conditions_of(config.load(overrides), overrides), {"a": results.ratios([1.0])})

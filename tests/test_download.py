@@ -2,14 +2,12 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import fails
-from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import config, download, files
@@ -71,16 +69,6 @@ def test_the_same_inputs_give_the_same_file(settings_of, tmp_path):
     assert path.read_bytes() == before
     download.run(settings_of("data.limit=5"), path.parent)
     assert path.read_bytes() != before
-
-
-def test_many_classes_and_sizes_are_summed_up(pictures, settings_of, tmp_path, capsys):
-    for split in ("train", "test"):
-        for index in range(8):
-            shutil.copytree(pictures / split / "blue", pictures / split / f"class{index}")
-    Image.new("RGB", (30, 9)).save(pictures / "train" / "red" / "wide.png")
-    assert download.run(settings_of(), tmp_path / "outputs")["data"]["size"] is None
-    printed = capsys.readouterr().out
-    assert "of many sizes" in printed and "green, ... (11 in all)" in printed and "red" not in printed
 
 
 # --- fallbacks

@@ -1,4 +1,4 @@
-"""The answer that opens a report: what may be claimed of the machines, in one to three sentences."""
+"""The answer at the top of a report: what may be claimed about the machines, in a few sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, T
 from pipeline.profiling import score_steps
 
 NAMED = 3
-"""Name at most this many machines; the table has all."""
+"""At most this many machines are named; the table has all."""
 
 CLAIMED = ("faster", "slower")
 UNDECIDED = ("none", "small")
@@ -28,8 +28,8 @@ class _Compared:
 
 
 def answer(comparison: Comparison) -> str:
-    """The strongest claims of the real runs, then which machines are not compared and why. Without a claim: the ratio,
-    why it is no claim, and how to get one."""
+    """The strongest claims about real runs, then the machines that are not compared, with the reasons. Without a claim:
+    the ratio, why it is no claim, and how to get one."""
     part = next((part for part in comparison.parts if not part.demo), None)
     if part is None:
         return comparison.advice
@@ -42,7 +42,7 @@ def answer(comparison: Comparison) -> str:
 
 
 def _compare_scores(table: Score) -> _Compared | None:
-    """Choose a step that several machines ran: first one with a claim, then one with a ratio, then any."""
+    """Choose a step that several machines ran, preferably one with a claim, else one with a ratio."""
     if table.reference is None:
         return None
     steps = []
@@ -64,7 +64,7 @@ def _compare_scores(table: Score) -> _Compared | None:
 
 
 def _compare_work(sections: Sequence[Section]) -> _Compared | None:
-    """Choose a table with several machines: first one with a claim, then one with the same settings."""
+    """Choose a table with several machines, preferably one with a claim, else one at the same settings."""
     tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
 
     def rank(item: tuple[Section, Table]) -> tuple[bool, bool]:
@@ -100,13 +100,13 @@ def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
     reasons = {name: head.problem or claim.reason for name, head, claim in others if claim.kind not in UNDECIDED}
     reasons |= unscored
     if reasons:
-        absent = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
-        sentences.append(f"Not compared: {_join(absent)}.")
+        not_compared = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
+        sentences.append(f"Not compared: {_join(not_compared)}.")
     return sentences
 
 
 def _claim_sentence(compared: _Compared, name: str, claim: Claim) -> str:
-    """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).`, the faster one first."""
+    """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).` The faster machine is named first."""
     contrast = claim.speedup
     assert contrast is not None and contrast.low is not None and contrast.high is not None
     faster = contrast.value >= 1
@@ -120,11 +120,11 @@ def _claim_sentence(compared: _Compared, name: str, claim: Claim) -> str:
 def _why_no_claim(compared: _Compared, name: str, claim: Claim) -> list[str]:
     if claim.kind in UNDECIDED:
         return [claim.sentence]
-    # A new planned set only counts under another label.
+    # Another planned set counts only under another label.
     label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
-    more = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
+    advice = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
     basis = f" ({claim.basis})" if claim.basis else ""
-    return [f"{_ratio_text(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", more]
+    return [f"{_ratio_text(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", advice]
 
 
 def _ratio_text(compared: _Compared, name: str, claim: Claim) -> str:

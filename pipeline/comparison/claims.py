@@ -1,9 +1,9 @@
-"""What may be claimed of one machine against another, and the sentence that says it.
+"""What may be claimed about one machine against another, and the sentence that states it.
 
-Faster or slower is claimed where the interval of the ratio excludes 1, both sides have three units or more, the planned
-number of runs was reached, and accuracies are shown to be equal. The hours of one machine differ by about 1%, and runs
-of one hour do not show that. With fewer than three sessions on a side, the interval is therefore widened by the
-smallest difference that may be claimed, and must lie beyond it.
+A machine is called faster or slower if the interval of the ratio excludes 1, both sides have three units or more, all
+planned runs are in the store, and the accuracies are equivalent. The speed of one machine varies by about 1% from hour
+to hour, and runs of one hour do not show that. So with fewer than three sessions on a side, the interval is widened by
+the smallest difference that may be claimed, and must lie beyond that difference.
 """
 
 import math
@@ -15,10 +15,10 @@ from pipeline.comparison import stats
 from pipeline.comparison.formats import format_duration, format_figure, format_interval, format_percent
 
 ALWAYS_NAMED = ("torch",)
-"""Conditions that a claim names wherever the sides differ in them. The others are named for equal hardware alone."""
+"""Conditions that a claim always names if the two sides differ. It names the others only for equal hardware."""
 
 USEFUL_EFFECT = 2.0
-"""A comparison that would have missed a machine twice as fast has too few runs."""
+"""A comparison that would not find a machine twice as fast has too few runs."""
 
 WIDEST = 10.0
 """An interval is useless if its ends differ by more than this factor."""
@@ -26,9 +26,9 @@ WIDEST = 10.0
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared. `seconds`: what each run took (or the like: less is better); `started`: when,
-    in milliseconds; `accuracies`: by kind of images and seed, None for work without any; `conditions`: by name;
-    `problem`: why nothing may be claimed of this side ('' for none)."""
+    """One of the two machines of a claim. `seconds`: the time of each run, or seconds per image; `started`: when each
+    run started, in milliseconds; `accuracies`: by kind of images and by seed, None for work without accuracies;
+    `conditions`: by displayed name; `problem`: why nothing may be claimed ('' for none)."""
 
     name: str
     hardware: str
@@ -40,7 +40,7 @@ class Side:
 
     @property
     def sessions(self) -> int:
-        """The number of sessions that the runs make."""
+        """The number of sessions of the runs."""
         return len(stats.sessions(self.started))
 
     @property
@@ -51,18 +51,18 @@ class Side:
     @property
     def minutes(self) -> float:
         """From the first known start to the last."""
-        known = [start for start in self.started if start is not None]
-        return (max(known) - min(known)) / 60_000 if known else 0.0
+        known_starts = [start for start in self.started if start is not None]
+        return (max(known_starts) - min(known_starts)) / 60_000 if known_starts else 0.0
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said of a candidate against its baseline.
+    """The result of comparing a candidate with a baseline.
 
-    `kind`: reference (the baseline itself), faster, slower, none (no difference found), small (no difference that so
-    few sessions may claim), few (too few runs), parity (accuracies not shown to be equal), problem (with the runs),
-    other (another precision or step), alone (nothing to compare with). `speedup`: above 1 if the candidate is faster;
-    `accuracy`: the candidate's less the baseline's; `basis`: the evidence, such as `5 runs each in 3 sessions`;
+    `kind`: reference (the baseline itself), faster, slower, none (no difference found), small (too small a difference
+    for so few sessions), few (too few runs), parity (accuracies not shown to be equal), problem (with the runs), other
+    (another precision or step), alone (nothing to compare with). `speedup`: above 1 if the candidate is faster;
+    `accuracy`: the candidate's minus the baseline's; `basis`: the evidence, such as `5 runs each in 3 sessions`;
     `reason`: why no difference is claimed.
     """
 
@@ -75,8 +75,8 @@ class Claim:
 
 
 def compare(candidate: Side, baseline: Side, settings: config.Compare, level: float, where: str) -> Claim:
-    """What is claimed of `candidate` against `baseline`; both have figures. `level`: of the speed-up's interval;
-    `where`: `on this work`."""
+    """Compare `candidate` with `baseline`; both need `seconds`. `level`: of the speed-up's interval. `where`: part of
+    the sentence, such as `on this work`."""
     speedup = stats.ratio(baseline.units, candidate.units, level)
     without_interval = stats.Contrast(speedup.value, None, None, None)
     names = f"{candidate.name} against {baseline.name}"
@@ -103,7 +103,7 @@ def _verdict(
     speedup: stats.Contrast,
     accuracy: stats.Equivalence | None,
 ) -> Claim:
-    """The claim of two sides whose figures may be compared. `smallest`: the difference that few sessions may claim."""
+    """The claim about two comparable sides. `smallest`: the smallest difference that may be claimed of few sessions."""
     few_sessions = min(candidate.sessions, baseline.sessions) < stats.MIN_SESSIONS
     floor = 1 + smallest if few_sessions else 1.0
     low, high, detectable = _widen(speedup, floor)
@@ -112,16 +112,16 @@ def _verdict(
         [_evidence(candidate, baseline), *_equal_accuracy(accuracy), *_differing_conditions(candidate, baseline)]
     )
     if low <= 1 <= high:
-        missed = "too few runs"
+        power = "too few runs"
         if detectable < USEFUL_EFFECT:
-            missed = f"one of {format_percent(detectable - 1)} would have been"
-        sentence = f"{candidate.name}: no difference from {baseline.name} found {where}; {missed} ({basis})."
+            power = f"a difference of {format_percent(detectable - 1)} would have been found"
+        sentence = f"{candidate.name}: no difference from {baseline.name} found {where}; {power} ({basis})."
         return Claim("none", sentence, speedup, accuracy, basis, "no difference found")
     if few_sessions and low <= floor and high >= 1 / floor:
         reason = f"a difference of more than {format_percent(smallest)} is not established"
         sentence = (
             f"{candidate.name} against {baseline.name} {where}: {reason} ({basis}); "
-            f"a smaller one needs {stats.MIN_SESSIONS} sessions on each side."
+            f"to claim less, run {stats.MIN_SESSIONS} sessions on each side."
         )
         return Claim("small", sentence, speedup, accuracy, basis, reason)
     sentence = f"{_times_as_fast(candidate, baseline, low, high)} {where} ({basis})."
@@ -129,22 +129,24 @@ def _verdict(
 
 
 def _widen(speedup: stats.Contrast, floor: float) -> tuple[float, float, float]:
-    """The interval's ends after `floor` is added to its half-width in quadrature, on logarithms, and the effect that is
-    then detectable beyond `floor`. A `floor` of 1 changes nothing."""
+    """Widen the interval: add `floor` to its half-width in quadrature, on logarithms. A `floor` of 1 changes nothing.
+
+    Returns its ends, and the smallest effect that would be detected beyond `floor`.
+    """
     assert speedup.high is not None and speedup.detectable is not None
-    half, extra = math.log(speedup.high / speedup.value), math.log(floor)
-    wide = math.hypot(half, extra)
-    detectable = speedup.detectable * math.exp(wide - half + extra)
-    return speedup.value * math.exp(-wide), speedup.value * math.exp(wide), detectable
+    half_width, extra = math.log(speedup.high / speedup.value), math.log(floor)
+    widened = math.hypot(half_width, extra)
+    detectable = speedup.detectable * math.exp(widened - half_width + extra)
+    return speedup.value * math.exp(-widened), speedup.value * math.exp(widened), detectable
 
 
 def too_wide(low: float, high: float) -> bool:
-    """Whether an interval of positive values is useless."""
+    """Whether the ends of an interval differ by more than WIDEST."""
     return low <= 0 or high > WIDEST * low
 
 
 def _equivalence(candidate: Side, baseline: Side, margin: float) -> stats.Equivalence | None:
-    """Of accuracies on the first kind of images that both sides have; None for work without accuracies."""
+    """Compare accuracies on the first kind of images that both sides have; None for work without accuracies."""
     if candidate.accuracies is None or baseline.accuracies is None:
         return None
     for images, by_seed in candidate.accuracies.items():
@@ -154,13 +156,13 @@ def _equivalence(candidate: Side, baseline: Side, margin: float) -> stats.Equiva
 
 
 def _why_not_equal(accuracy: stats.Equivalence) -> str:
-    """Why equal accuracy is not established: the largest difference that the data leave open."""
+    """Why equal accuracy is not established: the largest difference that the data do not exclude."""
     if accuracy.low is None or accuracy.high is None:
-        known = "not known on both sides" if math.isnan(accuracy.difference) else "of too few seeds"
-        return f"accuracy not established ({known})"
+        cause = "not measured on the same images" if math.isnan(accuracy.difference) else "too few seeds"
+        return f"equal accuracy not established ({cause})"
     worse = -accuracy.low >= accuracy.high
     points = 100 * (-accuracy.low if worse else accuracy.high)
-    return f"accuracy not established (could be up to {points:.1f} points {'worse' if worse else 'better'})"
+    return f"equal accuracy not established (could be up to {points:.1f} points {'worse' if worse else 'better'})"
 
 
 def _equal_accuracy(accuracy: stats.Equivalence | None) -> list[str]:
@@ -171,7 +173,7 @@ def _equal_accuracy(accuracy: stats.Equivalence | None) -> list[str]:
 
 
 def _differing_conditions(candidate: Side, baseline: Side) -> list[str]:
-    """`torch 2.11 and 2.14`: the conditions that differ and must be named."""
+    """The conditions that differ and must be named: `torch 2.11 and 2.14`."""
     same_hardware = candidate.hardware == baseline.hardware
     pairs = {name: (value, baseline.conditions.get(name, "")) for name, value in candidate.conditions.items()}
     return [
@@ -182,7 +184,7 @@ def _differing_conditions(candidate: Side, baseline: Side) -> list[str]:
 
 
 def _evidence(candidate: Side, baseline: Side) -> str:
-    """`5 runs each in 3 sessions`, `5 and 3 runs, all within 12 minutes`, `5 runs each, of A all within 1 minute`."""
+    """`5 runs each in 3 sessions`, `5 and 3 runs, all within 12 minutes`, `5 runs each, those of A within 1 minute`."""
     first, second = len(candidate.seconds), len(baseline.seconds)
     runs = f"{first} run{'s' * (first > 1)} each" if first == second else f"{first} and {second} runs"
     sessions = candidate.sessions, baseline.sessions
@@ -190,17 +192,17 @@ def _evidence(candidate: Side, baseline: Side) -> str:
         return f"{runs} in {' and '.join(map(str, dict.fromkeys(sessions)))} sessions"
     if max(sessions) >= stats.MIN_SESSIONS:
         fewer = min((candidate, baseline), key=lambda side: side.sessions)
-        return f"{runs}, of {fewer.name} all within {format_duration(fewer.minutes)}"
+        return f"{runs}, those of {fewer.name} within {format_duration(fewer.minutes)}"
     if max(first, second) == 1 or None in (*candidate.started, *baseline.started):
         return runs
     return f"{runs}, all within {format_duration(max(candidate.minutes, baseline.minutes))}"
 
 
 def _times_as_fast(candidate: Side, baseline: Side, *ratios: float) -> str:
-    """`A is 1.49 to 1.55 times as fast as B`; a slower one `takes ... times as long as B`. `ratios`: one, or the ends
+    """`A is 1.49 to 1.55 times as fast as B`, or `A takes ... times as long as B`. `ratios`: one ratio, or the two ends
     of an interval."""
     faster = ratios[0] >= 1
     ends = ratios if faster else [1 / ratio if ratio else math.inf for ratio in reversed(ratios)]
     texts = format_interval(*ends, ratio=True) if len(ends) == 2 else [format_figure(ends[0])]
-    verb, how = ("is", "fast") if faster else ("takes", "long")
-    return f"{candidate.name} {verb} {' to '.join(dict.fromkeys(texts))} times as {how} as {baseline.name}"
+    verb, adjective = ("is", "fast") if faster else ("takes", "long")
+    return f"{candidate.name} {verb} {' to '.join(dict.fromkeys(texts))} times as {adjective} as {baseline.name}"

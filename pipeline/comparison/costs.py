@@ -1,4 +1,4 @@
-"""What a machine's work costs, from its price, the time it takes and the power it draws."""
+"""The cost of a job, from the machine's price, the time and the power."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ OWNED_YEARS = 3
 
 @dataclass(frozen=True)
 class Costs:
-    """`rented` and `bought`: the cost of one job, or images for one unit of `currency`; None without that price.
-    `with_electricity`: `bought` includes it, which needs its price and measured watts."""
+    """On a rented and on a bought machine: the cost of one job, or the images for one unit of `currency`. None without
+    that price. `with_electricity`: `bought` includes electricity, because its price and the watts are known."""
 
     currency: str
     rented: float | None
@@ -23,7 +23,7 @@ class Costs:
 
 
 def costs_of_work(price: config.Price | None, figures: Mapping[str, stats.Estimate]) -> Costs | None:
-    """Of one job, by the time that its whole process takes; None without a price or that time."""
+    """The cost of one job, by the time of its whole process; None without a price or that time."""
     if price is None or "process_seconds" not in figures:
         return None
     watts = None
@@ -34,7 +34,7 @@ def costs_of_work(price: config.Price | None, figures: Mapping[str, stats.Estima
 
 
 def costs_of_score(price: config.Price | None, speed: float | None, watts: float | None) -> Costs | None:
-    """Images for one unit of money, at the `speed` (images/s) of the first step; None without a price or that speed."""
+    """The images for one unit of money, at `speed` (images/s, of the first step); None without a price or a speed."""
     if price is None or speed is None:
         return None
     images = speed * 3600
@@ -42,8 +42,8 @@ def costs_of_score(price: config.Price | None, speed: float | None, watts: float
 
 
 def _costs(price: config.Price, watts: float | None, from_hourly: Callable[[float], float]) -> Costs:
-    """Costs by what an hour costs. A bought machine's price is spread over its hours of use: `hours_per_day`, else day
-    and night. Its electricity is added if its price and the watts are known."""
+    """Costs from the cost of an hour. The price of a bought machine is spread over its hours of use (`hours_per_day`,
+    else 24). Electricity is added if its price and the watts are known."""
     bought = None
     if price.buy is not None:
         owned_hours = OWNED_YEARS * 365.25 * (price.hours_per_day or 24)

@@ -1,28 +1,28 @@
-"""Numbers as text, for sentences, tables and charts alike."""
+"""Numbers as text, for sentences, tables and charts."""
 
 import math
 
 
 def format_figure(value: float) -> str:
-    """Three significant digits: 0.0932, 0.604, 1.52, 31.5, 312. From 1,000 on, all digits before the point."""
+    """Three significant digits: 0.0932, 0.604, 1.52, 31.5, 312. From 1,000 on, a whole number."""
     if not math.isfinite(value):
         return "∞"
     return f"{value:,.{_decimals(value)}f}" if value >= 0.1 or not value else f"{value:.3g}"
 
 
 def format_ratio(value: float) -> str:
-    """`1.52`; below 1 a fraction: `1/140`."""
+    """A ratio as `1.52`, or as a fraction if it is below 1: `1/140`."""
     return format_figure(value) if value >= 1 or not value else f"1/{format_figure(1 / value)}"
 
 
 def format_interval(low: float, high: float, *, ratio: bool = False) -> tuple[str, str]:
-    """Both ends, with enough decimals to tell them apart; those of a `ratio` from 1 too, unless they are 1."""
-    if high > 3 * low or high < (1 + 1e-6) * low:  # the second: equal but for rounding
+    """Both ends, with enough decimals to tell them apart; those of a `ratio` also from 1, unless they are 1."""
+    if high > 3 * low or high < (1 + 1e-6) * low:  # far apart, or equal except for rounding errors
         return format_figure(low), format_figure(high)
     for decimals in range(_decimals(high), 7):
         ends = f"{low:,.{decimals}f}", f"{high:,.{decimals}f}"
         rounded = [float(end.replace(",", "")) for end in ends]
-        looks_like_one = ratio and any(shown == 1 != end for shown, end in zip(rounded, (low, high), strict=True))
+        looks_like_one = ratio and any(value == 1 != end for value, end in zip(rounded, (low, high), strict=True))
         if rounded[0] < rounded[1] and not looks_like_one:
             break
     return ends
@@ -39,7 +39,7 @@ def format_percent(fraction: float) -> str:
 
 
 def format_large(value: float) -> str:
-    """A whole number; from a million on four significant digits and a word: `8.327 million`."""
+    """A whole number; from a million on, four significant digits and a word: `8.327 million`."""
     for size, word in ((1e9, "billion"), (1e6, "million")):
         if value >= size:
             return f"{value / size:,.4g} {word}"
@@ -47,7 +47,7 @@ def format_large(value: float) -> str:
 
 
 def format_duration(minutes: float) -> str:
-    """Minutes, rounded up: `12 minutes`, `3.5 hours`, `3 days`."""
+    """A duration, with minutes rounded up: `12 minutes`, `3.5 hours`, `3 days`."""
     minutes = max(1, math.ceil(minutes))
     if minutes < 120:
         return f"{minutes} minute{'s' * (minutes > 1)}"

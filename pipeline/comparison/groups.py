@@ -1,7 +1,7 @@
 """Put runs into groups: which runs may be pooled, which of them count as evidence, and why the others do not.
 
-A group is one planned set of processes of one device of one machine, under conditions that all its runs share. Every
-run stands in exactly one group: among the runs that count, or excluded with its reason.
+A group holds the runs of one device of one machine under the same conditions and settings. Every run is in exactly one
+group, where it either counts or is excluded with a reason. The runs that count are those of one planned set.
 """
 
 from collections import Counter
@@ -14,17 +14,17 @@ from pipeline.comparison.runs import CONDITIONS, SCORE, WORK, Entity, Run
 from pipeline.profiling import score_steps
 
 CURRENT_VERSION = str(config.EXECUTION_VERSION)
-"""The tag `software.execution` of runs by the code as it is."""
+"""The tag `software.execution` of runs by the current code."""
 
 VERSIONS = {WORK: CURRENT_VERSION, SCORE: str(score_steps.VERSION)}
-"""The version of the code as it is, by stage."""
+"""The current version of the code, by stage."""
 
 DISTURBED = "disturbed"
-"""How the reason of a run begins that something outside the machine disturbed."""
+"""The reason for excluding a disturbed run begins with this word."""
 
 
 class Excluded(NamedTuple):
-    """A run that does not count, and why."""
+    """A run that does not count, and the reason."""
 
     run: Run
     reason: str
@@ -32,8 +32,8 @@ class Excluded(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one entity with the same settings. `runs`: those that count, oldest first; `planned`: how many were
-    planned; `problem`: why nothing is claimed of them ('' for none)."""
+    """Runs of one entity with the same settings. `runs`: those that count, oldest first; `planned`: the number of
+    planned runs; `problem`: why nothing is claimed ('' for none)."""
 
     entity: Entity
     settings: Mapping[str, str]
@@ -51,8 +51,11 @@ class Group:
 def group_runs(
     runs: Iterable[Run], settings_of: Callable[[Run], Mapping[str, str]], stage: str, *, allow_tainted: bool
 ) -> list[Group]:
-    """The groups of runs that may be pooled. `settings_of`: what else the runs of a group share; `stage`: WORK or
-    SCORE; `allow_tainted`: disturbed runs count."""
+    """Group the runs that may be pooled.
+
+    `settings_of`: what the runs of a group share besides their entity; `stage`: WORK or SCORE; `allow_tainted`: whether
+    disturbed runs count.
+    """
     pooled: dict[tuple[Entity, tuple[tuple[str, str], ...]], list[Run]] = {}
     set_sizes: Counter[str] = Counter()
     for run in runs:
@@ -72,7 +75,7 @@ def _group(
     stage: str,
     allow_tainted: bool,
 ) -> Group:
-    """Decide which runs count. `set_sizes`: the number of runs of each planned set, in whatever group."""
+    """Make a group, and decide which of its runs count. `set_sizes`: the runs of each planned set, over all groups."""
     planned, counted, excluded, problem = _first_planned_set(runs, set_sizes)
     if (version := counted[0].version(stage)) != VERSIONS[stage]:
         problem = f"measured by version {version} of the code"
@@ -86,33 +89,33 @@ def _group(
 
 
 def _first_planned_set(runs: Sequence[Run], set_sizes: Mapping[str, int]) -> tuple[int, list[Run], list[Excluded], str]:
-    """Of runs in the order of their starts: how many were planned, the runs of that plan, the others with their
-    reasons, and the problem with the plan.
+    """Select the first planned set of `runs`, which are in the order of their starts.
 
-    The first planned set counts. Single trials before it do not, and runs after it end every claim: whoever adds runs
-    until a difference shows will find one.
+    Returns the planned number of runs, the runs of that set, the excluded runs, and the problem with the set. Single
+    runs before the set are trials. Runs after it end every claim, because adding runs until a difference shows will
+    always show one.
     """
     sets: dict[str, list[Run]] = {}
     for run in runs:
         sets.setdefault(run.set_id, []).append(run)
-    counted = next((members for members in sets.values() if members[0].planned > 1), None)
-    if counted is None:
+    first_set = next((members for members in sets.values() if members[0].planned > 1), None)
+    if first_set is None:
         problem = f"{len(runs)} single runs were not planned as a set" if len(runs) > 1 else ""
         return 1, list(runs), [], problem
-    planned = counted[0].planned
-    others = [run for members in sets.values() if members is not counted for run in members]
-    earlier = [run for run in others if run.planned == 1 and _order(run) < _order(counted[0])]
+    planned = first_set[0].planned
+    others = [run for members in sets.values() if members is not first_set for run in members]
+    earlier = [run for run in others if run.planned == 1 and _order(run) < _order(first_set[0])]
     later = [run for run in others if run not in earlier]
     problem = ""
-    if elsewhere := set_sizes[counted[0].set_id] - len(counted):
-        problem = f"{elsewhere} of {planned} planned runs ran under other conditions or settings"
-    elif len(counted) < planned:
-        problem = f"{len(counted)} of {planned} planned runs are there"
+    if in_other_groups := set_sizes[first_set[0].set_id] - len(first_set):
+        problem = f"{in_other_groups} of {planned} planned runs had other conditions or settings"
+    elif len(first_set) < planned:
+        problem = f"only {len(first_set)} of {planned} planned runs are in the store"
     elif later:
         problem = f"{len(later)} run{'s were' if len(later) > 1 else ' was'} added after the {planned} planned ones"
     excluded = [Excluded(run, "tried before the planned set") for run in earlier]
     excluded += [Excluded(run, "added after the planned set") for run in later]
-    return planned, counted, excluded, problem
+    return planned, first_set, excluded, problem
 
 
 def _order(run: Run) -> tuple[int, str]:
@@ -120,14 +123,14 @@ def _order(run: Run) -> tuple[int, str]:
 
 
 def _disturbance(runs: Iterable[Run], stage: str) -> str:
-    """`disturbed (battery, load)`; stand-ins alone are named as they are: `no real data`."""
+    """What disturbed the runs: `disturbed (battery, load)`, or `no real data` for stand-ins alone."""
     words = sorted({word for run in runs for word in run.taints(stage)})
     only_stand_ins = all(word.startswith("no real ") for word in words)
     return ", ".join(words) if only_stand_ins else f"{DISTURBED} ({', '.join(words)})"
 
 
 def display_names(runs: Iterable[Run]) -> dict[Entity, str]:
-    """Each entity's hardware and label. Entities of one name are told apart by what differs."""
+    """The display name of each entity: hardware and label, and what differs if several have the same name."""
     names: dict[Entity, str] = {}
     for run in runs:
         for entity in (run.entity(WORK), run.entity(SCORE)):
@@ -143,9 +146,9 @@ def display_names(runs: Iterable[Run]) -> dict[Entity, str]:
 
 
 def _difference(entity: Entity, namesakes: Sequence[Entity]) -> str:
-    """`cuda:1, power limit 700 W`: what tells an entity from its namesakes."""
+    """What distinguishes an entity from its namesakes: `cuda:1, power limit 700 W`."""
     texts = [entity.machine[:6], entity.device]
     for value, (_, name, unit) in zip(entity.conditions, CONDITIONS.values(), strict=True):
         texts.append(f"{name} {value}{unit}" if value else f"{name} unknown")
-    facts = zip(*((other.machine, other.device, *other.conditions) for other in namesakes), strict=True)
-    return ", ".join(text for text, values in zip(texts, facts, strict=True) if len(set(values)) > 1)
+    columns = zip(*((other.machine, other.device, *other.conditions) for other in namesakes), strict=True)
+    return ", ".join(text for text, values in zip(texts, columns, strict=True) if len(set(values)) > 1)

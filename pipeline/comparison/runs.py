@@ -1,4 +1,4 @@
-"""A run as it is read: metrics that can be measurements, tags as plain text, conditions, taints."""
+"""One finished run: its figures, its conditions, and what disturbed it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pipeline import config
 from pipeline.profiling.system_state import BEHAVIORS
 
 WORK, SCORE = "", "sustained."
-"""The two stages that are compared, by the prefix of their tags: the recipe's work and the machine's score."""
+"""The two stages that are compared, the recipe's work and the machine's score. Values: the prefix of their tags."""
 
 LARGEST = 1e300
 """MLflow's SQL stores keep infinity as the largest double."""
@@ -21,11 +21,11 @@ CONDITIONS = {
     "torch": ("software.torch", "torch", ""),
     "power_limit": ("hardware.power_limit_watts", "power limit", " W"),
 }
-"""The conditions that runs must share to be pooled: their tags, and their names and units for people."""
+"""The conditions that runs must share to be pooled, as (tag, displayed name, unit)."""
 
 
 class Entity(NamedTuple):
-    """One device of one machine under CONDITIONS, in their order; '' for an unknown one."""
+    """One device of one machine under certain `conditions`: values in the order of CONDITIONS, '' if unknown."""
 
     machine: str
     device: str
@@ -35,7 +35,7 @@ class Entity(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training, as `store.finished_runs` gives it. `started`: milliseconds since 1970."""
+    """A finished training, as `store.finished_runs` returns it. `started`: milliseconds since 1970."""
 
     run_id: str
     experiment_id: str
@@ -46,7 +46,7 @@ class Run:
     name: str = ""
 
     def tag(self, key: str, default: str = "") -> str:
-        """A tag, cleaned."""
+        """The tag as one line of printable text."""
         return clean(self.tags.get(key, default))
 
     def version(self, stage: str) -> str:
@@ -55,22 +55,22 @@ class Run:
 
     @property
     def execution(self) -> dict[str, str]:
-        """The settings that say how the work was executed."""
+        """The execution settings (`config.EXECUTION_KEYS`) of the training."""
         return {key: clean(self.params.get(f"train.{key}", "")) for key in config.EXECUTION_KEYS}
 
     @property
     def planned(self) -> int:
-        """How many repeats were planned with this one; 1 for a single run."""
+        """The planned number of runs in this run's set; 1 for a single run."""
         repeats = self.tags.get("repeats", "")
         return int(repeats) if repeats.isdecimal() else 1
 
     @property
     def set_id(self) -> str:
-        """What the runs of one planned set share."""
+        """The id of the planned set; a single run has its own id."""
         return self.tags.get("repeats.id", self.run_id)
 
     def entity(self, stage: str = WORK) -> Entity:
-        """Device, machine and conditions. The score may have used another number of threads."""
+        """The device, machine and conditions. The score may use another number of threads than the training."""
         conditions = {key: self.tag(tag) for key, (tag, _, _) in CONDITIONS.items()}
         conditions["threads"] = self.tag(f"{stage}threads") or conditions["threads"]
         conditions["torch"] = re.sub(r"^(\d+\.\d+).*", r"\1", conditions["torch"])
@@ -78,49 +78,49 @@ class Run:
         return Entity(machine, self.tag("device") or "?", self.tag("label"), tuple(conditions.values()))
 
     def ran_on(self, machine: str) -> bool:
-        """Whether this is the fingerprint, label or hardware of the run's machine."""
+        """Whether `machine` is the fingerprint, label or hardware of the run's machine."""
         return machine in [self.tags.get(tag) for tag in ("machine", "label", "hardware")]
 
     def start(self, stage: str) -> int | None:
-        """When the stage began, in milliseconds. The score may be measured hours after the training."""
+        """When the stage began, in milliseconds since 1970. The score may be measured hours after the training."""
         text = self.tags.get(f"{stage}started", "")
         return int(text) if text.isdecimal() else self.started
 
     def taints(self, stage: str) -> list[str]:
-        """What disturbed the stage from outside, a word each; a stand-in is such a disturbance."""
+        """What disturbed the stage from outside, one word each. A stand-in counts as a disturbance."""
         stand_ins = [f"no real {word}" for word in self.tag("fallback").split()]
         return [word for word in self.tag(f"{stage}taints").split() if word not in BEHAVIORS] + stand_ins
 
     def behavior(self, stage: str) -> frozenset[str]:
-        """What the machine itself did, such as throttling: a result, no taint. Older code put it among the taints."""
+        """What the machine did by itself, such as throttling. Older code wrote it among the taints."""
         return BEHAVIORS.intersection(self.tag(f"{stage}taints").split() + self.tag(f"{stage}behavior").split())
 
     def measurement(self, metric: str) -> float | None:
-        """A metric if it can be a measurement, else None."""
+        """The metric if it is positive and finite, else None."""
         value = self.metrics.get(metric)
         return value if value is not None and is_measurement(value) else None
 
     def fraction(self, metric: str) -> float | None:
-        """A metric if it is a fraction, else None."""
+        """The metric if it lies between 0 and 1, else None."""
         value = self.metrics.get(metric)
         return value if value is not None and is_fraction(value) else None
 
 
 def measurements(runs: Iterable[Run], metric: str) -> list[float]:
-    """The measurement of each run that has it."""
+    """The values of a metric, of the runs that measured it."""
     return [value for run in runs if (value := run.measurement(metric)) is not None]
 
 
 def is_measurement(value: float) -> bool:
-    """Whether a figure is positive and finite."""
+    """Whether the value is positive and finite."""
     return 0 < value < LARGEST
 
 
 def is_fraction(value: float) -> bool:
-    """Whether a figure lies between 0 and 1."""
+    """Whether the value lies between 0 and 1."""
     return 0 <= value <= 1
 
 
 def clean(text: str) -> str:
-    """A user's text on one line, without unprintable characters."""
+    """A user's text as one line, without unprintable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -1,4 +1,4 @@
-"""The score: every machine's sustained steps, which are the same for all machines."""
+"""The table of the score: the speed of every machine at the sustained steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
 
 def make_score(context: Context, runs: Sequence[Run]) -> Score | None:
-    """The score of all machines that have one; None where none has."""
+    """Make the table of all machines that have a score; None if there are none."""
     scored = [run for run in runs if any(run.measurement(_speed(step)) for step in STEPS)]
     if not scored:
         return None
@@ -24,27 +24,27 @@ def make_score(context: Context, runs: Sequence[Run]) -> Score | None:
     by_entity: dict[Entity, Group] = {}
     for group in sorted(groups, key=_precedence):
         by_entity.setdefault(group.entity, group)
-    chosen = sorted(by_entity.values(), key=lambda group: (*_by_speed(group), context.name(group)))
-    rows = [_row(context, group) for group in chosen]
-    baseline = context.baseline(chosen)
+    selected = sorted(by_entity.values(), key=lambda group: (*_by_speed(group), context.name(group)))
+    rows = [_row(context, group) for group in selected]
+    baseline = context.baseline(selected)
     comparisons = sum(
-        len(row.steps) for row, group in zip(rows, chosen, strict=True) if group is not baseline and claimable(group)
+        len(row.steps) for row, group in zip(rows, selected, strict=True) if group is not baseline and claimable(group)
     )
     level = stats.bonferroni(stats.LEVEL, comparisons)
     if baseline is not None:
-        pairs = list(zip(rows, chosen, strict=True))
+        pairs = list(zip(rows, selected, strict=True))
         reference = next(pair for pair in pairs if pair[1] is baseline)
         rows = [_with_claims(context, pair, reference, level) for pair in pairs]
     others = [
         context.other(group, _speed(STEPS[0]), group.problem or "not the machine's first planned set")
         for group in groups
-        if all(group is not other for other in chosen)
+        if all(group is not other for other in selected)
     ]
     return Score(context.name(baseline) if baseline is not None else None, level, rows, others)
 
 
 def _shared_facts(run: Run) -> dict[str, str]:
-    """What runs must share for their scores to be pooled: recipe, version, the steps as they were run, settings."""
+    """What runs must share for their scores to be pooled: recipe, version, execution settings, and each step's hash."""
     facts = {"recipe": run.tag("recipe"), "version": run.version(SCORE)}
     facts |= {
         tag(step.name, fact): run.tag(tag(step.name, fact)) for step in STEPS for fact in ("workload", "precision")
@@ -53,7 +53,7 @@ def _shared_facts(run: Run) -> dict[str, str]:
 
 
 def _check_attempts(group: Group) -> Group:
-    """Add a problem if a score was measured again: whoever measures until a figure pleases will find one."""
+    """Add a problem if a score was measured again: repeating until a figure pleases is no measurement."""
     attempts = [run.tags.get("sustained.attempts", "1") for run in group.all_runs]
     repeated = sum(attempt != "1" for attempt in attempts)
     if not repeated or group.problem:
@@ -62,7 +62,7 @@ def _check_attempts(group: Group) -> Group:
 
 
 def _precedence(group: Group) -> tuple[bool, bool, int, str]:
-    """A machine's first planned set comes first, whatever came of it. A free choice would be the best of several."""
+    """Sort key: a machine's first planned set comes first, whatever its figures. Choosing freely would pick the best."""
     first = group.runs[0]
     return group.settings["version"] != VERSIONS[SCORE], group.planned == 1, first.started or 0, first.run_id
 
@@ -76,7 +76,7 @@ def _median_speed(group: Group, step: Step) -> float:
 
 
 def _by_speed(group: Group) -> tuple[float, ...]:
-    """Sorts groups by the first step, the fastest first; then by the next steps."""
+    """Sort key: the group that is fastest at the first step comes first, then by the next steps."""
     return tuple(-_median_speed(group, step) for step in STEPS)
 
 
@@ -125,7 +125,7 @@ def _step_figures(group: Group, step: Step, *, energy: bool) -> StepFigures | No
 def _with_claims(
     context: Context, candidate: tuple[ScoreRow, Group], baseline: tuple[ScoreRow, Group], level: float
 ) -> ScoreRow:
-    """The candidate's row with what is claimed of each of its steps."""
+    """The candidate's row, with a claim about each of its steps."""
     row, baseline_row = candidate[0], baseline[0]
     steps = dict(row.steps)
     for step in (step for step in STEPS if step.name in steps):
@@ -141,18 +141,18 @@ def _with_claims(
 
 
 def _step_difference(candidate: StepFigures, baseline: StepFigures | None, reference: str) -> str:
-    """Why a step is not compared with the reference's; '' where it is the same."""
+    """Why a step is not compared with the reference's; '' if it is the same step."""
     if baseline is None:
         return f"{reference} did not run it"
     if candidate.workload == baseline.workload:
         return ""
     if candidate.batch_size != baseline.batch_size:
         return f"batch {candidate.batch_size} against {baseline.batch_size}"
-    return "the step was another or took another time"
+    return "the step or its duration is different"
 
 
 def _side(row: ScoreRow, group: Group, step: Step) -> Side:
-    """A group's runs of a step. The name tells the precision where that is the device's best one."""
+    """One side of a claim about a step. Its name includes the precision if that is the device's best."""
     name = f"{row.head.name} at {row.steps[step.name].precision}" if step.best_precision else row.head.name
     seconds = [(run, 1 / speed) for run in group.runs if (speed := run.measurement(_speed(step)))]
     return make_side(name, group, seconds, stage=SCORE)

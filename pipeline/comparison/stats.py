@@ -1,14 +1,14 @@
-"""Intervals, ratios and equivalence of a few measurements. Pure functions of lists of floats.
+"""Intervals, ratios and equivalence tests for a few measurements: pure functions of lists of floats.
 
-Times and speeds are positive and their noise is relative, so logarithms are compared: a ratio of geometric means. The
-unit of evidence is a process. Processes that start within an hour share the state of that hour, so from MIN_SESSIONS
-sessions on the unit is the session (see `units`).
+Times and speeds are positive and their noise is relative. So their logarithms are compared, which gives a ratio of
+geometric means. The unit of evidence is the process. But processes that start within an hour share the state of that
+hour, so from MIN_SESSIONS sessions on, the unit is the session (see `units`).
 
 Two groups are compared by Welch's t: the difference over its unpooled standard error (B. L. Welch, Biometrika 34 (1947)
 28-35). The critical value is that of W. G. Cochran and G. M. Cox (Experimental Designs, 1950; W. G. Cochran, Biometrics
 20 (1964) 191-195): the mean of both groups' Student quantiles, weighted by their squared standard errors. It keeps its
 level for every ratio of variances (A. F. S. Lee and J. Gurland, JASA 70 (1975) 933-941). Satterthwaite's degrees of
-freedom, which most software uses, do not for few and unequal repeats.
+freedom, which most software uses, do not keep it for few runs of unequal number.
 
 Equal accuracy is shown by two one-sided tests (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15 (1987) 657-680): the
 90% interval of the difference lies within the margin.
@@ -25,17 +25,17 @@ LEVEL = 0.95
 POWER = 0.8
 
 MIN_UNITS = 3
-"""Fewest units that give an interval. With two, nobody can tell which one is the outlier."""
+"""The fewest units that give an interval. Of two, nobody can tell which one is the outlier."""
 
 MIN_SESSIONS = 3
 """From this many sessions on, the session is the unit."""
 
 SESSION_MS = 3_600_000
-"""Processes that start within this many milliseconds make one session."""
+"""Processes that start within this many milliseconds of the first belong to one session."""
 
 
 class Estimate(NamedTuple):
-    """The typical value of `n` runs. `low` and `high` bound its interval; None with fewer than MIN_UNITS units."""
+    """The typical value of `n` runs, and the ends of its interval. They are None with fewer than MIN_UNITS units."""
 
     value: float
     low: float | None
@@ -44,8 +44,8 @@ class Estimate(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The ratio or difference of two groups. `low`, `high` and `detectable` are None where one group has fewer than
-    MIN_UNITS units. `detectable`: the smallest true effect that is found with probability POWER."""
+    """The ratio or difference of two groups. `detectable`: the smallest true effect that is found with probability
+    POWER. `low`, `high` and `detectable` are None if a group has fewer than MIN_UNITS units."""
 
     value: float
     low: float | None
@@ -54,8 +54,8 @@ class Contrast(NamedTuple):
 
 
 class Equivalence(NamedTuple):
-    """The difference of two groups' accuracies (first less second) with its 90% interval; None with too few values.
-    `pairs`: how many seeds both ran, 0 if unpaired. `established`: the interval lies within the margin."""
+    """The difference of two groups' accuracies (first minus second) and its 90% interval (None with too few values).
+    `pairs`: the number of seeds that both ran, 0 if unpaired; `established`: the interval lies within the margin."""
 
     difference: float
     low: float | None
@@ -65,23 +65,23 @@ class Equivalence(NamedTuple):
 
 
 def sessions(started: Sequence[int | None]) -> list[list[int]]:
-    """Group indices of `started` (milliseconds) by session. A session begins with the first process that starts
+    """Group the indices of `started` (milliseconds) by session. A new session begins with the first process that starts
     SESSION_MS or more after the previous session began. If a start is unknown, all processes are one session."""
     starts = [(start, index) for index, start in enumerate(started) if start is not None]
     if len(starts) < len(started):
         return [list(range(len(started)))]
     by_session: list[list[int]] = []
-    began = 0
+    session_start = 0
     for start, index in sorted(starts):
-        if not by_session or start - began >= SESSION_MS:
+        if not by_session or start - session_start >= SESSION_MS:
             by_session.append([])
-            began = start
+            session_start = start
         by_session[-1].append(index)
     return by_session
 
 
 def units(values: Sequence[float], started: Sequence[int | None]) -> list[float]:
-    """The units of evidence: the positive `values`, or the geometric mean of each session from MIN_SESSIONS on."""
+    """The units of evidence: the positive `values`, or from MIN_SESSIONS sessions on each session's geometric mean."""
     by_session = sessions(started)
     if len(by_session) < MIN_SESSIONS:
         return list(values)
@@ -89,8 +89,8 @@ def units(values: Sequence[float], started: Sequence[int | None]) -> list[float]
 
 
 def median_estimate(values: Sequence[float], started: Sequence[int | None]) -> Estimate:
-    """The median of positive values, with Student's t interval of the units' logarithms. That interval assumes
-    log-normal noise; it is widened to hold the median if need be."""
+    """The median of positive values, with Student's t interval of the units' logarithms. The interval assumes
+    log-normal noise. It is widened to include the median if necessary."""
     center = median(values)
     _, low, high, _ = mean_estimate([math.log(value) for value in units(values, started)])
     if low is None or high is None:
@@ -108,15 +108,15 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float], level: float = LEVEL) -> Contrast:
-    """The ratio of the geometric means of two groups of positive units. `detectable` is above 1; its reciprocal is
-    found as often."""
+    """The ratio of the geometric means of two groups of positive units. `detectable` is above 1; a ratio of its
+    reciprocal would be found as often."""
     logs = difference([math.log(value) for value in numerator], [math.log(value) for value in denominator], level)
     bounds = (None if bound is None else _exp(bound) for bound in logs[1:])
     return Contrast(_exp(logs.value), *bounds)
 
 
 def difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Contrast:
-    """The difference of two groups' means, first less second. `detectable` is positive."""
+    """The difference of two groups' means, first minus second. `detectable` is positive."""
     distance = fmean(first) - fmean(second)
     if min(len(first), len(second)) < MIN_UNITS:
         return Contrast(distance, None, None, None)
@@ -128,8 +128,8 @@ def difference(first: Sequence[float], second: Sequence[float], level: float = L
 
 
 def equivalence(first: Mapping[int, float], second: Mapping[int, float], margin: float) -> Equivalence:
-    """Whether two groups' values by seed are equal to within `margin`, by two one-sided tests at 1 - LEVEL. Paired by
-    seed where both groups share MIN_UNITS seeds, since a seed fixes split and order. Otherwise unpaired."""
+    """Test whether two groups' values, by seed, are equal to within `margin`: two one-sided tests at 1 - LEVEL.
+    Values are paired if the groups share MIN_UNITS seeds: a seed fixes the split and the order of the images."""
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) >= MIN_UNITS:
         groups = [[first[seed] - second[seed] for seed in seeds]]
@@ -145,14 +145,17 @@ def equivalence(first: Mapping[int, float], second: Mapping[int, float], margin:
 
 
 def bonferroni(level: float, comparisons: int) -> float:
-    """The level of each of several intervals that all hold together at `level`, whatever their dependence
-    (O. J. Dunn, JASA 56 (1961) 52-64)."""
+    """The level that each of several intervals needs so that all hold together at `level`, however they depend on each
+    other (O. J. Dunn, JASA 56 (1961) 52-64)."""
     return 1 - (1 - level) / max(comparisons, 1)
 
 
 def _standard_error(groups: Sequence[Sequence[float]], quantile: float) -> tuple[float, float, float]:
-    """The standard error of a group's mean, or of the difference of two; its critical value at the one-sided `quantile`
-    (Cochran and Cox); its degrees of freedom (F. E. Satterthwaite, Biometrics Bulletin 2 (1946) 110-114)."""
+    """The standard error of a group's mean, or of the difference of two groups' means.
+
+    Also returns its critical value at the one-sided `quantile` (Cochran and Cox) and its degrees of freedom
+    (F. E. Satterthwaite, Biometrics Bulletin 2 (1946) 110-114).
+    """
     variances = [(variance(values) / len(values), len(values) - 1) for values in groups]
     total = math.fsum(squared for squared, _ in variances)
     weights = [(squared / total, degrees) for squared, degrees in variances if squared]
@@ -162,5 +165,5 @@ def _standard_error(groups: Sequence[Sequence[float]], quantile: float) -> tuple
 
 
 def _exp(value: float) -> float:
-    """e^value; infinite where it overflows."""
+    """e^value; infinity if that overflows."""
     return math.exp(value) if value < 709 else math.inf

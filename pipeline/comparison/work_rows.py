@@ -1,4 +1,4 @@
-"""A row of a recipe's work: the figures of a group's runs, and the course of its most typical run."""
+"""One row of a table of a recipe's work: the figures of a group, and the course of its most typical run."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.comparison.runs import WORK, Run, is_fraction, is_measurement
 from pipeline.comparison.schema import Row
 
 COURSES = ("val/accuracy", "time/train_seconds", "time/val_seconds")
-"""The metrics of which every epoch is read."""
+"""The metrics that are read for every epoch."""
 
 WORK_METRICS = {
     "total_seconds": "time/total_seconds",
@@ -25,20 +25,20 @@ WORK_METRICS = {
     "test_accuracy": "test/accuracy",
     "best_accuracy": "best/val_accuracy",
 }
-"""The figures of a recipe's work, and their metrics. The time to decode images is taken off process_seconds: the first
-process decodes them, and later ones read the cache."""
+"""The figures of a recipe's work, and their metrics. The time to decode images is subtracted from process_seconds,
+because the first process decodes them and later ones read the cache."""
 
 TOTAL = WORK_METRICS["total_seconds"]
 
 ACCURACIES = {"test": "test_accuracy", "validation": "best_accuracy"}
-"""Figures between 0 and 1, by the images they are of, the better choice first. Their estimates are means."""
+"""Figures between 0 and 1, by the images that they were measured on, the preferred ones first. Means, not medians."""
 
 MEMORY_OF = {"cpu": "process", "mps": "driver"}
-"""What peak memory is of, by device; `tensors` elsewhere. Only figures of one kind are comparable."""
+"""What peak memory includes, by device; only `tensors` on others. Figures of two kinds are not comparable."""
 
 
 def make_row(context: Context, group: Group, target: float | None) -> Row:
-    """The row of a group. `target`: the accuracy to which a time is given, if any."""
+    """Make the row of a group. `target`: the recipe's target accuracy, if any."""
     figures, values = _figures(context, group)
     source = energy_source(group.runs, "energy.source", WORK_METRICS["images_per_joule"])
     if not source:
@@ -46,7 +46,7 @@ def make_row(context: Context, group: Group, target: float | None) -> Row:
         figures.pop("joules", None)
     reached, timed = len(values.get("seconds_to_target", ())), len(values.get("total_seconds", ()))
     if reached < timed:
-        figures.pop("seconds_to_target", None)  # no median, as some runs never reached the target
+        figures.pop("seconds_to_target", None)  # no median if some runs never reached the target
     typical = group.runs[0]
     if timed:
         center = figures["total_seconds"].value
@@ -67,7 +67,7 @@ def make_row(context: Context, group: Group, target: float | None) -> Row:
 
 
 def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate], dict[str, list[float]]]:
-    """The group's figures, and each run's values of them."""
+    """The group's figures, and the values of all runs that they come from."""
     values: dict[str, list[float]] = {}
     starts: dict[str, list[int | None]] = {}
     for run in group.runs:
@@ -84,8 +84,10 @@ def _figures(context: Context, group: Group) -> tuple[dict[str, stats.Estimate],
 
 
 def _run_figures(context: Context, run: Run) -> dict[str, float]:
-    """The figures that a run has: those of WORK_METRICS, and of its median epoch epoch_seconds and images_per_second.
-    The speed metric is the last epoch's, and every epoch has the same number of images."""
+    """The figures of a run: those of WORK_METRICS, and epoch_seconds and images_per_second of its median epoch.
+
+    The speed metric is that of the last epoch. It is scaled by time, because all epochs have equally many images.
+    """
     figures = {key: value_of(run, key) for key in WORK_METRICS}
     seconds = [value for value in context.courses(run.run_id)["time/train_seconds"] if is_measurement(value)]
     if seconds:
@@ -96,7 +98,7 @@ def _run_figures(context: Context, run: Run) -> dict[str, float]:
 
 
 def value_of(run: Run, key: str) -> float | None:
-    """A figure of WORK_METRICS."""
+    """A run's value of a figure of WORK_METRICS; None if it has none."""
     if key in ACCURACIES.values():
         return run.fraction(WORK_METRICS[key])
     value = run.measurement(WORK_METRICS[key])
@@ -107,21 +109,21 @@ def value_of(run: Run, key: str) -> float | None:
 
 
 def _course(context: Context, run: Run) -> list[tuple[float, float]]:
-    """Seconds since the start, and validation accuracy, after each epoch; empty where they are not known. The last
-    epoch ends at `time/total_seconds`, which includes what came before the first."""
+    """(seconds since the start, validation accuracy) after each epoch; empty if not known. The last epoch ends at
+    `time/total_seconds`, which includes the time before the first epoch."""
     accuracy, training, validation = (context.courses(run.run_id)[key] for key in COURSES)
     total = run.measurement(TOTAL)
     if total is None or not accuracy or not len(accuracy) == len(training) == len(validation):
         return []
-    durations = [sum(epoch) for epoch in zip(training, validation, strict=True)]
-    ends = [total - math.fsum(durations[done:]) for done in range(1, len(durations) + 1)]
+    durations = [sum(seconds) for seconds in zip(training, validation, strict=True)]
+    ends = [total - math.fsum(durations[epoch:]) for epoch in range(1, len(durations) + 1)]
     if not (all(map(is_fraction, accuracy)) and all(map(is_measurement, ends)) and ends == sorted(ends)):
         return []
     return list(zip(ends, accuracy, strict=True))
 
 
 def accuracy_by_seed(runs: Sequence[Run], metric: str) -> dict[int, float]:
-    """An accuracy by seed. A seed that ran twice gives one value, the mean: equal seeds are not independent."""
+    """An accuracy by seed. A seed that ran twice gives one value, the mean, because its runs are not independent."""
     values: dict[int, list[float]] = {}
     for run in runs:
         value, seed = run.fraction(metric), run.params.get("settings.seed", "")

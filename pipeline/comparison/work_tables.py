@@ -1,4 +1,4 @@
-"""The work of a recipe: its tables, with every machine at the same settings and with each at its best."""
+"""The tables of a recipe's work: every machine at the same settings, and each machine at its best."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from pipeline.comparison.work_rows import ACCURACIES, TOTAL, WORK_METRICS, accur
 
 
 def group_by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
-    """The runs by workload and by version of the code. The current version comes first, then what most machines did."""
+    """Group runs by workload and version of the code: the current version first, then the most common work."""
     same_work: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         same_work.setdefault((run.tag("workload", "?"), run.version(WORK)), []).append(run)
@@ -30,26 +30,26 @@ def group_by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
 
 
 def make_section(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
-    """The tables of runs that did the same work with the same version of the code."""
+    """Make the tables of runs that did the same work with the same version of the code."""
     groups = group_runs(runs, lambda run: run.execution, WORK, allow_tainted=context.settings.tainted)
     tags = runs[0].tags
     title = clean(f"{tags.get('recipe')} on {tags.get('dataset')} with {tags.get('weights')} weights")
     target = _number(runs[0].params.get("train.target_accuracy", ""))
-    tables = [_table(context, groups, chosen, settings, target) for chosen, settings in _choices(groups)]
+    tables = [_table(context, groups, selected, settings, target) for selected, settings in _select(groups)]
     in_tables = {run["id"] for table in tables for row in table.rows for run in row.head.runs}
     others = [
-        context.other(group, TOTAL, group.problem or "its settings are in no table")
+        context.other(group, TOTAL, group.problem or "no table has its settings")
         for group in groups
         if group.runs[0].run_id not in in_tables
     ]
     return Section(workload, version, title, target, tables, others)
 
 
-def _choices(groups: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, str] | None]]:
-    """The groups of each table and the settings that they share.
+def _select(groups: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, str] | None]]:
+    """Select the groups of each table, with the settings that they share.
 
-    First all machines at the same settings: at fp32, those that most machines have run. Then each machine at its best
-    (settings None), unless that table would say the same.
+    The first table has all machines at the same settings: of those at fp32, the ones that most machines ran. The second
+    has each machine at its best (settings None). It is left out if it would have the same rows.
     """
     same_settings: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
@@ -61,21 +61,26 @@ def _choices(groups: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, st
     if not same_settings:
         return [(list(best.values()), None)]
     same = min(same_settings.values(), key=_by_frequency)
-    choices: list[tuple[list[Group], Mapping[str, str] | None]] = [(same, same[0].settings)]
+    selections: list[tuple[list[Group], Mapping[str, str] | None]] = [(same, same[0].settings)]
     if any(all(group is not other for other in same) for group in best.values()):
-        choices.append((list(best.values()), None))
-    return choices
+        selections.append((list(best.values()), None))
+    return selections
 
 
 def _by_frequency(groups: Sequence[Group]) -> tuple[Any, ...]:
-    """Sorts sets of groups: first those that most machines ran, without a problem if possible."""
-    sound = {group.entity for group in groups if not group.problem}
+    """Sort key: settings that most machines ran without a problem come first."""
+    without_problem = {group.entity for group in groups if not group.problem}
     entities = {group.entity for group in groups}
-    return -len(sound), -len(entities), -sum(len(group.runs) for group in groups), tuple(groups[0].settings.values())
+    return (
+        -len(without_problem),
+        -len(entities),
+        -sum(len(group.runs) for group in groups),
+        tuple(groups[0].settings.values()),
+    )
 
 
 def _by_time(group: Group) -> tuple[Any, ...]:
-    """Sorts groups from the fastest to the slowest, those without a time last."""
+    """Sort key: the fastest group comes first, groups without a time last."""
     values = measurements(group.runs, TOTAL)
     return not values, median(values) if values else 0.0, -len(group.runs), *group.settings.values()
 
@@ -83,24 +88,24 @@ def _by_time(group: Group) -> tuple[Any, ...]:
 def _table(
     context: Context,
     groups: Sequence[Group],
-    chosen: Sequence[Group],
+    selected: Sequence[Group],
     settings: Mapping[str, str] | None,
     target: float | None,
 ) -> Table:
-    """The table of the `chosen` among all groups. `settings`: what they share, None for each machine's best."""
-    chosen = sorted(chosen, key=lambda group: (*_by_time(group), context.name(group)))
-    timed = [group for group in chosen if measurements(group.runs, TOTAL)]
+    """Make the table of the `selected` among all `groups`. `settings`: what they share; None: each at its best."""
+    selected = sorted(selected, key=lambda group: (*_by_time(group), context.name(group)))
+    timed = [group for group in selected if measurements(group.runs, TOTAL)]
     baseline = context.baseline(timed)
-    rows = [make_row(context, group, target) for group in chosen]
+    rows = [make_row(context, group, target) for group in selected]
     if baseline is None:
         return Table(settings, None, 0, stats.LEVEL, rows)
-    # A best was picked among several groups: every pair that it might have been counts as a comparison.
-    candidates = Counter(group.entity for group in (chosen if settings else groups) if claimable(group))
+    # Each best was selected from several groups, so every pair that could have been selected counts as a comparison.
+    candidates = Counter(group.entity for group in (selected if settings else groups) if claimable(group))
     comparisons = candidates[baseline.entity] * sum(
         candidates[group.entity] for group in timed if group is not baseline
     )
     level = stats.bonferroni(stats.LEVEL, comparisons)
-    for index, group in enumerate(chosen):
+    for index, group in enumerate(selected):
         if any(group is other for other in timed):
             claim, whole = _claims(context, groups, group, baseline, level, best=settings is None)
             rows[index] = replace(rows[index], claim=claim, whole=whole)
@@ -110,7 +115,7 @@ def _table(
 def _claims(
     context: Context, groups: Sequence[Group], candidate: Group, baseline: Group, level: float, *, best: bool
 ) -> tuple[Claim, Claim]:
-    """What is claimed of the candidate's work, and of its whole process. `best`: each machine is at its best."""
+    """The claims about the candidate's work and its whole process. `best`: whether each machine is at its best."""
     if candidate is baseline:
         return Claim("reference"), Claim("reference")
     if reason := _missing_precision(context, groups, candidate, baseline):
@@ -128,8 +133,8 @@ def _claims(
 
 
 def _missing_precision(context: Context, groups: Sequence[Group], candidate: Group, baseline: Group) -> str:
-    """The precision of one side that the other never ran, in a sentence. Then settings would be compared, not machines.
-    '' if both ran both."""
+    """A precision that only one side has run, in words; '' if there is none. Comparing the two sides would then compare
+    precisions and not machines."""
     for group, other in ((candidate, baseline), (baseline, candidate)):
         precision = group.settings["precision"]
         if not any((g.entity, g.settings["precision"]) == (other.entity, precision) for g in groups):
@@ -138,12 +143,12 @@ def _missing_precision(context: Context, groups: Sequence[Group], candidate: Gro
 
 
 def _side_name(context: Context, group: Group, *, best: bool) -> str:
-    """The machine; with its precision where each machine is at its best, since these differ."""
+    """The machine's name, with its precision if each machine is at its best."""
     return f"{context.name(group)} at {group.settings['precision']}" if best else context.name(group)
 
 
 def _side(context: Context, group: Group, key: str, *, best: bool) -> Side:
-    """A side of the claim about the times `key`. Its seconds are empty if no run has that time."""
+    """A side of the claim about the figure `key`. Its seconds are empty if no run has that figure."""
     accuracies = {images: accuracy_by_seed(group.runs, WORK_METRICS[figure]) for images, figure in ACCURACIES.items()}
     return make_side(
         _side_name(context, group, best=best),

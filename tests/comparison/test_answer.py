@@ -4,7 +4,6 @@ import pytest
 from made import OLDER, Store, every_kind, two
 
 from pipeline.comparison.answer import answer
-from pipeline.comparison.claims import WIDEST
 
 MINUTE = 60_000
 
@@ -19,11 +18,6 @@ def test_it_opens_with_the_claim_of_the_first_step_and_what_that_rests_on():
     text = answer(scored(140_000.0).compare())
     assert text.startswith("GPU B: 140 times GPU A at convnet fp32 (13") and "5 runs each in 5 sessions)" in text
     assert text.count(".") == 1
-
-
-def test_the_faster_machine_stands_first_whichever_is_the_reference():
-    text = answer(scored(140_000.0).compare(reference="GPU B"))
-    assert text.startswith("GPU B: 140 times GPU A at convnet fp32")
 
 
 def test_the_strongest_claims_stand_first_and_the_others_are_counted():
@@ -59,7 +53,7 @@ def test_no_difference_says_which_would_have_been_found():
     [
         (scored(2000.0, count=1, first=1), "too few runs (1 run each)"),
         (Store().sustained().sustained().sustained(3, speed=2000.0, machine="b" * 12, hardware="GPU B"), "not planned"),
-        (scored(2000.0, planned=7), "5 of 7 planned runs are there"),
+        (scored(2000.0, planned=7), "5 of 7 planned runs"),
         (scored(2000.0, taints="load"), "disturbed (load)"),
     ],
 )
@@ -67,27 +61,6 @@ def test_without_a_claim_it_is_the_ratio_why_it_is_none_and_the_command(store, r
     text = answer(store.compare())
     assert text.startswith("GPU B: 2.0") and "This is no claim" in text and reason in text
     assert "python -m pipeline.run -S repeats=5" in text
-
-
-@pytest.mark.parametrize(("planned", "label"), [(7, True), (1, False)])
-def test_a_set_beside_one_that_failed_needs_another_label(planned, label):
-    text = answer(scored(2000.0, count=1, first=1, planned=planned).compare())
-    assert ("-S label=" in text) == label
-
-
-def test_an_interval_that_tells_nothing_is_no_claim():
-    store = scored(500_000.0, count=3, first=3)
-    for run, factor in zip(store.runs, (1.0, WIDEST, 1.0, 1.0, 3.0, 1.0), strict=True):
-        for key in run["metrics"]:
-            if key.endswith("_images_per_second"):
-                run["metrics"][key] *= factor
-    text = answer(store.compare())
-    assert "This is no claim: too few runs" in text
-
-
-def test_where_the_first_step_can_not_be_compared_another_one_is():
-    text = answer(scored(3000.0, batch=128).compare())
-    assert text.startswith("GPU B at bf16: 3.00 times GPU A at bf16 at transformer best")
 
 
 def test_without_a_score_it_is_of_the_work():
@@ -106,16 +79,10 @@ def test_what_an_older_version_measured_is_no_claim():
 
 
 def test_one_machine_is_told_its_figure_and_what_to_do_next():
-    found = Store().sustained(5).compare()
-    text = answer(found)
-    assert text.startswith("GPU A: 1,000 images/s at convnet fp32 (5 runs).") and text.endswith(found.advice)
+    comparison = Store().sustained(5).compare()
+    text = answer(comparison)
+    assert text.startswith("GPU A: 1,000 images/s at convnet fp32 (5 runs).") and text.endswith(comparison.advice)
     assert answer(Store().add(1).compare()).startswith("GPU A: 10.0 s for finetune on cifar10")
-
-
-def test_demos_and_empty_stores_are_told_what_to_do():
-    for store in (Store(), Store().add(2, fallback="data").add(2, fallback="data", machine="b" * 12)):
-        found = store.compare()
-        assert answer(found) == found.advice != ""
 
 
 def test_any_store_has_an_answer():

@@ -6,29 +6,35 @@ from collections import Counter
 
 import pytest
 from conftest import fails
-from made import EPOCHS, OLDER, SESSION, Store, every_kind, link, price, row, score_row, sections, table, two
+from made import (
+    EPOCHS,
+    OLDER,
+    B,
+    C,
+    Store,
+    every_kind,
+    kinds,
+    link,
+    price,
+    row,
+    score_row,
+    sections,
+    table,
+    two,
+)
 
 from pipeline import config
 from pipeline.comparison import report, stats
 from pipeline.errors import UsageError
 from pipeline.profiling.score_steps import STEPS, metric
 
-MINUTE = 60_000
-B = {"machine": "b" * 12, "hardware": "GPU B"}
-C = {"machine": "c" * 12, "hardware": "C"}
 CONVNET, BEST, TRANSFORMER = (step.name for step in STEPS)
 
 
-def kinds(comparison, place=0):
-    return {row.head.name: row.claim.kind for row in table(comparison, place).rows}
-
-
-def step_kinds(comparison, step):
-    return {row.head.name: row.steps[step].claim.kind for row in comparison.parts[0].score.rows}
-
-
-def ids(rows):
-    return {run["id"] for row in rows for run in row.head.runs}
+def shown_runs(heads, others):
+    """How often each run is shown: among those of a row, left out of it, or below the table."""
+    runs = [run for head in heads for run in (*head.runs, *head.left_out)]
+    return Counter(run["id"] for run in [*runs, *(run for other in others for run in other.runs)])
 
 
 # --- nothing disappears
@@ -38,25 +44,22 @@ def ids(rows):
 def test_every_run_is_in_a_table_or_listed_with_its_reason(tainted):
     store = every_kind()
     comparison = store.compare(tainted=tainted)
-    once = {run["tags"].get("record", run["run_id"]): run["run_id"] for run in store.runs}
-    assert (comparison.runs, comparison.copies) == (len(once), 1) and len(once) == len(store.runs) - 1
+    by_record = {run["tags"].get("record", run["run_id"]): run["run_id"] for run in store.runs}
+    assert (comparison.runs, comparison.copies) == (len(by_record), 1) and len(by_record) == len(store.runs) - 1
     shown = set()
     for section in (section for part in comparison.parts for section in part.sections):
-        rows = [row for table in section.tables for row in table.rows]
-        others = {run["id"] for other in section.others for run in other.runs}
-        assert not ids(rows) & others and all(other.reason for other in section.others)
-        shown |= ids(rows) | others | {run["id"] for row in rows for run in row.head.left_out}
-    assert shown == set(once.values())
+        heads = [row.head for table in section.tables for row in table.rows]
+        in_tables, below = shown_runs(heads, []), shown_runs([], section.others)
+        assert not set(in_tables) & set(below) and all(other.reason for other in section.others)
+        shown |= set(in_tables) | set(below)
+    assert shown == set(by_record.values())
 
 
 def test_every_run_with_a_score_is_in_its_table_or_listed_below():
     store = every_kind()
     score = store.compare().parts[0].score
-    shown = Counter(run["id"] for row in score.rows for run in (*row.head.runs, *row.head.left_out))
-    shown += Counter(run["id"] for other in score.others for run in other.runs)
-    assert shown == Counter(
-        run["run_id"] for run in store.runs if metric(CONVNET, "images_per_second") in run["metrics"]
-    )
+    scored = [run["run_id"] for run in store.runs if metric(CONVNET, "images_per_second") in run["metrics"]]
+    assert shown_runs([row.head for row in score.rows], score.others) == Counter(scored)
 
 
 # --- groups into sections and tables
@@ -72,8 +75,7 @@ def test_another_execution_setting_is_another_row(key):
 
 def test_unlike_workloads_are_never_in_one_table():
     first, second = sections(two().add(2, workload="w2", recipe="blog", **C).compare())
-    assert (first.workload, first.title) == ("w1", "finetune on cifar10 with pretrained weights")
-    assert (second.workload, second.title) == ("w2", "blog on cifar10 with pretrained weights")
+    assert (first.workload, second.workload) == ("w1", "w2") and second.title.startswith("blog on cifar10")
     assert [len(section.tables[0].rows) for section in (first, second)] == [2, 1]
 
 
@@ -83,6 +85,8 @@ def test_what_another_version_of_the_code_measured_stands_apart_without_claims()
     assert [section.version for section in (current, older, oldest)] == [str(config.EXECUTION_VERSION), OLDER, "1"]
     assert {row.claim.kind for row in older.tables[0].rows} == {"reference", "problem"}
     assert {row.claim.kind for row in current.tables[0].rows} == {"reference", "faster"}
+    assert f"version {OLDER}" in report.heading(older) and report.work_claims(older, older.tables[0]) == []
+    assert report.heading(current) == current.title
 
 
 def test_demos_stand_apart_and_nothing_is_claimed_of_them():
@@ -90,11 +94,9 @@ def test_demos_stand_apart_and_nothing_is_claimed_of_them():
     comparison = store.compare()
     assert kinds(comparison) == {"GPU B": "faster", "GPU A": "reference"}
     assert [part.demo for part in comparison.parts] == [False, True]
-    demos = table(comparison, demo=True).rows
-    assert {row.head.problem for row in demos} == {"no real device"}
-    assert {row.claim.kind for row in demos} == {"reference", "problem"}
-    tainted = table(store.compare(tainted=True), demo=True)
-    assert {row.claim.kind for row in tainted.rows} == {"reference", "slower"}
+    assert {row.head.problem for row in table(comparison, demo=True).rows} == {"no real device"}
+    assert set(kinds(comparison, demo=True).values()) == {"reference", "problem"}
+    assert set(kinds(store.compare(tainted=True), demo=True).values()) == {"reference", "slower"}
 
 
 def test_the_same_settings_are_those_that_most_machines_ran_at_fp32():
@@ -110,12 +112,6 @@ def test_the_same_settings_are_those_that_most_machines_ran_at_fp32():
 def test_a_second_table_that_would_say_the_same_is_omitted(seconds, tables):
     comparison = two().add(2, params={"precision": "bf16"}, seconds=seconds).compare()
     assert len(sections(comparison)[0].tables) == tables
-
-
-def test_without_fp32_each_is_at_its_best_alone():
-    store = Store().add(2, params={"precision": "bf16"}).add(2, **B, params={"precision": "tf32"})
-    (best,) = sections(store.compare())[0].tables
-    assert best.settings is None and len(best.rows) == 2
 
 
 def test_a_best_that_the_other_machine_did_not_run_is_not_compared():
@@ -142,25 +138,24 @@ def test_the_fastest_stands_first_and_those_without_a_time_last():
 
 
 def test_the_reference_has_the_most_runs_that_may_be_claimed_of_then_the_first_name():
-    assert table(two(3, 4).compare()).reference == "GPU B"
-    assert table(two(3, 3).compare()).reference == "GPU A"
-    assert table(Store().add(9, taints="load").add(1, **B).compare()).reference == "GPU B"
+    stores = [two(3, 4), two(3, 3), Store().add(9, taints="load").add(1, **B)]
+    assert [table(store.compare()).reference for store in stores] == ["GPU B", "GPU A", "GPU B"]
 
 
-@pytest.mark.parametrize("asked", ["b" * 12, "bbb", "under the desk", "DESK", "GPU B", "gpu b"])
-def test_a_reference_is_named_by_fingerprint_label_or_hardware_or_a_part_of_it(asked):
-    comparison = two(5, 3, label="under the desk").compare(reference=asked)
+@pytest.mark.parametrize("reference", ["b" * 12, "bbb", "under the desk", "DESK", "GPU B", "gpu b"])
+def test_a_reference_is_named_by_fingerprint_label_or_hardware_or_a_part_of_it(reference):
+    comparison = two(5, 3, label="under the desk").compare(reference=reference)
     assert table(comparison).reference == "GPU B (under the desk)"
     assert kinds(comparison) == {"GPU B (under the desk)": "reference", "GPU A": "slower"}
 
 
 @pytest.mark.parametrize(
-    ("asked", "allowed"),
+    ("reference", "allowed"),
     [("GPU X", "null | a fingerprint | GPU A | GPU B | mine; did you mean GPU"), ("gpu", "GPU A | GPU B")],
 )
-def test_a_reference_that_names_no_machine_or_several_is_refused(asked, allowed):
-    line = fails(UsageError, lambda: two(label="mine").compare(reference=asked))
-    assert line.startswith(f'compare.reference: "{asked}"') and f"expected {allowed}" in line
+def test_a_reference_that_names_no_machine_or_several_is_refused(reference, allowed):
+    message = fails(UsageError, lambda: two(label="mine").compare(reference=reference))
+    assert message.startswith(f'compare.reference: "{reference}"') and f"expected {allowed}" in message
 
 
 def test_where_the_reference_did_not_do_the_work_nothing_is_compared():
@@ -178,14 +173,10 @@ def test_a_row_is_compared_by_its_total_time_and_by_its_process():
     for claim, key, value in ((b.claim, "total_seconds", 2), (b.whole, "process_seconds", 30 / 25)):
         assert claim.speedup[:3] == pytest.approx(stats.ratio(a.values[key], b.values[key])[:3])
         assert claim.kind == "faster" and claim.speedup.value == pytest.approx(value, rel=1e-3)
-    assert "from process start to result" in b.whole.sentence
     assert a.claim.kind == a.whole.kind == "reference"
-
-
-@pytest.mark.parametrize(("seconds", "kind"), [(99.0, "slower"), (None, "alone")])
-def test_the_faster_work_may_be_the_slower_process(seconds, kind):
-    b = row(two(metrics={"time/process_seconds": seconds}).compare(), "GPU B")
-    assert (b.claim.kind, b.whole.kind) == ("faster", kind)
+    for seconds, kind in ((99.0, "slower"), (None, "alone")):
+        b = row(two(metrics={"time/process_seconds": seconds}).compare(), "GPU B")
+        assert (b.claim.kind, b.whole.kind) == ("faster", kind)
 
 
 def test_intervals_are_shared_among_the_machines_that_may_be_claimed_of():
@@ -208,35 +199,14 @@ def test_a_best_picked_among_several_counts_every_pair_it_might_have_been():
      ({"accuracy": 0.70}, "parity"), ({"behavior": "throttled"}, "faster"),
      ({"metrics": {"test/accuracy": None}}, "faster"), ({"metrics": {"test/accuracy": 0.0}}, "parity"),
      ({"metrics": {"test/accuracy": None, "best/val_accuracy": 0.7}}, "parity"),
-     ({"metrics": {"test/accuracy": None, "best/val_accuracy": None}}, "parity")],
+     ({"metrics": {"test/accuracy": None, "best/val_accuracy": None}}, "parity"),
+     ({"seeds": [0, 0, 1]}, "parity")],  # a seed that ran twice is one accuracy
 )  # fmt: skip
 def test_what_makes_and_what_ends_a_claim(change, kind):
     assert kinds(two(**change).compare())["GPU B"] == kind
 
 
-@pytest.mark.parametrize(("step", "kind", "basis"), [(SESSION, "faster", "5 sessions"), (MINUTE, "small", "4 minutes")])
-def test_few_sessions_claim_nothing_small(step, kind, basis):
-    store = Store().add(5, step=step).add(5, **B, seconds=9.5, step=step)
-    claim = row(store.compare(), "GPU B").claim
-    assert claim.kind == kind and basis in claim.basis
-
-
-def test_a_seed_that_ran_twice_is_one_accuracy():
-    store = Store().add(4, seeds=[0, 0, 1, 1]).add(4, **B, seconds=5.0, seeds=[0, 0, 1, 1])
-    claim = row(store.compare(), "GPU B").claim
-    assert claim.kind == "parity" and "too few seeds" in claim.reason
-
-
 # --- the figures of a row
-
-
-def test_a_head_tells_what_counts_what_does_not_and_over_what_time():
-    store = Store().add(1).add(5, step=3 * MINUTE)
-    store.runs[2]["tags"]["taints"] = "load"
-    head = row(store.compare(), "GPU A").head
-    assert (len(head.runs), head.planned, head.sessions, head.problem) == (4, 5, 1, "")
-    assert {run["reason"] for run in head.left_out} == {"tried before the planned set", "disturbed (load)"}
-    assert head.hours == pytest.approx(0.2)
 
 
 def test_a_time_by_epoch_is_the_median_of_each_runs_epochs():
@@ -245,31 +215,21 @@ def test_a_time_by_epoch_is_the_median_of_each_runs_epochs():
     store.courses[run["run_id"]]["time/train_seconds"] = [9.0, 1.0, 1.2, 1.1]
     run["metrics"] |= {"speed/train_images_per_second": 1000.0, "time/train_seconds": 1.1}
     values = row(store.compare(), "GPU A").values
-    assert (values["epoch_seconds"], values["images_per_second"]) == (
-        [pytest.approx(1.15)],
-        [pytest.approx(1100 / 1.15)],
-    )
+    assert values["epoch_seconds"] == [pytest.approx(1.15)]
+    assert values["images_per_second"] == [pytest.approx(1100 / 1.15)]
 
 
-def test_features_computed_once_stand_in_place_of_images_trained():
-    metrics = {"speed/train_images_per_second": None, "speed/feature_images_per_second": 3094.4}
-    figures = row(Store().add(2, metrics=metrics).compare(), "GPU A").figures
-    assert figures["feature_images_per_second"].value == 3094.4 and "images_per_second" not in figures
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, 0.0, 1.7976931348623157e308])
-def test_what_is_no_measurement_is_left_out(wrong):
-    store = Store().add(4)
-    store.runs[0]["metrics"] |= {"time/total_seconds": wrong, "memory/peak_mib": wrong}
-    a = row(store.compare(), "GPU A")
-    assert len(a.head.runs) == 4 and a.figures["total_seconds"].n == a.figures["peak_mib"].n == 3
-
-
-@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1, 1e200])
-def test_what_is_no_accuracy_is_left_out(wrong):
-    store = Store().add(4)
-    store.runs[0]["metrics"]["test/accuracy"] = wrong
-    assert row(store.compare(), "GPU A").figures["test_accuracy"].n == 3
+@pytest.mark.parametrize(
+    ("key", "figure", "wrong"),
+    [("time/total_seconds", "total_seconds", [math.nan, math.inf, -1.0, 0.0, 1.7976931348623157e308]),
+     ("test/accuracy", "test_accuracy", [math.nan, -0.1, 1.1, 1e200])],
+)  # fmt: skip
+def test_what_is_no_measurement_is_left_out(key, figure, wrong):
+    for value in wrong:
+        store = Store().add(4)
+        store.runs[0]["metrics"][key] = value
+        a = row(store.compare(), "GPU A")
+        assert (len(a.head.runs), a.figures[figure].n) == (4, 3), value
 
 
 def test_numbers_of_any_size_make_a_report():
@@ -297,7 +257,7 @@ def test_a_course_that_is_not_whole_is_not_guessed():
 def test_courses_are_read_once_and_only_of_runs_in_tables():
     store = two().add(10, params={"precision": "bf16"}, seconds=99.0)
     store.compare()
-    assert len(store.asked) == len(set(store.asked)) == 6
+    assert len(store.courses_read) == len(set(store.courses_read)) == 6
 
 
 def test_energies_of_two_sources_are_no_figure():
@@ -317,21 +277,6 @@ def test_memory_is_told_with_what_it_is_of(device, kind):
 def test_decoding_is_taken_off_the_whole_process(data, expected):
     store = Store().add(3, metrics={"time/data_seconds": data, "time/process_seconds": 25.0})
     assert row(store.compare(), "GPU A").values.get("process_seconds") == expected
-
-
-@pytest.mark.parametrize(("reached", "median"), [(5, True), (3, False)])
-def test_a_time_to_the_target_needs_all_runs_to_reach_it(reached, median):
-    store = Store().add(5)
-    for run in store.runs[reached:]:
-        del run["metrics"]["time/to_target_seconds"]
-    a = row(store.compare(), "GPU A")
-    assert sections(store.compare())[0].target == 0.5
-    assert a.reached == (reached, 5) and ("seconds_to_target" in a.figures) == median
-
-
-def test_without_a_target_there_is_no_time_to_it():
-    comparison = Store().add(3, params={"target_accuracy": "null"}).compare()
-    assert sections(comparison)[0].target is None and row(comparison, "GPU A").reached is None
 
 
 # --- the score
@@ -362,8 +307,8 @@ def test_only_the_same_step_is_compared():
 def test_a_run_without_one_of_the_steps_figures_counts_at_the_others():
     store = Store().sustained(4).sustained(4, **B, speed=1500.0)
     store.runs[0]["metrics"][metric(BEST, "images_per_second")] = math.nan
-    steps = score_row(store.compare(), "GPU B").steps
-    assert "4 and 3 runs" in steps[BEST].claim.basis and "4 runs each" in steps[CONVNET].claim.basis
+    steps = score_row(store.compare(), "GPU A").steps
+    assert (steps[BEST].speed.n, steps[CONVNET].speed.n) == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -372,9 +317,9 @@ def test_a_run_without_one_of_the_steps_figures_counts_at_the_others():
 )
 def test_the_score_has_taints_and_behavior_of_its_own(tags, kind, behavior):
     comparison = Store().sustained(3).sustained(3, **B, speed=1500.0, **tags).compare()
-    assert step_kinds(comparison, CONVNET) == {"GPU A": "reference", "GPU B": kind}
+    b = score_row(comparison, "GPU B")
+    assert (b.steps[CONVNET].claim.kind, b.head.behavior) == (kind, behavior)
     assert "problem" not in kinds(comparison).values()
-    assert score_row(comparison, "GPU B").head.behavior == behavior
 
 
 @pytest.mark.parametrize(("planned", "problem"), [(4, False), (5, True)])
@@ -433,8 +378,8 @@ def test_costs_are_in_the_currency_of_their_price():
 
 
 def test_the_price_of_a_card_names_its_machine():
-    line = fails(UsageError, lambda: two().compare({"GPU A": price(buy=900.0)}))
-    assert line.startswith("prices: GPU A.machine: missing")
+    message = fails(UsageError, lambda: two().compare({"GPU A": price(buy=900.0)}))
+    assert message.startswith("prices: GPU A.machine: missing")
     Store().add(1, backend="cpu", device="cpu").compare({"GPU A": price(buy=900.0)})
 
 

@@ -1,10 +1,9 @@
 """Which runs may be pooled, which of them count, and why the others do not."""
 
 import pytest
-from made import OLDER, SESSION, Store
+from made import Store
 
 from pipeline.comparison import groups
-from pipeline.comparison.groups import CURRENT_VERSION
 from pipeline.comparison.runs import SCORE, WORK, Run
 
 
@@ -32,13 +31,6 @@ def counts(group):
 # --- what may be pooled
 
 
-def test_runs_of_one_plan_are_a_group_oldest_first():
-    store = Store().add(5)
-    group = only(store)
-    assert group.runs == read(store)
-    assert counts(group) == (5, 5, {}) and group.problem == ""
-
-
 @pytest.mark.parametrize(
     ("tag", "values", "count"),
     [("machine", "ab", 2), ("device", ("cuda", "cuda:1"), 2), ("label", ("mine", None), 2),
@@ -51,10 +43,6 @@ def test_runs_under_unlike_conditions_are_not_pooled(tag, values, count):
     for value in values:
         store.add(3, **{tag.replace(".", "__"): value})
     assert len(group_runs(store)) == count
-
-
-def test_unlike_settings_are_not_pooled():
-    assert len(group_runs(Store().add(3).add(3, params={"precision": "bf16"}))) == 2
 
 
 # --- which runs count
@@ -84,17 +72,6 @@ def test_a_plan_whose_runs_fell_into_two_groups_says_so():
     store = Store().add(5)
     store.runs[4]["tags"]["hardware.power_limit_watts"] = "350"
     assert {len(group.runs): group.problem[:6] for group in group_runs(store)} == {1: "4 of 5", 4: "1 of 5"}
-
-
-def test_a_number_of_repeats_that_is_none_is_no_plan():
-    assert only(Store().add(1, repeats="many")).planned == 1
-
-
-def test_every_run_is_in_one_group_once():
-    store = Store().add(1).add(5, planned=7).add(2).add(3, taints="load").add(2, params={"precision": "bf16"})
-    store.add(4, machine="b").add(1, machine="b", start=store.runs[0]["started"] - SESSION)
-    ids = [run.run_id for group in group_runs(store) for run in group.all_runs]
-    assert sorted(ids) == [run["run_id"] for run in store.runs]
 
 
 # --- taints, behavior and versions
@@ -128,14 +105,6 @@ def test_what_a_machine_does_itself_is_no_taint(tag, stage):
     assert counts(group) == (3, 3, {}) and group.problem == ""
     assert group.runs[0].behavior(stage) == {"drift", "throttled"}
     assert group.runs[0].behavior(SCORE if stage == WORK else WORK) == set()
-
-
-@pytest.mark.parametrize(
-    ("version", "problem"), [(CURRENT_VERSION, ""), (OLDER, f"version {OLDER}"), (None, "version 1")]
-)
-def test_another_version_of_the_code_carries_no_claim(version, problem):
-    group = only(Store().add(3, software__execution=version))
-    assert problem in group.problem and bool(group.problem) == bool(problem)
 
 
 # --- names

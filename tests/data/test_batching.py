@@ -37,23 +37,6 @@ def drawn(split, seed, epoch, batch_size=4, flip=False, backend=None):
 # --- splits
 
 
-def test_decoded_images_become_a_split_without_a_copy(tmp_path):
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8))
-    images = np.load(tmp_path / "images.npy", mmap_mode="c")
-    split = batching.as_split(images, np.arange(5))
-    assert (split.inputs.shape, split.inputs.dtype, split.labels.dtype) == ((5, 4, 6, 3), torch.uint8, torch.int64)
-    assert split.inputs.data_ptr() == images.ctypes.data
-    assert (len(split), split.rows, split.nbytes) == (5, None, 5 * 4 * 6 * 3)
-
-
-def test_taking_samples_copies_nothing_and_keeps_their_order():
-    split = split_of(6)
-    part = split.take(np.array([4, 0, 4]))
-    assert part.inputs is split.inputs and part.labels is split.labels
-    assert (part.rows.tolist(), len(part), part.nbytes) == ([4, 0, 4], 3, 3 * 4 * 4 * 3)
-    assert part.take(np.array([1, 2])).rows.tolist() == [0, 4]
-
-
 @pytest.mark.parametrize(("rows_at_once", "chunks"), [(3, [3, 3, 1]), (8192, [7])])
 def test_samples_are_gathered_piece_by_piece_on_their_way_to_the_device(monkeypatch, rows_at_once, chunks):
     monkeypatch.setattr(batching, "UPLOAD_ROWS", rows_at_once)
@@ -133,13 +116,6 @@ def test_batches_follow_the_order_of_what_was_taken(rows, order, expected, backe
     batches = list(batching.batches(split, 2, backend, order and torch.tensor(order)))
     assert [values(images) for images, _ in batches] == expected
     assert [labels.tolist() for _, labels in batches] == [[value % 3 for value in batch] for batch in expected]
-
-
-def test_batches_on_the_device_are_neither_sent_nor_copied():
-    split, backend = split_of(4), Cpu()
-    backend.to_device_async = None
-    (images, labels), _ = batching.batches(split, 2, backend)
-    assert (images.data_ptr(), labels.data_ptr()) == (split.inputs.data_ptr(), split.labels.data_ptr())
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -316,21 +292,6 @@ def test_weights_are_of_two_neighbours_and_both_implementations_agree(height, wi
     gathered = batching._enlarge_by_gather(batch, weights).permute(0, 3, 1, 2)
     for channels_last in (False, True):
         assert torch.equal(batching._enlarge_by_matmul(batch, weights, channels_last), gathered)
-
-
-@pytest.mark.usefixtures("implementation")
-def test_given_weights_are_used():
-    batch = torch.from_numpy(noise(2, 30, 20))
-    weights = batching.resize_weights(30, 20, 40, torch.device("cpu"))
-    across = weights.across._replace(first_weight=weights.across.first_weight / 2)
-    dimmed = weights._replace(columns=weights.columns / 2, across=across)
-    assert torch.equal(batching.prepare(batch, 40, weights), batching.prepare(batch, 40))
-    assert not torch.equal(batching.prepare(batch, 40, dimmed), batching.prepare(batch, 40))
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 20), (20, 41), (80, 80)])
-def test_there_are_no_weights_where_nothing_is_enlarged_or_something_shrunk(height, width):
-    assert batching.resize_weights(height, width, 40, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("size", [20, 32, 48])

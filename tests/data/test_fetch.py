@@ -4,7 +4,6 @@ import hashlib
 import random
 import re
 import socket
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -163,11 +162,6 @@ def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
     assert server.connections == 0
 
 
-def test_an_unreadable_archive_is_named(data, server):
-    (data / fetch.ARCHIVE).mkdir(parents=True)
-    assert str(data / fetch.ARCHIVE) in fails(StageError, fetch.fetch_cifar10, data, server.urls("good"), 5)
-
-
 # The download
 
 
@@ -218,13 +212,6 @@ def test_a_bad_mirror(data, server, how, says):
     assert_fetched(data)
 
 
-@pytest.mark.parametrize("how", ["missing", "page-of-any-length", "long"])
-def test_a_bad_mirror_leaves_what_was_fetched(data, server, how):
-    put(part_of(data), ARCHIVE[:CUT])
-    fails(StageError, fetch.fetch_cifar10, data, server.urls(how), 5)
-    assert part_of(data).read_bytes() == ARCHIVE[:CUT]
-
-
 @pytest.mark.parametrize("how", ["ignores-range", "refuses-range", "elsewhere"])
 def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
     put(part_of(data), ARCHIVE[:CUT])
@@ -251,12 +238,6 @@ def test_only_a_damaged_part_is_fetched_anew(data, server, part, requests):
     assert server.requests == requests
 
 
-def test_one_clean_retry_then_the_next_mirror(data, server):
-    put(part_of(data), ARCHIVE[:CUT])
-    fetch.fetch_cifar10(data, server.urls("wrong", "good"), 5)
-    assert server.requests == [("wrong", f"bytes={CUT}-"), ("wrong", None), ("good", None)]
-
-
 def test_offline(data):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -264,12 +245,6 @@ def test_offline(data):
         message = fails(StageError, fetch.fetch_cifar10, data, [url, "no address"], 5)
     assert f"no answer from {url}, no address" in message
     assert not data.exists()
-
-
-def test_a_bar_on_a_terminal(data, server, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fetch.fetch_cifar10(data, server.urls("good"), 5)
-    assert "100%" in capsys.readouterr().err
 
 
 # The disk

@@ -135,17 +135,6 @@ def test_published_weights_that_were_fetched_before(asked, hub, offline):
     assert "dvc repro" in fails(StageError, weights.locate, facts, recipe("pretrained"))
 
 
-def test_timm_is_asked_once_a_model_and_not_for_random_weights_or_a_file(asked, hub, offline, tmp_path):
-    path = tmp_path / "mine.safetensors"
-    path.write_bytes(CONTENT)
-    weights.resolve(recipe("random"))
-    weights.resolve(recipe(str(path)))
-    assert asked == []
-    hub()
-    assert weights.resolve(recipe("pretrained")) == weights.resolve(recipe("pretrained"))
-    assert asked == [MODEL]
-
-
 def test_a_model_that_nobody_published(monkeypatch):
     monkeypatch.setattr(classifier, "hub_file", lambda name: None)
     assert MODEL in fails(UsageError, weights.resolve, recipe("pretrained"))
