@@ -62,7 +62,7 @@ def _check_attempts(group: Group) -> Group:
 
 
 def _precedence(group: Group) -> tuple[bool, bool, int, str]:
-    """Sort key: a machine's first planned set comes first, whatever its figures, because a free choice would be the best."""
+    """Sort key: the first planned set of a machine comes first, whatever its figures."""
     first = group.runs[0]
     return group.settings["version"] != VERSIONS[SCORE], group.planned == 1, first.started or 0, first.run_id
 
