@@ -4,9 +4,9 @@ python -m benchmarks.execution [DEVICE [BATCH]] trains in every way, ROUNDS time
 device (uint8, 32 x 32, resized there to 96). It prints the median and range of the images per second.
 """
 
+import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def speed(backend: devices.Backend, step: Callable[[], None], batch: int) -> flo
     return STEPS * batch / (time.perf_counter() - start)
 
 
-def main(device: str = "auto", batch: str = "1024") -> None:
+def main(device: str, batch: int) -> None:
     """Print a line for each way, the fastest last."""
     backend = devices.select(device)
     print(backend.facts()["name"], "torch", torch.__version__, f"batch {batch}")
@@ -74,14 +74,14 @@ def main(device: str = "auto", batch: str = "1024") -> None:
             backend.set_precision(precision)
             torch.backends.cudnn.benchmark = tuned
             recipe = config.load([f"recipe={name}", "weights=random", f"precision={precision}"]).work
-            step = step_of(backend, recipe, layout, compiled, int(batch))
+            step = step_of(backend, recipe, layout, compiled, batch)
             start = time.perf_counter()
             for _ in range(5):
                 step()
             backend.synchronize()
             key = (precision, "channels_last" if layout else "contiguous", "benchmark" if tuned else "", compiled)
             ways[key] = [time.perf_counter() - start]
-            ways[key] += [speed(backend, step, int(batch)) for _ in range(ROUNDS)]
+            ways[key] += [speed(backend, step, batch) for _ in range(ROUNDS)]
         for key, (setup, *speeds) in sorted(ways.items(), key=lambda item: statistics.median(item[1][1:])):
             print(
                 f"{name:9} {' '.join(key):50} {statistics.median(speeds):>9,.0f} images/s "
@@ -91,4 +91,7 @@ def main(device: str = "auto", batch: str = "1024") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", default="auto")
+    parser.add_argument("batch", nargs="?", default=1024, type=int)
+    main(**vars(parser.parse_args()))

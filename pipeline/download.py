@@ -47,12 +47,10 @@ def _must_download(settings: config.Settings) -> bool:
 def _check_available(settings: config.Settings) -> None:
     """Raise UsageError for a device, model, optimizer or schedule that training would refuse."""
     from pipeline import devices  # these import torch, which takes seconds: only before a download, which takes longer
-    from pipeline.models import classifier
-    from pipeline.training import optimizers
+    from pipeline.training import setup
 
     devices.select(settings.device)
-    classifier.check_name(settings.work.model)
-    optimizers.check(settings.work)
+    setup.check(settings.work)
 
 
 if __name__ == "__main__":

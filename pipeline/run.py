@@ -15,20 +15,20 @@ def run(settings: config.Settings, folder: Path) -> None:
     on in its folder."""
     began = time.monotonic()
     runs, reports = folder.parent / "runs", folder.parent / "reports"
-    own = _new_folder(runs, f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
+    run_folder = _new_folder(runs, f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
     for stage in (hardware, download):
-        stage.run(settings, own)
+        stage.run(settings, run_folder)
     if settings.repeats > 1:
-        interrupted = repeats.find_unfinished(runs, settings, own)
+        interrupted = repeats.find_unfinished(runs, settings, run_folder)
         if interrupted is not None:
-            shutil.rmtree(own)
-            own = interrupted
-        repeats.run_repeats(settings, own, REPEATED, settings.repeats, repeats.child_starter("run"))
+            shutil.rmtree(run_folder)
+            run_folder = interrupted
+        repeats.run_repeats(settings, run_folder, REPEATED, settings.repeats, repeats.child_starter("run"))
     else:
-        run_once(settings, own, time.monotonic() - began)
+        run_once(settings, run_folder, time.monotonic() - began)
     from pipeline import compare  # not before: a machine without its scipy can be measured all the same
 
-    compare.run(settings, own, reports)
+    compare.run(settings, run_folder, reports)
 
 
 def run_once(settings: config.Settings, folder: Path, earlier_seconds: float) -> None:

@@ -38,9 +38,10 @@ def run(
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
+        # Ask before measuring: a store that fails afterwards must not lose the score.
+        attempts = publisher.count_attempts(record, records.experiment_name(settings, record["tags"])) + 1
         started = store.now()
         result |= _measure(settings, steps, run_step)
-        attempts = publisher.count_attempts(record, records.experiment_name(settings, record["tags"])) + 1
         result["tags"] |= {"sustained.started": str(started), "sustained.attempts": str(attempts)}
     result["ended"] = store.now()
     repeats.clear_outputs(folder, "sustain", number, records.planned_repeats(folder))

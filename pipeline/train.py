@@ -18,7 +18,7 @@ from pipeline.models import checkpoints, classifier, weights
 from pipeline.profiling import energy, system_info, system_state
 from pipeline.profiling.clock import Clock
 from pipeline.tracking import publisher, records, store, training_record
-from pipeline.training import loop, measured, optimizers, setup
+from pipeline.training import loop, measured, setup
 
 Record = dict[str, Any]
 
@@ -32,7 +32,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     recipe = settings.work
     startup = system_info.process_age() - earlier
     store.store_uri()  # raises for a store that would be lost, before any work
-    _check(recipe)
+    setup.check(recipe)
     energy.check(settings.energy.source)
     backend = setup.configure_backend(settings.device, recipe)
     clock = Clock(backend.synchronize)
@@ -71,12 +71,6 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         del training
         raise StageError(_suggest_batch(out_of_memory, settings, splits, classes, backend))
     return record
-
-
-def _check(recipe: config.Recipe) -> None:
-    """Check model, optimizer and schedule before any data is loaded."""
-    classifier.check_name(recipe.model)
-    optimizers.check(recipe)
 
 
 def _train(

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -16,6 +17,21 @@ from pipeline.training import loop, optimizers, setup
 
 CLASSES = 3
 TIMED = ("time/", "speed/", "memory/")
+
+
+class ScriptedClock(Clock):
+    """Its time passes in spans: in each as long as `seconds` says, else 1 s, and `gap` seconds before each."""
+
+    def __init__(self, synchronize, seconds, gap=0.0):
+        self.time, self.script, self.gap = 0.0, seconds, gap
+        super().__init__(synchronize, lambda: self.time)
+
+    @contextmanager
+    def span(self, name):
+        self.time += self.gap
+        with super().span(name) as span:
+            yield span
+            self.time += self.script.get(name, 1.0)
 
 
 def samples(count, features=4, seed=0):

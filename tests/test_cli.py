@@ -174,7 +174,7 @@ def test_a_stages_help_shows_its_settings_and_all_shows_the_rest(capsys):
 
 @pytest.mark.parametrize("arguments", [line for lines in cli.EXAMPLES.values() for line in lines])
 def test_the_examples_are_settings_that_load(arguments):
-    parse(*shlex.split(arguments))
+    assert parse(*shlex.split(arguments)) != parse()
 
 
 # --- how it ends

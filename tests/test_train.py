@@ -3,12 +3,12 @@
 import csv
 import gc
 import weakref
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from conftest import fails
-from loops import without_times
+from loops import ScriptedClock, without_times
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import SMALL, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
@@ -371,19 +371,7 @@ SECONDS = {
 """How long each span lasts by `Scripted`; no two sums of them are alike."""
 
 
-class Scripted(Clock):
-    """Its time passes in spans, in each as long as `SECONDS` has it, and for a quarter of a second before each."""
-
-    def __init__(self, synchronize):
-        self.time = 0.0
-        super().__init__(synchronize, lambda: self.time)
-
-    @contextmanager
-    def span(self, name):
-        self.time += 0.25
-        with super().span(name) as span:
-            yield span
-            self.time += SECONDS[name]
+Scripted = partial(ScriptedClock, seconds=SECONDS, gap=0.25)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """One finished run: its figures, its conditions, and what disturbed it."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 from pipeline import config
@@ -109,6 +111,13 @@ class Run:
 def measurements(runs: Iterable[Run], metric: str) -> list[float]:
     """The values of a metric, of the runs that measured it."""
     return [value for run in runs if (value := run.measurement(metric)) is not None]
+
+
+def most_typical(runs: Sequence[Run], metric: str) -> Run:
+    """The run whose metric is closest to the median; the first run if none has it."""
+    values = measurements(runs, metric)
+    center = median(values) if values else 0.0
+    return min(runs, key=lambda run: abs((run.measurement(metric) or math.inf) - center))
 
 
 def is_measurement(value: float) -> bool:

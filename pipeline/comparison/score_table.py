@@ -9,7 +9,7 @@ from pipeline.comparison.claims import Claim, Side
 from pipeline.comparison.context import Context, claimable, energy_source, make_side
 from pipeline.comparison.costs import costs_of_score
 from pipeline.comparison.groups import VERSIONS, Group, group_runs
-from pipeline.comparison.runs import SCORE, Entity, Run, measurements
+from pipeline.comparison.runs import SCORE, Entity, Run, measurements, most_typical
 from pipeline.comparison.schema import Score, ScoreRow, StepFigures
 from pipeline.profiling.score_steps import STEPS, Step, metric, tag
 
@@ -71,13 +71,9 @@ def _speed(step: Step) -> str:
     return metric(step.name, "images_per_second")
 
 
-def _median_speed(group: Group, step: Step) -> float:
-    return median(measurements(group.runs, _speed(step)) or [0.0])
-
-
 def _by_speed(group: Group) -> tuple[float, ...]:
     """Sort key: the group that is fastest at the first step comes first, then by the next steps."""
-    return tuple(-_median_speed(group, step) for step in STEPS)
+    return tuple(-median(measurements(group.runs, _speed(step)) or [0.0]) for step in STEPS)
 
 
 def _row(context: Context, group: Group) -> ScoreRow:
@@ -87,13 +83,11 @@ def _row(context: Context, group: Group) -> ScoreRow:
     figures = {step.name: _step_figures(group, step, energy=bool(source)) for step in STEPS}
     steps = {name: step for name, step in figures.items() if step is not None}
     watts = max((step.watts.value for step in steps.values() if step.watts), default=None)
-    center = _median_speed(group, first)
-    typical = min(group.runs, key=lambda run: abs((run.measurement(_speed(first)) or 0) - center))
     speed = steps[first.name].speed.value if first.name in steps else None
     return ScoreRow(
         head=head,
         recipe=group.settings["recipe"],
-        shown=context.run_link(typical),
+        shown=context.run_link(most_typical(group.runs, _speed(first))),
         steps=steps,
         energy_source=source,
         watts=watts,

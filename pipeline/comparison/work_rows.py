@@ -8,7 +8,7 @@ from pipeline.comparison import stats
 from pipeline.comparison.context import Context, energy_source
 from pipeline.comparison.costs import costs_of_work
 from pipeline.comparison.groups import Group
-from pipeline.comparison.runs import WORK, Run, is_fraction, is_measurement
+from pipeline.comparison.runs import WORK, Run, is_fraction, is_measurement, most_typical
 from pipeline.comparison.schema import Row
 
 COURSES = ("val/accuracy", "time/train_seconds", "time/val_seconds")
@@ -47,10 +47,7 @@ def make_row(context: Context, group: Group, target: float | None) -> Row:
     reached, timed = len(values.get("seconds_to_target", ())), len(values.get("total_seconds", ()))
     if reached < timed:
         figures.pop("seconds_to_target", None)  # no median if some runs never reached the target
-    typical = group.runs[0]
-    if timed:
-        center = figures["total_seconds"].value
-        typical = min(group.runs, key=lambda run: abs((run.measurement(TOTAL) or math.inf) - center))
+    typical = most_typical(group.runs, TOTAL)
     head = context.head(group, WORK)
     return Row(
         head=head,

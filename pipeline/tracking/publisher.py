@@ -225,9 +225,11 @@ def restore_run(
             for epoch in record["epochs"]:
                 store.log_epoch(handle, epoch)
             publish_training(handle, record, folders["train"])
+            # The training is whole from here on. Marked only now, a part of it is never taken for the training's run;
+            # marked before it is FINISHED, it never counts as another run. A stage that is missing is added next time.
+            store.mark_run(handle, record)
             results = stage_records(record, folders)
             add_stages(handle, record, list(results), results, folders)
-            store.mark_run(handle, record)  # last, so that a run made only in part is not taken for the training's
     return created
 
 

@@ -150,6 +150,12 @@ class TrainingSetup:
         )
 
 
+def check(recipe: config.Recipe) -> None:
+    """Raise UsageError for a model, optimizer or schedule that can't be had. Call it before data is loaded."""
+    classifier.check_name(recipe.model)
+    optimizers.check(recipe)
+
+
 def configure_backend(device: str, recipe: config.Recipe) -> Backend:
     """Select the backend for the setting `device`, tune it, and set the recipe's precision and CPU threads.
 

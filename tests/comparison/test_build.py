@@ -237,8 +237,11 @@ def test_numbers_of_any_size_make_a_report():
     for size in (1e-300, 1e299):
         store.add(3, seconds=size, machine=f"{size}", metrics={"memory/peak_mib": size, "test/accuracy": 0.75})
         store.sustained(3, speed=size, seconds=1 / size, machine=f"step {size}")
-    json.dumps(report.as_json(store.compare()), allow_nan=False)
-    report.markdown(store.compare())
+    comparison = store.compare()
+    machines = {run["tags"]["machine"] for run in store.runs}
+    told = json.dumps(report.as_json(comparison), allow_nan=False)
+    assert all(f'"machine": "{machine}"' in told for machine in machines)
+    assert all(run["run_id"][:8] in report.markdown(comparison) for run in store.runs[::3])
 
 
 def test_the_run_that_is_shown_is_the_most_typical_one():

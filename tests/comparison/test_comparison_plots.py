@@ -87,7 +87,8 @@ def test_names_in_an_svg_are_no_markup_and_ids_are_not_shared():
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_can_be_drawn(name):
-    plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0, look="reference")], title="chart", unit="times"))
+    svg = plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0, look="reference")], title="chart", unit="times"))
+    assert svg.startswith("<svg") and ">B</text>" in svg
 
 
 def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():

@@ -1,10 +1,11 @@
 """What is measured around a training: where the images lie, energy, and a speed that its own machine can't have."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from loops import images_of, make_setup, recipe_of, without_times
+from loops import ScriptedClock, images_of, make_setup, recipe_of, without_times
 from trainings import threads  # noqa: F401 (one is enough)
 
 from pipeline import config
@@ -20,18 +21,7 @@ SPEED = 20 / 10_000
 """Images a second by `Scripted`, where features are not computed once."""
 
 
-class Scripted(Clock):
-    """Its time passes in spans alone, in each as long as is said."""
-
-    def __init__(self, synchronize):
-        self.time = 0.0
-        super().__init__(synchronize, lambda: self.time)
-
-    @contextmanager
-    def span(self, name):
-        with super().span(name) as span:
-            yield span
-            self.time += SECONDS.get(name, 1.0)
+Scripted = partial(ScriptedClock, seconds=SECONDS)
 
 
 def peaks_of(images_per_second, matmul_flops=1e15):
