@@ -56,5 +56,11 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     return known[close[0]] if close else ""
 
 
+def hint(name: Any, names: Iterable[str]) -> str:
+    """The end of a message that names the nearest of `names`, or ''."""
+    close = nearest(name, names)
+    return f"; did you mean {close}?" if close else ""
+
+
 def _plain(name: Any) -> str:
     return str(name).lower().replace("-", "_")

@@ -19,7 +19,7 @@ from pipeline.comparison.schema import Comparison, Part
 from pipeline.comparison.score_table import make_score
 from pipeline.comparison.work_rows import COURSES
 from pipeline.comparison.work_tables import group_by_work, make_section
-from pipeline.errors import UsageError, nearest
+from pipeline.errors import UsageError, hint
 
 __all__ = ["COURSES", "Comparison", "compare"]
 
@@ -80,14 +80,13 @@ def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
     matches += [fingerprint for fingerprint in sorted(fingerprints) if fingerprint.startswith(part)]
     if len(matches) == 1:
         return str(matches[0])
-    close = nearest(reference, known)
     fault = f"is part of {len(matches)} names" if matches else "matches no machine of these runs"
     allowed = [clean(name) for name in matches] or ["null", "a fingerprint", *map(clean, known)]
     raise UsageError(
         f'compare.reference: "{clean(reference)}" {fault}: expected '
         + " | ".join(allowed[:12])
         + (" | ..." if len(allowed) > 12 else "")
-        + (f"; did you mean {clean(close)}?" if close and not matches else "")
+        + ("" if matches else hint(reference, map(clean, known)))
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Recipe
-from pipeline.errors import StageError, UsageError, nearest
+from pipeline.errors import StageError, UsageError, hint
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """The base of all BatchNorm layers, timm's own among them."""
@@ -77,9 +77,8 @@ def check_name(name: str) -> None:
     """Raise UsageError unless timm has a model `name`."""
     base = name.split(".")[0]
     if not timm.is_model(name):
-        close = nearest(base, timm.list_models())
-        hint = f"; did you mean {close}?" if close else ""
-        raise UsageError(f'model: "{name}" is not allowed: expected a name that timm.list_models() has{hint}')
+        expected = f"expected a name that timm.list_models() has{hint(base, timm.list_models())}"
+        raise UsageError(f'model: "{name}" is not allowed: {expected}')
     tags = timm.list_pretrained(f"{base}.*")
     if "." in name and name not in tags:
         raise UsageError(f'model: "{name}" is not allowed: timm has {base} as {", ".join(tags) or base}')
@@ -220,9 +219,8 @@ def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
     else:
         for prefix in trainable:
             if not any(name.startswith(prefix) for name in parameters):
-                close = nearest(prefix, sorted({name.split(".")[0] for name in parameters}))
-                hint = f"; did you mean {close}?" if close else ""
-                raise UsageError(f'trainable: no parameter\'s name starts with "{prefix}"{hint}')
+                layers = sorted({name.split(".")[0] for name in parameters})
+                raise UsageError(f'trainable: no parameter\'s name starts with "{prefix}"{hint(prefix, layers)}')
         chosen = {name for name in parameters if name.startswith(tuple(trainable))}
     for name, parameter in parameters.items():
         parameter.requires_grad = name in chosen

@@ -49,7 +49,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
 from pipeline import config
-from pipeline.errors import UsageError, nearest
+from pipeline.errors import UsageError, hint
 
 Options = Mapping[str, Any]
 Group = dict[str, Any]
@@ -208,7 +208,7 @@ def _look_up(name: str) -> tuple[type, Callable[..., Optimizer]]:
         known = [*REGISTERED, *(known_name for package in PACKAGES for known_name in _names(package))]
         known += [f"{package}:{known_name}" for package in PACKAGES for known_name in _names(package)]
         allowed = f"a lower-case name from {', '.join(PACKAGES)}, alone or as in timm:lamb"
-        raise _not_allowed("optimizer", name, f"expected {allowed}{_hint(name, known)}")
+        raise _not_allowed("optimizer", name, f"expected {allowed}{hint(name, known)}")
     module = importlib.import_module(PACKAGES[package])
     if package != "timm":
         cls = getattr(module, _names(package)[bare])
@@ -409,9 +409,4 @@ def _not_allowed(setting: str, value: Any, reason: str) -> UsageError:
 
 def _unknown_option(setting: str, option: str, known: Iterable[str]) -> UsageError:
     allowed = " | ".join(known) or "no options"
-    return UsageError(f"{setting}.{option}: unknown option: expected {allowed}{_hint(option, known)}")
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = nearest(name, known)
-    return f"; did you mean {close}?" if close else ""
+    return UsageError(f"{setting}.{option}: unknown option: expected {allowed}{hint(option, known)}")
