@@ -9,13 +9,18 @@ from pipeline.models import weights
 
 
 def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
-    """Write `folder/inputs.json`: sources, digests, counts, classes and fallbacks of data and weights."""
+    """Write `folder/inputs.json`: sources, digests, counts, classes and fallbacks of data and weights.
+
+    Before a download, raises UsageError for a setting that the training would refuse.
+    """
     if _must_download(settings):
-        _check_available(settings)
+        from pipeline.training import setup  # imports torch, which takes seconds
+
+        setup.check(settings.device, settings.work)
     data = datasets.resolve(settings.data)
-    start = weights.resolve(settings.work)
-    fallback = [name for name, facts in (("data", data), ("weights", start)) if facts["reason"]]
-    inputs = {"data": data, "weights": start, "fallback": fallback}
+    initial = weights.resolve(settings.work)
+    fallback = [name for name, facts in (("data", data), ("weights", initial)) if facts["reason"]]
+    inputs = {"data": data, "weights": initial, "fallback": fallback}
     files.write_json(folder / "inputs.json", inputs)
     classes = data["classes"]
     shown = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
@@ -24,33 +29,22 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         f"data     {data['source']}: {data['counts']['train']:,} train + {data['counts']['test']:,} test, {size}"
     )
     terminal.say(f"classes  {len(classes)}: {shown}")
-    terminal.say(f"weights  {start['model']}: {start['used']}")
+    terminal.say(f"weights  {initial['model']}: {initial['used']}")
     if fallback:
         terminal.warn(
             "DEMO: this is not the real thing, and its figures are not comparable with real runs",
             *([f"data: generated pictures in place of CIFAR-10 ({data['reason']})"] if "data" in fallback else []),
-            *([f"weights: random in place of pretrained ({start['reason']})"] if "weights" in fallback else []),
+            *([f"weights: random in place of pretrained ({initial['reason']})"] if "weights" in fallback else []),
             "the next run tries again; docs/devices.md says how to bring both by hand",
         )
     return inputs
 
 
 def _must_download(settings: config.Settings) -> bool:
-    """Whether data or weights are missing that `auto`, `cifar10` or `pretrained` would download."""
+    """Whether CIFAR-10 or pretrained weights are needed and missing."""
     data, recipe = settings.data, settings.work
-    is_there = (data.folder / fetch.ARCHIVE).exists()
-    return (data.source in ("auto", "cifar10") and not is_there) or (
-        recipe.weights == "pretrained" and not weights.is_cached(recipe.model)
-    )
-
-
-def _check_available(settings: config.Settings) -> None:
-    """Raise UsageError for a device, model, optimizer or schedule that training would refuse."""
-    from pipeline import devices  # these import torch, which takes seconds: only before a download, which takes longer
-    from pipeline.training import setup
-
-    devices.select(settings.device)
-    setup.check(settings.work)
+    needs_data = data.source in ("auto", "cifar10") and not (data.folder / fetch.ARCHIVE).exists()
+    return needs_data or (recipe.weights == "pretrained" and not weights.is_cached(recipe.model))
 
 
 if __name__ == "__main__":

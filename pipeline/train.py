@@ -32,7 +32,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     recipe = settings.work
     startup = system_info.process_age() - earlier
     store.store_uri()  # raises for a store that would be lost, before any work
-    setup.check(recipe)
+    setup.check(settings.device, recipe)
     energy.check(settings.energy.source)
     backend = setup.configure_backend(settings.device, recipe)
     clock = Clock(backend.synchronize)

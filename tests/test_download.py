@@ -1,4 +1,4 @@
-"""What download writes down, and how loudly it says that something is a stand-in. Nothing here asks the network."""
+"""What `download` writes, and how it warns of stand-ins. Nothing here asks the network."""
 
 import json
 import re
@@ -137,6 +137,9 @@ def test_what_was_asked_for_by_name_is_not_replaced(tmp_path, override, error, n
     ("override", "named"),
     [
         ("device=xpu:7", 'device: "xpu:7"'),
+        ("precision=fp16", 'precision: "fp16"'),
+        ("compile=max-autotune", 'compile: "max-autotune"'),
+        ("graph=true", "graph: true"),
         ("model=resnet81", 'model: "resnet81"'),
         ("optimizer=sgdd", 'optimizer: "sgdd"'),
         ("scheduler_options.onecycle.pct=1", "scheduler_options.onecycle.pct"),
@@ -146,7 +149,7 @@ def test_what_was_asked_for_by_name_is_not_replaced(tmp_path, override, error, n
 def test_what_can_not_be_trained_is_refused_before_a_download(tmp_path, monkeypatch, override, named, missing):
     for owner, name in ((fetch, "fetch_cifar10"), (weights, "_fetch"), (fetch, "reachable")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it was downloaded first"))
-    settings = auto(tmp_path, "recipe=finetune", "scheduler=onecycle", missing, override)
+    settings = auto(tmp_path, "device=cpu", "recipe=finetune", "scheduler=onecycle", missing, override)
     assert fails(UsageError, download.run, settings, tmp_path / "outputs").startswith(named)
 
 

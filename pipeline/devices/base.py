@@ -146,13 +146,21 @@ class Backend(ABC):
         """NVIDIA's UUID of this card (`GPU-...`). None for others. Never recorded: it is a serial number."""
         return None
 
-    def set_precision(self, precision: str) -> None:
-        """Make float32 operations compute as `precision` says: without TF32 or bf16 inside, unless it is tf32.
-        Raises UsageError for a precision that is not supported."""
+    def check(self, *, precision: str, compile: str, graph: str | bool) -> None:
+        """Raise UsageError for a value of these settings that the device does not support."""
+        self._check_precision(precision)
+        self.use_cuda_graph(graph, self.compile_mode(compile, images=0))
+
+    def _check_precision(self, precision: str) -> None:
         if precision not in self.precisions:
             raise UsageError(
                 f'precision: "{precision}" is not allowed on {self.kind}: expected {" | ".join(self.precisions)}'
             )
+
+    def set_precision(self, precision: str) -> None:
+        """Set how float32 operations compute: in full float32, or in TF32 for `tf32`. Raises UsageError for a precision
+        that the device does not support."""
+        self._check_precision(precision)
         torch.set_float32_matmul_precision("highest")
 
     def best_precision(self) -> str:

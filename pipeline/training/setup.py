@@ -150,8 +150,10 @@ class TrainingSetup:
         )
 
 
-def check(recipe: config.Recipe) -> None:
-    """Raise UsageError for a model, optimizer or schedule that can't be had. Call it before data is loaded."""
+def check(device: str, recipe: config.Recipe) -> None:
+    """Check all that can be checked without data: device, precision, compile mode, graph, model, optimizer, schedule.
+    Raises UsageError. Call it before data is downloaded or loaded."""
+    devices.select(device).check(precision=recipe.precision, compile=recipe.compile, graph=recipe.graph)
     classifier.check_name(recipe.model)
     optimizers.check(recipe)
 
