@@ -146,10 +146,10 @@ class Backend(ABC):
         """NVIDIA's UUID of this card (`GPU-...`). None for others. Never recorded: it is a serial number."""
         return None
 
-    def check(self, *, precision: str, compile: str, graph: str | bool) -> None:
+    def check(self, *, precision: str, compile_mode: str, graph: str | bool) -> None:
         """Raise UsageError for a value of these settings that the device does not support."""
         self._check_precision(precision)
-        self.use_cuda_graph(graph, self.compile_mode(compile, images=0))
+        self.use_cuda_graph(graph, self.compile_mode(compile_mode, images=0))
 
     def _check_precision(self, precision: str) -> None:
         if precision not in self.precisions:

@@ -153,7 +153,7 @@ class TrainingSetup:
 def check(device: str, recipe: config.Recipe) -> None:
     """Check all that can be checked without data: device, precision, compile mode, graph, model, optimizer, schedule.
     Raises UsageError. Call it before data is downloaded or loaded."""
-    devices.select(device).check(precision=recipe.precision, compile=recipe.compile, graph=recipe.graph)
+    devices.select(device).check(precision=recipe.precision, compile_mode=recipe.compile, graph=recipe.graph)
     classifier.check_name(recipe.model)
     optimizers.check(recipe)
 
