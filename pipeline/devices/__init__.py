@@ -1,4 +1,4 @@
-"""Which device trains: one small file per backend, behind the interface in `base.py`."""
+"""Find and select the device to train on. Each backend is one file here, a subclass of the interface in `base.py`."""
 
 import importlib
 import pkgutil
@@ -16,7 +16,7 @@ __all__ = ["BACKENDS", "Backend", "available", "select", "torch_facts", "unused_
 
 
 def discover() -> tuple[type[Backend], ...]:
-    """The backends in the modules of this package: by name, the CPU last."""
+    """Import the modules of this package and return their backends, sorted by kind, with the CPU last."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     backends = {backend for backend in classes if issubclass(backend, Backend) and hasattr(backend, "kind")}
@@ -24,11 +24,11 @@ def discover() -> tuple[type[Backend], ...]:
 
 
 BACKENDS = discover()
-"""In the order in which `device: auto` prefers them."""
+"""All backends. `device: auto` takes the first that works."""
 
 
 def available(backends: Sequence[type[Backend]] = BACKENDS) -> list[str]:
-    """The values of `device` that work here: `cuda`, and if there are several, `cuda:0`, `cuda:1`."""
+    """The values of `device` that work on this machine: `cuda`, and for several GPUs also `cuda:0`, `cuda:1`, ..."""
     names: list[str] = []
     for backend in backends:
         count = backend.count()
@@ -38,7 +38,7 @@ def available(backends: Sequence[type[Backend]] = BACKENDS) -> list[str]:
 
 
 def select(device: str, backends: Sequence[type[Backend]] = BACKENDS) -> Backend:
-    """The backend for the setting `device`. Raises UsageError, with the devices that work here."""
+    """The backend for the setting `device`. Raises UsageError, with the allowed devices, if there is none."""
     names = available(backends)
     kind, _, index = (names[0] if device == "auto" else device).partition(":")
     for backend in backends:
@@ -52,8 +52,10 @@ def select(device: str, backends: Sequence[type[Backend]] = BACKENDS) -> Backend
 def unused_gpu(
     gpus: Sequence[Mapping[str, Any]] | None = None, backends: Sequence[type[Backend]] = BACKENDS
 ) -> str | None:
-    """A GPU of this machine that this build of torch cannot use, why, and the command that helps; None if there is no
-    such GPU. `device: auto` then trains on the CPU, and must not pass its figures off as the GPU's."""
+    """Why this build of torch can't use the machine's GPU, and the command that helps. None if there is no such GPU.
+
+    `device: auto` then trains on the CPU, and the user must be told that the figures are not the GPU's.
+    """
     gpu = next((gpu for gpu in (system_info.gpus() if gpus is None else gpus) if gpu.get("for_training")), None)
     if gpu is None or available(backends) != ["cpu"]:
         return None
@@ -62,7 +64,7 @@ def unused_gpu(
 
 
 def torch_facts() -> dict[str, Any]:
-    """What this build of torch is and can do."""
+    """The version and build options of torch."""
     return {
         "torch": torch.__version__,
         "git": torch.version.git_version,

@@ -1,11 +1,11 @@
-"""The interface between the pipeline and a device: no other code knows what kind of device it runs on.
+"""The interface between the pipeline and a device. No code outside this package knows what kind of device it uses.
 
 To add a backend, write `devices/<kind>.py` with one subclass of `Backend` whose `kind` is the module's name, and
 `tests/devices/test_<kind>.py`. Everything else follows from the file: `device: <kind>` is allowed, `device: auto` finds
 it, messages list it, and the tests of all backends (tests/devices/test_backends.py) include it.
 
 - It must set `kind` and `name`, and override `count`, `synchronize` and `facts`.
-- It may override everything else. The defaults are those of a device that offers nothing.
+- It may override everything else. The defaults suit a device without any special feature.
 - A GPU whose torch module works like torch.cuda (torch.xpu, for example) should subclass `Accelerator`: it then needs
   only the attributes and `facts`.
 """
@@ -23,21 +23,21 @@ from torch import Tensor
 from pipeline.errors import OutOfMemoryError, UsageError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""What the RuntimeErrors of mps, the CPU's allocator and cuBLAS say."""
+"""Parts of the RuntimeErrors that mps, the CPU's allocator and cuBLAS raise when memory runs out."""
 
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes of torch.compile that capture CUDA graphs, and the same modes without. The graphs of two compiled functions
-can't feed each other: "accessing tensor output of CUDAGraphs that has been overwritten"."""
+"""Modes of torch.compile that capture CUDA graphs -> the same modes without. Two compiled functions that both capture
+can't pass tensors to each other: "accessing tensor output of CUDAGraphs that has been overwritten"."""
 
 
 class Backend(ABC):
-    """One device. The module's docstring says what a subclass must override."""
+    """One device. See the module's docstring for what a subclass must override."""
 
     kind: ClassVar[str]
-    """The setting `device`: the name of the module, and usually torch's name for the type of device."""
+    """Value of the setting `device`. It equals the module's name and, by default, torch's device type."""
 
     name: str
-    """The tag `backend`: the same as `kind`, except for `rocm`."""
+    """Value of the tag `backend`: the same as `kind`, except for `rocm`."""
 
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Supported values of the setting `precision`."""
@@ -46,26 +46,27 @@ class Backend(ABC):
     """Supported values of the setting `compile`, besides auto."""
 
     compile_pays_after_images = math.inf
-    """`compile: auto` compiles if more images than this pass through the network."""
+    """`compile: auto` compiles if more images than this pass through the network in the whole training."""
 
     supports_graphs = False
-    """Whether `capture_graph` captures anything."""
+    """Whether `capture_graph` captures CUDA graphs."""
 
     optimizer_options: Mapping[str, Any] = {}
-    """The options with which torch's own optimizers are fastest, where they take them."""
+    """Options that make torch's own optimizers fastest on the device. Some optimizers accept only some of them."""
 
     asynchronous = True
-    """Whether operations are queued: a clock must then synchronize before it is read."""
+    """Whether the device queues operations, so that it must be synchronized before a clock is read."""
 
     sorts_int64 = False
-    """Whether int64 products, shifts and sorts are right on the device; if not, the CPU computes them."""
+    """Whether the device multiplies, shifts and sorts int64 correctly. If not, the CPU does it."""
 
     raises_oom = True
-    """Whether it raises an error when memory runs out. A CPU swaps until the system kills the process."""
+    """Whether torch raises an error when memory runs out. A CPU swaps instead until the system kills the process."""
 
     def __init__(self, index: int = 0):
         self.index = index
-        self.capture_error: str | None = None  # why a function could not be captured and runs eagerly
+        self.capture_error: str | None = None
+        """Why a function could not be captured and runs eagerly; None if there was no such function."""
 
     @property
     def device(self) -> torch.device:
@@ -75,46 +76,46 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def count(cls) -> int:
-        """Number of such devices that this build of torch can use."""
+        """Number of devices of this kind that this build of torch can use."""
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """Why this build of torch cannot use `gpu` (one of `system_info.gpus`), and what to do about it. None for
-        other backends' GPUs."""
+        """Why this build of torch can't use `gpu` (one of `system_info.gpus`), and what to do about it. None if the GPU
+        belongs to another backend."""
         return None
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Facts for the tags hardware.* and software.*: `name`, and where known `memory_gib`, `gpu_cores`,
-        `power_limit_watts`, `driver`; others are recorded too. Unknown facts are absent."""
+        """Facts for the tags hardware.* and software.*: `name`, where known `memory_gib`, `gpu_cores`,
+        `power_limit_watts` and `driver`, and any others. Leave out what is unknown."""
 
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
 
     def reset_peak_memory(self) -> None:  # noqa: B027
-        """Start a new measurement of the peaks in `memory_mib`, where the backend can."""
+        """Reset the peaks of `memory_mib`, if the backend can."""
 
     def memory_mib(self) -> dict[str, float]:
-        """Memory use in MiB (2**20 bytes): `peak` and `peak_reserved` (by torch's allocator) since the last reset,
-        `current` (of tensors) and `driver` (as it counts) now. What is unknown is absent."""
+        """Memory use in MiB (2**20 bytes). Since the last reset: `peak` of tensors, `peak_reserved` by torch's
+        allocator. Now: `current` of tensors, `driver` as the driver counts it. Unknown values are absent."""
         return {}
 
     def capacity_mib(self) -> float | None:
-        """The memory that exists for tensors, used or not, in MiB; None if unknown."""
+        """Total memory for tensors in MiB, used or not; None if unknown."""
         return None
 
     def free_bytes(self) -> int | None:
-        """The memory that tensors could still take now, in bytes; None if unknown."""
+        """Memory that new tensors can take now, in bytes; None if unknown."""
         return None
 
     def release_memory(self) -> None:  # noqa: B027
-        """Return the memory that torch caches, for other programs or for larger blocks."""
+        """Release memory that torch caches, for other programs or larger tensors."""
 
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        """Start copying tensors from host memory to the device. Returns a function that returns the copies, ready for
-        use on the stream that is current when it is called. The default is a synchronous copy: an asynchronous one is
-        safe from pinned memory only, and mps has none."""
+        """Start copying tensors from host memory to the device. Returns a function that makes the current stream wait
+        for the copies, and returns them. The default copies synchronously: an asynchronous copy is safe only from
+        pinned memory, which mps lacks."""
         copies = tuple(tensor.to(self.device) for tensor in tensors)
         return lambda: copies
 
@@ -125,25 +126,25 @@ class Backend(ABC):
         optimizer: torch.optim.Optimizer | None = None,
         parameters: Sequence[Tensor] = (),
     ) -> Callable[..., Any]:
-        """`function` of tensors, captured at the first call with each shape and replayed from then on, see
-        `graphs.GraphedFunction`; here `function` itself. Pass the `optimizer` whose step is part of it, or else the
-        `parameters` whose gradients it leaves."""
+        """Wrap `function` so that it captures a CUDA graph for each shape of its tensors and then replays that graph
+        (`graphs.GraphedFunction`). The default returns `function` itself. If the function takes an optimizer's step,
+        pass that `optimizer`. If it only computes gradients, pass the `parameters` that get them."""
         return function
 
     def record_event(self) -> object | None:
-        """A timing event on the device's queue, behind the work queued so far; None if there are no such events."""
+        """Queue a timing event behind the work queued so far, and return it. None if the device has no events."""
         return None
 
     def elapsed_seconds(self, first: Any, last: Any) -> float:
-        """Seconds on the device between two of `record_event`'s events; valid after `synchronize`."""
+        """Seconds between two events of `record_event`. Synchronize first."""
         raise NotImplementedError
 
     def energy(self) -> tuple[str, float] | None:
-        """The energy counter's name (nvml | rapl) and its joules since some fixed moment; None without a counter."""
+        """The energy counter's name (nvml | rapl) and its joules since a fixed moment; None without a counter."""
         return None
 
     def gpu_uuid(self) -> str | None:
-        """NVIDIA's UUID of this card (`GPU-...`). None for others. Never recorded: it is a serial number."""
+        """NVIDIA's UUID of the card (`GPU-...`); None for other devices. Never record it: it is a serial number."""
         return None
 
     def check(self, *, precision: str, compile_mode: str, graph: str | bool) -> None:
@@ -164,24 +165,24 @@ class Backend(ABC):
         torch.set_float32_matmul_precision("highest")
 
     def best_precision(self) -> str:
-        """The fastest precision for mixed-precision training that the hardware computes in, rather than emulates."""
+        """The fastest precision for mixed-precision training that the hardware supports without emulation."""
         return "fp32"
 
     def tune(self, *, repeated: bool = True) -> None:  # noqa: B027
-        """Configure the libraries below torch for speed. `repeated`: shapes recur, so that autotuning pays."""
+        """Configure the libraries below torch for speed. `repeated`: shapes recur, so autotuning pays."""
 
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses the channels-last memory layout."""
         return True
 
     def autocast(self, precision: str) -> torch.autocast:
-        """The context in which the network runs."""
+        """The autocast context to run the network in."""
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=precision in ("bf16", "fp16"))
 
     def compile_mode(self, mode: str, images: int) -> str:
-        """The mode of torch.compile for the setting `compile`, when `images` images pass through the network in total.
-        Raises UsageError for a mode that is not supported."""
+        """The mode of torch.compile for the value `mode` of the setting `compile`. `images`: how many pass through the
+        network in the whole training. Raises UsageError for an unsupported mode."""
         if mode == "auto":
             return "default" if images > self.compile_pays_after_images else "off"
         if mode not in self.compile_modes:
@@ -191,8 +192,8 @@ class Backend(ABC):
         return mode
 
     def use_cuda_graph(self, graph: str | bool, compile_mode: str) -> bool:
-        """Whether steps are captured for a value of `graph`; auto: where the backend can, unless torch.compile does so
-        itself. Raises UsageError where `graph: true` can't be."""
+        """Whether to capture steps as CUDA graphs, by the setting `graph`. `auto`: yes if the device can, unless
+        torch.compile captures graphs itself. Raises UsageError if `graph: true` is impossible."""
         compile_captures = compile_mode in WITHOUT_GRAPHS
         if graph is True and not self.supports_graphs:
             raise UsageError(f"graph: true is not allowed on {self.kind}: expected auto | false")
@@ -202,12 +203,12 @@ class Backend(ABC):
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Turn the errors of a device that runs out of memory into an OutOfMemoryError that says what to lower."""
+        """Turn any out-of-memory error inside into an OutOfMemoryError that says which settings to lower."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not typed and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            is_memory_error = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not is_memory_error and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
                 raise
             raise OutOfMemoryError(
                 f"{self.kind} is out of memory: lower batch_size, image_size or data.limit, or choose a smaller model"
@@ -215,7 +216,7 @@ class Backend(ABC):
 
 
 class Accelerator(Backend):
-    """A GPU whose torch module (`torch.<kind>`) has the functions of torch.cuda, with an allocator like CUDA's."""
+    """A GPU whose torch module (`torch.<kind>`) has the same functions as torch.cuda."""
 
     @property
     def device(self) -> torch.device:
@@ -247,11 +248,11 @@ class Accelerator(Backend):
         }
 
     def capacity_mib(self) -> float | None:
-        """The card's memory without the driver's part; for an integrated GPU, the part of the RAM that it may use."""
+        """The card's memory without the driver's share; for an integrated GPU, the RAM that it may use."""
         return float(self._module.get_device_properties(self.index).total_memory) / 2**20
 
     def free_bytes(self) -> int | None:
-        """Free on the card, or reserved by torch's allocator and not used by a tensor."""
+        """Memory that is free on the card, or cached by torch's allocator."""
         free, _ = self._module.mem_get_info(self.device)
         return int(free + self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device))
 

@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Cpu(Backend):
-    """Synchronous; its memory is that of the process."""
+    """Synchronous. Its peak memory is that of the whole process."""
 
     kind = name = "cpu"
     asynchronous = False
@@ -50,41 +50,41 @@ class Cpu(Backend):
         """Nothing to wait for: torch's CPU operators return when they are done."""
 
     def reset_peak_memory(self) -> None:
-        """Only Linux resets a process's peak (proc(5), clear_refs), and not in every sandbox."""
+        """Reset the process's peak. Only Linux can (proc(5), clear_refs), and not in every sandbox."""
         if sys.platform == "linux":
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def memory_mib(self) -> dict[str, float]:
-        """`peak`: highest resident memory of the process since the last reset, or since its start."""
+        """`peak`: highest resident memory of the process since the last reset or, where that failed, its start."""
         peak = _peak_mib()
         return {} if peak is None else {"peak": peak}
 
     def capacity_mib(self) -> float | None:
-        """The machine's RAM, or a container's limit."""
+        """The machine's RAM, or the container's limit if that is lower."""
         total, limit = psutil.virtual_memory().total, cgroup.limits().memory_bytes
         return (total if limit is None else min(total, limit)) / 2**20
 
     def free_bytes(self) -> int | None:
-        """The RAM that is free or can be freed, within a container's limit."""
+        """RAM that is free or can be freed, within the container's limit."""
         available, free = int(psutil.virtual_memory().available), cgroup.limits().free_bytes
         return available if free is None else min(available, free)
 
     def energy(self) -> tuple[str, float] | None:
-        """By Linux's RAPL counters, if this user may read them."""
+        """The sum of Linux's RAPL counters, if this user may read them."""
         joules = self._rapl.joules()
         return None if joules is None else ("rapl", joules)
 
     def best_precision(self) -> str:
-        """bf16 where the CPU has instructions for it and torch has oneDNN to use them; elsewhere it is emulated."""
+        """bf16 if the CPU has instructions for it and torch has oneDNN to use them, else fp32."""
         flags = torch.cpu.get_capabilities()
         native = any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return "bf16" if native and has_onednn else "fp32"
 
     def tune(self, *, repeated: bool = True) -> None:
-        """Keep freed memory (mallopt(3)). glibc returns large blocks to Linux at once, which zeroes each page anew in
-        the next step."""
+        """Make glibc keep freed memory (mallopt(3)). It would return large blocks to Linux at once, and Linux zeroes
+        each page again in the next step."""
         if platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)

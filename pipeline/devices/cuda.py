@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs through CUDA, and AMD's through ROCm, which torch calls `cuda` as well."""
+"""NVIDIA's GPUs through CUDA, and AMD's through ROCm. torch calls both `cuda`."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,12 +43,12 @@ class Cuda(Accelerator):
 
     @classmethod
     def count(cls) -> int:
-        """The GPUs before the first that this build of torch has no code for: later ones keep CUDA's indices."""
-        return sum(1 for _ in takewhile(runs_on, range(torch.cuda.device_count())))
+        """Number of GPUs up to the first that this build of torch has no code for, so that indices stay CUDA's."""
+        return sum(1 for _ in takewhile(has_code_for, range(torch.cuda.device_count())))
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """For NVIDIA's and AMD's GPUs: another driver or another build of torch."""
+        """Why an NVIDIA or AMD GPU is not used: the driver, or the build of torch."""
         build = f"this torch {torch.__version__}"
         if gpu["vendor"] == "AMD":
             return f"{build} is built without ROCm: make run TORCH=rocm7.2 (Linux only)"
@@ -64,7 +64,7 @@ class Cuda(Accelerator):
         return f"{build} supports only {' '.join(torch.cuda.get_arch_list())}: make run TORCH=cu126"
 
     def facts(self) -> dict[str, Any]:
-        """The card as torch sees it, with its driver and the power limit that is now set."""
+        """The card's facts from torch, its driver, and its current power limit."""
         properties = torch.cuda.get_device_properties(self.index)
         milliwatts = self._nvidia_card and self._nvidia_card.query("nvmlDeviceGetPowerManagementLimit")
         facts = {
@@ -82,23 +82,23 @@ class Cuda(Accelerator):
         return {key: value for key, value in facts.items() if value is not None}
 
     def gpu_uuid(self) -> str | None:
-        """From torch, since CUDA_VISIBLE_DEVICES makes torch's indices differ from the driver's."""
+        """The UUID from torch, since CUDA_VISIBLE_DEVICES makes torch's indices differ from the driver's."""
         uuid = getattr(torch.cuda.get_device_properties(self.index), "uuid", None)
         return f"GPU-{uuid}" if uuid is not None and self.name == "cuda" else None
 
     def memory_mib(self) -> dict[str, float]:
-        """`peak` includes the memory inside CUDA graphs; `driver`: in use on the whole card, with other processes and
-        CUDA's own context."""
+        """`peak` includes temporary tensors inside CUDA graphs. `driver` is what all processes use on the card, CUDA's
+        own context included."""
         free, total = torch.cuda.mem_get_info(self.device)
         memory = super().memory_mib() | {"driver": (total - free) / 2**20}
         memory["peak"] += self._graph_pool.hidden_bytes / 2**20
         return memory
 
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        """Copy through pinned memory on a separate stream: the tensors may be overwritten at once."""
+        """Copy through pinned memory on a separate stream. The caller may overwrite the tensors at once."""
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # Inside the stream's context, pin_memory initialises no other card.
+        # Outside the stream's context, pin_memory would initialise card 0.
         with torch.cuda.stream(self._copy_stream):
             copies = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
             copied = self._copy_stream.record_event()
@@ -107,7 +107,7 @@ class Cuda(Accelerator):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
             for tensor in copies:
-                tensor.record_stream(stream)  # else freed memory could go to the next copy while this stream reads it
+                tensor.record_stream(stream)  # or the next copy could reuse the memory while this stream reads it
             return copies
 
         return wait
@@ -119,12 +119,13 @@ class Cuda(Accelerator):
         optimizer: torch.optim.Optimizer | None = None,
         parameters: Sequence[Tensor] = (),
     ) -> Callable[..., Any]:
-        """A CUDA graph for each shape. A function that can't be captured runs eagerly; `capture_error` says why."""
+        """Capture a CUDA graph for each shape. A function that can't be captured runs eagerly, and `capture_error` says
+        why."""
 
-        def note(reason: str) -> None:
+        def set_error(reason: str) -> None:
             self.capture_error = reason
 
-        return GraphedFunction(function, self._graph_pool, note, optimizer, parameters)
+        return GraphedFunction(function, self._graph_pool, set_error, optimizer, parameters)
 
     def record_event(self) -> object | None:
         """An event on the current stream."""
@@ -133,28 +134,28 @@ class Cuda(Accelerator):
         return event
 
     def elapsed_seconds(self, first: Any, last: Any) -> float:
-        """By the card's clock, which resolves half a microsecond (CUDA runtime, cudaEventElapsedTime)."""
+        """Seconds by the card's clock, with a resolution of 0.5 µs (CUDA runtime, cudaEventElapsedTime)."""
         return float(first.elapsed_time(last)) / 1000
 
     @cached_property
     def _nvidia_card(self) -> NvidiaCard | None:
-        """For its power limit and its energy."""
+        """The card in NVML, for its power limit and energy."""
         return NvidiaCard.open(self.gpu_uuid())
 
     def energy(self) -> tuple[str, float] | None:
-        """By NVML, since the driver was loaded: GPU, memory and board of NVIDIA's Volta and later."""
+        """Joules by NVML since the driver was loaded, of GPU, memory and board. Needs Volta or later."""
         millijoules = self._nvidia_card and self._nvidia_card.query("nvmlDeviceGetTotalEnergyConsumption")
         return ("nvml", millijoules / 1000) if millijoules else None
 
     def set_precision(self, precision: str) -> None:
-        """torch's default allows TF32 in cuDNN's convolutions; here fp32 means fp32."""
+        """Allow TF32 only for `tf32`. torch's default allows it in cuDNN's convolutions."""
         super().set_precision(precision)
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
     def best_precision(self) -> str:
-        """bf16 where there are units for it. Else fp16 where it is at least twice as fast as fp32: NVIDIA's P100 (6.0),
-        Volta and Turing (CUDA C++ Programming Guide, "Arithmetic Instructions"), and AMD's cards."""
+        """bf16 on cards with bf16 units, else fp16 on cards where it is at least twice as fast as fp32: NVIDIA's P100
+        (6.0), Volta and Turing (CUDA C++ Programming Guide, "Arithmetic Instructions"), and AMD's."""
         if self.name == "rocm":
             architecture = getattr(torch.cuda.get_device_properties(self.index), "gcnArchName", "")
             return "bf16" if BF16_ARCHITECTURES.match(architecture) else "fp16"
@@ -163,17 +164,17 @@ class Cuda(Accelerator):
         return "fp16" if self._capability >= (7, 0) or self._capability == (6, 0) else "fp32"
 
     def tune(self, *, repeated: bool = True) -> None:
-        """Let cuDNN time its kernels for each shape and keep the fastest. Not on ROCm, where that may take minutes."""
+        """Let cuDNN time its kernels for each shape and keep the fastest. Not on ROCm: it may take minutes there."""
         torch.backends.cudnn.benchmark = repeated and self.name == "cuda"
 
     def channels_last(self, precision: str) -> bool:
-        """On tensor cores (7.0 and later) only: without them, and so at fp32, this layout is slower."""
+        """Yes on tensor cores only, so not before 7.0 and not at fp32. Elsewhere this layout is slower."""
         return self.name == "cuda" and self._capability >= (7, 0) and precision != "fp32"
 
 
-def runs_on(index: int) -> bool:
-    """Whether this build of torch has code for the card: for the same major version and no later minor one, or PTX,
-    which the driver compiles for newer cards (CUDA C++ Programming Guide, "Binary Compatibility")."""
+def has_code_for(index: int) -> bool:
+    """Whether this build of torch has code for card `index`: binary code for the same major version and the same or an
+    earlier minor version, or PTX of an earlier version (CUDA C++ Programming Guide, "Binary Compatibility")."""
     if torch.version.hip:
         return True
     card = torch.cuda.get_device_capability(index)

@@ -1,7 +1,7 @@
-"""CUDA graphs: capture the kernel launches of a function once, and replay all of them with a single launch.
+"""CUDA graphs: capture the kernel launches of a function once, then replay all of them with a single launch.
 
-A small network's kernels finish sooner than Python can launch the next ones. A captured function may not synchronize,
-branch on a tensor's value or change shapes (PyTorch's notes on CUDA, "CUDA Graphs"). A replay runs no Python.
+This helps small networks, whose kernels finish faster than Python launches them. A replay runs no Python. So a captured
+function must not synchronize, branch on a tensor's value or change shapes (PyTorch's CUDA semantics, "CUDA Graphs").
 """
 
 import weakref
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3
-"""Calls before a capture, as PyTorch's notes advise: libraries initialise, optimizers create their state."""
+"""Calls before a capture, as PyTorch's notes advise: in them libraries initialise and optimizers create their state."""
 
 
 class GraphPool:
-    """Captures functions on one device. All graphs share one pool of memory, since no two of them run at once."""
+    """Captures functions on one device. All graphs share one memory pool, since no two of them run at the same time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -26,11 +26,12 @@ class GraphPool:
 
     @property
     def hidden_bytes(self) -> int:
-        """The most memory of a live graph that torch's allocator counts during its capture only."""
+        """The largest size of a graph's temporary tensors. torch's allocator counts them during capture only, although
+        each replay uses them again."""
         return max(self._hidden.values(), default=0)
 
     def warm_up(self, function: Callable[[], object]) -> None:
-        """Call `function` a few times on a side stream, which a capture requires."""
+        """Call `function` WARM_UP_CALLS times on a side stream, as a capture requires."""
         current = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
@@ -40,14 +41,14 @@ class GraphPool:
         current.wait_stream(side)
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture one call of `function`. Returns a function that replays it, and its result."""
+        """Capture one call of `function`. Returns a function that replays it, and the result, which it overwrites."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
                 result = function()
         except RuntimeError:
-            # Complete a small capture: until then torch's generator refuses to draw numbers.
+            # After a failed capture, torch's generator draws no numbers until a capture succeeds.
             with torch.cuda.device(self.device), torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros((), device=self.device)
             raise
@@ -58,7 +59,7 @@ class GraphPool:
 
 
 class Graph(NamedTuple):
-    """A captured call: how to replay it, and the memory that it reads and writes."""
+    """A captured call: the function that replays it, and the tensors that it reads and writes."""
 
     replay: Callable[[], None]
     inputs: tuple[Tensor, ...]
@@ -67,12 +68,13 @@ class Graph(NamedTuple):
 
 
 class GraphedFunction:
-    """`function` of tensors, captured at the first call with each shape, which runs it several times, and replayed from
-    then on. The next call of any captured function overwrites its result.
+    """Wraps a function of tensors. The first call with new shapes runs it WARM_UP_CALLS times and captures it; later
+    calls replay the graph. The result is valid until the next call of any captured function.
 
-    With `optimizer`, whose step is part of `function`, the step reads the learning rate from the device, and each
-    replay copies the schedule's current rate there. With `parameters`, each replay sets their `.grad` to the gradients
-    that its graph computes. A function that can't be captured is called as it is, and `on_failure` receives the reason.
+    - `optimizer`: its step is part of the function. The step then reads the learning rate from the device, and each
+      replay first copies the schedule's current rate there.
+    - `parameters`: the function computes their gradients. Each replay sets their `.grad` to those of its graph.
+    - `on_failure` receives the reason if the function can't be captured. It then runs eagerly.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class GraphedFunction:
         self._graphs: dict[tuple[torch.Size, ...], Graph | None] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The function's result."""
+        """Replay the graph for these shapes; capture it first if there is none."""
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self._graphs:
             try:
@@ -125,7 +127,7 @@ class GraphedFunction:
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Inside, the optimizer reads its learning rates from the device, as a replay does."""
+        """Let the optimizer read its learning rates from device tensors, as a replay must."""
         scheduled = [group["lr"] for group in self._groups]
         for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = rate

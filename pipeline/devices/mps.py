@@ -15,7 +15,7 @@ from pipeline.profiling import system_info
 
 
 class Mps(Backend):
-    """Asynchronous. No float64, no pinned memory, one device; channels_last is slower than the default layout."""
+    """Asynchronous. It has no float64, no pinned memory and no second device."""
 
     kind = name = "mps"
     precisions = ("fp32", "bf16", "fp16")
@@ -31,11 +31,11 @@ class Mps(Backend):
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """For Apple's GPUs: a newer macOS."""
+        """Why an Apple GPU is not used: macOS is too old."""
         return "torch needs macOS 14 or newer for MPS" if gpu["vendor"] == "Apple" else None
 
     def facts(self) -> dict[str, Any]:
-        """The chip as Apple names it, from the system: torch only says "mps"."""
+        """Facts of the chip from the operating system: torch knows no name but "mps"."""
         machine = system_info.facts()
         facts = {
             "name": machine["cpu"],
@@ -48,16 +48,17 @@ class Mps(Backend):
         return {key: value for key, value in facts.items() if value is not None}
 
     def synchronize(self) -> None:
-        """Wait for all kernels, and sample the memory: Metal keeps no peak, but now still holds the work's buffers."""
+        """Wait for all kernels, then sample the memory, since Metal tracks no peak but still holds the buffers now."""
         torch.mps.synchronize()
         self._peak_bytes = max(self._peak_bytes, torch.mps.driver_allocated_memory())
 
     def reset_peak_memory(self) -> None:
-        """Forget the samples."""
+        """Reset the sampled peak."""
         self._peak_bytes = 0
 
     def memory_mib(self) -> dict[str, float]:
-        """`peak`: highest `driver` at any `synchronize`, a lower bound; `driver`: all that Metal gave this process."""
+        """`driver`: all memory that Metal gave this process. `peak`: the highest `driver` at any `synchronize`, so a
+        lower bound of the true peak."""
         current, driver = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
         peak = {"peak": self._peak_bytes / 2**20} if self._peak_bytes else {}
         return peak | {"current": current / 2**20, "driver": driver / 2**20}
@@ -67,7 +68,7 @@ class Mps(Backend):
         return torch.mps.recommended_max_memory() / 2**20
 
     def free_bytes(self) -> int | None:
-        """A lower bound, without torch's cache: the rest of Metal's limit, but no more than the free RAM."""
+        """The rest of Metal's limit, or the free RAM if that is less. A lower bound: torch's cache is not counted."""
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return max(0, min(free, int(psutil.virtual_memory().available)))
 
@@ -77,9 +78,9 @@ class Mps(Backend):
         torch.mps.empty_cache()
 
     def best_precision(self) -> str:
-        """bf16 from the M3 on; M1 and M2 emulate it, and compute in fp16 (transformers' pull request 40458)."""
+        """bf16 from the M3 on, fp16 on M1 and M2, which emulate bf16 (transformers' pull request 40458)."""
         return "fp16" if re.match(r"Apple M[12]\b", str(self.facts()["name"])) else "bf16"
 
     def channels_last(self, precision: str) -> bool:
-        """No: Metal's convolutions want contiguous images."""
+        """No: Metal's convolutions are slower in this layout."""
         return False

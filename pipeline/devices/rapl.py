@@ -9,7 +9,7 @@ from pathlib import Path
 POWERCAP = Path("/sys/class/powercap")
 
 MAX_PACKAGE_WATTS = 500
-"""More than a CPU package draws for minutes: the power limit of the largest server CPUs."""
+"""The most that a CPU package draws for minutes: the power limit of the largest server CPUs."""
 
 
 def call_every(seconds: float, function: Callable[[], bool]) -> None:
@@ -25,11 +25,11 @@ def call_every(seconds: float, function: Callable[[], bool]) -> None:
 
 class RaplEnergy:
     """Energy of all CPU packages since the first reading: cores, caches and integrated GPU, without the RAM. Linux has
-    RAPL for Intel and AMD; since 5.10 only root may read it.
+    RAPL for Intel and AMD. Since Linux 5.10 only root may read it.
 
-    A counter wraps at `max_energy_range_uj`, AMD's (65 kJ) after two minutes of full load. So a background thread reads
-    it three times in the shortest time that this may take. After a longer gap every reading is None, since the counter
-    may have wrapped unseen.
+    A counter wraps at `max_energy_range_uj`; AMD's (65 kJ) does so after two minutes of full load. A background thread
+    therefore reads the counters three times in the shortest possible wrap time. If two readings are further apart than
+    that time, a wrap may be missed, and all later readings are None.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RaplEnergy:
         self._lost = False
 
     def joules(self) -> float | None:
-        """The sum of all packages; None if one of them can't be read, or may have wrapped unseen."""
+        """The sum over all packages; None if one can't be read, or a wrap may be missed."""
         with self._lock:
             try:
                 packages = _read_packages(self._root)
@@ -66,15 +66,15 @@ class RaplEnergy:
             return self._microjoules / 1e6
 
     def _update(self) -> bool:
-        """Read the counters; False once the sum is lost."""
+        """Read the counters. Returns False if the sum is lost, which ends the timer."""
         self.joules()
         return not self._lost
 
 
 def _read_packages(root: Path) -> dict[Path, tuple[int, int]]:
     """The counter of each package and the value at which it wraps, in microjoules."""
-    # intel-rapl:0 is a package or the whole machine (psys); intel-rapl:0:0 is a part of it, and intel-rapl-mmio:0
-    # the same package again.
+    # intel-rapl:0 is a package or the whole machine (psys), intel-rapl:0:0 a part of it, and intel-rapl-mmio:0 the
+    # same package again.
     zones = [folder for folder in root.glob("intel-rapl:*") if re.fullmatch(r"intel-rapl:\d+", folder.name)]
     return {
         folder: (int((folder / "energy_uj").read_text()), int((folder / "max_energy_range_uj").read_text()))

@@ -9,20 +9,20 @@ from pipeline.devices.base import Accelerator
 
 
 class Xpu(Accelerator):
-    """Asynchronous, with an allocator like CUDA's."""
+    """Asynchronous."""
 
     kind = name = "xpu"
     compile_modes = ("off", "default")
 
     @classmethod
     def why_unused(cls, gpu: Mapping[str, Any]) -> str | None:
-        """For Intel's GPUs: another build of torch."""
+        """Why an Intel GPU is not used: the build of torch."""
         if gpu["vendor"] != "Intel":
             return None
         return f"this torch {torch.__version__} does not see it: make run TORCH=xpu"
 
     def facts(self) -> dict[str, Any]:
-        """The card as Intel names it."""
+        """The card's facts from torch."""
         properties = torch.xpu.get_device_properties(self.index)
         return {
             "name": properties.name,
@@ -32,7 +32,7 @@ class Xpu(Accelerator):
         }
 
     def free_bytes(self) -> int | None:
-        """Some drivers do not say what is free: then an upper bound, which counts other processes' memory as free."""
+        """If the driver does not tell, an upper bound that counts other processes' memory as free."""
         try:
             return super().free_bytes()
         except RuntimeError:  # "The device (...) doesn't support querying the available free memory"
@@ -40,6 +40,6 @@ class Xpu(Accelerator):
             return int(total - torch.xpu.memory_allocated(self.device))
 
     def best_precision(self) -> str:
-        """bf16 on GPUs with matrix units (XMX), which compute in it (SYCL's joint_matrix extension)."""
+        """bf16 on GPUs with matrix units (XMX), which support it (SYCL's joint_matrix extension), else fp32."""
         properties = torch.xpu.get_device_properties(self.index)
         return "bf16" if properties.has_subgroup_matrix_multiply_accumulate else "fp32"

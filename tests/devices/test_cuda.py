@@ -9,7 +9,7 @@ from conftest import fails
 from nvml import UUID, Nvml, NVMLError
 
 from pipeline.devices import BACKENDS
-from pipeline.devices.cuda import Cuda, runs_on
+from pipeline.devices.cuda import Cuda, has_code_for
 from pipeline.errors import UsageError
 from pipeline.profiling import system_info
 
@@ -52,7 +52,7 @@ def cards(monkeypatch):
 )
 def test_a_build_runs_on_the_cards_that_it_has_code_for(cards, capability, built, runs):
     cards(capability, built=built)
-    assert runs_on(0) is runs
+    assert has_code_for(0) is runs
     assert Cuda.count() == int(runs)
 
 
