@@ -52,18 +52,23 @@ results: $(STAMP)
 clean:
 	rm -rf $(VENV)
 
-$(STAMP): requirements.txt
+# requirements.lock is made from requirements.txt: docs/development.md. Its hashes are those of torch's default build; for
+# another build, torch and what only the default build needs are left out.
+WITHOUT_TORCH := awk '/^[a-z]/ {torch = /^(torch|torchvision|triton)==/ || (/^(cuda|nvidia)-/ && !/^nvidia-ml-py=/)} !torch'
+
+$(STAMP): requirements.txt requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) $(FITS) || { echo "make: PYTHON=$(PYTHON) won't do: expected Python 3.11," \
 		"3.12 or 3.13 with its venv module (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing requirements.txt into $(VENV) (torch: $(TORCH)); a few minutes, some GB the first time"
+	@echo "installing requirements.lock into $(VENV) (torch: $(TORCH)); a few minutes, some GB the first time"
 	@# pip takes 2.14.1+cpu for 2.14.1: another build has to go before
 	@if [ "$$(cat $(VENV)/.torch 2>/dev/null || echo default)" != "$(TORCH)" ]; then \
 		$(BIN)/python -m pip uninstall -q -y torch torchvision; fi
 	@rm -f $(VENV)/.installed-* $(VENV)/.torch
 	@if [ "$(TORCH)" != default ]; then $(PIP) --extra-index-url https://download.pytorch.org/whl/$(TORCH) \
 		$$(sed -nE 's/^(torch(vision)?==[^ ]+).*/\1+$(TORCH)/p' requirements.txt); fi
-	@$(PIP) -r requirements.txt
+	@$(if $(filter default,$(TORCH)),cat,$(WITHOUT_TORCH)) requirements.lock > $(VENV)/requirements.lock
+	@$(PIP) --require-hashes -r $(VENV)/requirements.lock
 	@echo $(TORCH) > $(VENV)/.torch
 	@touch $@
 
