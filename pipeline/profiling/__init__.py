@@ -1,1 +1,1 @@
-"""The clock, what a machine is, what disturbs it, and what it could do at most."""
+"""Measure time, energy and peak rates, and describe the machine and what disturbs it."""

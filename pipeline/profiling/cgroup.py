@@ -1,7 +1,7 @@
-"""The CPU time and memory that Linux control groups, version 1 and 2, allow this process.
+"""Read the limits on CPU time and memory that Linux control groups (versions 1 and 2) set for this process.
 
 Sources: the kernel's cgroup-v2.rst ("CPU", "Memory"), cgroup-v1/memory.rst and scheduler/sched-bwc.rst. CPU sets are
-not read here: os.sched_getaffinity already leaves out their CPUs.
+not read here: os.sched_getaffinity respects them.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pipeline.files import contents
 
 UNLIMITED_BYTES = 2**60
-"""Version 1 writes "no limit" as the largest count of whole pages, about 2**63 bytes."""
+"""Version 1 writes "no limit" as about 2**63 bytes, rounded to whole pages."""
 
 
 class Limits(NamedTuple):
@@ -22,11 +22,11 @@ class Limits(NamedTuple):
     """CPU time, in cores."""
     memory_bytes: int | None
     free_bytes: int | None
-    """Memory that the process can still take: the rest of the limit, plus cached files that the kernel can drop."""
+    """The part of the limit that is unused, or holds cached files that the kernel can drop."""
 
 
 def limits(root: Path = Path("/")) -> Limits:
-    """Read the limits of the process's group and of all groups above it. `root` holds `proc` and `sys`."""
+    """Read the limits of the process's group and all its parents. `root` contains `proc` and `sys`."""
     cores = [cores for folder in _groups(root, "cpu") if (cores := _cores(folder))]
     memory = [memory for folder in _groups(root, "memory") if (memory := _memory(folder))]
     return Limits(
@@ -37,9 +37,9 @@ def limits(root: Path = Path("/")) -> Limits:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the groups that may limit the process by `controller`, where systems mount them.
+    """The folders of the process's groups for `controller`, and of their parents. Some may not exist.
 
-    Not all exist. A container sees its own group as the mount's root, whatever path /proc names.
+    A container sees its own group as the mount's root, whatever path /proc names, so that folder is always included.
     """
     mount = root / "sys/fs/cgroup"
     for line in contents(root / "proc/self/cgroup").splitlines():
@@ -65,14 +65,14 @@ def _cores(folder: Path) -> float | None:
 
 
 def _memory(folder: Path) -> tuple[int, int] | None:
-    """The limit of a group and what is free of it, in bytes."""
+    """A group's limit and the free part of it, in bytes; None without a limit."""
     limit = contents(folder / "memory.max") or contents(folder / "memory.limit_in_bytes")
     if not limit.isdecimal() or int(limit) >= UNLIMITED_BYTES:
         return None
     used = contents(folder / "memory.current") or contents(folder / "memory.usage_in_bytes")
     if not used.isdecimal():
         return int(limit), int(limit)
-    # Usage includes cached files: a data set that was just read would seem to fill the memory. Version 1 lists the
-    # group's own pages and, as `total_`, those of all groups below it too.
+    # Usage includes cached files, so that a data set just read would seem to fill the memory. Version 1 lists the
+    # group's own pages, and with the prefix `total_` also those of its children.
     cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", contents(folder / "memory.stat"), re.MULTILINE)
     return int(limit), max(0, int(limit) - int(used) + max(map(int, cached), default=0))

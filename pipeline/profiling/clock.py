@@ -1,4 +1,4 @@
-"""The one clock. Devices work asynchronously, so it synchronizes before each reading."""
+"""Measure time. Devices work asynchronously, so the device is synchronized before each reading of the clock."""
 
 import math
 import time
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from pipeline.devices import Backend
 
 EVENT_INTERVAL, SYNC_INTERVAL = 4, 20
-"""Every fourth step is timed by events, or every twentieth by synchronizing: less than a hundredth of the time."""
+"""Time every 4th step by events, or every 20th by synchronizing, so that timing costs less than 1% of the time."""
 
 
 @dataclass
 class Span:
-    """A stretch of time; `seconds` is set when it ends."""
+    """A timed interval. `seconds` is set at its end."""
 
     seconds: float = 0.0
 
 
 class Clock:
-    """Adds up the seconds of spans by name. Spans do not nest; the time between them is unaccounted."""
+    """Sums the seconds of named spans. Spans do not nest. Time outside them is unaccounted."""
 
     def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter):
         self.seconds: dict[str, float] = {}
@@ -33,7 +33,7 @@ class Clock:
 
     @contextmanager
     def span(self, name: str) -> Iterator[Span]:
-        """Add the time inside to `name`; nothing is added when an exception leaves it."""
+        """Add the time inside to `name`, unless an exception is raised inside."""
         if self._open is not None:
             raise RuntimeError(f"span {name} opened inside span {self._open}")
         self._synchronize()
@@ -51,11 +51,11 @@ class Clock:
             self._open = None
 
     def total(self, *names: str) -> float:
-        """Seconds of these spans together; a span that never ran counts as 0."""
+        """The sum of these spans in seconds. A span that never ran counts as 0."""
         return sum(self.seconds.get(name, 0.0) for name in names)
 
     def unaccounted(self) -> float:
-        """Seconds since the start of the first span that are in no span."""
+        """Seconds since the start of the first span that no span covers."""
         if self._first_start is None:
             return 0.0
         self._synchronize()
@@ -63,8 +63,11 @@ class Clock:
 
 
 class StepTimes:
-    """Seconds of a sample of the training steps, measured without slowing down the others: by events on the device's
-    queue, or by synchronizing before and after a step. On a synchronous device every step is timed."""
+    """Times a sample of the training steps, in `seconds`, so that the other steps are not slowed down.
+
+    It uses events on the device's queue, or synchronizes before and after a step if the device has no events. On a
+    synchronous device every step is timed.
+    """
 
     def __init__(self, backend: "Backend", now: Callable[[], float]):
         self.seconds: list[float] = []
@@ -75,20 +78,20 @@ class StepTimes:
         self._count = 0
 
     def step(self) -> AbstractContextManager[None]:
-        """The context in which to queue the next step."""
+        """The context to run the next step in."""
         self._count += 1
         if self._count % self._interval:
             return nullcontext()
         return self._by_events() if self._has_events else self._by_clock()
 
     def collect(self) -> None:
-        """Read the events since the last call; the device must have been synchronized."""
+        """Read the events since the last call. Synchronize the device first."""
         self.seconds += [self._backend.elapsed_seconds(first, last) for first, last in self._events]
         self._events.clear()
 
     def percentiles(self) -> dict[str, float]:
-        """The 50th, 90th and 99th percentile (nearest rank), each only if enough steps were timed that some took
-        longer."""
+        """The 50th, 90th and 99th percentile (nearest rank) in seconds. A percentile is left out if too few steps were
+        timed for any to lie above it."""
         ranked = sorted(self.seconds)
         return {
             f"time/step_p{percent}_seconds": ranked[math.ceil(percent / 100 * len(ranked)) - 1]

@@ -1,10 +1,10 @@
-"""The energy source that the setting `energy.source` names: the device's own counter, or Apple's tool.
+"""Measure energy by the setting `energy.source`: with the device's own counter, or with Apple's powermetrics.
 
-Joules depend on the source, so figures of two sources can't be compared:
+Each source covers other parts of the machine, so joules of two sources can't be compared:
 - `nvml`: an NVIDIA card with its memory and board.
 - `rapl`: the CPU packages with their integrated GPU, without the RAM.
-- `powermetrics`: CPU, GPU and ANE of Apple's chips, without the RAM. An estimate: its manual says that it may be
-  inaccurate and is not for comparing devices.
+- `powermetrics`: CPU, GPU and ANE of Apple's chips, without the RAM. This is an estimate. The tool's manual says that
+  it may be inaccurate and should not be used to compare devices.
 """
 
 import re
@@ -17,28 +17,29 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
+from pipeline import terminal
 from pipeline.errors import UsageError
 
 Reading = Callable[[], tuple[str, float] | None]
-"""The source's name and its joules since some fixed moment; None while they are unknown."""
+"""Returns the source's name and its joules since a fixed moment; None while they are unknown."""
 
 POWERMETRICS = ("sudo", "-n", "powermetrics", "--samplers", "cpu_power", "-i", "100", "-b", "1")
-"""A sample every 100 ms, so that short epochs are not blurred; line-buffered text, cheaper to parse than a property
-list. Not in a session of its own: a password given to `sudo -v` is valid for one terminal."""
+"""Prints a sample every 100 ms, as line-buffered text. It must run in our session: `sudo -v` covers one
+terminal only."""
 
 START_SECONDS, STALE_SECONDS, STOP_SECONDS = 10.0, 2.0, 2.0
-"""How long the first sample may take (the tool starts in about a second), the next one, and the tool's end."""
+"""How long to wait for the first sample (the tool starts in about a second), the next one, and the tool's end."""
 
 
 def check(name: str) -> None:
-    """Raise UsageError if the source can't be had here. Takes one sample of `powermetrics`."""
+    """Raise UsageError if the source does not work here. Takes one sample of `powermetrics`."""
     with source(name, lambda: None):
         pass
 
 
 @contextmanager
 def source(name: str, counter: Reading) -> Iterator[Reading]:
-    """The reading to take before and after each timed span: for `auto` that is `counter`, the device's own."""
+    """Yield the function that reads the energy: for `auto` it is `counter`, the device's own."""
     if name != "powermetrics":
         yield counter
         return
@@ -51,13 +52,13 @@ def source(name: str, counter: Reading) -> Iterator[Reading]:
 
 
 class Powermetrics:
-    """Apple's `powermetrics`, running in the background, as a counter of joules."""
+    """An energy counter that sums the samples of Apple's `powermetrics`, which runs in the background."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._latest: tuple[float, float, float] | None = None
-        """Joules so far, watts of the latest sample and its time; None before the first one and after the last."""
-        self._settled = threading.Event()  # the first sample is there, or none will come
+        """Joules so far, watts of the latest sample and its time. None before the first sample and after the last."""
+        self._started = threading.Event()  # set by the first sample, or when the tool ends without one
         self._stopping = False
         self._child: subprocess.Popen[str] | None = None
 
@@ -73,31 +74,33 @@ class Powermetrics:
             )  # fmt: skip
             self._thread = threading.Thread(target=self._read, args=(self._child.stdout,), daemon=True)
             self._thread.start()
-            self._settled.wait(START_SECONDS)
+            self._started.wait(START_SECONDS)
             if self._latest is None:
                 errors.seek(0)
                 reason = "".join(f" ({line.strip()})" for line in errors.readlines()[-1:])
                 raise UsageError(f"{refusal} Apple's own chip, and `sudo -v` run first in this terminal{reason}")
 
     def reading(self) -> tuple[str, float] | None:
-        """Joules since the start; since the latest sample, at its power. None once a sample was missed."""
-        if (latest := self._latest) is None:
+        """Joules since the start, extrapolated from the latest sample at its power. None if samples fail to come."""
+        if (latest := self._latest) is None:  # read once, since the other thread may set it
             return None
-        joules, watts, then = latest
-        elapsed = self._now() - then
+        joules, watts, sampled_at = latest
+        elapsed = self._now() - sampled_at
         return ("powermetrics", joules + watts * elapsed) if elapsed <= STALE_SECONDS else None
 
     def stop(self) -> None:
-        """End the tool. It runs as root, so we may not signal it; but it ends when it writes to the pipe that we close,
-        and so also when this process is killed."""
+        """End the tool, and tell the user if it does not end. It runs as root, so we may not be allowed to signal it.
+        But it ends when it writes to a closed pipe, and so also after this process is killed."""
         if self._child is None:
             return
         self._stopping = True
         with suppress(PermissionError):
             self._child.terminate()
         self._thread.join(STOP_SECONDS)
-        with suppress(subprocess.TimeoutExpired):
+        try:
             self._child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            terminal.say("energy   powermetrics is still running; end it: sudo killall powermetrics")
 
     def _read(self, pipe: IO[str]) -> None:
         joules = 0.0
@@ -108,14 +111,14 @@ class Powermetrics:
                 seconds, watts = sample
                 joules += seconds * watts
                 self._latest = joules, watts, self._now()
-                self._settled.set()
+                self._started.set()
         self._latest = None
-        self._settled.set()
+        self._started.set()
 
 
 def parse_samples(lines: Iterable[str]) -> Iterator[tuple[float, float] | None]:
-    """Seconds and mean watts (CPU, GPU and ANE together) of each sample in the tool's output, as soon as it is
-    complete; None for one that lacks either. Intel's chips have no combined power."""
+    """Yield the seconds and mean watts (CPU, GPU and ANE together) of each sample in the tool's output, as soon as it
+    is complete. Yields None for a sample that lacks either: Intel's chips have no combined power."""
     seconds: float | None = None
     for line in lines:
         if line.startswith("*** Sampled system activity"):

@@ -1,4 +1,4 @@
-"""Peak rates of this machine, measured in seconds before a training, and how close the training came to them."""
+"""Measure this machine's peak rates before a training, in seconds, and compare the training with them."""
 
 import copy
 import time
@@ -14,47 +14,47 @@ from torch.utils import flop_counter
 from pipeline.devices import Backend
 
 WINDOW_SECONDS = 0.05
-"""Length of a timed window: thousands of times the clock's resolution, short enough to fall between other load."""
+"""Length of a timed window: thousands of times the clock's resolution, but short enough to fall between other load."""
 
 MIN_WINDOW_SECONDS = 1e-6
-"""Least length that the first window, of one call, counts as: a coarse clock may read none."""
+"""Lower limit for the length of the first window, which has one call: a coarse clock may measure 0."""
 
 MIN_SIDE, MAX_SIDE = 512, 8192
-"""Sides of the square matrices that are multiplied: MIN_SIDE, doubled up to MAX_SIDE."""
+"""Smallest and largest side of the square matrices to multiply. Sides double in between."""
 
 LONG_MATMUL_SECONDS = 0.02
-"""A product that takes this long has filled the device: no larger one is tried."""
+"""A product that takes this long uses the whole device. No larger one is tried."""
 
 COPY_SIDE, CPU_COPY_SIDE = 8192, 5632
-"""Side of the float32 matrix that is copied: 256 MiB; 121 MiB on a CPU, where it counts in the process's peak."""
+"""Sides of the float32 matrix to copy: 256 MiB, or 121 MiB on a CPU, since it counts in the process's peak memory."""
 
 MATMUL_SECONDS, COPY_SECONDS = 0.1, 0.3
-"""How long products of one side, and copies, are measured."""
+"""How long to measure the products of one side, and the copies."""
 
 STEP_SECONDS, STEP_WINDOWS = 0.5, 3
-"""How long the training's own step is measured, and in how many windows at least. A shorter training is not compared
-with the peaks: its first steps are slow, and it may have had calmer moments than any window."""
+"""How long to measure the training's own step, and the least number of windows. A training that is shorter than this is
+not compared with the peaks: its first steps are slow, or other load may have spared it but no window."""
 
 MAX_VS_SYNTHETIC = 1.05
-"""How many times the speed of one fixed batch a training may reach before its clock is doubted."""
+"""The highest plausible speed of a training, relative to the speed with one fixed batch."""
 
 MAX_UTILISATION = 4 * MAX_VS_SYNTHETIC
-"""How many times the rate of matrix products it may reach: Winograd convolutions save up to 3 of 4 of the counted
-multiplications (Lavin and Gray 2015)."""
+"""The highest plausible rate of a training's operations, relative to the rate of matrix products. Winograd convolutions
+save up to 3/4 of the counted multiplications (Lavin and Gray 2015)."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The peak rates of one machine, for one training step at one precision."""
+    """A machine's peak rates, for one training step at one precision."""
 
     matmul_flops: float
-    """Floating-point operations a second of its fastest matrix product."""
+    """Floating-point operations per second of the fastest matrix product."""
 
     memory_bytes_per_second: float
-    """Bytes read and written by a copy."""
+    """Bytes read plus bytes written by a copy."""
 
     images_per_second: float
-    """Of the training's own step, repeated on one fixed batch on the device."""
+    """Speed of the training's own step, repeated on one fixed batch on the device."""
 
 
 def time_calls(
@@ -65,9 +65,10 @@ def time_calls(
     min_windows: int = 2,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Seconds of one call of `work`, a mean for each window of about 50 ms, for `seconds` and at least `min_windows`.
+    """Call `work` for `seconds` and at least `min_windows` windows of about 50 ms. Returns the mean seconds per call in
+    each window.
 
-    The first call is not timed. The device is synchronized at both ends of a window, not between its calls.
+    The first call is not timed. The device is synchronized before and after a window, not between its calls.
     """
 
     def window(calls: int) -> float:
@@ -90,12 +91,11 @@ def time_calls(
 
 
 def matmul_flops(backend: Backend, precision: str) -> float:
-    """Floating-point operations a second of a square matrix product at `precision`: the fastest of the sides tried.
+    """Floating-point operations per second of the fastest square matrix product at `precision`, over several sides.
 
-    A product of side n counts 2 n^3 operations, a multiply-add as two (Golub and Van Loan, Matrix Computations, section
-    1.1). `backend.set_precision` must have set what float32 means. float32 is tried for bf16 and fp16 too: a device
-    that only emulates these computes faster in float32. Needs up to 768 MiB on the device; raises torch's error where
-    there is less.
+    A product of side n has 2 n^3 operations: a multiply-add counts as two (Golub and Van Loan, Matrix Computations,
+    section 1.1). Call `backend.set_precision` before. For bf16 and fp16, float32 is tried too, since it is faster on a
+    device that emulates them. Needs up to 768 MiB on the device, and raises torch's error if there is less.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     best = 0.0
@@ -109,11 +109,11 @@ def matmul_flops(backend: Backend, precision: str) -> float:
 
 
 def memory_bytes_per_second(backend: Backend) -> float:
-    """Bytes read plus bytes written a second when the device copies 256 MiB (a CPU: 121) within its own memory.
+    """Bytes read plus bytes written per second when the device copies 256 MiB (a CPU: 121) within its own memory.
 
-    Counted like STREAM's copy (McCalpin 1995): a CPU that reads a cache line before it overwrites it moves half as much
-    again. Where a last-level cache holds both matrices, this is in part its speed. Raises torch's error where there is
-    too little memory.
+    The bytes count as in STREAM's copy (McCalpin 1995), although a CPU that reads a cache line before it overwrites it
+    moves half as much again. If a last-level cache holds both matrices, the result is partly its speed. Raises torch's
+    error if there is too little memory.
     """
     source = _random_matrix(backend, torch.float32, COPY_SIDE if backend.asynchronous else CPU_COPY_SIDE, seed=0)
     target = torch.empty_like(source)
@@ -124,12 +124,12 @@ def memory_bytes_per_second(backend: Backend) -> float:
 def train_flops(
     net: nn.Module, inputs_shape: tuple[int, ...], *, set_mode: Callable[[nn.Module], None]
 ) -> float | None:
-    """Floating-point operations of one sample in one training step: the forward pass, and the part of the backward pass
-    that the trainable parameters need. None where they can't be counted.
+    """Floating-point operations per sample of a training step: the forward pass, and the part of the backward pass that
+    the trainable parameters need. None if they can't be counted.
 
-    `inputs_shape`: of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode. Products and
-    convolutions count by their shapes, a multiply-add as two (torch/utils/flop_counter.py); element-wise work
-    (normalisation, activations, the optimizer) counts nothing.
+    `inputs_shape` is the shape of one sample, (C, H, W) or (D,). `set_mode` puts a copy of `net` into training mode.
+    Matrix products and convolutions are counted by their shapes, a multiply-add as two (torch/utils/flop_counter.py).
+    Element-wise operations (normalization, activations, optimizer) are not counted.
     """
 
     def step(net: nn.Module, inputs: Tensor) -> None:
@@ -142,12 +142,12 @@ def train_flops(
 
 
 def forward_flops(net: nn.Module, inputs_shape: tuple[int, ...]) -> float | None:
-    """Floating-point operations of one sample in evaluation, counted like `train_flops`."""
+    """Floating-point operations per sample of a forward pass in evaluation mode, counted like `train_flops`."""
     return _flops_per_sample(net, inputs_shape, lambda net, inputs: net.eval()(inputs))
 
 
 def peak_metrics(peaks: Peaks) -> dict[str, float]:
-    """The peak rates by their names in MLflow."""
+    """The peak rates as MLflow metrics."""
     return {
         "ceiling/matmul_tflops": peaks.matmul_flops / 1e12,
         "ceiling/memory_gb_per_second": peaks.memory_bytes_per_second / 1e9,
@@ -156,10 +156,10 @@ def peak_metrics(peaks: Peaks) -> dict[str, float]:
 
 
 def efficiency_metrics(images_per_second: float, peaks: Peaks, flops_per_image: float | None) -> dict[str, float]:
-    """The peak rates, and how close a training at `images_per_second` came to them, by their names in MLflow.
+    """The MLflow metrics of the peak rates, and of how close a training at `images_per_second` came to them.
 
-    Model FLOPs utilisation is PaLM's (Chowdhery et al. 2022, appendix B), but relative to the measured rate of this
-    machine's products, not to a data sheet. It is left out where `flops_per_image` is None.
+    Model FLOPs utilisation is defined as for PaLM (Chowdhery et al. 2022, appendix B), but relative to this machine's
+    measured rate of matrix products, not to a data sheet. It is left out if `flops_per_image` is None.
     """
     metrics = peak_metrics(peaks) | {"efficiency/vs_synthetic": images_per_second / peaks.images_per_second}
     if flops_per_image is not None:
@@ -169,14 +169,14 @@ def efficiency_metrics(images_per_second: float, peaks: Peaks, flops_per_image: 
 
 
 def combine(measurements: Sequence[Peaks]) -> Peaks:
-    """The fastest of each rate."""
+    """The highest of each rate."""
     return Peaks(*(max(rates) for rates in zip(*map(astuple, measurements), strict=True)))
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """The metrics of `efficiency_metrics` in a sentence, with the likely causes if one is above 1."""
+    """A sentence for the metrics of `efficiency_metrics`, with the likely causes if one is above 1."""
     shares = [metrics["efficiency/vs_synthetic"], metrics.get("efficiency/model_flops_utilisation", 0.0)]
-    # With one more digit above 1, so that 100.4% does not read as 100%.
+    # Above 1, show one more digit, so that 100.4% does not appear as 100%.
     fixed_batch, utilisation = (f"{share:.1%}" if share > 1 else f"{share:.0%}" for share in shares)
     sentence = f"images passed at {fixed_batch} of the speed of one fixed batch"
     if shares[1]:
@@ -187,8 +187,10 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def implausible_reason(metrics: Mapping[str, float]) -> str | None:
-    """Why the metrics of `efficiency_metrics` can't be right, in a sentence; None where they can. Other load makes
-    peaks too low, so measure them again before doubting a clock."""
+    """A sentence that says why the metrics of `efficiency_metrics` can't be right; None if they can.
+
+    Other load on the machine makes the peaks too low. So measure them again before you report this.
+    """
     share = metrics["efficiency/vs_synthetic"]
     utilisation = metrics.get("efficiency/model_flops_utilisation", 0.0)
     speed = share * metrics["ceiling/synthetic_images_per_second"]
@@ -202,15 +204,15 @@ def implausible_reason(metrics: Mapping[str, float]) -> str | None:
 
 
 def _matmul_seconds(backend: Backend, dtype: torch.dtype, side: int) -> float:
-    """A function of its own, so that its matrices are freed before those of the next side are made."""
+    """Seconds of one product. A function of its own, so that its matrices are freed before larger ones are created."""
     left, right = (_random_matrix(backend, dtype, side, seed) for seed in range(2))
     product = torch.empty_like(left)
     return min(time_calls(lambda: torch.mm(left, right, out=product), backend.synchronize, seconds=MATMUL_SECONDS))
 
 
 def _random_matrix(backend: Backend, dtype: torch.dtype, side: int, seed: int) -> Tensor:
-    """(side, side) on the device: a normal block drawn on the CPU, repeated. Zeros would flatter: they switch few
-    transistors, so that a card at its power limit clocks higher."""
+    """A (side, side) matrix on the device that repeats one block of normal random numbers. Not zeros: they switch fewer
+    transistors, so that a card at its power limit would run at a higher clock."""
     block = torch.randn(MIN_SIDE, MIN_SIDE, generator=torch.Generator().manual_seed(seed))
     return block.to(backend.device, dtype).repeat(side // MIN_SIDE, side // MIN_SIDE)
 
@@ -218,16 +220,16 @@ def _random_matrix(backend: Backend, dtype: torch.dtype, side: int, seed: int) -
 def _flops_per_sample(
     net: nn.Module, inputs_shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], None]
 ) -> float | None:
-    """Operations of `run` on a copy of `net` and a batch, counted on the meta device, where nothing is computed."""
+    """Count the operations of `run` on a copy of `net` on the meta device, where nothing is computed."""
     counter = flop_counter.FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
     try:
         meta_net = copy.deepcopy(net).to("meta")
         with counter, torch.no_grad():
-            # Two samples: BatchNorm in training mode refuses one where it has one value a channel.
+            # Two samples, since BatchNorm in training mode rejects a single value per channel.
             run(meta_net, torch.empty((2, *inputs_shape), device="meta"))
-    except Exception:  # a network may do anything that needs values; that must not end a training
+    except Exception:  # a network may need real values, which must not end the training
         return None
     return counter.get_total_flops() / 2
 
@@ -239,9 +241,10 @@ def _convolution_backward_flops(
     *rest: Any,
     out_shape: object,
 ) -> int:
-    """The gradients of inputs and of weights take the forward pass's operations each, where they are needed.
+    """Operations of a convolution's backward pass: as many as the forward pass for each of the two gradients, of inputs
+    and of weights, that is needed.
 
-    torch 2.14's own formula for the weights' gradient forgets the groups, and so counts it `groups` times.
+    torch 2.14's own formula ignores the groups, and so counts the weights' gradient `groups` times.
     """
     _bias_shape, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = rest
     forward: int = flop_counter.conv_flop_count(list(inputs_shape), list(weight_shape), list(grad_shape), transposed)

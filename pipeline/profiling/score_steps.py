@@ -1,4 +1,4 @@
-"""The sustained steps that make a machine's score, and the names of their figures. Imports no torch.
+"""Define the sustained steps of a machine's score, and the names of their metrics. Imports no torch.
 
 The steps are the same whatever the recipe: a convolutional network at fp32, the same network at the device's best
 precision, and a vision transformer at that precision.
@@ -13,9 +13,9 @@ from pipeline import config
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that is repeated on random images. It trains all parameters with AdamW.
+    """A training step on random images that is repeated. It trains all parameters with AdamW.
 
-    `model`: a timm name; `image_size`: pixels a side; `best_precision`: at the device's best precision, else at fp32.
+    `model`: a timm name. `image_size`: pixels a side. `best_precision`: use the device's best precision, not fp32.
     """
 
     name: str
@@ -38,18 +38,19 @@ VERSION = 3
 
 
 def metric(step: str, figure: str) -> str:
-    """The metric of a step's figure: `images_per_second` (median of the last third), `first_third_images_per_second`,
-    `seconds`, `batch_size`, `images_per_joule`, `watts`, or the series `course` (images/s by slice)."""
+    """The name of a step's metric: `images_per_second` (median of the last third), `first_third_images_per_second`,
+    `seconds`, `batch_size`, `images_per_joule`, `watts`, or `course`, the series of images/s in each slice."""
     return f"sustained/{step}_{figure}"
 
 
 def tag(step: str, fact: str) -> str:
-    """The tag of a fact about a step: `workload` or `precision`."""
+    """The name of a step's tag: `workload` or `precision`."""
     return f"sustained.{step}.{fact}"
 
 
 def workload(step: Step, batch_size: int, seconds: float) -> str:
-    """Ten hex digits that name the step, with the batch that fitted, and its duration: heat builds up."""
+    """The step's fingerprint, ten hex digits. It includes the batch size that fitted, and the duration, since heat
+    builds up."""
     work = {
         "model": step.model,
         "image_size": step.image_size,

@@ -1,4 +1,4 @@
-"""What this machine is: hardware, operating system and versions. Needs no torch and takes less than a second."""
+"""Describe this machine: hardware, operating system and versions. Needs no torch and takes less than a second."""
 
 import functools
 import hashlib
@@ -26,10 +26,10 @@ VENDORS = {"10de": "NVIDIA", "1002": "AMD", "8086": "Intel"}
 
 @functools.cache
 def facts() -> dict[str, Any]:
-    """Facts that stay the same from run to run, fit for JSON; what is not known is absent.
+    """Facts that stay the same from run to run, as JSON values. Unknown facts are absent.
 
-    No serial numbers, paths, host names or user names. `usable_cores` and `memory_limit_gib` are present only where a
-    container, a CPU set or `taskset` allows less than `logical_cores` and `memory_gib`.
+    They contain no serial numbers, paths, host names or user names. `usable_cores` and `memory_limit_gib` are present
+    only if a container, a CPU set or `taskset` allows less than `logical_cores` and `memory_gib`.
     """
     system, limits = _system(), cgroup.limits()
     logical_cores, memory = psutil.cpu_count() or 1, psutil.virtual_memory().total
@@ -61,13 +61,13 @@ def facts() -> dict[str, Any]:
 def gpus() -> list[dict[str, Any]]:
     """Every GPU in the machine, whether torch can use it or not.
 
-    Keys: `vendor`, `name`, `for_training` (False for GPUs that are part of an Intel or AMD processor); `driver` where a
-    card of NVIDIA has a working one; `cores` of Apple's GPUs.
+    Keys: `vendor`, `name`, `for_training` (False for GPUs that are part of an Intel or AMD processor, and for NVIDIA's
+    from before Maxwell), `driver` (only of NVIDIA, and only if it works), `cores` (only of Apple).
     """
     if sys.platform == "darwin":
         chip = _sysctl("machdep.cpu.brand_string")
         cores = parse_ioreg(command_output("ioreg", "-rd1", "-c", "AGXAccelerator"), "gpu-core-count")
-        # Virtual machines show no cores, and torch can't use their GPU.
+        # A virtual machine shows no cores, and torch can't use its GPU.
         return [{"vendor": "Apple", "name": chip, "for_training": True, "cores": int(cores)}] if cores else []
     nvidia: list[dict[str, Any]] = [
         {"vendor": "NVIDIA", "name": name, "for_training": True, "driver": driver} for name, driver, _ in _nvidia_smi()
@@ -87,15 +87,15 @@ def gpus() -> list[dict[str, Any]]:
 def process_age() -> float:
     """Seconds since this process started."""
     if sys.platform == "linux":
-        # psutil rounds the start to a second and follows changes of the clock. Field 22 of /proc/self/stat counts
-        # ticks from boot to the start (proc(5)); the process name before it may hold blanks.
+        # psutil rounds the start to a second, and changes of the system's clock move it. Field 22 of /proc/self/stat is
+        # the start in ticks since boot (proc(5)). Skip the process name before it, which may contain blanks.
         ticks = int(contents(Path("/proc/self/stat")).rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - psutil.Process().create_time()
 
 
 def power_source() -> str | None:
-    """`mains` or `battery` at this moment; None where the machine does not tell, as one without a battery."""
+    """`mains` or `battery`, as of now; None if unknown, as on a machine without a battery."""
     if sys.platform == "linux":
         return linux_power_source(Path("/sys/class/power_supply"))
     battery = psutil.sensors_battery()
@@ -107,11 +107,11 @@ def power_source() -> str | None:
 def fingerprint(
     hardware: dict[str, Any], cards: list[dict[str, Any]], devices: list[dict[str, Any]], installation: str
 ) -> str:
-    """Twelve hex digits that identify a machine; fewer usable cores or a memory limit make it another machine.
+    """Twelve hex digits that identify a machine. A limit on cores or memory makes it another machine.
 
-    An update of a driver or kernel does not change them: a card counts by its PCI id, which is known without its
-    driver, and memory by the size that was probably installed. The installation's id is hashed together with a text of
-    our own, as machine-id(5) asks.
+    Updates of drivers and kernel don't change the fingerprint: it includes a card's PCI id, which is known without a
+    driver, and the memory size that was probably installed. The installation's id is hashed with a text of our own, as
+    machine-id(5) demands.
     """
     pci_ids = sorted(device["id"] for device in devices)
     names = sorted(
@@ -123,21 +123,21 @@ def fingerprint(
 
 
 def installed_gib(reported: float) -> float:
-    """The next size in which memory is sold: a power of two, or one and a half times one.
+    """Round up to a size in which memory is sold: a power of two, or 1.5 times one.
 
-    Firmware, kernel and an integrated GPU keep some of the installed memory, and updates change how much.
+    Firmware, kernel and an integrated GPU reserve some of the installed memory, and updates change how much.
     """
     power = 2.0 ** math.floor(math.log2(reported))
     return next(size for size in (power, 1.5 * power, 2 * power) if reported <= size)
 
 
 def pci_displays(root: Path) -> list[dict[str, Any]]:
-    """Display controllers of the vendors in VENDORS on Linux's PCI bus: `id`, such as `10de:1c03`, and `memory_gib`,
-    which only AMD's driver tells (else 0)."""
+    """The GPUs of VENDORS on Linux's PCI bus: `id`, such as `10de:1c03`, and `memory_gib`, which only AMD's driver
+    tells (else 0)."""
     displays = []
     for folder in sorted(root.glob("*")):
         kind, vendor, device = (contents(folder / key).removeprefix("0x") for key in ("class", "vendor", "device"))
-        # 03 is a display controller, 12 an accelerator: an Instinct of AMD, but an NPU of Intel.
+        # Class 03 is a display controller. Class 12 is an accelerator: a GPU of AMD (Instinct), but an NPU of Intel.
         if vendor in VENDORS and (kind.startswith("03") or (kind.startswith("12") and vendor == "1002")):
             memory_gib = int(contents(folder / "mem_info_vram_total") or 0) / GIB
             displays.append({"id": f"{vendor}:{device}", "memory_gib": memory_gib})
@@ -145,14 +145,14 @@ def pci_displays(root: Path) -> list[dict[str, Any]]:
 
 
 def parse_lspci(text: str) -> dict[str, str]:
-    """Descriptions by PCI id from `lspci -mm -nn`; devices that are not in its list are absent."""
+    """PCI id -> description from `lspci -mm -nn`, for the devices that lspci can name."""
     line = re.compile(r'"[^"]*" "[^"]* \[([0-9a-f]{4})\]" "([^"]*) \[([0-9a-f]{4})\]"')
     matches = (match.groups() for match in line.finditer(text))
     return {f"{vendor}:{device}": description for vendor, description, device in matches if description != "Device"}
 
 
 def pci_gpu(pci_id: str, description: str, memory_gib: float = 0) -> dict[str, Any]:
-    """A GPU from its PCI id and the description that lspci or Windows gives it ('' without one)."""
+    """A GPU, as in `gpus`, from its PCI id and its description by lspci or Windows ('' if unknown)."""
     vendor, device = pci_id.split(":")
     brand = VENDORS[vendor]
     name = " ".join(re.sub(r"\((R|TM|C)\)", " ", description, flags=re.IGNORECASE).split())
@@ -165,7 +165,7 @@ def pci_gpu(pci_id: str, description: str, memory_gib: float = 0) -> dict[str, A
         cards = r"Instinct|Radeon (RX (Vega( 56| 64|$)|\d{4})|VII|Pro (VII|[WV]\d)|AI Pro|Vega Frontier)"
         trains = bool(re.search(cards, name, re.IGNORECASE)) if name else memory_gib >= 4
     else:
-        # As part of a processor Arc is called "Arc Graphics", "Arc 140V", "Arc B390".
+        # The names of Arc GPUs in processors are "Arc Graphics", "Arc 140V", "Arc B390", and don't match.
         cards = r"Arc (Pro )?(A\d|B[5-9])\d|Data Center GPU (Max|Flex)"
         trains = bool(re.search(cards, name) if name else re.match(r"56[9abc]|e2[0-2]|0bd", device))
     name = name or f"GPU {pci_id}"
@@ -174,7 +174,7 @@ def pci_gpu(pci_id: str, description: str, memory_gib: float = 0) -> dict[str, A
 
 
 def windows_gpus(text: str) -> list[dict[str, Any]]:
-    """GPUs from the JSON of Win32_VideoController: nothing, one object, or an array."""
+    """The GPUs in the JSON of Win32_VideoController: an empty text, one object, or an array."""
     adapters = json.loads(text or "[]")
     displays = []
     for adapter in adapters if isinstance(adapters, list) else [adapters]:
@@ -191,7 +191,7 @@ def parse_ioreg(text: str, key: str) -> str | None:
 
 
 def linux_cpu(cpuinfo: str) -> str:
-    """The CPU's name from /proc/cpuinfo, or from lscpu on ARM: the names of all kinds of core."""
+    """The CPU's name from the text of /proc/cpuinfo. On ARM, the names of all kinds of core from lscpu."""
     names = re.findall(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)[:1]
     names = names or re.findall(r"^\s*Model name: +(.+)$", command_output("lscpu"), re.MULTILINE)
     return " + ".join(" ".join(name.split()) for name in dict.fromkeys(names))
@@ -220,7 +220,7 @@ def windows_name(product: str, version: str, build: int) -> str:
 
 
 def linux_power_source(root: Path) -> str | None:
-    """`mains` or `battery` by the kernel's power supplies, without those of mice and keyboards, which psutil counts."""
+    """`power_source` from the kernel's list of power supplies. Unlike psutil, ignores batteries of mice and keyboards."""
     supplies = [folder for folder in root.glob("*") if contents(folder / "scope") != "Device"]
     if any(contents(folder / "type") == "Mains" and contents(folder / "online") == "1" for folder in supplies):
         return "mains"
@@ -231,9 +231,9 @@ def linux_power_source(root: Path) -> str | None:
 
 
 def command_output(*command: str, timeout_seconds: float = 5) -> str:
-    """What a command prints; empty where it is missing or hangs. Its status is ignored: sysctl prints what it knows."""
+    """What a command prints; '' if it is missing or hangs. Its exit status is ignored: sysctl prints what it knows."""
     env = os.environ | {"LC_ALL": "C"}
-    if os.name == "posix":  # cron, sudo and WSL leave these folders out
+    if os.name == "posix":  # under cron, sudo and WSL, PATH lacks these folders
         env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/lib/wsl/lib"])
     try:
         return subprocess.run(
@@ -245,7 +245,7 @@ def command_output(*command: str, timeout_seconds: float = 5) -> str:
 
 
 def _system() -> dict[str, str]:
-    """`model`, `cpu` and `os`, as each operating system tells them; '' for what it does not tell."""
+    """`model`, `cpu` and `os` by the operating system; '' for what is unknown."""
     if sys.platform == "darwin":
         ioreg = command_output("ioreg", "-rd1", "-c", "IOPlatformDevice", "-k", "product-name")
         names = parse_ioreg(ioreg, "product-name"), _sysctl("hw.model")
@@ -281,7 +281,7 @@ def _installation_id() -> str:
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         if re.fullmatch(r"[0-9a-f]{32}", identity := contents(Path(path))):
             return identity
-    # Containers often have none. Only then do the cards' ids count: they are unknown while the driver is broken.
+    # Containers often have none. Use the cards' ids only then: they are unknown while the driver is broken.
     return " ".join(sorted(uuid for *_, uuid in _nvidia_smi()))
 
 
@@ -291,10 +291,10 @@ def _sysctl(name: str) -> str:
 
 @functools.cache
 def _nvidia_smi() -> list[list[str]]:
-    """Name, driver version and UUID of each card whose driver answers."""
+    """Name, driver version and UUID of each card with a working driver."""
     output = command_output("nvidia-smi", "--query-gpu=name,driver_version,uuid", "--format=csv,noheader")
     rows = [line.split(", ") for line in output.splitlines()]
-    return [row for row in rows if len(row) == 3]  # without error messages
+    return [row for row in rows if len(row) == 3]  # skips error messages
 
 
 def _registry(key: str, value: str) -> str:

@@ -1,7 +1,7 @@
-"""The state of the machine before and after a run, and what it says about the run's figures. Needs no torch.
+"""Read the machine's state before and after a run, and judge what it means for the run. Needs no torch.
 
-`taints` are disturbances from outside: with them, figures may not be the machine's own. `behavior` is the machine's own
-nature (heat, throttling, drift), and a result. What can't be read is absent.
+`taints` are disturbances from outside, such as other processes: the run's metrics may then be wrong for this machine.
+`behavior` is the machine's own doing (heat, throttling, drift), and a result. What can't be read is absent.
 """
 
 import math
@@ -21,54 +21,63 @@ from pipeline.profiling import system_info
 from pipeline.profiling.nvidia import NvidiaCard
 
 SystemState = Mapping[str, Any]
-"""What `sample` returns."""
+"""The result of `sample`."""
 
 MAX_LOAD = 0.10
-"""Share of all CPU cores that others may use. An idle desktop's services stay below a tenth."""
+"""The share of all CPU cores that other processes may use. Services of an idle desktop stay below it."""
 
 MAX_GPU_LOAD = 0.05
-"""Share of time that others may keep the GPU busy before the run: drawing a quiet desktop takes a few per cent."""
+"""The load of the GPU, from 0 to 1, that is allowed before the run. Drawing a quiet desktop takes a few per cent."""
 
 MAX_SWAP_GROWTH_GIB, MAX_SWAP_MIB_PER_SECOND = 0.25, 1.0
-"""Growth and traffic of swap that no shortage of memory explains: single old pages come and go at any time."""
+"""Allowed growth and traffic of swap. Single old pages move at any time, without a shortage of memory."""
 
 BEHAVIORS = frozenset({"throttled", "thermal", "drift"})
-"""The words of `behavior`. Old runs have them among their taints."""
+"""The keys of `behavior`. Old runs have them among their taints."""
 
 MIN_DRIFT = 0.03
-"""Least change of the mean time from the first third to the last that counts as drift, as a share of the first's."""
+"""The smallest drift: the change of the mean time from the first third to the last, relative to the first."""
 
 DRIFT_P = 0.01
-"""A trend is drift only where chance alone shows one like it in one run of a hundred."""
+"""Significance level for drift: without any trend, one run in a hundred shows drift by chance."""
 
 DRIFT_PHI = 0.7
-"""Correlation of neighbouring times that the test of a trend allows for: a machine's speed wanders without a trend."""
+"""The correlation of neighbouring times that the trend test assumes: a machine's speed wanders without a trend."""
 
 MIN_DRIFT_VALUES = 6
-"""Fewer times are not tested: two in a third, four degrees of freedom."""
+"""Do not test fewer times: this many leave two in each third and four degrees of freedom."""
 
 SLOWDOWNS = frozenset({"hw slowdown", "sw thermal slowdown", "hw thermal slowdown", "hw power brake slowdown"})
-"""Throttling that counts: heat, and a power supply that fails. A card at its own power limit works as it was sold."""
+"""Throttling that counts: heat, or a failing power supply. A card at its own power limit works as it was sold."""
 
 THERMAL_PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
-"""macOS's levels from 0 on, by its OSThermalNotification.h."""
+"""Names of macOS's levels 0 to 4 (OSThermalNotification.h)."""
 
 WINDOW_SECONDS = 0.5
-"""How long CPU and swap are watched: at least 25 of the ticks that count CPU time."""
+"""How long to watch CPU and swap. It spans at least 25 of the ticks that CPU time is counted in."""
 
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")
 
 command_output = partial(system_info.command_output, timeout_seconds=3)
-"""Shorter than elsewhere: a run waits for it, before and after."""
+"""With a shorter timeout than elsewhere, since each run waits for it twice."""
 
 
 def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
-    """Read the state of the machine, in about half a second. All shares are from 0 to 1.
+    """Read the state of the machine, in about half a second. Unknown values are absent.
 
-    Keys: `power_source` (mains | battery), `low_power_mode`, `cpu_load` (of all cores, by other processes), `swap_gib`
-    where swap is used, `swapping`, `thermal_pressure` (macOS). Of the NVIDIA card `gpu_uuid`: `gpu_load` (by all
-    processes, so ours must be idle), `gpu_processes` (others that compute), `gpu_temperature_celsius`,
-    `gpu_sm_clock_mhz`, `gpu_throttle` (names joined by a comma, only where it is throttled), `gpu_power_watts`.
+    - `power_source`: mains | battery
+    - `low_power_mode`: bool
+    - `thermal_pressure`: one of THERMAL_PRESSURE, on macOS
+    - `swap_gib`: swap in use, if any
+    - `swapping`: bool
+    - `cpu_load`: share of all cores that other processes use, from 0 to 1
+
+    For an NVIDIA card, given by `gpu_uuid`, also:
+
+    - `gpu_load`: from 0 to 1, by all processes, ours included
+    - `gpu_processes`: number of other processes that compute
+    - `gpu_temperature_celsius`, `gpu_sm_clock_mhz`, `gpu_power_watts`
+    - `gpu_throttle`: names of THROTTLE_REASONS, joined by commas, if it is throttled
     """
     card = NvidiaCard.open(gpu_uuid)
     state = card.state() if card else {}  # first: clocks recover as soon as the work ends
@@ -86,10 +95,10 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
 
 
 def taints(before: SystemState, after: SystemState) -> dict[str, str]:
-    """Disturbances by others during the run: a sentence for each short word.
+    """Disturbances during the run by others: short word -> sentence.
 
-    `before` must be sampled when nothing of ours has run on the GPU for a second. The GPU's load in `after` is our own
-    and is ignored.
+    Sample `before` when our process has not used the GPU for a second. The GPU's load in `after` is our own, and is
+    ignored.
     """
     states = before, after
     cpu_load = max(state.get("cpu_load", 0.0) for state in states)
@@ -113,7 +122,7 @@ def taints(before: SystemState, after: SystemState) -> dict[str, str]:
 
 
 def behavior(before: SystemState, after: SystemState, seconds: Sequence[float]) -> dict[str, str]:
-    """What the machine did by itself: a sentence for each word of BEHAVIORS. `seconds`: of equal work, in order."""
+    """What the machine did by itself: word of BEHAVIORS -> sentence. `seconds`: times of equal work, in order."""
     sentences = {}
     states = before, after
     reasons = {name for state in states for name in state.get("gpu_throttle", "").split(", ")}
@@ -128,14 +137,14 @@ def behavior(before: SystemState, after: SystemState, seconds: Sequence[float]) 
 
 
 def trend_p_value(values: Sequence[float], phi: float = DRIFT_PHI) -> float:
-    """The two-sided p-value of a linear trend in three or more values that differ, under AR(1) noise with `phi`.
+    """The two-sided p-value of a linear trend in at least three values under AR(1) noise with correlation `phi`.
 
-    Values and regressors (1, t) are transformed so that this noise becomes independent, the first row by
-    sqrt(1 - phi^2), the others by subtracting phi times the row before (S. J. Prais and C. B. Winsten, Cowles
-    Commission Discussion Paper 383, 1954). Then least squares and Student's t with n - 2 degrees of freedom: exact for
-    Gaussian noise of this correlation, conservative for a lower one.
+    This is Prais and Winsten's regression (Cowles Commission Discussion Paper 383, 1954). Values and regressors (1, t)
+    are transformed so that the noise becomes independent: the first row is multiplied by sqrt(1 - phi^2), and phi times
+    the previous row is subtracted from each other row. Then follow least squares and Student's t with n - 2 degrees of
+    freedom. The test is exact for Gaussian noise of this correlation, and conservative for a lower one.
     """
-    import numpy as np  # not above: start-up does not need them
+    import numpy as np  # imported here for a fast start-up
     from scipy import special
 
     rows = np.column_stack([np.ones(len(values)), np.arange(len(values)), values])
@@ -161,7 +170,7 @@ def _drift(seconds: Sequence[float]) -> str | None:
 
 
 def _other_cpu_load() -> float | None:
-    """Share of all cores that other processes use, watched for WINDOW_SECONDS."""
+    """The share of all cores that other processes use during WINDOW_SECONDS."""
     process = psutil.Process()
     process.cpu_percent()  # starts the interval that its next call reports
     times = psutil.cpu_times_percent(WINDOW_SECONDS)
@@ -173,15 +182,15 @@ def _other_cpu_load() -> float | None:
 
 
 def _swap() -> tuple[float | None, int | None]:
-    """GiB of swap in use (None without), and bytes moved to and from it since boot where the system counts them."""
+    """GiB of swap in use (None for 0), and bytes moved to and from it since boot (None if unknown)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Linux in a sandbox counts nothing
+            warnings.simplefilter("ignore")  # psutil warns if a Linux sandbox counts nothing
             swap = psutil.swap_memory()
     except (OSError, RuntimeError):  # Windows without performance counters
         return None, None
     moved = swap.sin + swap.sout if sys.platform == "linux" else None
-    if sys.platform == "darwin":  # where psutil counts the reading of files
+    if sys.platform == "darwin":  # psutil includes the reading of files there
         pages = re.findall(r"^Swap(?:ins|outs):\s+(\d+)", command_output("vm_stat"), re.MULTILINE)
         moved = sum(map(int, pages)) * mmap.PAGESIZE if pages else None
     return round(swap.used / 2**30, 2) or None, moved
@@ -189,7 +198,7 @@ def _swap() -> tuple[float | None, int | None]:
 
 def _low_power_mode() -> bool | None:
     if sys.platform == "darwin":
-        # Macs that also have a high-power mode (2) call it `powermode`.
+        # On Macs with a high-power mode (2), the key is `powermode`.
         modes = re.findall(r"^\s*(?:low)?powermode\s+(\d+)", command_output("pmset", "-g"), re.MULTILINE)
         return "1" in modes if modes else None
     profile = contents(PLATFORM_PROFILE) if sys.platform == "linux" else ""

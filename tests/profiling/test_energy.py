@@ -1,4 +1,4 @@
-"""The energy source that the user chose: the device's counter, or Apple's tool, for which a shell script stands."""
+"""The energy sources: the device's counter, or powermetrics, replaced by a shell script."""
 
 import os
 import signal
@@ -156,6 +156,16 @@ def test_a_tool_that_we_may_not_signal_ends_by_its_pipe(started, monkeypatch):
     counter = started(FOREVER)
     counter.stop()
     assert counter._child.returncode == -signal.SIGPIPE
+
+
+@needs_sh
+def test_a_tool_that_does_not_end_is_named(started, monkeypatch, capsys):
+    monkeypatch.setattr(energy, "STOP_SECONDS", 0.05)
+    counter = started("trap '' TERM\n" + printing(SAMPLE) + HANG)
+    counter.stop()
+    assert "sudo killall powermetrics" in capsys.readouterr().out
+    counter._child.kill()
+    counter._child.wait()
 
 
 @needs_sh
