@@ -20,7 +20,7 @@ from pipeline.models import weights
 def offline(tmp_path, monkeypatch):
     """No host answers, and the hub's cache is empty."""
     monkeypatch.setattr(fetch, "reachable", lambda urls: [])
-    monkeypatch.setattr(weights, "_cached_file", lambda repository, name: None)
+    monkeypatch.setattr(weights, "cached_file", lambda repository, name: None)
     monkeypatch.setattr(weights, "_hub_file", lambda model: ("timm/some-model", "model.safetensors"))
 
 

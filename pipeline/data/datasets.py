@@ -135,7 +135,7 @@ def _fixed_facts(
 # folder
 
 
-def _list_folder(data: config.Data) -> dict[str, dict[str, list[str]]]:
+def list_folder(data: config.Data) -> dict[str, dict[str, list[str]]]:
     """Split -> class -> paths of its images, relative to `data.path`. Classes and files are sorted by name."""
     listing: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
@@ -167,7 +167,7 @@ def _list_class(data: config.Data, folder: str) -> list[str]:
 
 def _folder_facts(data: config.Data) -> dict[str, Any]:
     """Digest, size, classes and counts. Digest and size are slow, so they are cached by file names, sizes and times."""
-    listing = _list_folder(data)
+    listing = list_folder(data)
     paths = [path for split in SPLITS for group in listing[split].values() for path in group]
     stats = []
     for path in paths:
@@ -211,7 +211,7 @@ def _image_errors(path: str) -> Iterator[None]:
 
 
 def _folder_images(data: config.Data, size: list[int] | None, split: str, image_size: int) -> tuple[Images, Labels]:
-    groups = list(_list_folder(data)[split].values())
+    groups = list(list_folder(data)[split].values())
     paths = [path for group in groups for path in group]
     labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups])
     width, height = size or (image_size, image_size)

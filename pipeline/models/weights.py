@@ -40,7 +40,7 @@ def locate(facts: dict[str, Any], recipe: config.Recipe) -> Path | None:
     """The file that `resolve` found, None for random weights. Raises StageError where it has changed."""
     if facts["used"] == "random":
         return None
-    path = config.absolute(recipe.weights) if facts["used"] == "file" else _cached_file(*facts["hub"])
+    path = config.absolute(recipe.weights) if facts["used"] == "file" else cached_file(*facts["hub"])
     if path is None or not path.is_file() or _digest(path) != facts["digest"]:
         raise StageError("the weights changed since `download` looked at them: run it again (`dvc repro`)")
     return path
@@ -49,7 +49,7 @@ def locate(facts: dict[str, Any], recipe: config.Recipe) -> Path | None:
 def is_cached(model: str) -> bool:
     """Whether the pretrained weights of `model` were downloaded before. Does not import timm."""
     hub = _known_hub_files().get(model)
-    return hub is not None and _cached_file(*hub) is not None
+    return hub is not None and cached_file(*hub) is not None
 
 
 def _digest(path: Path) -> str:
@@ -78,7 +78,8 @@ def _known_hub_files() -> dict[str, list[str]]:
     return json.loads(cached.read_text(encoding="utf-8")) if cached.exists() else {}
 
 
-def _cached_file(repository: str, name: str) -> Path | None:
+def cached_file(repository: str, name: str) -> Path | None:
+    """The path of a file that was downloaded from the hub before, else None."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repository, name)
@@ -87,7 +88,7 @@ def _cached_file(repository: str, name: str) -> Path | None:
 
 def _fetch(repository: str, name: str) -> tuple[Path | None, str | None]:
     """The published file, from the hub's own cache or downloaded now; or the reason why it can't be had."""
-    if path := _cached_file(repository, name):
+    if path := cached_file(repository, name):
         return path, None
     if not fetch.reachable([HUB]):
         return None, f"{HUB} does not answer"

@@ -161,6 +161,16 @@ def test_a_card_that_cannot_be_used_is_told_with_what_to_do(cards, gpu, options,
     assert all(backend.why_unused(gpu) is None for backend in BACKENDS if backend is not Cuda)
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_a_card_that_the_environment_hides_is_told_with_what_to_do(cards, monkeypatch, visible):
+    cards()
+    gpu = {"vendor": "NVIDIA", "driver": "580.65"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "unset CUDA_VISIBLE_DEVICES" in Cuda.why_unused(gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "CUDA_VISIBLE_DEVICES" not in Cuda.why_unused(gpu)
+
+
 # --- facts and memory
 
 
