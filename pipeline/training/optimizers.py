@@ -1,6 +1,6 @@
-"""Optimizers and learning rate schedules by name.
+"""Build optimizers and learning rate schedules by name.
 
-An optimizer's name is looked up in `REGISTERED`, then in the packages that `PACKAGES` lists.
+An optimizer's name is looked up in REGISTERED, then in the packages of PACKAGES.
 
 To add an optimizer of your own, write its class in this file and register it:
 
@@ -20,14 +20,14 @@ To add an optimizer of your own, write its class in this file and register it:
                         decay = 1 - group["lr"] * group["weight_decay"]
                         parameter.mul_(decay).sub_(group["lr"] * parameter.grad.sign())
 
-Then `-S optimizer=signsgd` trains with it. Its constructor takes `params`, `lr`, and options by name. Users set the
-options under `optimizer_options: {signsgd: {weight_decay: 0.1}}`. A constructor argument `num_iterations` receives the
-number of steps of the whole training. Add a test of the arithmetic to tests/training/test_optimizers.py; the tests for
-all registered optimizers there include it automatically.
+Then `-S optimizer=signsgd` trains with it. The constructor takes `params`, `lr`, and options by name. Users set the
+options under `optimizer_options: {signsgd: {weight_decay: 0.1}}`. If there is an argument `num_iterations`, it receives
+the number of steps of the whole training. Test the arithmetic in tests/training/test_optimizers.py, where the tests for
+all registered optimizers find yours automatically.
 
 Set `capturable=True` only if a CUDA graph can replay its step:
-- it reads `group["lr"]` in every step, and accepts a scalar tensor on the device there;
-- its Python code takes the same path in every step: no step counter, no `.item()`, no test of a tensor's value;
+- it reads `group["lr"]` in every step, which may be a scalar tensor on the device;
+- its Python code takes the same path in every step: no step counter in Python, no `.item()`, no `if` on a tensor;
 - it keeps its state in `self.state`, in tensors that start as zeros and are updated in place.
 """
 
@@ -61,7 +61,7 @@ PACKAGES = {
     "pytorch_optimizer": "pytorch_optimizer",
     "timm": "timm.optim",
 }
-"""Prefix -> module. A name without a prefix is looked up in this order."""
+"""Package, as in `timm:lamb` -> its module. A name without a package is looked up in this order."""
 
 REGISTERED: dict[str, type[Optimizer]] = {}
 """Optimizers defined in this file, by name. They take precedence over the packages' optimizers."""
@@ -71,10 +71,11 @@ CAPTURABLE: dict[type, Callable[[Group], bool]] = {
     AdamW: lambda group: bool(group["fused"] and group["capturable"]),
     SGD: lambda group: bool(group["fused"] and not group["dampening"]),  # the first step ignores dampening
 }
-"""Class -> whether a CUDA graph can replay its step with the options of a group. Other classes are never captured."""
+"""Class -> function that says whether a CUDA graph can replay its step with the options of this group. Steps of other
+classes are never captured."""
 
 IGNORED_WARNINGS = ("This overload of", "It is highly recommended to have 'opt_einsum'")
-"""The beginnings of warnings from these packages that users can do nothing about."""
+"""How warnings of these packages start that users can do nothing about."""
 
 
 def register(name: str, *, capturable: bool = False) -> Callable[[type[Optimizer]], type[Optimizer]]:
@@ -98,7 +99,7 @@ def register(name: str, *, capturable: bool = False) -> Callable[[type[Optimizer
 def build(
     recipe: config.Recipe, params: Sequence[Parameter], steps_per_epoch: int, device_options: Options | None = None
 ) -> tuple[Optimizer, LRScheduler]:
-    """Build the recipe's optimizer over `params`, and its schedule. `device_options`: see `build_optimizer`."""
+    """Build the recipe's optimizer for `params`, and its schedule. `device_options`: see `build_optimizer`."""
     resolved = recipe.resolved()
     optimizer = build_optimizer(
         recipe.optimizer,
@@ -121,9 +122,9 @@ def build(
 
 
 def check(recipe: config.Recipe) -> None:
-    """Build optimizer and schedule for one small matrix, to find mistakes before any data is loaded.
+    """Build optimizer and schedule for one small matrix, to find mistakes before data is loaded. Raises UsageError.
 
-    Limits that depend on the model are found later: `muon`, for example, takes matrices only. Raises UsageError.
+    Mistakes that depend on the model are found later: `muon`, for example, takes matrices only.
     """
     if recipe.scheduler_step == "epoch" and recipe.warmup_epochs % 1:
         reason = "expected whole epochs, since scheduler_step is epoch"
@@ -149,12 +150,15 @@ def build_optimizer(
     total_steps: int,
     device_options: Options | None = None,
 ) -> Optimizer:
-    """Build the optimizer called `name`, such as `sgd` or `timm:lamb`, over `params` as one group.
+    """Build the optimizer called `name`, such as `sgd` or `timm:lamb`, for `params` as one group.
 
-    `options` are arguments of its class. `device_options` (`fused`, `capturable`) make torch's own optimizers fast on
-    the device; each applies if the class takes it and `options` chooses no implementation. `total_steps` is the number
-    of steps of the training. Raises UsageError if the name or an option is unknown, if the class rejects a value, or if
-    two trial steps on small tensors shaped like `params` fail.
+    - `options`: arguments of its class.
+    - `total_steps`: number of steps of the training.
+    - `device_options` (`fused`, `capturable`) make torch's own optimizers fast on the device. Each is passed if the
+      class takes it and `options` contains neither `fused` nor `foreach`.
+
+    Raises UsageError if the name or an option is unknown, if the class rejects a value, or if two trial steps on small
+    tensors shaped like `params` fail.
     """
     cls, construct = _look_up(name)
     setting = f"optimizer_options.{name}"
@@ -179,9 +183,8 @@ def build_optimizer(
         if overrides_schedule(optimizer):
             optimizer.register_step_post_hook(_store_applied_lr)
         return optimizer
-    # Find the option to blame: the one without which the trial succeeds.
-    for option, value in options.items():
-        if trial_error({key: other for key, other in options.items() if key != option}) is None:
+    for option, value in options.items():  # an option is to blame if the trial succeeds without it
+        if trial_error({key: options[key] for key in options if key != option}) is None:
             raise _not_allowed(f"{setting}.{option}", value, reason)
     if options and trial_error({}) is None:
         raise _not_allowed(setting, dict(options), reason)
@@ -189,7 +192,7 @@ def build_optimizer(
 
 
 def _names(package: str) -> dict[str, str]:
-    """The package's optimizers: lower-case name -> the package's spelling."""
+    """The package's optimizers: name in lower case -> name in the package."""
     module = importlib.import_module(PACKAGES[package])
     if package == "timm":
         return {name: name for name in module.list_optimizers()}
@@ -198,29 +201,29 @@ def _names(package: str) -> dict[str, str]:
 
 
 def _look_up(name: str) -> tuple[type, Callable[..., Optimizer]]:
-    """The class called `name`, and a function that builds it from parameters, `lr` and options."""
+    """The class called `name`, and the function that builds it from parameters, `lr` and options."""
     if name in REGISTERED:
         return REGISTERED[name], REGISTERED[name]
     prefix, colon, bare = name.rpartition(":")
     packages = [package for package in PACKAGES if not colon or package == prefix]
     package = next((package for package in packages if bare in _names(package)), None)
     if package is None:
-        known = [*REGISTERED, *(known_name for package in PACKAGES for known_name in _names(package))]
-        known += [f"{package}:{known_name}" for package in PACKAGES for known_name in _names(package)]
+        pairs = [(package, known) for package in PACKAGES for known in _names(package)]
+        names = [*REGISTERED, *(known for _, known in pairs), *(f"{package}:{known}" for package, known in pairs)]
         allowed = f"a lower-case name from {', '.join(PACKAGES)}, alone or as in timm:lamb"
-        raise _not_allowed("optimizer", name, f"expected {allowed}{hint(name, known)}")
+        raise _not_allowed("optimizer", name, f"expected {allowed}{hint(name, names)}")
     module = importlib.import_module(PACKAGES[package])
     if package != "timm":
         cls = getattr(module, _names(package)[bare])
         return cls, cls
     try:
         return module.get_optimizer_class(bare, bind_defaults=False), partial(module.create_optimizer_v2, opt=bare)
-    except (AssertionError, ImportError) as error:  # some need a package that timm doesn't install
+    except (AssertionError, ImportError) as error:  # some need another package
         raise _not_allowed("optimizer", name, _one_line(error)) from None
 
 
 def _option_names(name: str, cls: type) -> list[str]:
-    """The named arguments of `cls` except `params` and `lr`; not **kwargs, which accepts any misspelt option."""
+    """The named arguments of `cls` except `params` and `lr`. **kwargs don't count: they accept any misspelt option."""
     parameters = inspect.signature(cls).parameters
     arguments = [key for key, parameter in parameters.items() if parameter.kind != parameter.VAR_KEYWORD]
     if "lr" not in arguments:
@@ -229,7 +232,7 @@ def _option_names(name: str, cls: type) -> list[str]:
 
 
 def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Parameter]], Optimizer]) -> str | None:
-    """Take two steps on small tensors shaped like `params`. Returns why they fail; None if they succeed."""
+    """Take two steps on tensors like `params`, but with sides of at most 4. Returns why they fail, or None."""
     shapes = {(p.device, p.dtype, tuple(min(size, 4) for size in p.shape)) for p in params}
     devices = {p.device for p in params if p.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +241,7 @@ def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Paramete
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     prefix = ""
-    # Some optimizers draw random numbers. This trial must not change those that the training draws.
+    # The trial must not change the random numbers that the training will draw.
     with torch.random.fork_rng(devices=devices):
         try:
             trial_params = [Parameter(random(*shape)) for shape in sorted(shapes, key=str)]
@@ -252,7 +255,7 @@ def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Paramete
                 for parameter in trial_params:
                     parameter.grad = random(parameter.device, parameter.dtype, tuple(parameter.shape))
                 optimizer.step()
-        except Exception as error:  # the packages raise all kinds, even KeyError and AttributeError
+        except Exception as error:  # even KeyError and AttributeError
             return prefix + _one_line(error)
     return None
 
@@ -261,7 +264,7 @@ def _trial_error(params: Sequence[Parameter], build: Callable[[Sequence[Paramete
 
 
 def capturable(optimizer: Optimizer, scheduler: LRScheduler) -> bool:
-    """Whether a CUDA graph can replay a step of `optimizer`: only if `scheduler` changes nothing but the rate."""
+    """Whether a CUDA graph can replay a step of `optimizer`. `scheduler` must change nothing but the learning rate."""
     is_capturable = CAPTURABLE.get(type(optimizer))
     if is_capturable is None or getattr(scheduler, "cycle_momentum", False):
         return False
@@ -269,30 +272,57 @@ def capturable(optimizer: Optimizer, scheduler: LRScheduler) -> bool:
 
 
 def reset_state(optimizer: Optimizer) -> None:
-    """Set the state of a `capturable` optimizer to zeros, in place, since the captured step uses this memory."""
+    """Zero the state of a `capturable` optimizer, in place, since the captured step uses this memory."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
                 value.zero_()
 
 
+# --- resuming
+
+
+def state(optimizer: Optimizer) -> dict[str, Any]:
+    """All that `restore` needs: torch's state, and the plain values that some optimizers keep as attributes."""
+    attributes = {key: value for key, value in vars(optimizer).items() if isinstance(value, bool | int | float)}
+    return {"state": optimizer.state_dict(), "attributes": attributes}
+
+
+def restore(optimizer: Optimizer, saved: Mapping[str, Any], *, in_place: bool) -> None:
+    """Set what `state` returned. `in_place`: a captured step uses the tensors of the optimizer's state, so they stay."""
+    if not in_place:
+        optimizer.load_state_dict(saved["state"])
+    else:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, values in saved["state"]["state"].items():
+            present = optimizer.state[parameters[number]]
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    present[key].copy_(value)
+                else:
+                    present[key] = value
+        for group, values in zip(optimizer.param_groups, saved["state"]["param_groups"], strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+    vars(optimizer).update(saved["attributes"])
+
+
 # --- Ranger21's own schedule
 
 
 def overrides_schedule(optimizer: Any) -> bool:
-    """Whether `optimizer` is a Ranger21 that replaces the schedule's learning rate in some steps."""
+    """Whether `optimizer` is a Ranger21 that overrides the schedule's learning rate in some steps."""
     return type(optimizer).__name__ == "Ranger21" and not optimizer.disable_lr_scheduler
 
 
 def applied_lr(optimizer: Optimizer) -> float | None:
-    """The learning rate of Ranger21's last step. None for other optimizers, and before the first step."""
+    """The learning rate that Ranger21 used in its last step; None for other optimizers, and before the first step."""
     rate: float | None = optimizer.param_groups[0].get("applied_lr")
     return rate
 
 
 def _store_applied_lr(optimizer: Any, *_: Any) -> None:
     group = optimizer.param_groups[0]
-    # Computed here, since Ranger21 sets `current_lr` only while it warms up or down.
+    # Ranger21 sets its own `current_lr` only while it warms up or down.
     group["applied_lr"] = float(
         optimizer.warm_down(optimizer.warm_up_dampening(group["lr"], group["step"]), group["step"])
     )
@@ -324,7 +354,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     },
     "constant": {},
 }
-"""Schedule -> its options, named as in torch, and their types. torch checks few of them itself."""
+"""Schedule -> option, named as in torch -> type. torch itself checks few of them."""
 
 
 def build_scheduler(
@@ -337,25 +367,20 @@ def build_scheduler(
     scheduler_steps_per_epoch: int,
     warmup_epochs: float,
 ) -> LRScheduler:
-    """Build the schedule called `name` on `optimizer`. Call its `step()` `scheduler_steps_per_epoch` times an epoch.
+    """Build the schedule called `name` for `optimizer`. Call its `step()` `scheduler_steps_per_epoch` times an epoch.
 
     - constant: `lr`.
     - cosine: from `lr` down to `eta_min` (default 0) in `T_max` epochs (default: all epochs after the warm-up), then up
       again in as many, like torch's CosineAnnealingLR.
-    - cyclic: torch's CyclicLR between `base_lr` (default 1e-5) and `max_lr` (default `lr`); `step_size_up` (default
+    - cyclic: torch's CyclicLR between `base_lr` (default 1e-5) and `max_lr` (default `lr`). `step_size_up` (default
       2000) counts calls of `step()`.
     - onecycle: torch's OneCycleLR over the whole training, with `lr` as its highest rate.
 
-    Cyclic and onecycle also cycle the optimizer's momentum or beta1, unless `cycle_momentum` is false. For constant and
-    cosine, the rate first rises linearly to `lr` over `warmup_epochs`. Raises UsageError for a bad option or value.
+    For constant and cosine, the rate first rises linearly to `lr` over `warmup_epochs`. Cyclic and onecycle also cycle
+    the optimizer's momentum or beta1, unless `cycle_momentum` is false. Raises UsageError for a bad option or value.
     """
     setting = f"scheduler_options.{name}"
-    types, arguments = SCHEDULERS[name], {}
-    for option, value in options.items():
-        if option not in types:
-            raise _unknown_option(setting, option, types)
-        if value is not None:  # None stands for the default
-            arguments[option] = config.read_value(f"{setting}.{option}", value, types[option])
+    arguments = _read_options(setting, options, SCHEDULERS[name])
     total_steps = epochs * scheduler_steps_per_epoch
     if warmup_epochs >= epochs:
         raise _not_allowed("warmup_epochs", warmup_epochs, f"expected less than epochs, {epochs}")
@@ -386,10 +411,22 @@ def build_scheduler(
         raise _not_allowed(f"{setting}.pct_start", arguments["pct_start"], reason) from None
 
 
-def _lr_factor(step: int, warmup_steps: int, lowest: float, decay_steps: float) -> float:
-    """The learning rate at `step` as a share of `lr`: a linear warm-up, then a cosine from 1 to `lowest`.
+def _read_options(setting: str, options: Options, types: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` as these types, without those that are None, which means the default."""
+    for option in options:
+        if option not in types:
+            raise _unknown_option(setting, option, types)
+    return {
+        option: config.read_value(f"{setting}.{option}", value, types[option])
+        for option, value in options.items()
+        if value is not None
+    }
 
-    Replaces torch's SequentialLR, which warns about its own calls in some versions.
+
+def _lr_factor(step: int, warmup_steps: int, lowest: float, decay_steps: float) -> float:
+    """The learning rate at `step` as a multiple of `lr`: a linear warm-up, then a cosine from 1 to `lowest`.
+
+    This replaces torch's SequentialLR, some versions of which warn about their own calls.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

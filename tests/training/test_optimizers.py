@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, optimizers of your own, the blog's learning rates, refusals in one line."""
+"""Optimizers and schedules by name, your own optimizers, CUDA graphs, and refusals in one line."""
 
 import dataclasses
 import math
@@ -404,8 +404,8 @@ def test_no_schedule_warns_or_fails_at_its_end(name, moves):
     ],
 )
 def test_scheduler_options_are_refused_by_name(name, options, setting, expected):
-    found, rest = refusal(scheduler_of, name, **options)
-    assert found == f"scheduler_options.{name}.{setting}" and expected in rest
+    key, rest = refusal(scheduler_of, name, **options)
+    assert key == f"scheduler_options.{name}.{setting}" and expected in rest
 
 
 @pytest.mark.parametrize("name", ["cyclic", "onecycle"])
