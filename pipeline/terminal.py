@@ -64,8 +64,13 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
         f"epoch {epoch:>{len(str(epochs))}}/{epochs}"
         f"  loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.2%}"
         f"  val loss {metrics['val/loss']:.4f}  val accuracy {metrics['val/accuracy']:.2%}"
-        + "".join(f"  {name.replace('/', ' ')} {metrics[name]:.4g}" for name in others)
+        + "".join(f"  {name.replace('/', ' ')} {_format(name, metrics[name])}" for name in others)
         + f"  lr {lr:.2e}"
         f"  {metrics['time/train_seconds']:.2f} s + {metrics['time/val_seconds']:.2f} s"
         + (f"  {speed:,.0f} images/s" if speed else "")
     )
+
+
+def _format(name: str, value: float) -> str:
+    """Accuracies as percentages, all else with four digits."""
+    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4g}"

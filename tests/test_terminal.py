@@ -46,6 +46,8 @@ def test_an_epochs_line_has_its_metrics():
         assert words in line
     assert "images/s" not in terminal.epoch_line(1, 1, METRICS)
     assert "  lr 3.00e-05  " in terminal.epoch_line(1, 1, METRICS | {"train/lr_applied": 3e-5})
+    added = terminal.epoch_line(1, 1, METRICS | {"val/confidence": 0.123456, "val/top_accuracy": 0.9876})
+    assert "  val confidence 0.1235  val top_accuracy 98.76%  " in added
 
 
 def show_epochs(count):

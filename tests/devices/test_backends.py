@@ -47,6 +47,7 @@ def test_every_backend_is_a_module_that_the_settings_allow():
     for backend in BACKENDS:
         assert backend.__module__ == f"pipeline.devices.{backend.kind}"
         assert config.load([f"device={backend.kind}"]).device == backend.kind
+    assert {"cpu", *config.GPUS} == set(kinds)  # no module that is not a backend is allowed
 
 
 def test_a_backend_of_your_own_is_one_file(tmp_path, monkeypatch):

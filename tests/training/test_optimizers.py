@@ -210,29 +210,30 @@ class SignSGD(torch.optim.Optimizer):
 
 @pytest.fixture
 def own(monkeypatch):
-    """Register `SignSGD` under two names: one whose step can be captured, and one that hides another package's."""
+    """Register `SignSGD` as `signsgd_here`, whose step can be captured, and as `lamb`, which hides a package's. The name
+    `signsgd` must stay free for whoever adds the docstring's example."""
     monkeypatch.setattr(optimizers, "REGISTERED", dict(optimizers.REGISTERED))
     monkeypatch.setattr(optimizers, "CAPTURABLE", dict(optimizers.CAPTURABLE))
-    optimizers.register("signsgd", capturable=True)(SignSGD)
+    optimizers.register("signsgd_here", capturable=True)(SignSGD)
     optimizers.register("lamb")(type("Lamb", (SignSGD,), {}))
 
 
 def test_your_own_optimizer_is_found_by_its_name(own):
     weight = nn.Parameter(torch.tensor([2.0, -2.0]))
-    optimizer = optimizer_of("signsgd", {"momentum": 0.5}, [weight])
+    optimizer = optimizer_of("signsgd_here", {"momentum": 0.5}, [weight])
     weight.grad = torch.tensor([3.0, -0.5])
     optimizer.step()
     assert weight.tolist() == pytest.approx([1.9, -1.9])
     assert isinstance(optimizer_of("lamb"), SignSGD) and not isinstance(optimizer_of("timm:lamb"), SignSGD)
-    assert refusal(optimizer_of, "signsgdd")[1].endswith("did you mean signsgd?")
-    assert refusal(optimizer_of, "signsgd", {"momentun": 1})[0] == "optimizer_options.signsgd.momentun"
-    check("signsgd", optimizer_options={"momentum": 0.9})
+    assert refusal(optimizer_of, "signsgd_heree")[1].endswith("did you mean signsgd_here?")
+    assert refusal(optimizer_of, "signsgd_here", {"momentun": 1})[0] == "optimizer_options.signsgd_here.momentun"
+    check("signsgd_here", optimizer_options={"momentum": 0.9})
 
 
 @pytest.mark.parametrize(
     ("name", "options", "schedule", "expected"),
     [
-        ("signsgd", {"momentum": 0.9}, "cosine", True),
+        ("signsgd_here", {"momentum": 0.9}, "cosine", True),
         ("lamb", {}, "cosine", False),  # not registered as capturable
         ("adamw", {}, "cosine", True),
         ("adam", {"amsgrad": True}, "constant", True),
@@ -255,7 +256,7 @@ def test_which_steps_can_be_captured(own, name, options, schedule, expected):
     assert optimizers.capturable(optimizer, scheduler) is expected
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "signsgd", *optimizers.REGISTERED])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "signsgd_here", *optimizers.REGISTERED])
 def test_a_captured_step_trains_as_an_eager_one(own, name):
     figures = []
     for backend in (Cpu(), Capturing()):
