@@ -210,8 +210,8 @@ class SignSGD(torch.optim.Optimizer):
 
 @pytest.fixture
 def own(monkeypatch):
-    """Register `SignSGD` as `signsgd_here`, whose step can be captured, and as `lamb`, which hides a package's. The name
-    `signsgd` must stay free for whoever adds the docstring's example."""
+    """Register `SignSGD` as `signsgd_here`, whose step can be captured, and as `lamb`, which hides a package's. The
+    name `signsgd` must stay free for whoever adds the docstring's example."""
     monkeypatch.setattr(optimizers, "REGISTERED", dict(optimizers.REGISTERED))
     monkeypatch.setattr(optimizers, "CAPTURABLE", dict(optimizers.CAPTURABLE))
     optimizers.register("signsgd_here", capturable=True)(SignSGD)
