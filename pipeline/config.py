@@ -1,4 +1,4 @@
-"""Read params.yaml, with the command line's changes laid over, as frozen, typed settings. The only reader of YAML."""
+"""Read params.yaml and the command line's overrides as frozen, typed settings. No other module reads YAML."""
 
 import dataclasses
 import datetime
@@ -15,36 +15,47 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import UsageError, nearest
+from pipeline.errors import UsageError, hint, nearest
+
+
+def _project(root: Path) -> Path:
+    """The project of which `root` is a copy: DVC runs `--temp` and `--queue` experiments in `.dvc/tmp/exps/*/*/`, a
+    folder that it throws away."""
+    project, _, copy = root.as_posix().partition("/.dvc/tmp/exps/")
+    return Path(project, *Path(copy).parts[2:])
+
 
 ROOT = Path(__file__).resolve().parent.parent
+"""The folder of this code and of params.yaml."""
+
+PROJECT = _project(ROOT)
 """The project's folder. Relative paths in the settings start here, whatever the current folder is."""
 
 EXECUTION_KEYS = ("precision", "channels_last", "compile", "graph", "features", "threads")
-"""A recipe's keys that say how the work is done, not what it is: they stay out of the workload."""
+"""A recipe's keys that say how the work is executed, not what it is. They are no part of the workload."""
 
 MAX_REPEATS = 1000
-"""The largest value of `repeats`."""
+"""The highest value of `repeats`."""
 
 WORKLOAD_VERSION = 1
-"""Raise it when the meaning of the work changes in the code, so that old and new runs are never compared."""
+"""Raise it when the code changes what the work is, so that old and new runs are never compared."""
 
 EXECUTION_VERSION = 4
-"""Raise it when the code does the same work faster or slower than before on any backend, beyond noise. Machines are
-compared by runs of one version, or the code's gain would pass for a machine's."""
+"""Raise it when the code does the same work faster or slower than before on any backend, beyond noise. Only runs of the
+same version are compared, so that a faster code does not look like a faster machine."""
 
 T = TypeVar("T")
 
 DEFAULT_PRICES = "prices.yaml"
-"""The value of `compare.prices` whose file may be missing."""
+"""The only value of `compare.prices` whose file may be missing."""
 
 _MODULES = {module.name for module in pkgutil.iter_modules([str(ROOT / "pipeline" / "devices")])}
 GPUS = sorted(_MODULES - {"base", "cpu", "graphs", "rapl"})
-"""The kinds of GPU that have a backend, by the modules of pipeline/devices: to import one would import torch."""
+"""The kinds of GPU with a backend, from the file names in pipeline/devices: importing these would import torch."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# A text among the annotations says in words what the type admits; `_allowed` finds the words for all other types.
+# A string among the annotations says which values are allowed. `_allowed` derives that text for all other types.
 Text = Annotated[str, Field(pattern=r"^\S(.*\S)?$"), "a text"]
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 Options = Annotated[dict[str, dict[str, Any]], "names, each with its options: {sgd: {momentum: 0.9}}"]
@@ -64,10 +75,10 @@ Date = Annotated[
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
-    """Where the images come from."""
+    """Settings of the data."""
 
     source: Literal["auto", "cifar10", "folder", "synthetic"] = Field(description="where the images come from")
-    path: Text = Field(description="folder of cifar10's archive, or one that holds train/<class>/ and test/<class>/")
+    path: Text = Field(description="folder of cifar10's archive, or of train/<class>/ and test/<class>/")
     limit: int | None = Field(ge=1, description="images of each class and split; null: all")
     device_gib: float | None = Field(ge=0, description="most GiB of images on the device; null: what is free")
     timeout_seconds: float = Field(gt=0, description="how long a mirror may be silent")
@@ -81,21 +92,23 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Energy:
-    """How the energy is measured."""
+    """Settings of the energy measurement."""
 
-    source: Literal["auto", "powermetrics"] = Field(description="the device's own counter; Apple's tool")
+    source: Literal["auto", "powermetrics"] = Field(
+        description="auto: the device's own counter; powermetrics: Apple's tool"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Compare:
-    """How the report sets machines side by side."""
+    """Settings of the comparison report."""
 
     reference: Annotated[Text, "a text, in quotes if it looks like a number"] | None = Field(
         description="the machine that others are compared with, by a unique part of its fingerprint, label or "
         "hardware; null: the one with the most runs"
     )
     prices: Text = Field(description=f"file of prices by hardware; {DEFAULT_PRICES} may be missing")
-    tainted: bool = Field(description="let tainted runs into claims")
+    tainted: bool = Field(description="allow claims from tainted runs")
     smallest: float = Field(
         ge=0, le=1, description="the smallest difference, as a fraction, that fewer than three sessions may claim"
     )
@@ -106,14 +119,14 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tracking:
-    """Where the results go."""
+    """Settings of MLflow."""
 
     experiment: Text = Field(description="name of the MLflow experiment")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Price:
-    """What a machine costs, as a file of prices gives it by hardware name: to buy, an hour, or both."""
+    """The price of a machine: to buy, per hour, or both. A file of prices has one for each hardware name."""
 
     buy: float | None = Field(None, gt=0, description="to buy")
     per_hour: float | None = Field(None, gt=0, description="to rent for an hour")
@@ -127,7 +140,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """The work: what is trained, on what, how long and how. EXECUTION_KEYS say how it is executed."""
+    """The work: what is trained, on what, how long and how. EXECUTION_KEYS only change how it is executed."""
 
     model: Text = Field(description="any timm classification model")
     weights: Literal["pretrained", "random"] | WeightsFile = Field(description="what the model starts from")
@@ -145,10 +158,10 @@ class Recipe:
     optimizer: Text = Field(description="a name, such as sgd, adamw, ranger21 or timm:lamb")
     lr: float = Field(gt=0, description="the highest learning rate")
     optimizer_options: Options = Field(description="by optimizer; only the chosen one's are read")
-    scheduler: Literal["cosine", "cyclic", "onecycle", "constant"] = Field(description="the learning rate's course")
+    scheduler: Literal["cosine", "cyclic", "onecycle", "constant"] = Field(description="how the learning rate changes")
     scheduler_options: Options = Field(description="by scheduler; only the chosen one's are read")
     scheduler_step: Literal["batch", "epoch"] = Field(description="how often the schedule moves")
-    warmup_epochs: float = Field(ge=0, description="epochs over which the learning rate climbs to lr in a line")
+    warmup_epochs: float = Field(ge=0, description="epochs in which the learning rate rises linearly to lr")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(description="execution: number format of the network")
     channels_last: Literal["auto"] | bool = Field(description="execution: memory layout of images")
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
@@ -160,11 +173,11 @@ class Recipe:
     )
     threads: int | None = Field(ge=1, le=4096, description="execution: CPU threads; null: torch's default")
     target_accuracy: float | None = Field(
-        gt=0, le=1, description="validation accuracy, as a fraction, to which the time is reported"
+        gt=0, le=1, description="the time to this validation accuracy (a fraction) is reported"
     )
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with the options of the chosen optimizer and scheduler only, as plain JSON values."""
+        """The recipe as plain JSON values, with the options of the chosen optimizer and scheduler only."""
         values = dataclasses.asdict(self)
         values["optimizer_options"] = self.optimizer_options.get(self.optimizer, {})
         values["scheduler_options"] = self.scheduler_options.get(self.scheduler, {})
@@ -196,38 +209,38 @@ class Settings:
 
 
 def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Settings:
-    """Read the settings, with each `key=value` of `overrides` laid over the file.
+    """Read the settings of the file, changed by each `key=value` of `overrides`.
 
-    Raises UsageError, in one line, for anything that does not fit.
+    Raises UsageError, in one line, for an unknown key or a value that is not allowed.
     """
     tree = read_yaml(path)
-    changes = [_override(text) for text in overrides]
+    changes = [_parse_override(text) for text in overrides]
     recipe = dict(changes).get("recipe", tree.get("recipe"))
     for key, value in changes:
         name = key.split(".")[0]
         if name in _fields(Recipe) and name not in _fields(Settings):
             _check_recipe(recipe, tree.get("recipes"))
             key = f"recipes.{recipe}.{key}"
-        _put(tree, key, value)
+        _set(tree, key, value)
     if "recipe" in tree:
         _check_recipe(tree["recipe"], tree.get("recipes"))
-    settings = _validated(Settings, tree, path.name)
+    settings = _validate(Settings, tree, path.name)
     _find_prices(settings.compare.prices)
     return settings
 
 
 def read_prices(setting: str) -> dict[str, Price] | None:
-    """Read the file of prices that `compare.prices` names, by hardware name as runs have it.
+    """Read the file of prices that `compare.prices` names: hardware name, as in the runs -> price.
 
-    None where the default file is missing. Raises UsageError, in one line, for anything that does not fit: a file named
-    by hand that is missing, or a price without currency, date or source.
+    Returns None if the default file is missing. Raises UsageError, in one line, for another missing file, and for a
+    price that is not valid, such as one without currency, date or source.
     """
     path = _find_prices(setting)
     if path is None:
         return None
     tree = read_yaml(path, "prices by the names of hardware")
     try:
-        prices = _validated(dict[str, Price], tree, path.name)
+        prices = _validate(dict[str, Price], tree, path.name)
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from None
     for name, price in prices.items():
@@ -246,9 +259,9 @@ def _find_prices(setting: str) -> Path | None:
 
 
 def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
-    """Ten hex digits that name the work. Only runs with the same ones are ever compared.
+    """The workload's fingerprint, ten hex digits. Only runs with the same fingerprint are compared.
 
-    `inputs` is what the download stage resolved: the source's digest and limit, the weights' digest or `random`.
+    `inputs` is the result of the stage `download`, with the digests of data and weights.
     """
     work = {key: value for key, value in recipe.resolved().items() if key not in EXECUTION_KEYS}
     work["weights"] = inputs["weights"]["digest"] or "random"
@@ -258,7 +271,7 @@ def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys. An empty mapping gives nothing."""
+    """Flatten nested mappings into one with dotted keys. Empty mappings disappear."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -266,33 +279,33 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe() -> list[tuple[str, str, str]]:
-    """Every setting as (dotted key, what is allowed, meaning). A recipe's keys stand under `recipes.NAME`."""
-    return [*_described(Settings, ""), *_described(Recipe, "recipes.NAME.")]
+    """Every setting as (dotted key, allowed values, meaning). A recipe's keys begin with `recipes.NAME.`."""
+    return [*_describe_fields(Settings, ""), *_describe_fields(Recipe, "recipes.NAME.")]
 
 
 def absolute(path: str) -> Path:
-    """A path of the settings: a relative one starts at the project's folder, `~` at the user's home."""
+    """The absolute path for a path in the settings, which is relative to the project's folder. `~` is expanded."""
     try:
-        return ROOT / Path(path).expanduser()
+        return PROJECT / Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{json.dumps(path)} can't be found: {error}") from None
 
 
 def shareable(path: str) -> str:
-    """A path as it may leave the machine: of one outside the project, only the last part."""
-    inside = not (path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path)
-    return path if inside else path.replace("\\", "/").rstrip("/").split("/")[-1]
+    """Only the last part of a path outside the project: its folders may name the user. Other paths are unchanged."""
+    is_outside = path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path
+    return path.replace("\\", "/").rstrip("/").split("/")[-1] if is_outside else path
 
 
 # --- YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values, as DVC reads them: `off` is a word and `1e-5` a number, unlike in YAML 1.1."""
+    """Reads plain values as in YAML 1.2, as DVC does: `off` is a text and `1e-5` a number, unlike in YAML 1.1."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 or 1.2 would take for something else."""
+    """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -310,17 +323,17 @@ for _tag, _pattern, _first in (
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     for key, value in node.value:
-        if keys.count(key.value) > 1:  # PyYAML would silently take the last one
+        if keys.count(key.value) > 1:  # PyYAML would take the last one without a word
             raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", value.start_mark)
     return dict(loader.construct_pairs(node, deep=True))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # PyYAML: a leading 0 means octal
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # PyYAML takes 010 as octal
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises UsageError, beginning with `where`, for anything else."""
+    """Parse a YAML text. Raises UsageError if it is no YAML; the message begins with `where`."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: `!!int x`; TypeError: a list as a key
@@ -331,7 +344,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path, expected: str = "a mapping of settings; restore it from git") -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises UsageError for anything else."""
+    """Read a YAML file that contains a mapping. Raises UsageError, with the `expected` content, for any other file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -346,27 +359,28 @@ def read_yaml(path: Path, expected: str = "a mapping of settings; restore it fro
 
 
 def dump(tree: Mapping[str, Any]) -> str:
-    """`tree` as YAML, in its own order."""
+    """Format `tree` as YAML, with its keys in their order."""
     plain = json.loads(json.dumps(tree))  # tuples become lists
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-# --- the command line's changes
+# --- overrides
 
 
-def _override(text: str) -> tuple[str, Any]:
+def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[^\s.=]+(\.[^\s.=]+)*", key):
         raise UsageError(f"-S {' '.join(text.split())}: expected key=value, such as -S epochs=2")
     return key, parse_yaml(value, f"-S {key}")
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key in the tree."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        if node is tree.get("recipes") and parent not in node:  # a single key makes no recipe
-            raise _unknown("recipes", parent, list(map(str, node)))
+        if node is tree.get("recipes") and parent not in node:  # a recipe has many keys: this one is misspelt
+            raise _unknown_setting("recipes", parent, list(map(str, node)))
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise UsageError(f"{key}: unknown setting: {parent} holds {child!r} and no settings of its own")
@@ -374,23 +388,23 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-# --- types and errors
+# --- validation: allowed values in words, mistakes in one line
 
 
 def _fields(owner: Any) -> dict[str, Any]:
     return owner.__pydantic_fields__  # type: ignore[no-any-return]
 
 
-def _described(owner: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+def _describe_fields(owner: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in _fields(owner).items():
         if dataclasses.is_dataclass(field.annotation):
-            yield from _described(field.annotation, f"{prefix}{name}.")
+            yield from _describe_fields(field.annotation, f"{prefix}{name}.")
         elif name != "recipes":
             yield prefix + name, _allowed(field.annotation, field.metadata), field.description
 
 
 def _allowed(kind: Any, notes: Sequence[Any] = ()) -> str:
-    """What a value of this type may be, in words. `notes` are the type's annotations, such as its limits."""
+    """The allowed values of a type, in words. `notes` are its annotations, such as limits."""
     words = [note for note in notes if isinstance(note, str)]
     if words:
         return words[-1]
@@ -409,60 +423,63 @@ def _allowed(kind: Any, notes: Sequence[Any] = ()) -> str:
     return " ".join(["a whole number" if kind is int else "a number", *limits])
 
 
-def _validated(kind: type[T], tree: Any, file: str) -> T:
-    """`tree` as a `kind`. Raises UsageError, in one line, for the first thing in it that does not fit."""
-    text = json.dumps(tree, default=str)  # in JSON mode, pydantic's strict types take a mapping for a dataclass
+def _validate(kind: type[T], tree: Any, file: str) -> T:
+    """Convert `tree` to a `kind`. Raises UsageError, in one line, for the first mistake in it."""
+    text = json.dumps(tree, default=str)  # from JSON only, pydantic's strict mode converts a mapping to a dataclass
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
-    unknown = "unexpected_keyword_argument"
-    first = min(errors, key=lambda each: each["type"] != unknown)  # an unknown key may explain a missing one
-    owner: Any = kind
+    # An unknown key may explain a missing one, so it comes first.
+    first = min(errors, key=lambda error: error["type"] != "unexpected_keyword_argument")
+    raise _explain(first, kind, json.loads(text), file)
+
+
+def _explain(error: Any, kind: Any, tree: Any, file: str) -> UsageError:
+    """Translate one of pydantic's errors about `tree`: follow its location down to the setting, and name that."""
     keys: list[str] = []
-    value, allowed = json.loads(text), "its settings below it"
-    for part in map(str, first["loc"]):
-        if dataclasses.is_dataclass(owner) and part not in _fields(owner):
-            raise _unknown(".".join(keys), part, list(_fields(owner)), tree.get("recipe"))
-        if dataclasses.is_dataclass(owner):
-            field = _fields(owner)[part]
-            owner, allowed = field.annotation, _allowed(field.annotation, field.metadata)
-        elif get_origin(owner) is dict and dataclasses.is_dataclass(get_args(owner)[1]):
-            owner = get_args(owner)[1]
-            allowed = _allowed(owner)
+    value, allowed = tree, "its settings below it"
+    for part in map(str, error["loc"]):
+        if dataclasses.is_dataclass(kind):
+            fields = _fields(kind)
+            if part not in fields:
+                return _unknown_setting(".".join(keys), part, list(fields), tree.get("recipe"))
+            kind, allowed = fields[part].annotation, _allowed(fields[part].annotation, fields[part].metadata)
+        elif get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
+            kind = get_args(kind)[1]
+            allowed = _allowed(kind)
         else:
-            break  # what follows lies within the setting
+            break  # the mistake is inside this setting's value
         keys.append(part)
         value = value.get(part)
     key = ".".join(keys)
-    if first["type"] == "missing":
-        raise UsageError(f"{key}: missing from {file}: expected {allowed}")
-    raise _refusal(key, value, allowed)
+    if error["type"] == "missing":
+        return UsageError(f"{key}: missing from {file}: expected {allowed}")
+    return _not_allowed(key, value, allowed)
 
 
 def read_value(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind`, a type with pydantic's annotations. Raises UsageError, in one line, that names `key`."""
+    """Convert `value` to `kind`, a type that pydantic knows. Raises UsageError, in one line, that names `key`."""
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError:
-        raise _refusal(key, value, _allowed(kind)) from None
+        raise _not_allowed(key, value, _allowed(kind)) from None
 
 
 def _check_recipe(recipe: Any, recipes: Any) -> None:
     if recipes and isinstance(recipes, dict) and str(recipe) not in map(str, recipes):
-        raise _refusal("recipe", recipe, " | ".join(map(str, recipes)))
+        raise _not_allowed("recipe", recipe, " | ".join(map(str, recipes)))
 
 
-def _refusal(key: str, value: Any, allowed: str) -> UsageError:
+def _not_allowed(key: str, value: Any, allowed: str) -> UsageError:
     text = json.dumps(value, ensure_ascii=False, default=str)
     shown = text if len(text) <= 80 else text[:77] + "..."
-    close = nearest(value, allowed.split(" | "))
-    hint = f"; did you mean {close}?" if close and close != value else ""
-    return UsageError(f"{key}: {shown} is not allowed: expected {allowed}{hint}")
+    others = [word for word in allowed.split(" | ") if word != value]
+    return UsageError(f"{key}: {shown} is not allowed: expected {allowed}{hint(value, others)}")
 
 
-def _unknown(section: str, name: str, known: Sequence[str], recipe: Any = None) -> UsageError:
-    """For a name that is not `known` in its section ('' at the top, where a recipe's key may stand alone)."""
+def _unknown_setting(section: str, name: str, known: Sequence[str], recipe: Any = None) -> UsageError:
+    """The error for a name that is not `known` in a section. At the top (''), it may also be a recipe's key."""
     prefix = f"{section}." if section else ""
     names = list(known)
     if known == list(_fields(Settings)):
@@ -470,5 +487,5 @@ def _unknown(section: str, name: str, known: Sequence[str], recipe: Any = None) 
     close = nearest(name, names) or next((key for key in names if key.endswith(f".{name}")), "")
     if close == name:  # a recipe's key at the top of the file
         close = f"recipes.{recipe}.{name}"
-    hint = f"did you mean {prefix}{close}?" if close else f"allowed here: {', '.join(known)}"
-    return UsageError(f"{prefix}{name}: unknown setting; {hint}")
+    help_text = f"did you mean {prefix}{close}?" if close else f"allowed here: {', '.join(known)}"
+    return UsageError(f"{prefix}{name}: unknown setting; {help_text}")
