@@ -138,4 +138,4 @@ def write(name: str, under: dict[str, Any], result: dict[str, Any]) -> Path:
 
 def _shareable(text: str) -> str:
     key, equals, value = text.partition("=")
-    return key + equals + config.shareable(value.strip("\"'"))
+    return key + equals + config.public_path(value.strip("\"'"))

@@ -291,7 +291,7 @@ def absolute(path: str) -> Path:
         raise UsageError(f"{json.dumps(path)} can't be found: {error}") from None
 
 
-def shareable(path: str) -> str:
+def public_path(path: str) -> str:
     """Only the last part of a path outside the project: its folders may name the user. Other paths are unchanged."""
     is_outside = path.startswith(("/", "~", "\\")) or path[1:2] == ":" or ".." in path
     return path.replace("\\", "/").rstrip("/").split("/")[-1] if is_outside else path

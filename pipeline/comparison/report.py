@@ -266,7 +266,7 @@ def description(comparison: Comparison) -> str:
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values: the answer, then the fields of the dataclasses in `schema`, `claims` and `stats`.
     SCHEMA is raised when these change. Infinite values become null."""
-    rules = dataclasses.replace(comparison.rules, prices=config.shareable(comparison.rules.prices))
+    rules = dataclasses.replace(comparison.rules, prices=config.public_path(comparison.rules.prices))
     shareable = dataclasses.replace(comparison, rules=rules)
     return {"schema": SCHEMA, "answer": answer(comparison), **_json(shareable)}
 

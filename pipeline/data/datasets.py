@@ -121,7 +121,7 @@ def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
     except UsageError:
         raise  # the user put a wrong archive there, and must correct it
     except StageError as error:
-        return "synthetic", str(error).replace(str(data.folder), config.shareable(data.path))
+        return "synthetic", str(error).replace(str(data.folder), config.public_path(data.path))
     return "cifar10", None
 
 

@@ -82,7 +82,7 @@ def load_inputs(settings: config.Settings, folder: Path) -> dict[str, Any]:
         ("data.source", settings.data.source, inputs["data"]["requested"]),
         ("data.limit", settings.data.limit, inputs["data"]["limit"]),
         ("model", settings.work.model, inputs["weights"]["model"]),
-        ("weights", config.shareable(settings.work.weights), inputs["weights"]["requested"]),
+        ("weights", config.public_path(settings.work.weights), inputs["weights"]["requested"]),
     ):
         if wanted != present:
             raise UsageError(
@@ -109,11 +109,11 @@ def effective_settings(settings: config.Settings) -> dict[str, Any]:
         "repeat_pause": settings.repeat_pause,
         "sustain_seconds": settings.sustain_seconds,
         "largest_batch": settings.largest_batch,
-        "data": vars(settings.data) | {"path": config.shareable(settings.data.path)},
+        "data": vars(settings.data) | {"path": config.public_path(settings.data.path)},
         "energy": vars(settings.energy),
-        "compare": vars(settings.compare) | {"prices": config.shareable(settings.compare.prices)},
+        "compare": vars(settings.compare) | {"prices": config.public_path(settings.compare.prices)},
         "tracking": vars(settings.tracking),
-        "recipes": {settings.recipe: work | {"weights": config.shareable(work["weights"])} | options},
+        "recipes": {settings.recipe: work | {"weights": config.public_path(work["weights"])} | options},
     }
 
 
@@ -121,7 +121,7 @@ def run_params(settings: config.Settings) -> dict[str, str]:
     """The chosen recipe as `train.<key>`, the rest as `settings.<dotted key>`, without absolute paths."""
     rest = effective_settings(settings)
     del rest["recipes"]
-    work = settings.work.resolved() | {"weights": config.shareable(settings.work.weights)}
+    work = settings.work.resolved() | {"weights": config.public_path(settings.work.weights)}
     keyed = {f"train.{key}": value for key, value in config.flat(work).items()}
     keyed |= {f"settings.{key}": value for key, value in config.flat(rest).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in keyed.items()}

@@ -41,7 +41,7 @@ def inputs_of(settings, **changes):
         "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16], "reason": None,
     }  # fmt: skip
     weights = {
-        "model": settings.work.model, "requested": config.shareable(settings.work.weights), "used": "random",
+        "model": settings.work.model, "requested": config.public_path(settings.work.weights), "used": "random",
         "digest": None, "hub": None, "reason": None,
     }  # fmt: skip
     inputs = {"data": data, "weights": weights, "fallback": []}
@@ -121,7 +121,7 @@ def test_parameters_are_the_chosen_recipe_and_the_rest_of_the_settings(settings_
     ],
 )
 def test_of_a_path_outside_the_project_the_last_part_alone_is_shared(path, shown):
-    assert config.shareable(path) == shown
+    assert config.public_path(path) == shown
 
 
 def test_no_absolute_path_leaves_the_machine(settings_of, pictures, tmp_path):
