@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from pipeline.imports import without_garbage_collection
+
+with without_garbage_collection():
+    import torch
 
 from pipeline.devices.base import Backend
 from pipeline.errors import UsageError

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 
 from pipeline import files
 from pipeline.errors import StageError
@@ -44,8 +43,7 @@ def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:
         facts = Checkpoint(**stored)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise StageError(f"{path.name} is no checkpoint of ours: its metadata does not say which model it is") from None
-    classifier.check_name(facts.model)
-    net = timm.create_model(facts.model, pretrained=False, num_classes=len(facts.classes))
+    net = classifier.create_network(facts.model, len(facts.classes))
     what = f"{path.name}: it says it is {facts.model} of {len(facts.classes)} classes"
     classifier.load_state(net, state, what)
     return classifier.Classifier(net, facts.mean, facts.std).eval(), facts

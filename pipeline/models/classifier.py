@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import timm
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import Recipe
 from pipeline.errors import StageError, UsageError, hint
+from pipeline.imports import without_garbage_collection
+
+with without_garbage_collection():
+    import timm
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """The base of all BatchNorm layers, timm's own among them."""
@@ -84,6 +87,13 @@ def check_name(name: str) -> None:
         raise UsageError(f'model: "{name}" is not allowed: timm has {base} as {", ".join(tags) or base}')
 
 
+def create_network(name: str, classes: int) -> nn.Module:
+    """timm's network `name` with random weights and a head for `classes`. Raises UsageError for an unknown name."""
+    check_name(name)
+    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes)
+    return net
+
+
 def hub_file(name: str) -> tuple[str, str] | None:
     """Repository and file of timm's weights of `name` on the Hugging Face hub; None where it has none."""
     check_name(name)
@@ -99,8 +109,7 @@ def build(recipe: Recipe, classes: int, weights: Path | None) -> Classifier:
     `weights`: a .safetensors file, or None for random ones. Raises UsageError where model, weights, `trainable` and
     `image_size` don't fit each other.
     """
-    check_name(recipe.model)
-    net = timm.create_model(recipe.model, pretrained=False, num_classes=classes)
+    net = create_network(recipe.model, classes)
     _check_image_size(net, recipe)
     cfg: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     mean, std = (cfg["mean"], cfg["std"]) if recipe.normalize else IDENTITY
