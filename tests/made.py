@@ -129,10 +129,35 @@ def every_kind():
     return store
 
 
+def everything():
+    """A store that has all kinds of rows."""
+    store = two(4, 3, label="under the desk").add(2, **B, taints="battery").add(1, **C)
+    store.add(2, hardware="D", machine="d" * 12, seconds=7.0).add(3, hardware="E", machine="e" * 12, accuracy=0.6)
+    store.add(3, hardware="F", machine="f" * 12).add(2, params={"precision": "bf16"}, seconds=3.0)
+    return store.sustained(2, hardware="G", machine="9" * 12)
+
+
+def many(count):
+    """Many machines, every ninth disturbed."""
+    store = Store()
+    for number in range(count):
+        machine = {"machine": f"{number:012}", "hardware": f"GPU {number:02}", "seconds": 10.0 + number}
+        store.sustained(1 + number % 4, **machine, taints="load" if number % 9 == 5 else None)
+    return store
+
+
 def price(**given):
     """A price in EUR."""
     fields = {"currency": "EUR", "date": "2000-01-01", "source": "https://example.org"}
     return config.Price(**dict.fromkeys(("buy", "per_hour", "per_kwh", "hours_per_day", "machine")) | fields | given)
+
+
+PRICES = {
+    "GPU A": price(buy=2500.0, per_hour=2.5, machine="a desktop", source="https://example.org/a"),
+    "GPU B": price(per_hour=0.5, currency="USD", source="a shop"),
+}
+HOSTILE = "<script>alert(1)</script>|`x` & \"y\" 'z' [a](javascript:b)"
+"""A text of a user or of another's bundle."""
 
 
 def link(experiment_id, run_id):

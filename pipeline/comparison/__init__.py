@@ -14,6 +14,7 @@ build        the whole comparison: `compare`
 formats      numbers as text
 answer       the sentences at the top of a report
 cells        the text of every table cell
+content      what a report says, section by section
 report       Markdown, terminal and JSON
 page         HTML
 charts       which charts a report shows

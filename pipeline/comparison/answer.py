@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.comparison.claims import Claim
-from pipeline.comparison.formats import format_figure, format_interval
+from pipeline.comparison.formats import format_count, format_figure, format_interval
 from pipeline.comparison.groups import CURRENT_VERSION
-from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
+from pipeline.comparison.schema import Comparison, Head, Part, Score, Section
 from pipeline.profiling import score_steps
 
 NAMED = 3
@@ -17,13 +17,19 @@ CLAIMED = ("faster", "slower")
 UNDECIDED = ("none", "small")
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """Claims of machines against `reference`. `where`: e.g. `at convnet fp32`. Rows are (name, head, claim); the name
-    includes the precision if machines differ in it."""
+class _Row(NamedTuple):
+    """A row of a table. `name`: the machine's, with its precision if machines differ in it."""
+
+    name: str
+    head: Head
+    claim: Claim
+
+
+class _Compared(NamedTuple):
+    """A table's rows, and the name of the row that they are compared with. `where`: e.g. `at convnet fp32`."""
 
     reference: str
-    rows: Sequence[tuple[str, Head, Claim]]
+    rows: Sequence[_Row]
     where: str
 
 
@@ -33,71 +39,66 @@ def answer(comparison: Comparison) -> str:
     part = next((part for part in comparison.parts if not part.demo), None)
     if part is None:
         return comparison.advice
-    compared = _compare_scores(part.score) if part.score else None
-    if compared is None and not comparison.advice:
-        compared = _compare_work(part.sections)
-    if compared is None:
+    candidates = _compared_steps(part.score) if part.score else []
+    if not candidates and not comparison.advice:
+        candidates = _compared_work(part.sections)
+    if not candidates:
         return " ".join(text for text in (_only_machine(part), comparison.advice) if text)
-    return " ".join(_sentences(compared, _unscored(part) if part.score else {}))
+
+    def rank(compared: _Compared) -> tuple[bool, bool]:
+        claims = [row.claim for row in compared.rows]
+        return not any(claim.kind in CLAIMED for claim in claims), not any(map(_ratio, claims))
+
+    return " ".join(_sentences(min(candidates, key=rank), _unscored(part) if part.score else {}))
 
 
-def _compare_scores(table: Score) -> _Compared | None:
-    """Choose a step that several machines ran, preferably one with a claim, else one with a ratio."""
-    if table.reference is None:
-        return None
-    steps = []
+def _compared_steps(table: Score) -> list[_Compared]:
+    """Each step that several machines ran, the reference among them."""
+    compared = []
     for step in score_steps.STEPS:
         rows = []
         for row in table.rows:
             if figures := row.steps.get(step.name):
-                name = f"{row.head.name} at {figures.precision}" if step.best_precision else row.head.name
-                rows.append((name, row.head, figures.claim))
-        reference = next((name for name, _, claim in rows if claim.kind == "reference"), None)
-        if len(rows) > 1 and reference is not None:
-            steps.append(_Compared(reference, rows, f"at {step.title}"))
-
-    def rank(compared: _Compared) -> tuple[bool, bool]:
-        claims = [claim for _, _, claim in compared.rows]
-        return not any(claim.kind in CLAIMED for claim in claims), not any(map(_ratio, claims))
-
-    return min(steps, key=rank, default=None)
+                precision = f" at {figures.precision}" if step.best_precision else ""
+                rows.append(_Row(row.head.name + precision, row.head, figures.claim))
+        compared += _with_reference(rows, f"at {step.title}")
+    return compared
 
 
-def _compare_work(sections: Sequence[Section]) -> _Compared | None:
-    """Choose a table with several machines, preferably one with a claim, else one at the same settings."""
-    tables = [(section, table) for section in sections for table in section.tables if len(table.rows) > 1]
+def _compared_work(sections: Sequence[Section]) -> list[_Compared]:
+    """Each table of several machines with a reference, those at the same settings first."""
+    tables = [(section, table) for section in sections for table in section.tables]
+    compared = []
+    for section, table in sorted(tables, key=lambda item: item[1].settings is None):
+        rows = []
+        for row in table.rows:
+            precision = f" at {row.settings['precision']}" if table.settings is None else ""
+            rows.append(_Row(row.head.name + precision, row.head, row.claim))
+        compared += _with_reference(rows, f"at {section.title}")
+    return compared
 
-    def rank(item: tuple[Section, Table]) -> tuple[bool, bool]:
-        table = item[1]
-        return not any(row.claim.kind in CLAIMED for row in table.rows), table.settings is None
 
-    for section, table in sorted(tables, key=rank):
-        if table.reference is not None:
-            rows = []
-            for row in table.rows:
-                at = f" at {row.settings['precision']}" if table.settings is None else ""
-                rows.append((row.head.name + at, row.head, row.claim))
-            return _Compared(table.reference, rows, f"at {section.title}")
-    return None
+def _with_reference(rows: Sequence[_Row], where: str) -> list[_Compared]:
+    """The rows as a list of one; empty without a reference, or without a row to compare with it."""
+    references = [row.name for row in rows if row.claim.kind == "reference"]
+    return [_Compared(references[0], rows, where)] if references and len(rows) > 1 else []
 
 
 def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
-    claimed = [(name, claim) for name, _, claim in compared.rows if claim.kind in CLAIMED]
-    claimed.sort(key=lambda item: -abs(math.log(_ratio(item[1]) or 1)))
-    sentences = [_claim_sentence(compared, name, claim) for name, claim in claimed[:NAMED]]
+    claimed = [row for row in compared.rows if row.claim.kind in CLAIMED]
+    claimed.sort(key=lambda row: -abs(math.log(_ratio(row.claim))))
+    sentences = [_claim_sentence(compared, row) for row in claimed[:NAMED]]
     if len(claimed) > NAMED:
         sentences.append(f"{len(claimed) - NAMED} more are in the table.")
-    others = [row for row in compared.rows if row[2].kind not in (*CLAIMED, "reference")]
+    others = [row for row in compared.rows if row.claim.kind not in (*CLAIMED, "reference")]
     if not claimed:
-        first = next((row for row in others if row[2].kind in UNDECIDED), None)
-        first = first or next((row for row in others if _ratio(row[2])), None)
-        if first is not None:
-            others.remove(first)
-            sentences += _why_no_claim(compared, first[0], first[2])
-    undecided = [name for name, _, claim in others if claim.kind in UNDECIDED]
-    if undecided:
-        sentences.append(f"No difference from {compared.reference} is established for {_join(undecided)}.")
-    reasons = {name: head.problem or claim.reason for name, head, claim in others if claim.kind not in UNDECIDED}
+        undecided = [row for row in others if row.claim.kind in UNDECIDED]
+        for row in [*undecided, *(row for row in others if _ratio(row.claim))][:1]:
+            others.remove(row)
+            sentences += [row.claim.sentence] if undecided else _why_no_claim(compared, row)
+    if names := [row.name for row in others if row.claim.kind in UNDECIDED]:
+        sentences.append(f"No difference from {compared.reference} is established for {_join(names)}.")
+    reasons = {row.name: row.head.problem or row.claim.reason for row in others if row.claim.kind not in UNDECIDED}
     reasons |= unscored
     if reasons:
         not_compared = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
@@ -105,36 +106,34 @@ def _sentences(compared: _Compared, unscored: Mapping[str, str]) -> list[str]:
     return sentences
 
 
-def _claim_sentence(compared: _Compared, name: str, claim: Claim) -> str:
+def _claim_sentence(compared: _Compared, row: _Row) -> str:
     """`A: 140 times B at convnet fp32 (139 to 141; 5 runs each in 3 sessions).` The faster machine is named first."""
-    contrast = claim.speedup
+    contrast = row.claim.speedup
     assert contrast is not None and contrast.low is not None and contrast.high is not None
-    faster = contrast.value >= 1
-    ends = format_interval(
-        *((contrast.low, contrast.high) if faster else (1 / contrast.high, 1 / contrast.low)), ratio=True
-    )
-    interval = [f"{ends[0]} to {ends[1]}"] if ends[0] != ends[1] else []
-    return f"{_ratio_text(compared, name, claim)} ({'; '.join([*interval, claim.basis])})."
+    bounds = (contrast.low, contrast.high) if contrast.value >= 1 else (1 / contrast.high, 1 / contrast.low)
+    low, high = format_interval(*bounds, ratio=True)
+    basis = f"{low} to {high}; {row.claim.basis}" if low != high else row.claim.basis
+    return f"{_ratio_text(compared, row)} ({basis})."
 
 
-def _why_no_claim(compared: _Compared, name: str, claim: Claim) -> list[str]:
-    if claim.kind in UNDECIDED:
-        return [claim.sentence]
+def _why_no_claim(compared: _Compared, row: _Row) -> list[str]:
+    """The ratio, why it is no claim, and the command that may give one."""
     # Another planned set counts only under another label.
-    label = " -S label=NAME" if any(head.planned > 1 for _, head, _ in compared.rows) else ""
+    label = " -S label=NAME" if any(row.head.planned > 1 for row in compared.rows) else ""
     advice = f"For a claim, run `python -m pipeline.run -S repeats=5{label}` on each machine."
-    basis = f" ({claim.basis})" if claim.basis else ""
-    return [f"{_ratio_text(compared, name, claim)}.", f"This is no claim: {claim.reason}{basis}.", advice]
+    basis = f" ({row.claim.basis})" if row.claim.basis else ""
+    return [f"{_ratio_text(compared, row)}.", f"This is no claim: {row.claim.reason}{basis}.", advice]
 
 
-def _ratio_text(compared: _Compared, name: str, claim: Claim) -> str:
-    ratio = _ratio(claim) or 1.0
-    first, second = (name, compared.reference) if ratio >= 1 else (compared.reference, name)
+def _ratio_text(compared: _Compared, row: _Row) -> str:
+    ratio = _ratio(row.claim)
+    first, second = (row.name, compared.reference) if ratio >= 1 else (compared.reference, row.name)
     return f"{first}: {format_figure(max(ratio, 1 / ratio))} times {second} {compared.where}"
 
 
-def _ratio(claim: Claim) -> float | None:
-    return claim.speedup.value if claim.speedup else None
+def _ratio(claim: Claim) -> float:
+    """The ratio; 0 if there is none."""
+    return claim.speedup.value if claim.speedup else 0.0
 
 
 def _join(words: Sequence[str]) -> str:
@@ -148,11 +147,10 @@ def _unscored(part: Part) -> dict[str, str]:
     scored = {row.head.name for row in part.score.rows} | {other.name for other in part.score.others}
     missing: dict[str, str] = {}
     for section in part.sections:
-        reason = (
-            "no score" if section.version == CURRENT_VERSION else f"measured by version {section.version} of the code"
-        )
-        heads: list[Head] = [row.head for table in section.tables for row in table.rows]
-        for name in (*(head.name for head in heads), *(other.name for other in section.others)):
+        is_current = section.version == CURRENT_VERSION
+        reason = "no score" if is_current else f"measured by version {section.version} of the code"
+        names = [row.head.name for table in section.tables for row in table.rows]
+        for name in [*names, *(other.name for other in section.others)]:
             if name not in scored:
                 missing.setdefault(name, reason)
     return missing
@@ -160,20 +158,19 @@ def _unscored(part: Part) -> dict[str, str]:
 
 def _only_machine(part: Part) -> str:
     """The figure of the only machine."""
-    for row in part.score.rows if part.score else ():
-        for step in score_steps.STEPS:
-            if step.name in row.steps:
-                speed = format_figure(row.steps[step.name].speed.value)
-                return f"{row.head.name}: {speed} images/s at {step.title} ({_run_count(row.head)})."
-    for section in part.sections:
-        for table in section.tables:
-            for work in table.rows:
-                if "total_seconds" in work.figures:
-                    seconds = format_figure(work.figures["total_seconds"].value)
-                    return f"{work.head.name}: {seconds} s for {section.title} ({_run_count(work.head)})."
+    speeds = [
+        (row.head, f"{format_figure(row.steps[step.name].speed.value)} images/s at {step.title}")
+        for row in (part.score.rows if part.score else ())
+        for step in score_steps.STEPS
+        if step.name in row.steps
+    ]
+    times = [
+        (row.head, f"{format_figure(row.figures['total_seconds'].value)} s for {section.title}")
+        for section in part.sections
+        for table in section.tables
+        for row in table.rows
+        if "total_seconds" in row.figures
+    ]
+    for head, figure in (speeds + times)[:1]:
+        return f"{head.name}: {figure} ({format_count(len(head.runs), 'run')})."
     return ""
-
-
-def _run_count(head: Head) -> str:
-    count = len(head.runs)
-    return f"{count} run{'s' * (count != 1)}"

@@ -1,6 +1,6 @@
-"""The tables of a comparison as columns of text, for Markdown, the terminal and HTML.
+"""The tables of a report as columns of text, for Markdown, the terminal and HTML.
 
-Machine, figure, ratio and number of runs stand first, because a narrow screen shows only the first columns.
+Machine, figure, ratio and number of runs come first, because a narrow screen shows only the first columns.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from pipeline.comparison.schema import Comparison, Head, Other, Row, Score, Scor
 from pipeline.profiling import score_steps
 
 FIRST_THIRD = 0.03
-"""Show the speed of the first third if it differs from the last third's by at least this share."""
+"""Show the speed of the first third if it differs from the last third's by at least this fraction."""
 
 BEHAVIOR = {
     "throttled": "got hot: throttled",
@@ -35,6 +35,9 @@ KINDS = {
 }
 """Why a ratio is not claimed, by the kind of its claim."""
 
+TEXT_HEADINGS = ("machine", "recipe", "run", "runs", "run with", "why", "hardware", "date", "source")
+"""Columns that hold text. The others hold numbers and are aligned right."""
+
 
 class Cell(NamedTuple):
     """A cell: its text, notes in small print, and links as (text, address)."""
@@ -45,16 +48,21 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column. `words`: its cells are text, aligned left."""
+    """A column of a table."""
 
     heading: str
     cells: Sequence[Cell]
-    words: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the cells hold text and not numbers."""
+        return self.heading in TEXT_HEADINGS
 
 
-def _columns(rows: Sequence[object], cells: Mapping[str, Callable[..., Cell]], words: Iterable[str]) -> list[Column]:
-    """Build the columns from a function per heading. Empty columns are left out."""
-    columns = [Column(heading, [cell(row) for row in rows], heading in words) for heading, cell in cells.items()]
+def _columns(rows: Iterable[Mapping[str, Cell]]) -> list[Column]:
+    """Turn rows, each with the same headings, into columns. Leave out empty columns."""
+    rows = list(rows)
+    columns = [Column(heading, [row[heading] for row in rows]) for heading in (rows[0] if rows else ())]
     return [column for column in columns if any(cell.text or cell.notes for cell in column.cells)]
 
 
@@ -62,38 +70,30 @@ def _columns(rows: Sequence[object], cells: Mapping[str, Callable[..., Cell]], w
 
 
 def score_columns(table: Score) -> list[Column]:
-    """Columns of the score: images/s of each step, with the ratio to the reference below."""
+    """The columns of the score: images/s of each step, with the ratio to the reference as a note."""
     first, *others = score_steps.STEPS
-    cells: dict[str, Callable[[ScoreRow], Cell]] = {
-        "machine": lambda row: _name(row.head, reference=row.is_reference, several=len(table.rows) > 1),
-        first.title: lambda row: _step(first, row),
-        "n": lambda row: _count(row.head),
-    }
-    cells |= {step.title: lambda row, step=step: _step(step, row) for step in others}  # type: ignore[misc]
-    cells |= {
-        "memory": lambda row: _machine_memory(row.head),
-        "watts": lambda row: Cell(format_figure(row.watts), [row.energy_source]) if row.watts else Cell(),
-        "images/J": _efficiency,
-        "images per money": _images_for_money,
-    }
-    cells |= _conditions([row.head for row in table.rows])
-    if len({row.recipe for row in table.rows}) > 1:
-        cells["recipe"] = lambda row: Cell(row.recipe)
-    cells["run"] = lambda row: _runs(row.head, row.shown)
-    return _columns(table.rows, cells, ("machine", "recipe", "run"))
-
-
-def step_speed(row: ScoreRow, step: score_steps.Step) -> str:
-    """A step's speed and its ratio to the reference: `1,020 (1/140)`."""
-    figures = row.steps.get(step.name)
-    if figures is None:
-        return ""
-    ratio = figures.claim.speedup
-    return format_figure(figures.speed.value) + (f" ({format_ratio(ratio.value)})" if ratio else "")
+    several_recipes = len({row.recipe for row in table.rows}) > 1
+    differing = _differing_conditions([row.head for row in table.rows])
+    return _columns(
+        {
+            "machine": _name(row.head, reference=row.is_reference and len(table.rows) > 1),
+            first.title: _step(first, row),
+            "n": _count(row.head),
+            **{step.title: _step(step, row) for step in others},
+            "memory": _machine_memory(row.head),
+            "watts": Cell(format_figure(row.watts), [row.energy_source]) if row.watts else Cell(),
+            "images/J": _efficiency(row, first),
+            "images per money": _money(row.costs, format_large, "per "),
+            **_conditions(row.head, differing),
+            "recipe": Cell(row.recipe if several_recipes else ""),
+            "run": _runs(row.head, row.shown),
+        }
+        for row in table.rows
+    )
 
 
 def step_facts(step: score_steps.Step, figures: StepFigures) -> list[str]:
-    """What a reader must know of a step's figure: the precision that the device chose, and a reduced batch."""
+    """What a reader must know about a step's figure: the precision, if the device chose it, and a reduced batch."""
     facts = [figures.precision] if step.best_precision and figures.precision else []
     if figures.batch_size not in (None, step.batch_size):
         facts.append(f"batch {figures.batch_size}")
@@ -104,20 +104,14 @@ def _step(step: score_steps.Step, row: ScoreRow) -> Cell:
     figures = row.steps.get(step.name)
     if figures is None:
         return Cell()
-    ratio = ratio_cell(figures.claim)
-    notes = [_ratio_note(ratio.text, figures.claim), *ratio.notes]
-    notes += [fact for fact in step_facts(step, figures) if not figures.claim.reason.startswith(fact)]
-    first_third, speed = figures.first_third, figures.speed.value
+    claim, ratio, speed = figures.claim, ratio_cell(figures.claim), figures.speed.value
+    notes = [*ratio.notes, *(fact for fact in step_facts(step, figures) if not claim.reason.startswith(fact))]
+    if claim.kind != "reference" and ratio.text:
+        notes.insert(0, f"{ratio.text} times" if claim.speedup and "/" not in ratio.text else ratio.text)
+    first_third = figures.first_third
     if first_third is not None and abs(first_third.value - speed) >= FIRST_THIRD * speed:
         notes.append(f"first third {format_figure(first_third.value)}")
-    return Cell(format_figure(speed), [note for note in notes if note])
-
-
-def _ratio_note(text: str, claim: Claim) -> str:
-    """A ratio as a note below its figure: `140 times` or `1/140`."""
-    if claim.speedup is None:
-        return text if claim.kind == "other" else ""
-    return text if "/" in text else f"{text} times"
+    return Cell(format_figure(speed), notes)
 
 
 def _machine_memory(head: Head) -> Cell:
@@ -126,59 +120,50 @@ def _machine_memory(head: Head) -> Cell:
     return Cell(f"{head.memory_gib} GiB", ["RAM" if head.backend in ("cpu", "mps") else "card"])
 
 
-def _efficiency(row: ScoreRow) -> Cell:
-    figures = row.steps.get(score_steps.STEPS[0].name)
-    if figures is None or figures.images_per_joule is None:
-        return Cell()
-    return _estimate(figures.images_per_joule, score_steps.STEPS[0].title, row.energy_source)
-
-
-def _images_for_money(row: ScoreRow) -> Cell:
-    if row.costs is None:
-        return Cell()
-    return _money(row.costs, format_large, f"per {row.costs.currency}")
+def _efficiency(row: ScoreRow, step: score_steps.Step) -> Cell:
+    figures = row.steps.get(step.name)
+    return _estimate(figures.images_per_joule if figures else None, step.title, row.energy_source)
 
 
 # --- the work of a recipe
 
 
 def work_columns(section: Section, table: Table) -> list[Column]:
-    """Columns of a recipe's work: its own time, then the time of the whole process."""
+    """The columns of a recipe's work: the time of the work itself, then that of the whole process."""
     several = len(table.rows) > 1
-    cells: dict[str, Callable[[Row], Cell]] = {
-        "machine": lambda row: _name(
-            row.head,
-            reference=row.claim.kind == "reference",
-            several=several,
-            settings=None if table.settings is not None else row.settings,
-        ),
-        "total s": lambda row: _figure(row, "total_seconds"),
-    }
-    cells |= {"speed-up": lambda row: ratio_cell(row.claim)} if several else {}
-    cells |= {"n": lambda row: _count(row.head), "process s": lambda row: _figure(row, "process_seconds")}
-    cells |= {"process speed-up": _process_ratio} if several else {}
-    cells["s/epoch"] = lambda row: _figure(row, "epoch_seconds")
-    if section.target is not None:
-        cells[f"s to {100 * section.target:.3g}%"] = _to_target
-    cells |= {
-        "images/s": _speed,
-        "accuracy": _accuracy,
-        "peak MiB": lambda row: _figure(row, "peak_mib", row.memory_of),
-        "images/J": lambda row: _figure(row, "images_per_joule", row.energy_source),
-        "cost": lambda row: _money(row.costs, format_figure, row.costs.currency) if row.costs else Cell(),
-    }
-    cells |= _conditions([row.head for row in table.rows])
-    cells["run"] = lambda row: _runs(row.head, row.shown)
-    return _columns(table.rows, cells, ("machine", "run"))
+    differing = _differing_conditions([row.head for row in table.rows])
+    target = f"{100 * section.target:.3g}%" if section.target is not None else "target"
+    return _columns(
+        {
+            "machine": _name(
+                row.head,
+                settings_in_words(row.settings) if table.settings is None else "",
+                reference=row.claim.kind == "reference" and several,
+            ),
+            "total s": _figure(row, "total_seconds"),
+            "speed-up": ratio_cell(row.claim) if several else Cell(),
+            "n": _count(row.head),
+            "process s": _figure(row, "process_seconds"),
+            "process speed-up": ratio_cell(row.whole) if several and "process_seconds" in row.figures else Cell(),
+            "s/epoch": _figure(row, "epoch_seconds"),
+            f"s to {target}": _to_target(row),
+            "images/s": _speed(row),
+            "accuracy": _accuracy(row),
+            "peak MiB": _figure(row, "peak_mib", row.memory_of),
+            "images/J": _figure(row, "images_per_joule", row.energy_source),
+            "cost": _money(row.costs, format_figure),
+            **_conditions(row.head, differing),
+            "run": _runs(row.head, row.shown),
+        }
+        for row in table.rows
+    )
 
 
 def settings_in_words(settings: Mapping[str, str]) -> str:
     """The precision, then every setting that is not the default: `bf16, threads 4`."""
-    words = [settings["precision"] or "?"]
-    words += [
-        f"{key} {value}" for key, value in settings.items() if key != "precision" and value not in ("auto", "null", "")
-    ]
-    return ", ".join(words)
+    others = [(key, value) for key, value in settings.items() if key != "precision"]
+    changed = [f"{key} {value}" for key, value in others if value not in ("auto", "null", "")]
+    return ", ".join([settings["precision"] or "?", *changed])
 
 
 def ratio_cell(claim: Claim) -> Cell:
@@ -191,24 +176,15 @@ def ratio_cell(claim: Claim) -> Cell:
     return Cell(format_ratio(claim.speedup.value), [note for note in dict.fromkeys(notes) if note])
 
 
-def _process_ratio(row: Row) -> Cell:
-    return ratio_cell(row.whole) if "process_seconds" in row.figures else Cell()
-
-
 def _figure(row: Row, key: str, *notes: str) -> Cell:
-    estimate = row.figures.get(key)
-    return _estimate(estimate, *notes) if estimate else Cell()
-
-
-def _estimate(estimate: stats.Estimate, *notes: str) -> Cell:
-    return Cell(format_figure(estimate.value), [note for note in (_interval(estimate), *notes) if note])
+    return _estimate(row.figures.get(key), *notes)
 
 
 def _to_target(row: Row) -> Cell:
     if row.reached is None:
         return Cell()
-    count, known = row.reached
-    return _figure(row, "seconds_to_target") if count == known else Cell(f"reached by {count} of {known}")
+    reached, timed = row.reached
+    return _figure(row, "seconds_to_target") if reached == timed else Cell(f"reached by {reached} of {timed}")
 
 
 def _speed(row: Row) -> Cell:
@@ -218,28 +194,26 @@ def _speed(row: Row) -> Cell:
 
 
 def _accuracy(row: Row) -> Cell:
-    images = next((key for key in ("test_accuracy", "best_accuracy") if key in row.figures), None)
-    if images is None:
+    key = "test_accuracy" if "test_accuracy" in row.figures else "best_accuracy"
+    if key not in row.figures:
         return Cell()
-    value, low, high, _ = row.figures[images]
+    value, low, high, _ = row.figures[key]
     ends = [] if low is None or high is None else [f"{100 * end:.2f}" for end in (max(low, 0), min(high, 1))]
-    notes = ["–".join(ends)] * (len(set(ends)) == 2) + ["validation"] * (images == "best_accuracy")
-    return Cell(f"{value:.2%}", notes)
+    notes = ["–".join(ends)] if len(set(ends)) == 2 else []
+    return Cell(f"{value:.2%}", notes + ["validation"] * (key == "best_accuracy"))
 
 
-# --- cells of both
+# --- cells of both tables
 
 
-def _name(head: Head, *, reference: bool, several: bool, settings: Mapping[str, str] | None = None) -> Cell:
-    """The machine, with notes: its settings if rows differ in them, whether it is the reference, its behavior."""
-    notes = [settings_in_words(settings)] if settings is not None else []
-    notes += ["reference"] if reference and several else []
-    notes += [BEHAVIOR.get(word, word) for word in head.behavior]
-    return Cell(head.name, notes)
+def _name(head: Head, settings: str = "", *, reference: bool) -> Cell:
+    """The machine. Notes: its settings, whether it is the reference, and what it did by itself."""
+    notes = [settings, "reference" * reference, *(BEHAVIOR.get(word, word) for word in head.behavior)]
+    return Cell(head.name, [note for note in notes if note])
 
 
 def _count(head: Head) -> Cell:
-    """How many of the planned runs count, why the others do not, and in how many sessions or minutes."""
+    """How many of the planned runs count. Notes: why the others do not, and the sessions or the time span."""
     count = len(head.runs)
     reasons = Counter(run["reason"] for run in head.left_out)
     disturbed = sum(number for reason, number in reasons.items() if reason.startswith(DISTURBED))
@@ -253,29 +227,35 @@ def _count(head: Head) -> Cell:
     return Cell(f"{count} of {head.planned}" if count < head.planned else str(count), notes)
 
 
-def _conditions(heads: Sequence[Head]) -> dict[str, Callable[[Row | ScoreRow], Cell]]:
-    """A column for each condition in which rows differ. torch is shown with its whole version."""
+def _differing_conditions(heads: Sequence[Head]) -> list[str]:
+    """The conditions (keys of CONDITIONS) in which rows differ."""
+    return [key for key in CONDITIONS if len({_condition(head, key) for head in heads}) > 1]
 
-    def text(head: Head, key: str) -> str:
-        value = head.torch if key == "torch" else head.conditions[key]
-        return f"{value}{CONDITIONS[key][2]}" if value else "not known"
 
-    return {
-        word: lambda row, key=key: Cell(text(row.head, key))  # type: ignore[misc]
-        for key, (_, word, _) in CONDITIONS.items()
-        if len({text(head, key) for head in heads}) > 1
-    }
+def _conditions(head: Head, keys: Iterable[str]) -> dict[str, Cell]:
+    return {CONDITIONS[key][1]: Cell(_condition(head, key)) for key in keys}
+
+
+def _condition(head: Head, key: str) -> str:
+    value = head.torch if key == "torch" else head.conditions[key]  # the conditions have torch without its patch level
+    return f"{value}{CONDITIONS[key][2]}" if value else "not known"
 
 
 def _runs(head: Head, shown: Mapping[str, str]) -> Cell:
     """Links to the runs: the most typical one by its id, the others by number."""
     others = [run for run in head.runs if run["id"] != shown["id"]]
-    links = [(shown["id"][:8], shown["link"]), *((str(place), run["link"]) for place, run in enumerate(others, 2))]
+    links = [(shown["id"][:8], shown["link"]), *((str(number), run["link"]) for number, run in enumerate(others, 2))]
     return Cell(shown["id"][:8], links=links)
 
 
+def _estimate(estimate: stats.Estimate | None, *notes: str) -> Cell:
+    if estimate is None:
+        return Cell()
+    return Cell(format_figure(estimate.value), [note for note in (_interval(estimate), *notes) if note])
+
+
 def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
-    """`1.49–1.55`; '' without an interval, or if both ends read the same."""
+    """The interval as `1.49–1.55`; '' if there is none, or if both ends read the same."""
     low, high = estimate.low, estimate.high
     if low is None or high is None:
         return ""
@@ -289,17 +269,17 @@ def _interval(estimate: stats.Estimate | stats.Contrast) -> str:
     return "–".join(ends) if ends[0] != ends[1] else ""
 
 
-def _money(cost: costs.Costs, number: Callable[[float], str], unit: str) -> Cell:
-    """The cost if rented, else if bought, with the other as a note."""
-    by_way = {"rented": cost.rented, "bought": cost.bought}
-    known = {way: value for way, value in by_way.items() if value is not None}
-    if not known:
+def _money(cost: costs.Costs | None, number: Callable[[float], str], per: str = "") -> Cell:
+    """The cost of renting, else of buying, with the other as a note. `per`: stands before the currency."""
+    by_way = {"rented": cost.rented, "bought": cost.bought} if cost else {}
+    amounts = [(way, number(amount)) for way, amount in by_way.items() if amount is not None]
+    if cost is None or not amounts:
         return Cell()
-    (way, value), *rest = known.items()
-    notes = [way, *(f"{name}: {number(other)}" for name, other in rest)]
+    (way, amount), *others = amounts
+    notes = [way, *(f"{way}: {amount}" for way, amount in others)]
     if cost.bought is not None and not cost.with_electricity:
         notes.append("electricity left out")
-    return Cell(f"{number(value)} {unit}", notes)
+    return Cell(f"{amount} {per}{cost.currency}", notes)
 
 
 # --- runs outside the tables
@@ -315,48 +295,44 @@ class Absent(NamedTuple):
     reason: str
 
 
-def absent_from_work(section: Section) -> list[Absent]:
+def absent_from_work(section: Section) -> list[Column]:
     """The runs of a section that count in none of its tables."""
-    rows = [row for table in section.tables for row in table.rows]
-    heads = [(row.head, settings_in_words(row.settings)) for row in rows]
-    return _left_out(heads) + [_other(other, settings_in_words(other.settings)) for other in section.others]
+    rows = [(row.head, settings_in_words(row.settings)) for table in section.tables for row in table.rows]
+    return _absent_columns(rows, [(other, settings_in_words(other.settings)) for other in section.others], "total s")
 
 
-def absent_from_score(table: Score) -> list[Absent]:
+def absent_from_score(table: Score) -> list[Column]:
     """The runs that have a score and count in no row of its table."""
-    others = [_other(other, other.settings["recipe"]) for other in table.others]
-    return _left_out([(row.head, row.recipe) for row in table.rows]) + others
+    rows = [(row.head, row.recipe) for row in table.rows]
+    return _absent_columns(rows, [(other, other.settings["recipe"]) for other in table.others], "images/s")
 
 
-def _left_out(heads: Iterable[tuple[Head, str]]) -> list[Absent]:
-    """Runs that do not count in their row, by reason. A row may stand in two tables."""
-    runs_by_reason: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
-    for head, settings in heads:
-        for run in head.left_out:
-            runs_by_reason.setdefault((head.name, settings, run["reason"]), {})[run["id"]] = run
-    return [
-        Absent(name, settings, [*runs.values()], None, reason)
-        for (name, settings, reason), runs in runs_by_reason.items()
+def _absent_columns(
+    rows: Sequence[tuple[Head, str]], others: Sequence[tuple[Other, str]], figure_heading: str
+) -> list[Column]:
+    """The runs that do not count in their row, and those without a row, each with their settings in words."""
+    left_out: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
+    for head, settings in rows:
+        for run in head.left_out:  # by id, because a row may be in two tables
+            left_out.setdefault((head.name, settings, run["reason"]), {})[run["id"]] = run
+    absent = [
+        Absent(name, settings, [*runs.values()], None, reason) for (name, settings, reason), runs in left_out.items()
     ]
-
-
-def _other(other: Other, settings: str) -> Absent:
-    return Absent(other.name, settings, other.runs, other.figure, other.reason)
-
-
-def absent_columns(rows: Sequence[Absent], figure: str) -> list[Column]:
-    """`figure`: the heading of their figures, such as `total s`."""
-    cells: dict[str, Callable[[Absent], Cell]] = {
-        "machine": lambda row: Cell(row.name),
-        "why": lambda row: Cell(row.reason),
-        "n": lambda row: Cell(str(len(row.runs))),
-        figure: lambda row: Cell(format_figure(row.figure) if row.figure else ""),
-        "run with": lambda row: Cell(row.settings),
-        "runs": lambda row: Cell(
-            " ".join(run["id"][:8] for run in row.runs), links=[(run["id"][:8], run["link"]) for run in row.runs]
-        ),
-    }
-    return _columns(rows, cells, ("machine", "why", "run with", "runs"))
+    absent += [Absent(other.name, settings, other.runs, other.figure, other.reason) for other, settings in others]
+    return _columns(
+        {
+            "machine": Cell(row.name),
+            "why": Cell(row.reason),
+            "n": Cell(str(len(row.runs))),
+            figure_heading: Cell(format_figure(row.figure) if row.figure else ""),
+            "run with": Cell(row.settings),
+            "runs": Cell(
+                " ".join(run["id"][:8] for run in row.runs),
+                links=[(run["id"][:8], run["link"]) for run in row.runs],
+            ),
+        }
+        for row in absent
+    )
 
 
 # --- prices
@@ -364,30 +340,32 @@ def absent_columns(rows: Sequence[Absent], figure: str) -> list[Column]:
 
 def price_columns(comparison: Comparison) -> list[Column]:
     """The prices of hardware that has runs."""
-    used = [item for item in (comparison.prices or {}).items() if item[0] not in comparison.unused_prices]
     watts = _watts(comparison)
-    cells: dict[str, Callable[[tuple[str, config.Price]], Cell]] = {
-        "hardware": lambda item: Cell(item[0], [f"in {item[1].machine}"] if item[1].machine else ()),
-        "to buy": lambda item: _amount(item[1].buy, item[1].currency),
-        "an hour": lambda item: _amount(item[1].per_hour, item[1].currency),
-        "a kWh": lambda item: _amount(item[1].per_kwh, item[1].currency),
-        "hours a day": lambda item: Cell(f"{item[1].hours_per_day:g}" if item[1].hours_per_day else ""),
-        "watts": lambda item: Cell(format_figure(watts[item[0]]) if item[0] in watts else ""),
-        "break-even hours": lambda item: _break_even(item[1], watts.get(item[0])),
-        "date": lambda item: Cell(item[1].date),
-        "source": lambda item: Cell(item[1].source, links=_web(item[1].source)),
-    }
-    return _columns(used, cells, ("hardware", "date", "source"))
+    return _columns(
+        {
+            "hardware": Cell(hardware, [f"in {price.machine}"] if price.machine else ()),
+            "to buy": _amount(price.buy, price.currency),
+            "an hour": _amount(price.per_hour, price.currency),
+            "a kWh": _amount(price.per_kwh, price.currency),
+            "hours a day": Cell(f"{price.hours_per_day:g}" if price.hours_per_day else ""),
+            "watts": Cell(format_figure(watts[hardware]) if hardware in watts else ""),
+            "break-even hours": _break_even(price, watts.get(hardware)),
+            "date": Cell(price.date),
+            "source": _source(price.source),
+        }
+        for hardware, price in (comparison.prices or {}).items()
+        if hardware not in comparison.unused_prices
+    )
 
 
 def _watts(comparison: Comparison) -> dict[str, float]:
     """The highest power of any step, in watts, by hardware. DEMO runs do not count."""
-    most: dict[str, float] = {}
-    for part in comparison.parts:
-        for row in part.score.rows if part.score and not part.demo else ():
+    watts: dict[str, float] = {}
+    for score in (part.score for part in comparison.parts if part.score and not part.demo):
+        for row in score.rows:
             if row.watts is not None:
-                most[row.head.hardware] = max(row.watts, most.get(row.head.hardware, 0.0))
-    return most
+                watts[row.head.hardware] = max(row.watts, watts.get(row.head.hardware, 0.0))
+    return watts
 
 
 def _amount(value: float | None, currency: str) -> Cell:
@@ -406,5 +384,6 @@ def _break_even(price: config.Price, watts: float | None) -> Cell:
     return Cell("never" if hours == float("inf") else f"{hours:,.0f}", notes)
 
 
-def _web(text: str) -> list[tuple[str, str]]:
-    return [(text, text)] if text.startswith(("https://", "http://")) else []
+def _source(text: str) -> Cell:
+    is_address = text.startswith(("https://", "http://"))  # a price file may be someone else's: no javascript:
+    return Cell(text, links=[(text, text)] if is_address else [])

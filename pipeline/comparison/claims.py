@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pipeline import config
 from pipeline.comparison import stats
-from pipeline.comparison.formats import format_duration, format_figure, format_interval, format_percent
+from pipeline.comparison.formats import format_count, format_duration, format_figure, format_interval, format_percent
 
 ALWAYS_NAMED = ("torch",)
 """Conditions that a claim always names if the two sides differ. It names the others only for equal hardware."""
@@ -49,10 +49,9 @@ class Side:
         return stats.units(self.seconds, self.started)
 
     @property
-    def minutes(self) -> float:
-        """From the first known start to the last."""
-        known_starts = [start for start in self.started if start is not None]
-        return (max(known_starts) - min(known_starts)) / 60_000 if known_starts else 0.0
+    def duration(self) -> str:
+        """From the first start to the last, in words."""
+        return format_duration(60 * stats.span_hours(self.started))
 
 
 @dataclass(frozen=True)
@@ -186,23 +185,24 @@ def _differing_conditions(candidate: Side, baseline: Side) -> list[str]:
 def _evidence(candidate: Side, baseline: Side) -> str:
     """`5 runs each in 3 sessions`, `5 and 3 runs, all within 12 minutes`, `5 runs each, those of A within 1 minute`."""
     first, second = len(candidate.seconds), len(baseline.seconds)
-    runs = f"{first} run{'s' * (first > 1)} each" if first == second else f"{first} and {second} runs"
+    runs = f"{format_count(first, 'run')} each" if first == second else f"{first} and {second} runs"
     sessions = candidate.sessions, baseline.sessions
     if min(sessions) >= stats.MIN_SESSIONS:
         return f"{runs} in {' and '.join(map(str, dict.fromkeys(sessions)))} sessions"
     if max(sessions) >= stats.MIN_SESSIONS:
         fewer = min((candidate, baseline), key=lambda side: side.sessions)
-        return f"{runs}, those of {fewer.name} within {format_duration(fewer.minutes)}"
+        return f"{runs}, those of {fewer.name} within {fewer.duration}"
     if max(first, second) == 1 or None in (*candidate.started, *baseline.started):
         return runs
-    return f"{runs}, all within {format_duration(max(candidate.minutes, baseline.minutes))}"
+    longer = max((candidate, baseline), key=lambda side: stats.span_hours(side.started))
+    return f"{runs}, all within {longer.duration}"
 
 
 def _times_as_fast(candidate: Side, baseline: Side, *ratios: float) -> str:
     """`A is 1.49 to 1.55 times as fast as B`, or `A takes ... times as long as B`. `ratios`: one ratio, or the two ends
     of an interval."""
     faster = ratios[0] >= 1
-    ends = ratios if faster else [1 / ratio if ratio else math.inf for ratio in reversed(ratios)]
+    ends = ratios if faster else [1 / ratio for ratio in reversed(ratios)]
     texts = format_interval(*ends, ratio=True) if len(ends) == 2 else [format_figure(ends[0])]
     verb, adjective = ("is", "fast") if faster else ("takes", "long")
     return f"{candidate.name} {verb} {' to '.join(dict.fromkeys(texts))} times as {adjective} as {baseline.name}"

@@ -1,4 +1,4 @@
-"""What all tables use: settings, names and links, and functions that build parts of rows and claims."""
+"""What the tables of the work and the score share: settings, names, links, and parts of rows and claims."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,6 @@ class Context:
         """The machine that a row is about, and the runs that count for `stage`."""
         latest = group.runs[-1]
         starts = [run.start(stage) for run in group.runs]
-        known_starts = [start for start in starts if start]
         return Head(
             name=self.name(group),
             hardware=latest.tag("hardware"),
@@ -63,7 +62,7 @@ class Context:
             problem=group.problem,
             behavior=sorted(set().union(*(run.behavior(stage) for run in group.runs))),
             sessions=len(stats.sessions(starts)),
-            hours=(max(known_starts) - min(known_starts)) / 3_600_000 if known_starts else 0.0,
+            hours=stats.span_hours(starts),
         )
 
     def other(self, group: Group, metric: str, reason: str) -> Other:

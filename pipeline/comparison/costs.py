@@ -42,8 +42,8 @@ def costs_of_score(price: config.Price | None, speed: float | None, watts: float
 
 
 def _costs(price: config.Price, watts: float | None, from_hourly: Callable[[float], float]) -> Costs:
-    """Costs from the cost of an hour. The price of a bought machine is spread over its hours of use (`hours_per_day`,
-    else 24). Electricity is added if its price and the watts are known."""
+    """Costs by `from_hourly`, which turns the cost of an hour into the figure. The price of a bought machine is spread
+    over its hours of use (`hours_per_day`, else 24). Electricity is added if its price and the watts are known."""
     bought = None
     if price.buy is not None:
         owned_hours = OWNED_YEARS * 365.25 * (price.hours_per_day or 24)

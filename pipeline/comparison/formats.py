@@ -12,7 +12,7 @@ def format_figure(value: float) -> str:
 
 def format_ratio(value: float) -> str:
     """A ratio as `1.52`, or as a fraction if it is below 1: `1/140`."""
-    return format_figure(value) if value >= 1 or not value else f"1/{format_figure(1 / value)}"
+    return format_figure(value) if value >= 1 else f"1/{format_figure(1 / value)}"
 
 
 def format_interval(low: float, high: float, *, ratio: bool = False) -> tuple[str, str]:
@@ -38,6 +38,11 @@ def format_percent(fraction: float) -> str:
     return f"{value:,.0f}%" if value >= 200 else f"{value:.1f}%" if value >= 1 else f"{value:.2g}%"
 
 
+def format_count(count: int, noun: str) -> str:
+    """`1 run`, `3 runs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def format_large(value: float) -> str:
     """A whole number; from a million on, four significant digits and a word: `8.327 million`."""
     for size, word in ((1e9, "billion"), (1e6, "million")):
@@ -50,6 +55,6 @@ def format_duration(minutes: float) -> str:
     """A duration, with minutes rounded up: `12 minutes`, `3.5 hours`, `3 days`."""
     minutes = max(1, math.ceil(minutes))
     if minutes < 120:
-        return f"{minutes} minute{'s' * (minutes > 1)}"
+        return format_count(minutes, "minute")
     hours = minutes / 60
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"

@@ -7,7 +7,6 @@ group, where it either counts or is excluded with a reason. The runs that count 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeline import config
 from pipeline.comparison.runs import CONDITIONS, SCORE, WORK, Entity, Run
@@ -23,22 +22,15 @@ DISTURBED = "disturbed"
 """The reason for excluding a disturbed run begins with this word."""
 
 
-class Excluded(NamedTuple):
-    """A run that does not count, and the reason."""
-
-    run: Run
-    reason: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one entity with the same settings. `runs`: those that count, oldest first; `planned`: the number of
-    planned runs; `problem`: why nothing is claimed ('' for none)."""
+    """Runs of one entity with the same settings. `runs`: those that count, oldest first; `excluded`: the others,
+    each with the reason; `planned`: the number of planned runs; `problem`: why nothing is claimed ('' for none)."""
 
     entity: Entity
     settings: Mapping[str, str]
     runs: Sequence[Run]
-    excluded: Sequence[Excluded]
+    excluded: Sequence[tuple[Run, str]]
     planned: int
     problem: str
 
@@ -81,14 +73,16 @@ def _group(
         problem = f"measured by version {version} of the code"
     disturbed = [] if allow_tainted else [run for run in counted if run.taints(stage)]
     if len(disturbed) < len(counted):
-        excluded += [Excluded(run, _disturbance([run], stage)) for run in disturbed]
+        excluded += [(run, _disturbance([run], stage)) for run in disturbed]
         counted = [run for run in counted if run not in disturbed]
     else:
         problem = problem or _disturbance(disturbed, stage)
     return Group(entity, settings, counted, excluded, planned, problem)
 
 
-def _first_planned_set(runs: Sequence[Run], set_sizes: Mapping[str, int]) -> tuple[int, list[Run], list[Excluded], str]:
+def _first_planned_set(
+    runs: Sequence[Run], set_sizes: Mapping[str, int]
+) -> tuple[int, list[Run], list[tuple[Run, str]], str]:
     """Select the first planned set of `runs`, which are in the order of their starts.
 
     Returns the planned number of runs, the runs of that set, the excluded runs, and the problem with the set. Single
@@ -113,8 +107,8 @@ def _first_planned_set(runs: Sequence[Run], set_sizes: Mapping[str, int]) -> tup
         problem = f"only {len(first_set)} of {planned} planned runs are in the store"
     elif later:
         problem = f"{len(later)} run{'s were' if len(later) > 1 else ' was'} added after the {planned} planned ones"
-    excluded = [Excluded(run, "tried before the planned set") for run in earlier]
-    excluded += [Excluded(run, "added after the planned set") for run in later]
+    excluded = [(run, "tried before the planned set") for run in earlier]
+    excluded += [(run, "added after the planned set") for run in later]
     return planned, first_set, excluded, problem
 
 

@@ -3,19 +3,10 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pipeline.comparison import charts, report
+from pipeline.comparison import content
 from pipeline.comparison.answer import answer
-from pipeline.comparison.cells import (
-    Cell,
-    Column,
-    absent_columns,
-    absent_from_score,
-    absent_from_work,
-    price_columns,
-    score_columns,
-    work_columns,
-)
-from pipeline.comparison.schema import Comparison, Head, Part, Score, Section
+from pipeline.comparison.cells import Cell, Column, price_columns
+from pipeline.comparison.schema import Comparison
 
 STYLE = """
 :root { color-scheme: light; }
@@ -91,76 +82,57 @@ KEY = (
     "established; with a dotted edge: too few runs; grey: the reference; no bar: no claim. The line across a bar's end "
     "is its interval. A name leads to its run in MLflow's UI (`make ui`)."
 )
-FEW = 12
-"""Charts with more rows may be split over printed pages."""
+HINT = '<p class="hint">The table is wider than the screen. Scroll sideways.</p>'
+
+SHORT = 12
+"""A chart of more rows may be split over printed pages."""
 
 
-def html(comparison: Comparison, drawn: Mapping[str, Mapping[str, str]]) -> str:
-    """The whole report as one HTML page. `drawn`: the SVG of each chart, by the places and names of `charts.charts`."""
-    body = [f"<h1>{report.TITLE}</h1>", f'<p class="answer">{_code(answer(comparison))}</p>']
-    body.append(_paragraph(report.span(comparison)))
+def html(comparison: Comparison, svgs: Mapping[str, Mapping[str, str]]) -> str:
+    """The whole report as one HTML page. `svgs`: the charts, by the folders and names of `charts.charts`."""
+    body = [
+        f"<h1>{content.TITLE}</h1>",
+        f'<p class="answer">{_code(answer(comparison))}</p>',
+        _paragraph(content.span(comparison)),
+    ]
     for part in comparison.parts:
-        body += [f'<p class="demo">{report.DEMO}</p>'] if part.demo else []
-        body += _score_parts(part, part.score, drawn) if part.score else []
-        for section in part.sections:
-            body += _section_parts(part, section, drawn)
+        body += [f'<p class="demo">{content.DEMO}</p>'] if part.demo else []
+        for section in content.section_texts(part):
+            body += _section(section, svgs)
     if comparison.prices is not None:
-        body += ["<h2>Prices</h2>", _html_table(price_columns(comparison)), _paragraph(report.PRICE_NOTE)]
-        body += map(_paragraph, report.unused_prices(comparison))
+        body += ["<h2>Prices</h2>", _table(price_columns(comparison)), _paragraph(content.PRICE_NOTE)]
+        body += map(_paragraph, content.unused_prices(comparison))
     if comparison.parts:
-        body += ["<h2>How to read this</h2>", _list(report.notes(comparison.rules))]
+        notes = "".join(f"<li>{_code(note)}</li>" for note in content.notes(comparison.rules))
+        body += ["<h2>How to read this</h2>", f"<ul>{notes}</ul>"]
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{report.TITLE}</title><style>{STYLE}</style></head>",
+            f"<title>{content.TITLE}</title><style>{STYLE}</style></head>",
             "<body>",
-            *(part for part in body if part),
+            *(element for element in body if element),
             "</body></html>\n",
         ]
     )
 
 
-def _score_parts(part: Part, table: Score, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
-    classes = [_row_class(row.head, row.is_reference) for row in table.rows]
-    return [
-        "<h2>Score</h2>",
-        HINT,
-        _html_table(score_columns(table), classes),
-        _claims(report.score_claims(table)),
-        _paragraph(report.no_reference(table)),
-        _figures(len(table.rows), drawn.get(charts.score_folder(part), {})),
-        *_absent(absent_columns(absent_from_score(table), "images/s")),
-    ]
-
-
-def _section_parts(part: Part, section: Section, drawn: Mapping[str, Mapping[str, str]]) -> list[str]:
-    parts = [f"<h2>{escape(report.heading(section))} <code>{escape(section.workload)}</code></h2>"]
+def _section(section: content.SectionText, svgs: Mapping[str, Mapping[str, str]]) -> list[str]:
+    workload = f" <code>{escape(section.workload)}</code>" if section.workload else ""
+    elements = [f"<h2>{escape(section.heading)}{workload}</h2>"]
     for table in section.tables:
-        charted = drawn.get(charts.work_folder(part, section, table), {})
-        classes = [_row_class(row.head, row.claim.kind == "reference") for row in table.rows]
-        parts += [
-            f"<h3>{escape(report.table_title(table))}</h3>",
+        charts = svgs.get(table.folder, {})
+        elements += [
+            f"<h3>{escape(table.title)}</h3>" if table.title else "",
             HINT,
-            _html_table(work_columns(section, table), classes),
-            _claims(report.work_claims(section, table)),
-            _paragraph(report.no_reference(table)),
-            _figures(len(table.rows), charted),
-            f'<p class="key">{_code(KEY)}</p>' if "speed-up" in charted else "",
+            _table(table.columns, table.row_kinds),
+            _claims(table.claims),
+            _paragraph(table.note),
+            _figures(len(table.row_kinds), charts),
+            f'<p class="key">{_code(KEY)}</p>' if "speed-up" in charts else "",
         ]
-    return parts + _absent(absent_columns(absent_from_work(section), "total s"))
-
-
-HINT = '<p class="hint">The table is wider than the screen. Scroll sideways.</p>'
-
-
-def _absent(columns: Sequence[Column]) -> list[str]:
-    return ["<h3>Not in the figures above</h3>", _html_table(columns)] if columns else []
-
-
-def _row_class(head: Head, reference: bool) -> str:
-    return "problem" if head.problem else "reference" if reference else ""
+    return elements + (["<h3>Not in the figures above</h3>", _table(section.absent)] if section.absent else [])
 
 
 def _claims(claims: Sequence[tuple[str, str]]) -> str:
@@ -168,43 +140,41 @@ def _claims(claims: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="claims">{"".join(items)}</ul>' if items else ""
 
 
-def _figures(rows: int, drawn: Mapping[str, str]) -> str:
-    size = "short" if rows <= FEW else "long"
+def _figures(rows: int, charts: Mapping[str, str]) -> str:
+    size = "short" if rows <= SHORT else "long"
     figures = [
         f'<figure class="{size}" role="group" aria-label="{escape(name)}, as in the table above">{svg}</figure>'
-        for name, svg in drawn.items()
+        for name, svg in charts.items()
     ]
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _html_table(columns: Sequence[Column], classes: Sequence[str] = ()) -> str:
-    """`classes`: the CSS class of each row, or ''."""
+def _table(columns: Sequence[Column], row_kinds: Sequence[str] = ()) -> str:
+    """A table. `row_kinds`: the CSS class of each row, or ''."""
     if not columns:
         return ""
-    words = [' class="words"' if column.words else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(column.heading)}</th>' for column, kind in zip(columns, words, strict=True)
+    classes = [' class="words"' if column.is_text else "" for column in columns]
+    head = [
+        f'<th scope="col"{kind}>{escape(column.heading)}</th>' for column, kind in zip(columns, classes, strict=True)
+    ]
+    rows = []
+    for number, row in enumerate(zip(*(column.cells for column in columns), strict=True)):
+        cells = [f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True)]
+        kind = f' class="{row_kinds[number]}"' if row_kinds and row_kinds[number] else ""
+        rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    return (
+        f'<div class="table"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
-    lines = []
-    for place in range(len(columns[0].cells)):
-        cells = [f"<td{kind}>{_cell(column.cells[place])}</td>" for column, kind in zip(columns, words, strict=True)]
-        kind = f' class="{classes[place]}"' if classes and classes[place] else ""
-        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _cell(cell: Cell) -> str:
-    linked = [f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in cell.links]
+    links = [f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in cell.links]
     notes = "".join(f"<small>{escape(note)}</small>" for note in cell.notes)
-    return (" ".join(linked) or escape(cell.text)) + notes
+    return (" ".join(links) or escape(cell.text)) + notes
 
 
 def _paragraph(text: str) -> str:
     return f"<p>{_code(text)}</p>" if text else ""
-
-
-def _list(texts: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_code(text)}</li>' for text in texts)}</ul>"
 
 
 def _code(text: str) -> str:
@@ -212,4 +182,4 @@ def _code(text: str) -> str:
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:  # an unpaired backtick, from a user's text
         return "`".join(parts)
-    return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))
+    return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))

@@ -1,4 +1,4 @@
-"""The charts of a comparison: bars, ratios, and accuracy against time."""
+"""Draw the charts of a comparison: bars, ratios, and accuracy against time. Every chart is as wide as a phone."""
 
 import io
 import math
@@ -13,12 +13,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.comparison.stats import Contrast, Estimate
 from pipeline.plots import BLUE, GREY, VERMILLION, shorten, styled
 
-# The bars of a comparison: colour, hatch and edge say the same, so that each one of them is enough.
-BARS: dict[str, dict[str, Any]] = {
+LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"facecolor": BLUE},
     "faster": {"facecolor": BLUE},
     "slower": {"facecolor": VERMILLION, "hatch": "////"},
@@ -28,42 +28,40 @@ BARS: dict[str, dict[str, Any]] = {
     "reference": {"facecolor": GREY},
     "problem": {"facecolor": "#DDDDDD", "hatch": "xxxx"},
 }
+"""How the bar of each kind of claim looks. Kinds also differ in hatch or edge, for readers who see no colour."""
 
-CURVES = (
+LINES = (
     ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", "-", "v"),
     ("#56B4E9", "--", "P"),
 )  # fmt: skip
-"""Colour, dashes and marker of each curve of a chart; with more of them each has a chart of its own."""
+"""Colour, dashes and marker of each curve in a shared chart."""
 
-CHART_WIDTH = 4.1  # inches: a chart of a comparison is as wide as a phone, where its writing must be readable
-
-ROW_HEIGHT = 0.42
-
-SMALL = 8.5  # points
+WIDTH = 4.1  # of a chart, in inches
+ROW_HEIGHT = 0.42  # of a bar with its label, in inches
+SMALL = 8.5  # font size, in points
 
 FAR_APART = 50.0
-"""From this ratio of the largest value to the smallest on, an axis is logarithmic."""
+"""If the largest value is this many times the smallest, the axis is logarithmic."""
 
+NUMBERS = "{x:,.6g}"
 LOGARITHMIC = "(logarithmic axis)"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A machine in a chart: its name, its figure as text, and a bar with its interval if it has one. `look` is a key of
-    BARS. `link` is the address of its run."""
+    """A row of a chart: a machine's name, its figure as text, the address of its run, and a bar with its interval.
+    `look`: a key of LOOKS. Without an `estimate` the row has no bar."""
 
     label: str
     text: str
     link: str
-    look: str = "plain"
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
+    look: str
+    estimate: Estimate | Contrast | None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A machine's accuracy over time: points are (seconds, accuracy from 0 to 1)."""
+    """A machine's accuracy over time. `points`: (seconds, accuracy from 0 to 1); `link`: the address of its run."""
 
     label: str
     link: str
@@ -72,75 +70,66 @@ class Curve:
 
 @styled
 def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
-    """Draw a bar from 0 for each machine, in the given order. If values are FAR_APART, the axis is logarithmic and the
-    bars start at the power of ten below the smallest value."""
-    values = [row.value for row in rows if row.value is not None]
-    far_apart = bool(values) and max(values) >= FAR_APART * min(values) > 0
+    """Draw a bar from 0 for each row. If values are FAR_APART, the axis is logarithmic and the bars start at the power
+    of ten below the smallest value."""
+    estimates = [row.estimate for row in rows if row.estimate is not None]
+    lowest, highest = min(estimate.value for estimate in estimates), max(map(_visible_high, estimates))
+    far_apart = max(estimate.value for estimate in estimates) >= FAR_APART * lowest > 0
     figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}" if far_apart else unit)
-    highest = max((_within(row.high, row.value) for row in rows if row.value is not None), default=1.0)
     start = 0.0
     if far_apart:
-        lowest = math.floor(math.log10(min(values)) - 0.05)  # the shortest bar is still one
-        start = 10.0**lowest
-        decades = 1.04 * (math.log10(highest) - lowest)
+        exponent = math.floor(math.log10(lowest) - 0.05)  # below the smallest value, so that its bar has a length
+        start = 10.0**exponent
+        decades = 1.04 * (math.log10(highest) - exponent)
         axes.set_xscale("log")
-        axes.set_xlim(start, 10.0 ** (lowest + decades))
-        # No label at the right edge, where it would be cut.
-        powers = range(lowest, math.floor(lowest + 0.93 * decades) + 1, math.ceil(decades / 5))
-        axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in powers]))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(start, 10.0 ** (exponent + decades))
+        # No tick close to the right edge, where its label would be cut.
+        exponents = range(exponent, math.floor(exponent + 0.93 * decades) + 1, math.ceil(decades / 5))
+        axes.set_xticks([10.0**tick for tick in exponents])
+        axes.minorticks_off()
     else:
         axes.set_xlim(0, 1.05 * highest)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.xaxis.set_major_formatter(NUMBERS)
     axes.get_xticklabels()[0].set_horizontalalignment("left")
-    _bars(axes, rows, start)
+    _draw_bars(axes, rows, start)
     return figure
 
 
 @styled
-def ratios(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
-    """Draw a bar from 1 for each machine on a logarithmic axis, so that twice as fast is as long as half as fast."""
-    figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}")
-    values = [1.0]
-    for row in rows:
-        if row.value is not None:
-            values += [row.value, _within(row.low, row.value), _within(row.high, row.value)]
-    margin = max((max(values) / min(values)) ** 0.06, 1.01)
-    low, high = min(values) / margin, max(values) * margin
+def ratios(rows: Sequence[Bar], *, title: str) -> Figure:
+    """Draw a bar from 1 for each row on a logarithmic axis, so that twice as fast is as long as half as fast."""
+    figure, axes = _chart(rows, title, f"times as fast {LOGARITHMIC}")
+    estimates = [row.estimate for row in rows if row.estimate is not None]
+    low, high = min(1.0, *map(_visible_low, estimates)), max(1.0, *map(_visible_high, estimates))
+    margin = max((high / low) ** 0.06, 1.01)
+    low, high = low / margin, high * margin
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(FixedLocator(_ratio_ticks(low, high)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_xticks(_ratio_ticks(low, high))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(NUMBERS)
     axes.axvline(1, color="black", linewidth=1)
-    _bars(axes, rows, 1)
+    _draw_bars(axes, rows, 1)
     return figure
 
 
 @styled
 def courses(curves: Sequence[Curve], *, target: float | None, title: str) -> Figure:
-    """Draw validation accuracy against time, with a line at `target`. Many machines get a small chart each, with the
-    first machine's curve for comparison."""
+    """Draw validation accuracy against time, with a line at `target`. If there are more curves than LINES, each has a
+    small chart of its own, with the first curve for comparison."""
     seconds = [point[0] for curve in curves for point in curve.points]
     accuracies = [point[1] for curve in curves for point in curve.points]
+    durations = [curve.points[-1][0] for curve in curves]
+    far_apart = max(durations) > 20 * min(durations)
     limits = {
-        "xlim": (0.9 * min(seconds), 1.1 * max(seconds)) if _wide(curves) else (0, 1.05 * max(seconds)),
+        "xlim": (0.9 * min(seconds), 1.1 * max(seconds)) if far_apart else (0, 1.05 * max(seconds)),
         "ylim": (math.floor(10 * min(accuracies)) / 10, math.ceil(10 * max(accuracies) + 1e-9) / 10),
-        "xscale": "log" if _wide(curves) else "linear",
+        "xscale": "log" if far_apart else "linear",
     }
-    if len(curves) <= len(CURVES):
-        figure = _course_chart(curves, title, limits, target)
-    else:
-        figure = _course_charts(curves, title, limits, target)
-    return figure
-
-
-def _wide(curves: Sequence[Curve]) -> bool:
-    """Whether the slowest takes more than 20 times as long as the fastest."""
-    lasting = [curve.points[-1][0] for curve in curves]
-    return max(lasting) > 20 * min(lasting)
+    draw = _shared_chart if len(curves) <= len(LINES) else _small_charts
+    return draw(curves, title, limits, target)
 
 
 @styled
@@ -152,17 +141,17 @@ def svg(figure: Figure) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    # The page sets the size, a missing font has a substitute, and ids must be unique on a page.
+    # The page sets the size, missing fonts need a substitute, and ids must be unique on a page.
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', system-ui, sans-serif")
     return re.sub(r' id="[A-Za-z.]+[0-9]?[A-Za-z]*_\d+"', "", text)
 
 
 def _sheet(height: float, title: str) -> tuple[Figure, float]:
-    """An empty figure as wide as a phone with `height` inches below its title. Returns it with its whole height."""
+    """An empty figure with a title and `height` inches below it. Also returns the height of the whole figure."""
     lines = textwrap.wrap(title, 46)
     whole = height + 0.1 + 0.2 * len(lines)
-    figure = Figure(figsize=(CHART_WIDTH, whole))
+    figure = Figure(figsize=(WIDTH, whole))
     FigureCanvasAgg(figure)
     top = 1 - 0.06 / whole
     figure.text(0.02, top, "\n".join(lines), fontsize=SMALL + 1.5, fontweight="bold", va="top", linespacing=1.2)
@@ -170,7 +159,7 @@ def _sheet(height: float, title: str) -> tuple[Figure, float]:
 
 
 def _chart(rows: Sequence[Bar], title: str, unit: str) -> tuple[Figure, Axes]:
-    """A figure with a row for each machine: name, figure as text, and room for a bar below."""
+    """A figure with a line of text for each row, and room for a bar below it."""
     inside = ROW_HEIGHT * len(rows) + 0.1
     figure, whole = _sheet(inside + 0.5, title)
     axes = figure.add_axes((0.02, 0.45 / whole, 0.96, inside / whole))
@@ -179,28 +168,27 @@ def _chart(rows: Sequence[Bar], title: str, unit: str) -> tuple[Figure, Axes]:
     axes.tick_params(labelsize=SMALL - 0.5, top=len(rows) > 12, labeltop=False)
     axes.set_xlabel(unit, fontsize=SMALL)
     axes.grid(visible=True, axis="x")
-    for place, row in enumerate(rows):
-        room = 50 - len(row.text)
-        written: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontsize": SMALL, "va": "center"}
-        axes.text(0, place - 0.3, shorten(row.label, room), url=row.link, **written)
-        axes.text(1, place - 0.3, row.text, ha="right", **written)
+    for index, row in enumerate(rows):
+        style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontsize": SMALL, "va": "center"}
+        axes.text(0, index - 0.3, shorten(row.label, 50 - len(row.text)), url=row.link, **style)
+        axes.text(1, index - 0.3, row.text, ha="right", **style)
     return figure, axes
 
 
-def _bars(axes: Axes, rows: Sequence[Bar], start: float) -> None:
-    for place, row in enumerate(rows):
-        if row.value is None:
+def _draw_bars(axes: Axes, rows: Sequence[Bar], start: float) -> None:
+    for index, row in enumerate(rows):
+        if row.estimate is None:
             continue
-        drawn: dict[str, Any] = {"edgecolor": "white", "linewidth": 0} | BARS[row.look]
-        axes.barh([place + 0.12], [row.value - start], height=0.34, left=start, url=row.link, **drawn)
-        if row.low is not None and row.high is not None:
-            ends = [[max(row.value - row.low, 0)], [max(row.high - row.value, 0)]]
-            line: dict[str, Any] = {"color": "black", "linewidth": 1.2, "capsize": 3}
-            axes.errorbar([row.value], [place + 0.12], xerr=ends, fmt="none", **line)
+        value, low, high, _ = row.estimate
+        style: dict[str, Any] = {"edgecolor": "white", "linewidth": 0} | LOOKS[row.look]
+        axes.barh([index + 0.12], [value - start], height=0.34, left=start, url=row.link, **style)
+        if low is not None and high is not None:
+            errors = [[max(value - low, 0)], [max(high - value, 0)]]
+            axes.errorbar([value], [index + 0.12], xerr=errors, fmt="none", color="black", linewidth=1.2, capsize=3)
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: 1, and a few others that do not overlap it."""
+    """Ticks of a logarithmic axis: 1, and a few others whose labels do not overlap that of 1."""
     decades = math.log10(high / low)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     if decades < 0.6:
@@ -212,41 +200,44 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     return [1.0, *(tick for tick in ticks if low <= tick <= high and abs(math.log10(tick)) > decades / 8)]
 
 
-def _within(bound: float | None, value: float) -> float:
-    """The end of an interval for scaling the axis: at most four times the value, so that one wide interval does not
-    squeeze all bars."""
-    return value if bound is None else min(max(bound, value / 4), value * 4)
+def _visible_low(estimate: Estimate | Contrast) -> float:
+    """The lower end of the interval, but at least a quarter of the value. One interval must not shrink all bars."""
+    return estimate.value if estimate.low is None else min(max(estimate.low, estimate.value / 4), estimate.value)
 
 
-def _course_chart(curves: Sequence[Curve], title: str, limits: Mapping[str, Any], target: float | None) -> Figure:
-    named = 0.22 * len(curves)
-    figure, whole = _sheet(2.9 + named, title)
-    axes = figure.add_axes((0.13, (0.55 + named) / whole, 0.84, 2.3 / whole))
+def _visible_high(estimate: Estimate | Contrast) -> float:
+    """The upper end of the interval, but at most four times the value."""
+    return estimate.value if estimate.high is None else max(min(estimate.high, estimate.value * 4), estimate.value)
+
+
+def _shared_chart(curves: Sequence[Curve], title: str, limits: Mapping[str, Any], target: float | None) -> Figure:
+    legend_height = 0.22 * len(curves)
+    figure, whole = _sheet(2.9 + legend_height, title)
+    axes = figure.add_axes((0.13, (0.55 + legend_height) / whole, 0.84, 2.3 / whole))
     _course_axes(axes, limits, target)
     axes.set_xlabel(_seconds(limits), fontsize=SMALL)
-    names = figure.add_axes((0.02, 0.02 / whole, 0.96, named / whole))
-    names.set(xlim=(0, 1), ylim=(len(curves), 0))
-    names.set_axis_off()
-    for place, (curve, (colour, dashes, marker)) in enumerate(zip(curves, CURVES, strict=False)):
-        look: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4.5}
-        look["linewidth"] = 1.5
-        often = -(-len(curve.points) // 12)
-        axes.plot(*zip(*curve.points, strict=True), markevery=often, clip_on=False, **look)
-        names.plot([0.01, 0.06, 0.11], [place + 0.5] * 3, **look)
-        names.text(0.14, place + 0.5, shorten(curve.label, 44), fontsize=SMALL, va="center", url=curve.link)
+    legend = figure.add_axes((0.02, 0.02 / whole, 0.96, legend_height / whole))
+    legend.set(xlim=(0, 1), ylim=(len(curves), 0))
+    legend.set_axis_off()
+    for index, (curve, (colour, dashes, marker)) in enumerate(zip(curves, LINES, strict=False)):
+        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4.5}
+        style["linewidth"] = 1.5
+        axes.plot(*zip(*curve.points, strict=True), markevery=math.ceil(len(curve.points) / 12), clip_on=False, **style)
+        legend.plot([0.01, 0.06, 0.11], [index + 0.5] * 3, **style)
+        legend.text(0.14, index + 0.5, shorten(curve.label, 44), fontsize=SMALL, va="center", url=curve.link)
     return figure
 
 
-def _course_charts(curves: Sequence[Curve], title: str, limits: Mapping[str, Any], target: float | None) -> Figure:
-    high, wide = 1.35, CHART_WIDTH / 2
-    rows = -(-len(curves) // 2)
-    figure, whole = _sheet(high * rows + 0.35, title)
+def _small_charts(curves: Sequence[Curve], title: str, limits: Mapping[str, Any], target: float | None) -> Figure:
+    height, width = 1.35, WIDTH / 2
+    rows = math.ceil(len(curves) / 2)
+    figure, whole = _sheet(height * rows + 0.35, title)
     first = curves[0]
-    for place, curve in enumerate(curves):
-        row, column = divmod(place, 2)
-        bottom = whole - (whole - high * rows - 0.3) - high * (row + 1) + 0.25
-        corner = ((column * wide + 0.38) / CHART_WIDTH, (bottom + 0.05) / whole)
-        axes = figure.add_axes((*corner, (wide - 0.5) / CHART_WIDTH, (high - 0.5) / whole))
+    for index, curve in enumerate(curves):
+        row, column = divmod(index, 2)
+        bottom = whole - (whole - height * rows - 0.3) - height * (row + 1) + 0.25
+        corner = ((column * width + 0.38) / WIDTH, (bottom + 0.05) / whole)
+        axes = figure.add_axes((*corner, (width - 0.5) / WIDTH, (height - 0.5) / whole))
         _course_axes(axes, limits, target)
         axes.set_title(shorten(curve.label, 27), fontsize=SMALL - 1.5, url=curve.link, pad=3, loc="left", x=-0.2)
         axes.plot(*zip(*first.points, strict=True), color=GREY, linestyle=":", linewidth=1)
@@ -270,7 +261,7 @@ def _course_axes(axes: Axes, limits: Mapping[str, Any], target: float | None) ->
     if limits["xscale"] == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(4))
     else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(NUMBERS)
+        axes.minorticks_off()
     if target is not None:
         axes.axhline(target, color="black", linewidth=0.8, linestyle=(0, (1, 2)))

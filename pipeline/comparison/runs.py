@@ -11,10 +11,10 @@ from pipeline import config
 from pipeline.profiling.system_state import BEHAVIORS
 
 WORK, SCORE = "", "sustained."
-"""The two stages that are compared, the recipe's work and the machine's score. Values: the prefix of their tags."""
+"""The two stages that are compared: the recipe's work and the machine's score. Each value is a prefix of tags."""
 
-LARGEST = 1e300
-"""MLflow's SQL stores keep infinity as the largest double."""
+SMALLEST, LARGEST = 1e-100, 1e100
+"""No measurement lies outside, so ratios are finite. MLflow's SQL stores write infinity as 1.8e308."""
 
 CONDITIONS = {
     "cores": ("hardware.usable_cores", "cores", ""),
@@ -98,7 +98,7 @@ class Run:
         return BEHAVIORS.intersection(self.tag(f"{stage}taints").split() + self.tag(f"{stage}behavior").split())
 
     def measurement(self, metric: str) -> float | None:
-        """The metric if it is positive and finite, else None."""
+        """The metric if it is positive and of a size that can be measured, else None."""
         value = self.metrics.get(metric)
         return value if value is not None and is_measurement(value) else None
 
@@ -121,8 +121,8 @@ def most_typical(runs: Sequence[Run], metric: str) -> Run:
 
 
 def is_measurement(value: float) -> bool:
-    """Whether the value is positive and finite."""
-    return 0 < value < LARGEST
+    """Whether the value is positive and of a size that can be measured."""
+    return SMALLEST < value < LARGEST
 
 
 def is_fraction(value: float) -> bool:

@@ -33,12 +33,11 @@ def make_score(context: Context, runs: Sequence[Run]) -> Score | None:
     level = stats.bonferroni(stats.LEVEL, comparisons)
     if baseline is not None:
         pairs = list(zip(rows, selected, strict=True))
-        reference = next(pair for pair in pairs if pair[1] is baseline)
-        rows = [_with_claims(context, pair, reference, level) for pair in pairs]
+        rows = [_with_claims(context, pair, pairs[selected.index(baseline)], level) for pair in pairs]
     others = [
         context.other(group, _speed(STEPS[0]), group.problem or "not the machine's first planned set")
         for group in groups
-        if all(group is not other for other in selected)
+        if group not in selected
     ]
     return Score(context.name(baseline) if baseline is not None else None, level, rows, others)
 
@@ -53,7 +52,7 @@ def _shared_facts(run: Run) -> dict[str, str]:
 
 
 def _check_attempts(group: Group) -> Group:
-    """Add a problem if a score was measured again: repeating until a figure pleases is no measurement."""
+    """Add a problem if a score was measured again: whoever repeats until a figure pleases will get it."""
     attempts = [run.tags.get("sustained.attempts", "1") for run in group.all_runs]
     repeated = sum(attempt != "1" for attempt in attempts)
     if not repeated or group.problem:

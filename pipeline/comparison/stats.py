@@ -88,6 +88,12 @@ def units(values: Sequence[float], started: Sequence[int | None]) -> list[float]
     return [math.exp(fmean(math.log(values[index]) for index in session)) for session in by_session]
 
 
+def span_hours(started: Sequence[int | None]) -> float:
+    """Hours from the first known start to the last; 0 if none is known."""
+    starts = [start for start in started if start is not None]
+    return (max(starts) - min(starts)) / 3_600_000 if starts else 0.0
+
+
 def median_estimate(values: Sequence[float], started: Sequence[int | None]) -> Estimate:
     """The median of positive values, with Student's t interval of the units' logarithms. The interval assumes
     log-normal noise. It is widened to include the median if necessary."""

@@ -62,7 +62,7 @@ def _select(groups: Sequence[Group]) -> list[tuple[list[Group], Mapping[str, str
         return [(list(best.values()), None)]
     same = min(same_settings.values(), key=_by_frequency)
     selections: list[tuple[list[Group], Mapping[str, str] | None]] = [(same, same[0].settings)]
-    if any(all(group is not other for other in same) for group in best.values()):
+    if any(group not in same for group in best.values()):
         selections.append((list(best.values()), None))
     return selections
 
@@ -106,7 +106,7 @@ def _table(
     )
     level = stats.bonferroni(stats.LEVEL, comparisons)
     for index, group in enumerate(selected):
-        if any(group is other for other in timed):
+        if group in timed:
             claim, whole = _claims(context, groups, group, baseline, level, best=settings is None)
             rows[index] = replace(rows[index], claim=claim, whole=whole)
     return Table(settings, _side_name(context, baseline, best=settings is None), comparisons, level, rows)

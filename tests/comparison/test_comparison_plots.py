@@ -7,13 +7,15 @@ from itertools import pairwise
 import pytest
 
 from pipeline.comparison import plots
+from pipeline.comparison.stats import Estimate
 
 TITLE = "Speed-up against NVIDIA H200"
 ODD_NAMES = ["$5_a$", "猫", "a_b", "emoji 🐈", "two\nlines", "not unicode \udcff", "x" * 200]
 
 
-def bar(label, value=None, low=None, high=None, look="plain", text="text"):
-    return plots.Bar(label=label, text=text, link=f"http://h/{label}", look=look, value=value, low=low, high=high)
+def bar(label, value=None, low=None, high=None):
+    estimate = Estimate(value, low, high, 5) if value is not None else None
+    return plots.Bar(label, "text", f"http://h/{label}", "plain", estimate)
 
 
 def curve(label, seconds=10.0, count=5):
@@ -27,7 +29,7 @@ def patches(figure):
 
 def test_bars_begin_at_zero_and_ratios_at_one():
     assert patches(plots.bars([bar("A", 3.0), bar("B"), bar("C", 1.0)], title=TITLE, unit="s")) == [(0, 3), (0, 1)]
-    figure = plots.ratios([bar("A", 3.0), bar("B", 0.5)], title=TITLE, unit="times")
+    figure = plots.ratios([bar("A", 3.0), bar("B", 0.5)], title=TITLE)
     assert patches(figure) == [(1, 2), (1, -0.5)]
     low, high = figure.axes[0].get_xlim()
     assert low < 0.5 and high > 3 and figure.axes[0].get_xscale() == "log"
@@ -87,13 +89,13 @@ def test_names_in_an_svg_are_no_markup_and_ids_are_not_shared():
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_can_be_drawn(name):
-    svg = plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0, look="reference")], title="chart", unit="times"))
+    svg = plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0)], title="chart"))
     assert svg.startswith("<svg") and ">B</text>" in svg
 
 
 def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():
     rows = [bar("A", 2.0, 1.9, 2.1), bar("B", 1.5, 1e-9, math.inf), bar("C", 1.2, 0.0, 1e12)]
-    figure = plots.ratios(rows, title=TITLE, unit="times")
+    figure = plots.ratios(rows, title=TITLE)
     assert len(figure.axes[0].collections) == 3
     low, high = figure.axes[0].get_xlim()
     assert low > 0.2 and high < 9

@@ -1,0 +1,174 @@
+"""What a report says, section by section. `report` and `page` write it as Markdown and HTML."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from pipeline import config
+from pipeline.comparison import cells, charts, costs, stats
+from pipeline.comparison.cells import FIRST_THIRD, Column, settings_in_words
+from pipeline.comparison.claims import Claim
+from pipeline.comparison.formats import format_count, format_percent
+from pipeline.comparison.groups import CURRENT_VERSION
+from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
+
+TITLE = "Machines compared"
+DEMO = "DEMO: not the real thing"
+PRICE_NOTE = (
+    f"A bought machine's price is spread over {costs.OWNED_YEARS} years, at `hours_per_day` hours a day (24 if not "
+    "given). Watts are the most that a step of the score drew; those of a card or a processor leave out the rest of a "
+    "machine. Break-even: hours of use after which buying costs less than renting, buy / (per_hour - kW x per_kwh). "
+    "Nothing is converted between currencies."
+)
+
+
+class TableText(NamedTuple):
+    """A table with what belongs to it.
+
+    `title`: '' for the score; `row_kinds`: problem, reference or '' for each row; `claims`: (kind, sentences) of each
+    row that has any; `note`: '' or why nothing is compared; `folder`: of its charts.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    row_kinds: Sequence[str]
+    claims: Sequence[tuple[str, str]]
+    note: str
+    folder: str
+
+
+class SectionText(NamedTuple):
+    """The score, or one workload. `workload`: '' for the score; `absent`: the table of runs that no table has."""
+
+    heading: str
+    workload: str
+    tables: Sequence[TableText]
+    absent: Sequence[Column]
+
+
+def section_texts(part: Part) -> list[SectionText]:
+    """The sections of a part, the score first."""
+    score = [_score_text(part, part.score)] if part.score else []
+    return score + [
+        SectionText(
+            heading=_heading(section),
+            workload=section.workload,
+            tables=[_table_text(part, section, table) for table in section.tables],
+            absent=cells.absent_from_work(section),
+        )
+        for section in part.sections
+    ]
+
+
+def _score_text(part: Part, score: Score) -> SectionText:
+    claims = []
+    for row in score.rows:  # only about the first step; the table has the ratios of the others
+        claim = next((figures.claim for figures in row.steps.values()), Claim("alone"))
+        claims.append((claim.kind, " ".join(_claim_sentences(row.head, claim))))
+    table = TableText(
+        title="",
+        columns=cells.score_columns(score),
+        row_kinds=[_row_kind(row.head, reference=row.is_reference) for row in score.rows],
+        claims=[(kind, text) for kind, text in claims if text],
+        note=_no_reference(score),
+        folder=charts.score_folder(part),
+    )
+    return SectionText("Score", "", [table], cells.absent_from_score(score))
+
+
+def _table_text(part: Part, section: Section, table: Table) -> TableText:
+    claims = []
+    for row in table.rows if section.version == CURRENT_VERSION else ():
+        sentences = _claim_sentences(row.head, row.claim)
+        if row.whole.kind in ("faster", "slower", "none", "small"):
+            sentences.append(row.whole.sentence)
+        claims.append((row.claim.kind, " ".join(sentences)))
+    return TableText(
+        title=_table_title(table),
+        columns=cells.work_columns(section, table),
+        row_kinds=[_row_kind(row.head, reference=row.claim.kind == "reference") for row in table.rows],
+        claims=[(kind, text) for kind, text in claims if text],
+        note=_no_reference(table),
+        folder=charts.work_folder(part, section, table),
+    )
+
+
+def _heading(section: Section) -> str:
+    if section.version == CURRENT_VERSION:
+        return section.title
+    return f"{section.title}, measured by version {section.version} of the code: no claims"
+
+
+def _table_title(table: Table) -> str:
+    """The kind of table, and what all its rows share."""
+    versions = {row.head.torch for row in table.rows}
+    torch = f", torch {versions.pop()}" if len(versions) == 1 else ""
+    if table.settings is None:
+        return f"Each machine at its best{torch}"
+    return f"Every machine at the same settings: {settings_in_words(table.settings)}{torch}"
+
+
+def _row_kind(head: Head, *, reference: bool) -> str:
+    return "problem" if head.problem else "reference" if reference else ""
+
+
+def _claim_sentences(head: Head, claim: Claim) -> list[str]:
+    """The claim's sentence, then the row's problem if the claim does not name it."""
+    sentences = [claim.sentence] if claim.sentence else []
+    if head.problem and claim.kind != "problem":
+        sentences.append(f"{head.name}: no claim. {head.problem[0].upper()}{head.problem[1:]}.")
+    return sentences
+
+
+def _no_reference(table: Score | Table) -> str:
+    several = len(table.rows) > 1 and table.reference is None
+    return "Nothing is compared here: no row is of the reference and has this figure." if several else ""
+
+
+def span(comparison: Comparison) -> str:
+    """How many runs of how many machines, and when; '' without runs."""
+    if comparison.first is None or comparison.last is None:
+        return ""
+    days = [datetime.fromtimestamp(ms / 1000, UTC).date().isoformat() for ms in (comparison.first, comparison.last)]
+    when = " to ".join(dict.fromkeys(days))
+    text = f"{format_count(comparison.runs, 'run')} of {format_count(comparison.machines, 'machine')}, {when}."
+    if comparison.copies:
+        text += f" {comparison.copies} cop{'y' if comparison.copies == 1 else 'ies'} in another experiment not counted."
+    if comparison.rules.tainted:
+        text += " Disturbed runs are in the figures (compare.tainted)."
+    return text
+
+
+def unused_prices(comparison: Comparison) -> list[str]:
+    """A sentence for each price whose hardware has no run."""
+    return [f"No run's hardware is called {name}." for name in comparison.unused_prices]
+
+
+def notes(rules: config.Compare) -> list[str]:
+    """How to read the report: the rules that its claims follow."""
+    return [
+        "A run is one process. n counts the runs that count, of those planned before the first one started. A set that "
+        "is incomplete, or that runs were added to, carries no claim.",
+        f"Runs that start within an hour make one session. From {stats.MIN_SESSIONS} sessions on, the unit of evidence "
+        "is the session (the geometric mean of its runs), else the run. With fewer sessions intervals are widened by "
+        f"{format_percent(rules.smallest)} and no smaller difference is claimed, because the hours of one machine "
+        "differ.",
+        f"Figures are medians with a {stats.LEVEL:.0%} interval (Student's t on logarithms); accuracies are means. "
+        f"Fewer than {stats.MIN_UNITS} units give no interval.",
+        "A speed-up is a ratio of geometric means; 1/140 is a 140th of the speed. Its interval is Welch's t on "
+        "logarithms with the critical value of Cochran and Cox (1950). By Bonferroni, the intervals of a column hold "
+        f"together at {stats.LEVEL:.0%}. Faster or slower is claimed where the interval excludes 1.",
+        "A speed-up of a recipe's work is claimed only if accuracies are equivalent: two one-sided tests, margin "
+        f"{100 * rules.accuracy_margin:g} in 100 images, paired by seed where both sides ran the same seeds.",
+        "A disturbance from outside (load, battery, swapping, stand-ins) takes a run out of the figures, unless "
+        "`compare.tainted` lets it in. What a machine does by itself (it gets hot, throttles, drifts) is a result.",
+        "Runs are pooled if they share machine, device, label, usable cores, memory limit, CPU threads, torch "
+        "(major.minor), power limit and all settings of execution. Runs of another version of the code carry no claim.",
+        "The score is the median speed in the last third of each step; the steps are the same on all machines. The "
+        f"first third's speed is shown where it differs by {FIRST_THIRD:.0%} or more. Best: at the device's best "
+        "precision. A machine's first planned set counts.",
+        "Total s is the work itself: copying to the device, features, training, validation. Process s is the whole "
+        "process with imports, setup and compiling, without downloads and decoding. Costs are of the process.",
+        "Memory is of tensors, of a whole process or of the driver, and energy of the source that is named: figures of "
+        "two kinds are not comparable, and no ratio of them is given.",
+    ]
