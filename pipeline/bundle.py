@@ -7,11 +7,11 @@ from pipeline import cli, config
 from pipeline.tracking import bundles
 
 OUT = config.ROOT / "reports" / "bundle.zip"
-"""Where a bundle without a name is written."""
+"""The default path of an exported bundle."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `export` or `import`."""
+    """Run the command `export` or `import`."""
     parser = cli.Parser(prog="python -m pipeline.bundle", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write all finished runs of the store to one file")

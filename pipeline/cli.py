@@ -1,4 +1,4 @@
-"""The command line that every stage shares: settings, --help, errors as one line, exit status."""
+"""The command line of all stages: settings, --help, errors in one line, and exit status."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.errors import StageError, UsageError
 
 OUTPUTS = config.ROOT / "outputs"
-"""Where the stages leave their files when DVC or a person calls them one by one."""
+"""Where stages write their files if they are run one by one, by DVC or by hand."""
 
 OWN_SETTINGS = {
     "hardware": (),
@@ -25,8 +25,8 @@ OWN_SETTINGS = {
     "compare": ("compare", "tracking"),
     "ui": ("tracking",),
 }
-"""The settings that a command's --help shows, by the beginnings of their keys; --all shows the rest. For a command that
-is not listed, it shows all."""
+"""Command -> settings that its --help shows: keys, or how these begin. --all shows the rest. A command that is not
+listed shows all."""
 
 EXAMPLES = {
     "download": ["-S data.source=synthetic -S data.limit=50", "-S data.source=folder -S data.path=~/pictures"],
@@ -42,21 +42,21 @@ EXAMPLES = {
         "-S data.source=folder -S data.path=~/pictures -S model=mobilenetv3_small_100.lamb_in1k",
     ],
 }
-"""Arguments to show in a command's --help."""
+"""Command -> arguments of the examples in its --help."""
 
 SCALAR = str | int | float | None
-"""Types of the values that --help shows."""
+"""The types of the settings whose values --help shows."""
 
 SETTINGS_TITLE = "settings (params.yaml) with their allowed values and [the value now]; NAME is the chosen recipe:"
 
 NOTES = """\
-A recipe's key alone (epochs, lr, ...) means that of the chosen recipe; dvc exp run wants it whole: recipes.finetune.lr.
+A recipe's key alone (epochs, lr, ...) means the chosen recipe. dvc exp run needs the whole key: recipes.finetune.lr.
 Values are YAML: true, null, 1e-3, [layer4, fc].
 Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
-    """For commands without settings: refuses wrong arguments in one line, as the stages do."""
+    """A parser for commands without settings. It reports a wrong argument as the stages do: in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(arguments: Sequence[str], doc: str, program: str) -> config.Settings:
-    """The settings of params.yaml with the command line's laid over. Raises UsageError; --help exits 0."""
+    """The settings of params.yaml, changed by the command line. Raises UsageError. After --help, exits with 0."""
     overrides: list[str] = []
     rest = list(arguments)
     if {"-h", "--help"} & {*rest}:
@@ -88,26 +88,26 @@ def parse_settings(arguments: Sequence[str], doc: str, program: str) -> config.S
 
 
 def parse_early(doc: str | None) -> config.Settings:
-    """The settings, read before a stage imports torch, which takes seconds: --help and a refusal come at once."""
+    """Read the settings before the stage imports torch, so that --help and error messages appear without a delay."""
     sys.excepthook = _print_interrupt
     with exit_on_error(program()):
         return parse_settings(sys.argv[1:], doc or "", program())
 
 
 def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None:
-    """Run one stage from the command line, and end the process with its exit status."""
+    """Run a stage with the settings of the command line, and exit with its status if it fails."""
     with exit_on_error(program()):
         stage(parse_settings(sys.argv[1:], doc or "", program()), OUTPUTS)
 
 
 def program() -> str:
-    """The command as a person types it."""
+    """The command that the user typed, such as `python -m pipeline.train`."""
     return f"python -m pipeline.{Path(sys.argv[0]).stem}"
 
 
 @contextmanager
 def exit_on_error(program: str) -> Iterator[None]:
-    """End the process with one line on stderr and the error's exit status if the block fails."""
+    """If the block fails, print one line on stderr and exit with the error's status."""
     name = program.replace(" ", ".").split(".")[-1]
     try:
         yield
@@ -123,7 +123,7 @@ def exit_on_error(program: str) -> Iterator[None]:
 
 
 def _print_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """The hook for uncaught exceptions: of Ctrl-C while modules are imported, it prints no traceback."""
+    """A hook for uncaught exceptions that prints no traceback for Ctrl-C while modules are imported."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"\n{program().split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
     else:
@@ -132,9 +132,9 @@ def _print_interrupt(kind: type[BaseException], error: BaseException, traceback:
 
 def _help(doc: str, program: str, everything: bool) -> str:
     name = program.split(".")[-1]
-    own = ("",) if everything else OWN_SETTINGS.get(name, ("",))
+    prefixes = ("",) if everything else OWN_SETTINGS.get(name, ("",))
     described = config.describe()
-    rows = [row for row in described if any(not key or f"{row[0]}.".startswith(f"{key}.") for key in own)]
+    rows = [row for row in described if any(not key or f"{row[0]}.".startswith(f"{key}.") for key in prefixes)]
     width = max((len(key) for key, *_ in rows), default=0)
     values = _values()
     parts = [f"usage: {program} [-S key=value ...] [--key value ...]", doc.strip()]
@@ -149,7 +149,7 @@ def _help(doc: str, program: str, everything: bool) -> str:
 
 
 def _values() -> dict[str, str]:
-    """What params.yaml holds now, by the keys of `config.describe`; nothing if it can't be read."""
+    """The values in params.yaml, for the keys of `config.describe`; empty if the file can't be read."""
     try:
         settings = config.load()
     except UsageError:

@@ -1,4 +1,4 @@
-"""Errors that end a command with one line on stderr instead of a traceback, and hints for misspelt names."""
+"""Errors that end a command with one line on stderr, not a traceback, and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -28,36 +28,36 @@ SYNONYMS = {
     "apple": "mps",
     "intel": "xpu",
 }
-"""What people type for the names of settings and values that are spelt otherwise here."""
+"""Other names for settings and values -> their names in this project."""
 
 
 class StageError(Exception):
-    """The work can't go on, and no setting is wrong: a full disk, a store that does not answer."""
+    """The command fails although all settings are right: a full disk, a store that does not answer."""
 
     status = 1
 
 
 class OutOfMemoryError(StageError):
-    """The device has too little memory for the work as it is set."""
+    """The device has too little memory for these settings."""
 
 
 class UsageError(StageError):
-    """The user's mistake. The message names the setting, its value and what is allowed."""
+    """A user's mistake. The message names the setting, its value and the allowed values."""
 
     status = 2
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The one of `names` that was probably meant by `name`, or ''."""
-    known = {_plain(known): known for known in names}
-    if (synonym := SYNONYMS.get(_plain(name))) in known:
+    """The most similar of `names`, or '' if none is similar."""
+    by_plain = {_plain(known): known for known in names}
+    if (synonym := SYNONYMS.get(_plain(name))) in by_plain:
         return synonym
-    close = difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.7)
-    return known[close[0]] if close else ""
+    close = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.7)
+    return by_plain[close[0]] if close else ""
 
 
 def hint(name: Any, names: Iterable[str]) -> str:
-    """The end of a message that names the nearest of `names`, or ''."""
+    """The end of an error message that suggests the most similar of `names`, or ''."""
     close = nearest(name, names)
     return f"; did you mean {close}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""Write files so that they are whole or absent: to a temporary name, synced, renamed. Read small files."""
+"""Write files atomically, so that they are complete or absent, and read small files."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from pipeline.errors import StageError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to. On a clean exit it is synced and renamed to `path`.
+    """Yield a temporary path in the same folder. If the block succeeds, sync it to the disk and rename it to `path`.
 
     Raises StageError if the disk is full or the folder can't be written.
     """
@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes a file that only its owner can read
+        temporary.chmod(0o644)  # mkstemp lets only the owner read it
         temporary.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
@@ -37,30 +37,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: OSError) -> StageError:
-    """The error that tells a person why `path` can't be written."""
+    """The error to raise if `path` can't be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StageError(f"no disk space left to write {path.name}: free some and run it again")
     return StageError(f"can't write {path}: {error.strerror or error}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def json_text(value: Any) -> str:
-    """JSON that a person can read. Raises ValueError for NaN and infinities."""
+    """Format indented JSON. Raises ValueError for NaN and infinities."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that a person can read, whole or not at all. Raises ValueError for NaN and infinities."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinities."""
     write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. Raises StageError, with the command to run, if the file is missing or damaged."""
+    """Read a JSON file. Raises StageError, with the command to run, if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 
 def contents(path: Path) -> str:
-    """The text of a file without blanks at its ends, or '' if it can't be read."""
+    """The stripped text of a file; '' if it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -1,8 +1,9 @@
-"""The pictures of a run, in one style (samples, loss, accuracy, confusion matrix), and the charts of a comparison.
+"""Draw the pictures of a run: samples, loss, accuracy, confusion matrix. Charts of comparisons share their style.
 
-Figures are drawn without pyplot: no window, no backend to choose, nothing to close.
+Figures are made without pyplot, so that there is no window, no backend to choose and nothing to close.
 """
 
+import math
 import textwrap
 import unicodedata
 import warnings
@@ -21,21 +22,21 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.files import atomic_write
 
-# Okabe-Ito: told apart by colour-blind people too. Lines differ in dashes and markers for print.
+# Okabe and Ito's colours, which colour-blind people can distinguish. For print, lines differ in dashes and markers too.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#595959"
 TRAINING: dict[str, Any] = {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 8}
 VALIDATION: dict[str, Any] = {"color": VERMILLION, "linestyle": "--", "marker": "s"}
 TRAINING_LOSS: dict[str, Any] = {"color": GREY, "linestyle": ":", "marker": "^"}
 
-MARKED_EPOCHS = 25  # with more epochs, a marker on each would hide the line
-NUMBERED_CLASSES = 20  # with more classes, a number doesn't fit in its cell
-LABELLED_CLASSES = 100  # with more classes, only every second, third, ... has a label
+MAX_MARKED_EPOCHS = 25  # with more epochs, markers would hide the line
+MAX_NUMBERED_CLASSES = 20  # with more classes, numbers don't fit in their cells
+MAX_LABELS = 100  # with more classes, only every second, third, ... has a label
 
 
-# DejaVu comes with matplotlib; the others have Chinese, Japanese and Korean on Linux, macOS and Windows.
+# DejaVu comes with matplotlib. The others add Chinese, Japanese and Korean on Linux, macOS and Windows.
 FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Arial Unicode MS", "Microsoft YaHei"]
 
-# "default" first, so that a person's own matplotlibrc doesn't change the pictures.
+# "default" comes first, so that the user's matplotlibrc has no effect.
 styled = style.context(
     [
         "default",
@@ -59,17 +60,17 @@ styled = style.context(
 
 @styled
 def samples(images: npt.NDArray[np.uint8], names: Sequence[str], *, title: str) -> Figure:
-    """Draws one to six images, each under its class name, three in a row.
+    """Draw one to six images with their class names, three in a row.
 
-    `images` is (N, H, W, 3) uint8, 0 to 255; `names` has N class names.
+    `images`: (N, H, W, 3) uint8. `names`: N class names.
     """
-    rows = -(-len(images) // 3)
+    rows = math.ceil(len(images) / 3)
     height, width = images.shape[1:3]
     figure = _figure(7.8, rows * (2.6 * np.clip(height / width, 0.4, 2.5) + 0.3) + 0.4, title)
-    # Smoothing would turn a 32 x 32 image into a blur.
+    # Smoothing would blur small images.
     interpolation = "nearest" if max(height, width) <= 128 else "auto"
-    for place, (image, name) in enumerate(zip(images, names, strict=True), start=1):
-        axes = figure.add_subplot(rows, 3, place)
+    for position, (image, name) in enumerate(zip(images, names, strict=True), start=1):
+        axes = figure.add_subplot(rows, 3, position)
         axes.imshow(image, interpolation=interpolation)
         axes.set_title(shorten(name))
         axes.set_axis_off()
@@ -78,9 +79,9 @@ def samples(images: npt.NDArray[np.uint8], names: Sequence[str], *, title: str) 
 
 @styled
 def metric(epochs: Sequence[Mapping[str, float]], name: str, *, title: str) -> Figure:
-    """Draw `train/<name>` and `val/<name>` against the epoch.
+    """Draw `train/<name>` and `val/<name>` over the epochs.
 
-    There is at least one epoch. Each has "epoch" (from 1) and, where measured, the two figures.
+    `epochs`: one or more, each with "epoch" (from 1) and those of the two metrics that were measured.
     """
     words = name.replace("_", " ")
     figure = _figure(8, 5, title)
@@ -94,11 +95,11 @@ def metric(epochs: Sequence[Mapping[str, float]], name: str, *, title: str) -> F
 
 @styled
 def accuracy(epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validation: str, title: str) -> Figure:
-    """Draws training and validation accuracy (left axis), and training loss (right axis), against the epoch.
+    """Draw training and validation accuracy (left axis) and training loss (right axis) over the epochs.
 
-    There is at least one record. Each has "epoch" (from 1) and, where measured, "train/accuracy" and
-    "val/accuracy" (0 to 1) and "train/loss" (cross-entropy, nats). The best epoch has a ring. `validation`
-    says what was validated on: "validation split" or "test split".
+    `epochs`: one or more, each with "epoch" (from 1) and those of "train/accuracy", "val/accuracy" (0 to 1) and
+    "train/loss" (cross-entropy in nats) that were measured. `best_epoch` gets a ring. `validation`: "validation split"
+    or "test split".
     """
     figure = _figure(8, 5, title)
     axes = figure.add_subplot(title="Accuracy and training loss")
@@ -112,25 +113,24 @@ def accuracy(epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validati
     _line(right, epochs, "train/loss", label="training loss (right axis)", **TRAINING_LOSS)
     right.set_ylim(bottom=0)
 
-    for record in epochs:
-        if record["epoch"] == best_epoch and "val/accuracy" in record:
-            best = record["val/accuracy"]
-            axes.axvline(best_epoch, color=GREY, linewidth=1, zorder=1)
-            axes.plot(
-                [best_epoch],
-                [best],
-                label=f"best: epoch {best_epoch}, {_percent(best)}",
-                color="black",
-                linestyle="",
-                marker="o",
-                markersize=15,
-                markerfacecolor="none",  # a ring: the points under it stay in sight
-                markeredgewidth=1.5,
-                clip_on=False,
-            )
+    best = next((epoch.get("val/accuracy") for epoch in epochs if epoch["epoch"] == best_epoch), None)
+    if best is not None:
+        axes.axvline(best_epoch, color=GREY, linewidth=1, zorder=1)
+        axes.plot(
+            [best_epoch],
+            [best],
+            label=f"best: epoch {best_epoch}, {_percent(best)}",
+            color="black",
+            linestyle="",
+            marker="o",
+            markersize=15,
+            markerfacecolor="none",  # a ring, so that the points under it stay visible
+            markeredgewidth=1.5,
+            clip_on=False,
+        )
 
-    # From 0 to 100 %, unless all of the lines would be squeezed against the top: then the axis says so.
-    values = [record[key] for record in epochs for key in ("train/accuracy", "val/accuracy") if key in record]
+    # The axis starts at 0, unless all values are high: then the lines would be squeezed at the top.
+    values = [epoch[key] for epoch in epochs for key in ("train/accuracy", "val/accuracy") if key in epoch]
     if min(values, default=0) >= 0.8:
         axes.set(ylim=(0.8, 1), yticks=[0.8, 0.85, 0.9, 0.95, 1], ylabel="accuracy (axis starts at 80%)")
     else:
@@ -144,59 +144,59 @@ def accuracy(epochs: Sequence[Mapping[str, float]], *, best_epoch: int, validati
 def confusion_matrix(
     counts: npt.NDArray[np.integer[Any]], names: Sequence[str], *, accuracy: float, title: str
 ) -> Figure:
-    """Draws how many images of each actual class (row) were taken for each class (column).
+    """Draw how many images of each actual class (row) were predicted as each class (column).
 
-    `counts` is (C, C), integers: images; `names` has C class names; `accuracy` is 0 to 1. A cell's colour is
-    its share of the row. Up to 20 classes, its number is written too. A row without images is grey.
+    `counts`: (C, C) integers. `names`: C class names. `accuracy`: 0 to 1. A cell's colour shows its share of the row.
+    With few classes, a cell contains its count. A row without images is grey.
     """
     classes = len(names)
     totals = counts.sum(axis=1, keepdims=True)
-    share = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
+    shares = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
     side = float(np.clip(3.5 + 0.45 * classes, 6, 16))
-    # A large figure is looked at from further away: the writing grows with it.
+    # A large figure is shown at a smaller scale, so its text must be larger.
     with rc_context({"font.size": max(11, 1.1 * side)}):
         figure = _figure(side + 0.5, side, title)
         axes = figure.add_subplot(title=f"Confusion matrix, accuracy {_percent(accuracy)}")
         axes.set(xlabel="predicted class", ylabel="actual class")
         axes.spines[:].set_visible(True)
-        # By the square root, or the few per cent of a mistake would look like none.
+        # The colours show the square root: a few per cent of mistakes would be invisible otherwise.
         colours = colormaps["Blues"].with_extremes(bad="#CCCCCC")
-        image = axes.imshow(share, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1))
+        image = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, vmin=0, vmax=1))
         bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label="share of the actual class")
         bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
         bar.formatter = PercentFormatter(1, decimals=0)
 
-    numbered = classes <= NUMBERED_CLASSES
-    labelled = range(0, classes, -(-classes // LABELLED_CLASSES))
-    size = min(11, 47 * side / min(classes, LABELLED_CLASSES))  # points: no higher than a row
+    numbered = classes <= MAX_NUMBERED_CLASSES
+    labelled = range(0, classes, math.ceil(classes / MAX_LABELS))
+    size = min(11, 47 * side / min(classes, MAX_LABELS))  # points, at most the height of a row
     columns = [shorten(names[index]) for index in labelled]
     rows = [shorten(names[index]) + ("" if totals[index] else " (no images)") for index in labelled]
     axes.set_yticks(labelled, rows, fontsize=size)
-    # Slanted names are easier to read, upright ones can stand closer.
-    turned: dict[str, Any] = {"rotation": 45} if numbered else {"rotation": 90, "va": "center"}
-    axes.set_xticks(labelled, columns, fontsize=size, ha="right", rotation_mode="anchor", **turned)
+    # Slanted names are easier to read, but vertical ones need less space.
+    rotation: dict[str, Any] = {"rotation": 45} if numbered else {"rotation": 90, "va": "center"}
+    axes.set_xticks(labelled, columns, fontsize=size, ha="right", rotation_mode="anchor", **rotation)
     if numbered:
-        size = min(14, 65 * side / classes / len(str(counts.max())))  # points: no wider than a cell
+        size = min(14, 65 * side / classes / len(str(counts.max())))  # points, at most the width of a cell
         for (row, column), count in np.ndenumerate(counts):
-            colour = "#808080" if not count else "white" if share[row, column] > 0.45 else "black"
+            colour = "#808080" if not count else "white" if shares[row, column] > 0.45 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
     return figure
 
 
 @styled
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure as a PNG of 150 dots per inch, whole or not at all; the same data, the same bytes.
+    """Write the figure atomically as a PNG of 150 dots per inch. The same data give the same bytes.
 
-    Raises StageError where the disk is full or the folder can't be written.
+    Raises StageError if the disk is full or the folder can't be written.
     """
-    with atomic_write(path) as aside, warnings.catch_warnings():
-        # A class name in a script that no installed font has is drawn as boxes.
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        # Characters that no installed font has are drawn as boxes.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure.savefig(aside, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of width x height inches, with its title."""
+    """An empty figure of width x height inches with a title."""
     figure = Figure(figsize=(width, height), layout="compressed")
     FigureCanvasAgg(figure)
     size = rcParams["font.size"]
@@ -204,33 +204,32 @@ def _figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _line(axes: Axes, epochs: Sequence[Mapping[str, float]], key: str, **drawn: Any) -> None:
-    """Draws `key` against the epoch, over the records that have it; nothing where none has."""
-    having = [record for record in epochs if key in record]
-    if not having:
+def _line(axes: Axes, epochs: Sequence[Mapping[str, float]], key: str, **properties: Any) -> None:
+    """Draw the metric `key` over the epochs that have it, if any. `properties` are matplotlib's of the line."""
+    points = [(epoch["epoch"], epoch[key]) for epoch in epochs if key in epoch]
+    if not points:
         return
-    if len(epochs) > MARKED_EPOCHS:
-        drawn["marker"] = ""
-    # Not clipped: a marker at 100 % is drawn whole.
-    axes.plot([record["epoch"] for record in having], [record[key] for record in having], clip_on=False, **drawn)
+    if len(epochs) > MAX_MARKED_EPOCHS:
+        properties["marker"] = ""
+    axes.plot(*zip(*points, strict=True), clip_on=False, **properties)  # unclipped: a marker at 100% is drawn in full
 
 
 def _finish(figure: Figure, axes: Axes, epochs: Sequence[Mapping[str, float]]) -> None:
-    """Gives a chart its epoch axis, its grid, and a legend under it, where it hides no data."""
-    numbers = [record["epoch"] for record in epochs]
+    """Add the epoch axis, a grid, and a legend below the chart, where it hides no data."""
+    numbers = [epoch["epoch"] for epoch in epochs]
     axes.set_xlabel("epoch")
     axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axes.grid(visible=True)
-    if any(chart.lines for chart in figure.axes):  # matplotlib warns of an empty legend
+    :if any(chart.lines for chart in figure.axes)::  # matplotlib warns of an empty legend
         figure.legend(loc="outside lower center", ncols=2)
 
 
 def shorten(name: str, longest: int = 24) -> str:
-    """A name that fits: on one line, and without its middle where it has more than `longest` characters."""
-    name = " ".join(name.encode(errors="replace").decode().split())  # a folder's name may not be Unicode
-    # Chinese, Japanese and Korean characters are twice as wide.
-    longest = longest // 2 if any(unicodedata.east_asian_width(character) in "WF" for character in name) else longest
+    """Put a name on one line, and replace its middle by "…" if it has more than `longest` characters."""
+    name = " ".join(name.encode(errors="replace").decode().split())  # a folder's name may be invalid Unicode
+    if any(unicodedata.east_asian_width(character) in "WF" for character in name):
+        longest //= 2  # Chinese, Japanese and Korean characters are twice as wide
     return name if len(name) <= longest else f"{name[: longest // 2]}…{name[longest // 2 + 1 - longest :]}"
 
 

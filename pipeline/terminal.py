@@ -1,4 +1,4 @@
-"""What a person sees while a command runs."""
+"""Print messages, warnings, progress bars and a line per epoch."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """Print one line to stdout at once."""
+    """Print a line to stdout, unbuffered."""
     print(text, flush=True)
 
 
 def warn(title: str, *lines: str) -> None:
-    """Print a framed warning to stderr: a figure under it is not what it seems."""
+    """Print a framed warning to stderr."""
     rule = "!" * 78
     framed = ["", rule, f"!!  {title}", *(f"!!  {line}" for line in lines), rule, ""]
     print("\n".join(framed), file=sys.stderr, flush=True)
@@ -22,10 +22,9 @@ def warn(title: str, *lines: str) -> None:
 
 @contextmanager
 def progress(title: str, images: int) -> Iterator[Callable[[int], Any]]:
-    """Show a bar of `images` with images/s and the time left. Yields the function to call with each batch's size.
+    """Show a progress bar over `images`, if stderr is a terminal. Yields the function to call with each batch's size.
 
-    Nothing is shown if stderr is not a terminal. Batches are counted as they are queued: an asynchronous device may
-    still be working on some of them.
+    Call it when a batch is queued. An asynchronous device may still be computing that batch.
     """
     with _bar(title, images) as bar:
         yield bar.update
@@ -35,8 +34,8 @@ def progress(title: str, images: int) -> Iterator[Callable[[int], Any]]:
 def epochs_progress(
     epochs: int, images: int
 ) -> Iterator[tuple[Callable[[int], Any], Callable[[Mapping[str, float]], None]]]:
-    """Show a bar of `images` for each epoch. Yields the function to call with each batch's size, and the one to call
-    with an epoch's metrics, which prints them as a line."""
+    """Show a progress bar over `images` for each epoch. Yields a function to call with each batch's size, and one that
+    ends an epoch and prints its metrics on a line."""
     with _bar(f"epoch 1/{epochs}", images) as bar:
 
         def finish(metrics: Mapping[str, float]) -> None:
@@ -58,8 +57,8 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
     """An epoch's metrics on one line."""
     speed = metrics.get("speed/train_images_per_second")
     lr = metrics.get("train/lr_applied", metrics["train/lr"])
-    base = {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy", "lr", "lr_applied")}
-    others = [name for name in metrics if name.startswith(("train/", "val/")) and name not in base]
+    standard = {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy", "lr", "lr_applied")}
+    others = [name for name in metrics if name.startswith(("train/", "val/")) and name not in standard]
     return (
         f"epoch {epoch:>{len(str(epochs))}}/{epochs}"
         f"  loss {metrics['train/loss']:.4f}  accuracy {metrics['train/accuracy']:.2%}"

@@ -1,4 +1,4 @@
-"""Open the comparison report and serve MLflow's UI on this machine until Ctrl-C."""
+"""Open the comparison report, and serve MLflow's UI on this machine until Ctrl-C."""
 
 import os
 import signal
@@ -20,18 +20,21 @@ from pipeline.errors import StageError
 from pipeline.tracking import store
 
 PORTS = range(5000, 5020)
-"""The first free one is used. macOS has its own server on 5000."""
+"""The ports to try. macOS has its own server on 5000."""
 
 
 def server_command(port: int) -> list[str]:
-    """The command that serves the store on `port`."""
+    """The command that serves the MLflow store on `port`."""
     address = ["--host", "127.0.0.1", "--port", str(port)]
     return [sys.executable, "-m", "mlflow", "ui", *address, "--backend-store-uri", store.store_uri(), "--workers", "1"]
 
 
 def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:
-    """Open the report, or the run table if there is no report yet. Serve the store by `command` with a port, unless it
-    is a server itself. The report is in `reports` beside `folder`."""
+    """Open the comparison report, or MLflow's run table if there is no report yet. Serve the store until Ctrl-C, unless
+    it is a server itself.
+
+    The report is in `reports`, next to `folder`. `command` makes the server's command for a port.
+    """
     experiment = store.experiment_to_show(settings.tracking.experiment)
     if experiment is None:
         raise StageError(f'no experiment "{settings.tracking.experiment}" in {store.shown_uri()} yet: make run')
@@ -49,7 +52,7 @@ def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequen
 
 
 def _open(report: Path, experiment: str, base: str | None) -> None:
-    """Print the links, and open the first in the browser."""
+    """Print the links, and open the first in the browser. `base`: address of the server; None for the store's own."""
     links = {"run table": store.run_table_link(experiment, base), "charts": store.charts_link(experiment, base)}
     if report.exists():
         links = {"report": report.absolute().as_uri()} | links
@@ -60,9 +63,9 @@ def _open(report: Path, experiment: str, base: str | None) -> None:
 
 @contextmanager
 def _serve(command: Sequence[str], port: int) -> Iterator["subprocess.Popen[str]"]:
-    """Run a server until the block ends, or Ctrl-C or SIGTERM ends it. Its output is shown only if it fails."""
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    """Run a server until the block ends, or Ctrl-C or SIGTERM. If it fails, show its last line."""
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # acts like Ctrl-C
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         server = subprocess.Popen(command, cwd=config.ROOT, env=environment, stdout=log, stderr=log, text=True)
@@ -81,7 +84,7 @@ def _serve(command: Sequence[str], port: int) -> Iterator["subprocess.Popen[str]
 
 
 def _terminate(pid: int) -> None:
-    """End a process and all that it started."""
+    """End a process and its children."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         processes = [process, *process.children(recursive=True)]
@@ -93,7 +96,7 @@ def _terminate(pid: int) -> None:
 
 
 def _answers(port: int) -> bool:
-    """Whether something listens on `port` of this machine. No proxy is asked: it would always say yes."""
+    """Whether something listens on `port` of this machine. Connects directly: a proxy would accept any port."""
     try:
         socket.create_connection(("127.0.0.1", port), 0.5).close()
     except OSError:
