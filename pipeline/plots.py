@@ -221,7 +221,7 @@ def _finish(figure: Figure, axes: Axes, epochs: Sequence[Mapping[str, float]]) -
     axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axes.grid(visible=True)
-    :if any(chart.lines for chart in figure.axes)::  # matplotlib warns of an empty legend
+    if any(chart.lines for chart in figure.axes):  # matplotlib warns of an empty legend
         figure.legend(loc="outside lower center", ncols=2)
 
 
