@@ -8,8 +8,10 @@ import math
 import mmap
 import re
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ THERMAL_PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 """Names of macOS's levels 0 to 4 (OSThermalNotification.h)."""
 
 WINDOW_SECONDS = 0.5
-"""How long to watch CPU and swap. It spans at least 25 of the ticks that CPU time is counted in."""
+"""How long to watch CPU and swap at least. It spans at least 25 of the ticks that CPU time is counted in."""
 
 PLATFORM_PROFILE = Path("/sys/firmware/acpi/platform_profile")
 
@@ -62,15 +64,39 @@ command_output = partial(system_info.command_output, timeout_seconds=3)
 """With a shorter timeout than elsewhere, since each run waits for it twice."""
 
 
-def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
-    """Read the state of the machine, in about half a second. Unknown values are absent.
+class LoadWatch:
+    """Watches CPU and swap from its creation on."""
+
+    def __init__(self) -> None:
+        self._began, self._cpu, self._own_seconds = time.monotonic(), psutil.cpu_times(), _own_cpu_seconds()
+        self._swapped = _swap()[1]
+
+    def end(self) -> dict[str, Any]:
+        """`cpu_load`, `swapping` and `swap_gib` as in `sample`. Waits until WINDOW_SECONDS have passed."""
+        time.sleep(max(0.0, self._began + WINDOW_SECONDS - time.monotonic()))
+        passed = time.monotonic() - self._began
+        cpu, own_seconds = psutil.cpu_times(), _own_cpu_seconds() - self._own_seconds
+        total = _total_seconds(cpu) - _total_seconds(self._cpu)
+        idle = _idle_seconds(cpu) - _idle_seconds(self._cpu)
+        load: dict[str, Any] = {}
+        if total > 0:  # 0 in some sandboxes
+            load["cpu_load"] = round(min(max((total - idle - own_seconds) / total, 0.0), 1.0), 3)
+        load["swap_gib"], swapped = _swap()
+        if swapped is not None and self._swapped is not None:
+            load["swapping"] = swapped - self._swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * passed
+        return load
+
+
+def sample(gpu_uuid: str | None = None, watch: LoadWatch | None = None) -> dict[str, Any]:
+    """Read the state of the machine. Unknown values are absent. Without a `watch` that began earlier, it takes about
+    half a second.
 
     - `power_source`: mains | battery
     - `low_power_mode`: bool
     - `thermal_pressure`: one of THERMAL_PRESSURE, on macOS
     - `swap_gib`: swap in use, if any
     - `swapping`: bool
-    - `cpu_load`: share of all cores that other processes use, from 0 to 1
+    - `cpu_load`: share of all cores that processes other than this one and its children use, from 0 to 1
 
     For an NVIDIA card, given by `gpu_uuid`, also:
 
@@ -84,11 +110,7 @@ def sample(gpu_uuid: str | None = None) -> dict[str, Any]:
     state["power_source"] = system_info.power_source()
     state["low_power_mode"] = _low_power_mode()
     state["thermal_pressure"] = _thermal_pressure()
-    state["swap_gib"], swapped = _swap()
-    state["cpu_load"] = _other_cpu_load()
-    _, swapped_after = _swap()
-    if swapped is not None and swapped_after is not None:
-        state["swapping"] = swapped_after - swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * WINDOW_SECONDS
+    state |= (watch or LoadWatch()).end()
     if card:
         state |= card.usage()
     return {key: value for key, value in state.items() if value is not None}
@@ -169,16 +191,23 @@ def _drift(seconds: Sequence[float]) -> str | None:
     return f"the last third took {abs(change):.1%} {'more' if change > 0 else 'less'} time than the first ({chance})"
 
 
-def _other_cpu_load() -> float | None:
-    """The share of all cores that other processes use during WINDOW_SECONDS."""
+def _own_cpu_seconds() -> float:
+    """CPU time of this process and its children. A child that ends is counted on if this process waits for it."""
     process = psutil.Process()
-    process.cpu_percent()  # starts the interval that its next call reports
-    times = psutil.cpu_times_percent(WINDOW_SECONDS)
-    our_load = process.cpu_percent() / 100 / (psutil.cpu_count() or 1)
-    if not any(times):  # as in sandboxes
-        return None
-    busy = 1 - (times.idle + getattr(times, "iowait", 0.0)) / 100
-    return round(min(max(busy - our_load, 0.0), 1.0), 3)
+    seconds = 0.0
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):  # it may have ended
+            seconds += sum(member.cpu_times()[:4])  # its user and system time, and those of its ended children
+    return seconds
+
+
+def _total_seconds(times: Any) -> float:
+    """All seconds of `psutil.cpu_times`. Linux counts those of virtual machines twice."""
+    return float(sum(times)) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+
+
+def _idle_seconds(times: Any) -> float:
+    return float(times.idle) + getattr(times, "iowait", 0.0)
 
 
 def _swap() -> tuple[float | None, int | None]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -31,10 +32,24 @@ Swapouts:                                   340.
 """
 
 
-class CpuTimes(tuple):
-    """As psutil.cpu_times_percent returns them."""
+class CpuTimes(NamedTuple):
+    """As psutil.cpu_times returns them on Linux."""
 
-    user, idle, iowait = (property(lambda self, index=index: self[index]) for index in range(3))
+    user: float = 0.0
+    idle: float = 0.0
+    iowait: float = 0.0
+    guest: float = 0.0  # part of `user`
+
+
+class Process:
+    """As psutil.Process, with children; `seconds` are user and system time, and those of ended children."""
+
+    def __init__(self, *seconds, children=()):
+        self.cpu_times, self._children = lambda: (*seconds, 0.0), children
+
+    def children(self, recursive):
+        assert recursive
+        return self._children
 
 
 @pytest.fixture
@@ -60,7 +75,7 @@ def quiet(monkeypatch, tmp_path):
         monkeypatch.setattr(system_state, "command_output", lambda *line: (outputs or {}).get(" ".join(line), ""))
         read = system_state.contents
         monkeypatch.setattr(system_state, "contents", lambda path: read(path) if tmp_path in path.parents else "")
-        monkeypatch.setattr(psutil, "cpu_times_percent", lambda seconds: CpuTimes((0.0, 0.0, 0.0)))
+        monkeypatch.setattr(psutil, "cpu_times", CpuTimes)
         monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=0, sin=0, sout=0))
         monkeypatch.setattr(system_info, "power_source", lambda: None)
 
@@ -139,13 +154,24 @@ def test_psutils_errors_about_swap_stay_inside(quiet, monkeypatch):
     assert system_state.sample() == {}
 
 
-@pytest.mark.parametrize(("own", "load"), [(100.0, 0.35), (250.0, 0.0)])
-def test_the_load_of_others_is_without_waiting_and_without_our_own(quiet, monkeypatch, own, load):
+@pytest.mark.parametrize(("child", "load"), [(1.0, 0.35), (50.0, 0.0)])
+def test_the_load_of_others_is_without_waiting_and_without_our_own(quiet, monkeypatch, child, load):
     quiet("linux")
-    monkeypatch.setattr(psutil, "cpu_times_percent", lambda seconds: CpuTimes((60.0, 30.0, 10.0)))
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(cpu_percent=lambda: own))  # of one core
+    times = iter([CpuTimes(100.0, 50.0, 7.0, 9.0), CpuTimes(160.0, 80.0, 17.0, 10.0)])  # 100 s, of them 60 s busy
+    own = Process(9.0, 2.0, 0.0, 0.0), Process(19.0, 4.0, 10.0, 2.0, children=[Process(child, 0.0, 0.0, 0.0)])
+    processes = iter(own)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: next(times))
+    monkeypatch.setattr(psutil, "Process", lambda: next(processes))
     assert system_state.sample()["cpu_load"] == pytest.approx(load)
+
+
+def test_a_watch_that_began_earlier_is_not_waited_for(quiet, monkeypatch):
+    quiet("linux")
+    watch = system_state.LoadWatch()
+    monkeypatch.setattr(system_state, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: CpuTimes(10.0, 10.0))
+    monkeypatch.setattr(system_state, "LoadWatch", lambda: pytest.fail("it began another one"))
+    assert system_state.sample(None, watch)["cpu_load"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_tool_that_hangs_says_nothing(monkeypatch):
