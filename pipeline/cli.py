@@ -24,6 +24,7 @@ OWN_SETTINGS = {
     "sustain": ("device", "sustain_seconds", "largest_batch"),
     "compare": ("compare", "tracking"),
     "ui": ("tracking",),
+    "doctor": ("recipe", "device", "data", "tracking", "recipes.NAME"),
 }
 """Command -> settings that its --help shows: keys, or how these begin. --all shows the rest. A command that is not
 listed shows all."""
@@ -35,6 +36,7 @@ EXAMPLES = {
     "sustain": ["-S sustain_seconds=20 -S largest_batch=false"],
     "compare": ["-S compare.reference='GTX 1060'", "-S tracking.experiment=results"],
     "ui": ["-S tracking.experiment=results"],
+    "doctor": ["-S recipe=finetune", "-S device=cuda"],
     "run": [
         "-S recipe=finetune -S epochs=2",
         "-S device=cpu -S data.source=synthetic -S data.limit=50",

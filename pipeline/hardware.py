@@ -11,11 +11,7 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     """Write `folder/hardware.json`: the facts that do not change between two runs on one machine."""
     facts = system_info.facts()
     files.write_json(folder / "hardware.json", facts)
-    gpus = ", ".join(gpu["name"] for gpu in facts["gpus"]) or "none"
-    terminal.say(
-        f"machine  {facts['machine']}: {facts.get('model', 'model not known')}, {facts.get('cpu', 'CPU not known')}, "
-        f"{facts.get('cores', '?')} cores, {facts.get('memory_gib', '?')} GiB, GPU: {gpus}, {facts.get('os', '')}"
-    )
+    terminal.say(f"machine  {system_info.summary(facts)}")
     return facts
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def facts() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "mlflow")},
     }
     return {key: value for key, value in known.items() if value} | {"gpus": gpus()}
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """The machine of `facts` on one line."""
+    gpus = ", ".join(gpu["name"] for gpu in facts["gpus"]) or "none"
+    return (
+        f"{facts['machine']}: {facts.get('model', 'model not known')}, {facts.get('cpu', 'CPU not known')}, "
+        f"{facts.get('cores', '?')} cores, {facts.get('memory_gib', '?')} GiB, GPU: {gpus}, {facts.get('os', '')}"
+    )
 
 
 @functools.cache
