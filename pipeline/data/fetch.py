@@ -1,4 +1,4 @@
-"""CIFAR-10's archive as it was published: downloaded once, resumed when cut, its digest checked at every use."""
+"""Download CIFAR-10's archive once, resume an interrupted download, and check the digest at every use."""
 
 import hashlib
 import socket
@@ -24,12 +24,13 @@ CHUNK_BYTES = 2**16
 
 
 def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) -> Path:
-    """The path of CIFAR-10's archive in `folder`, its digest checked; downloaded where it is missing.
+    """The path of CIFAR-10's archive in `folder`. Downloads the archive if it is missing, and checks its digest.
 
-    A mirror that is silent for `timeout_seconds` gives way to the next, which resumes the same `.part` file. That stays
-    for the next call when all mirrors fail. The file gets its name only once its digest is right, so one with another
-    digest was put there by hand: it is left alone, and UsageError raised. Raises StageError where no mirror has the
-    archive or the disk is full.
+    The mirrors are tried in order. After `timeout_seconds` of silence, the next one continues the same `.part` file. If
+    all fail, that file stays, and the next call continues it. It is renamed once its digest is right. So the user must
+    have put an archive with another digest there: it is not touched.
+
+    Raises UsageError for such an archive, and StageError if no mirror has the archive or the disk is full.
     """
     path = folder / ARCHIVE
     digest = _md5(path)
@@ -38,13 +39,13 @@ def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) 
     if digest:
         raise UsageError(f"{path} is not the published file (md5 {digest}, not {ARCHIVE_MD5}): replace or remove it")
     by_hand = f"try again, or put {ARCHIVE} in {folder} by hand"
-    answering = reachable(mirrors)
-    if not answering:
+    reachable_mirrors = reachable(mirrors)
+    if not reachable_mirrors:
         raise StageError(f"can't fetch {ARCHIVE}: no answer from {', '.join(mirrors)}: {by_hand}")
 
     part = folder / f"{ARCHIVE}.{ARCHIVE_MD5}.part"
     problems = []
-    for url in answering:
+    for url in reachable_mirrors:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _complete(part, url, timeout_seconds)
@@ -60,9 +61,9 @@ def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) 
 
 
 def reachable(urls: Sequence[str], timeout_seconds: float = 3.0) -> list[str]:
-    """Those of `urls` whose host, or the proxy on the way, accepts a connection within `timeout_seconds`."""
+    """The `urls` whose host, or the proxy in between, accepts a connection within `timeout_seconds`."""
     sites = {url: "/".join(url.split("/", 3)[:3]) for url in urls}
-    answering: set[str] = set()
+    reachable_sites: set[str] = set()
 
     def probe(site: str) -> None:
         try:
@@ -72,27 +73,27 @@ def reachable(urls: Sequence[str], timeout_seconds: float = 3.0) -> list[str]:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             if parts.hostname is None:
                 return
-            # half the time for each address, so that a dead IPv6 route leaves time for IPv4
+            # Use half the time for each address, so that a dead IPv6 route leaves time for IPv4.
             socket.create_connection((parts.hostname, port), timeout_seconds / 2).close()
-            answering.add(site)
+            reachable_sites.add(site)
         except (OSError, ValueError, HTTPError):
             pass
 
-    # Threads, since looking up a name has no time-out; daemons, so that one that hangs does not hold up the exit.
+    # Use threads, since looking up a name has no timeout, and daemons, so that a hanging one does not delay the exit.
     probes = [threading.Thread(target=probe, args=(site,), daemon=True) for site in set(sites.values())]
     for thread in probes:
         thread.start()
     deadline = time.monotonic() + timeout_seconds
     for thread in probes:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return [url for url, site in sites.items() if site in answering]
+    return [url for url, site in sites.items() if site in reachable_sites]
 
 
 def _md5(path: Path) -> str | None:
-    """The file's MD5; None where there is no file."""
+    """The file's MD5; None if there is no file."""
     try:
         with path.open("rb") as file:
-            # usedforsecurity: machines in FIPS mode refuse MD5 otherwise
+            # Without usedforsecurity=False, machines in FIPS mode refuse MD5.
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -101,10 +102,10 @@ def _md5(path: Path) -> str | None:
 
 
 def _complete(part: Path, url: str, timeout_seconds: float) -> None:
-    """Complete `part` from `url`; delete it and raise requests.HTTPError where its digest is wrong."""
+    """Complete `part` from `url`. Raises requests.HTTPError, and deletes `part`, if its digest is wrong."""
     resumed = _download(url, part, timeout_seconds)
     if resumed and _md5(part) != ARCHIVE_MD5:
-        part.unlink()  # the fault may be in the bytes of an earlier try: fetch all of them once
+        part.unlink()  # the bytes of an earlier call may be wrong, so download all of them once
         _download(url, part, timeout_seconds)
     digest = _md5(part)
     if digest != ARCHIVE_MD5:
@@ -113,9 +114,9 @@ def _complete(part: Path, url: str, timeout_seconds: float) -> None:
 
 
 def _download(url: str, part: Path, timeout_seconds: float) -> bool:
-    """Download the rest of `part` from `url`; True where some bytes were there already.
+    """Download the rest of `part` from `url`. Returns whether it used bytes of an earlier call.
 
-    Raises errors of requests and urllib3, and requests.HTTPError for an unusable answer.
+    Raises errors of requests and urllib3, and requests.HTTPError for an unusable response.
     """
     offset = part.stat().st_size if part.exists() else 0
     if offset == ARCHIVE_BYTES:
@@ -134,10 +135,10 @@ def _download(url: str, part: Path, timeout_seconds: float) -> bool:
         print(f"fetching {url} ({ARCHIVE_BYTES / 1e6:.0f} MB{start})", file=sys.stderr)
         with (
             part.open("ab" if offset else "wb") as file,
-            # disable=None: no bar where stderr is no terminal
+            # disable=None: show no bar if stderr is no terminal
             tqdm(total=ARCHIVE_BYTES, initial=offset, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            # undecoded: some servers call the archive's own compression a Content-Encoding
+            # Don't decode: some servers declare the archive's own compression as Content-Encoding.
             for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -154,7 +155,7 @@ def _get(url: str, offset: int, timeout_seconds: float) -> requests.Response:
 
 
 def _check(response: requests.Response, offset: int) -> None:
-    """Raise requests.HTTPError unless the response offers the archive from `offset` on."""
+    """Raise requests.HTTPError unless the response contains the archive from `offset` on."""
     if response.status_code != (206 if offset else 200):
         raise requests.HTTPError(f"answered {response.status_code} {response.reason}")
     kind = response.headers.get("Content-Type", "")
@@ -164,7 +165,7 @@ def _check(response: requests.Response, offset: int) -> None:
 
 
 def _reason(error: Exception, timeout_seconds: float) -> str:
-    """What went wrong, in a few words; requests and urllib3 say it in lines of objects and addresses."""
+    """The error in a few words. The messages of requests and urllib3 are long, and full of objects and addresses."""
     if isinstance(error, requests.HTTPError):
         return str(error)
     if isinstance(error, requests.Timeout | ReadTimeoutError):

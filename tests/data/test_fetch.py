@@ -1,4 +1,4 @@
-"""Fetching, against a small archive and a server on this machine that can misbehave."""
+"""Downloads of a small archive from a server on this machine that can misbehave."""
 
 import hashlib
 import random
