@@ -26,6 +26,9 @@ class Nvml:
     def nvmlInit(self):  # noqa: N802
         self.opened += 1
 
+    def nvmlSystemGetDriverVersion(self):  # noqa: N802
+        return "580.65"
+
     def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
         if uuid != self.uuid:
             raise NVMLError("Not Found")

@@ -59,8 +59,10 @@ def unused_gpu(
 
     `device: auto` then trains on the CPU, and the user must be told that the figures are not the GPU's.
     """
+    if available(backends) != ["cpu"]:  # asked first, since nvidia-smi takes a second
+        return None
     gpu = next((gpu for gpu in (system_info.gpus() if gpus is None else gpus) if gpu.get("for_training")), None)
-    if gpu is None or available(backends) != ["cpu"]:
+    if gpu is None:
         return None
     reasons = [reason for backend in backends if (reason := backend.why_unused(gpu))]
     return f"{gpu['name']} is there, but {reasons[0] if reasons else 'no backend supports it'}"

@@ -80,7 +80,7 @@ class Cuda(Accelerator):
             "hip": torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "architectures": torch.cuda.get_arch_list(),
-            "driver": next((gpu.get("driver") for gpu in system_info.gpus() if gpu["name"] == properties.name), None),
+            "driver": self._nvidia_card.driver() if self._nvidia_card else _driver_of(properties.name),
             "power_limit_watts": round(milliwatts / 1000, 2) if milliwatts else None,
         }
         return {key: value for key, value in facts.items() if value is not None}
@@ -174,6 +174,11 @@ class Cuda(Accelerator):
     def channels_last(self, precision: str) -> bool:
         """Yes on tensor cores only, so not before 7.0 and not at fp32. Elsewhere this layout is slower."""
         return self.name == "cuda" and self._capability >= (7, 0) and precision != "fp32"
+
+
+def _driver_of(name: str) -> str | None:
+    """The driver of NVIDIA's card `name` by nvidia-smi, which takes a second."""
+    return next((gpu.get("driver") for gpu in system_info.gpus() if gpu["name"] == name), None)
 
 
 def has_code_for(index: int) -> bool:

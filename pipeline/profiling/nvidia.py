@@ -49,6 +49,13 @@ class NvidiaCard:
         except self._nvml.NVMLError:
             return None
 
+    def driver(self) -> str | None:
+        """The driver's version, as nvidia-smi prints it."""
+        try:
+            return str(self._nvml.nvmlSystemGetDriverVersion())
+        except self._nvml.NVMLError:
+            return None
+
     def state(self) -> dict[str, Any]:
         """Temperature, clock, power and throttling of the card now; None for what is unknown."""
         milliwatts = self.query("nvmlDeviceGetPowerUsage")

@@ -195,6 +195,9 @@ def test_memory_is_of_the_device_itself_and_includes_its_graphs(monkeypatch, car
 # --- energy by NVML
 
 TORCHS_UUID = {"uuid": UUID.removeprefix("GPU-")}
+T4 = TORCHS_UUID | {
+    "name": "Tesla T4", "major": 7, "minor": 5, "total_memory": 15 * 2**30, "multi_processor_count": 40,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -226,15 +229,20 @@ def test_a_card_counts_joules_and_keeps_nvml_open(card):
     [(70_000, {"driver": "580.65", "power_limit_watts": 70.0}), (NVMLError("Not Supported"), {"driver": "580.65"})],
 )
 def test_facts_are_those_of_the_card_and_its_driver(card, monkeypatch, limit, expected):
-    sizes = {"total_memory": 15 * 2**30, "multi_processor_count": 40}
-    card(PowerManagementLimit=limit, properties=TORCHS_UUID | {"name": "Tesla T4", "major": 7, "minor": 5} | sizes)
-    gpus = [{"name": "Other", "driver": "1.0"}, {"name": "Tesla T4", "driver": "580.65"}]
-    monkeypatch.setattr(system_info, "gpus", lambda: gpus)
+    card(PowerManagementLimit=limit, properties=T4)
+    monkeypatch.setattr(system_info, "gpus", lambda: pytest.fail("nvidia-smi takes a second"))
     facts = Cuda().facts()
     assert {key: facts[key] for key in ("driver", "power_limit_watts") if key in facts} == expected
     assert (facts["name"], facts["memory_gib"], facts["gpu_cores"]) == ("Tesla T4", 15.0, 40)
     assert facts["compute_capability"] == "7.5"
     assert "hip" not in facts and None not in facts.values()
+
+
+def test_the_driver_is_nvidia_smis_where_nvml_knows_no_such_card(card, monkeypatch):
+    card(nvml_uuid="GPU-another", properties=T4)
+    gpus = [{"name": "Other", "driver": "1.0"}, {"name": "Tesla T4", "driver": "580.65"}]
+    monkeypatch.setattr(system_info, "gpus", lambda: gpus)
+    assert Cuda().facts()["driver"] == "580.65"
 
 
 @pytest.mark.parametrize(
