@@ -156,7 +156,7 @@ def _values() -> dict[str, str]:
         settings = config.load()
     except UsageError:
         return {}
-    tree = config.flat(dataclasses.asdict(settings) | {"recipes": {"NAME": settings.work.resolved()}})
+    tree = config.flatten(dataclasses.asdict(settings) | {"recipes": {"NAME": settings.work.resolved()}})
     return {
         key: f" [{json.dumps(value, ensure_ascii=False)}]" for key, value in tree.items() if isinstance(value, SCALAR)
     }

@@ -270,7 +270,7 @@ def workload(recipe: Recipe, inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one with dotted keys. Empty mappings disappear."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():

@@ -322,7 +322,7 @@ def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]
     }
     if "train" not in stages:
         fixed["trainings"] = [record["id"] for record in records.training_records(folder)]
-    flat: dict[str, Any] = json.loads(json.dumps(config.flat(fixed)))  # the same types as in a plan that was read
+    flat: dict[str, Any] = json.loads(json.dumps(config.flatten(fixed)))  # the same types as in a plan that was read
     return flat
 
 

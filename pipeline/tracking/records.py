@@ -122,8 +122,8 @@ def run_params(settings: config.Settings) -> dict[str, str]:
     rest = effective_settings(settings)
     del rest["recipes"]
     work = settings.work.resolved() | {"weights": config.public_path(settings.work.weights)}
-    keyed = {f"train.{key}": value for key, value in config.flat(work).items()}
-    keyed |= {f"settings.{key}": value for key, value in config.flat(rest).items()}
+    keyed = {f"train.{key}": value for key, value in config.flatten(work).items()}
+    keyed |= {f"settings.{key}": value for key, value in config.flatten(rest).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in keyed.items()}
 
 
