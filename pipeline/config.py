@@ -82,7 +82,9 @@ class Data:
     limit: int | None = Field(ge=1, description="images of each class and split; null: all")
     device_gib: float | None = Field(ge=0, description="most GiB of images on the device; null: what is free")
     timeout_seconds: float = Field(gt=0, description="how long a mirror may be silent")
-    mirrors: Annotated[Texts, "a list of URLs"] = Field(description="of cifar-10-python.tar.gz, in this order")
+    mirrors: Annotated[Texts, "a list of URLs"] = Field(
+        description="where to download cifar-10-python.tar.gz, tried in this order"
+    )
 
     @property
     def folder(self) -> Path:
@@ -157,9 +159,9 @@ class Recipe:
     epochs: int = Field(ge=1, le=100_000, description="times through the training images")
     optimizer: Text = Field(description="a name, such as sgd, adamw, ranger21 or timm:lamb")
     lr: float = Field(gt=0, description="the highest learning rate")
-    optimizer_options: Options = Field(description="by optimizer; only the chosen one's are read")
+    optimizer_options: Options = Field(description="options by optimizer; only those of the chosen one are used")
     scheduler: Literal["cosine", "cyclic", "onecycle", "constant"] = Field(description="how the learning rate changes")
-    scheduler_options: Options = Field(description="by scheduler; only the chosen one's are read")
+    scheduler_options: Options = Field(description="options by scheduler; only those of the chosen one are used")
     scheduler_step: Literal["batch", "epoch"] = Field(description="how often the schedule moves")
     warmup_epochs: float = Field(ge=0, description="epochs in which the learning rate rises linearly to lr")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(description="execution: number format of the network")
@@ -190,7 +192,7 @@ class Settings:
 
     recipe: Text = Field(description="one of the names below recipes")
     device: Device = Field(description="what to train on; auto: a GPU if there is one, else the CPU")
-    seed: int = Field(ge=0, le=2**31 - 1, description="of every random choice")
+    seed: int = Field(ge=0, le=2**31 - 1, description="seed of every random choice")
     label: Text | None = Field(description="your own name for this machine")
     repeats: int = Field(ge=1, le=MAX_REPEATS, description="number of processes, with seed, seed + 1, ...")
     repeat_pause: float = Field(ge=0, description="seconds to wait between two of these processes")
@@ -215,7 +217,7 @@ def load(overrides: Sequence[str] = (), path: Path = ROOT / "params.yaml") -> Se
     """
     tree = read_yaml(path)
     changes = [_parse_override(text) for text in overrides]
-    recipe = dict(changes).get("recipe", tree.get("recipe"))
+    recipe = dict(changes).get("recipe", tree.get("recipe"))  # the last override of `recipe` counts
     for key, value in changes:
         name = key.split(".")[0]
         if name in _fields(Recipe) and name not in _fields(Settings):
@@ -274,7 +276,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one with dotted keys. Empty mappings disappear."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 
