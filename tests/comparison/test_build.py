@@ -1,4 +1,4 @@
-"""Groups into tables: what is compared with what, the figures of a row, the score, and that no run is lost."""
+"""Groups become tables: what is compared with what, the figures of a row, the score, and that no run is lost."""
 
 import json
 import math
@@ -6,38 +6,23 @@ from collections import Counter
 
 import pytest
 from conftest import fails
-from made import (
-    EPOCHS,
-    OLDER,
-    B,
-    C,
-    Store,
-    every_kind,
-    kinds,
-    link,
-    price,
-    row,
-    score_row,
-    sections,
-    table,
-    two,
-)
+from made import EPOCHS, OLDER, B, C, Store, every_kind, kinds, link, price, row, score_row, sections, table, two
 
 from pipeline import config
-from pipeline.comparison import content, report, stats
+from pipeline.comparison import charts, content, report, stats
 from pipeline.errors import UsageError
 from pipeline.profiling.score_steps import STEPS, metric
 
 CONVNET, BEST, TRANSFORMER = (step.name for step in STEPS)
 
 
+# --- nothing disappears
+
+
 def shown_runs(heads, others):
     """How often each run is shown: among those of a row, left out of it, or below the table."""
     runs = [run for head in heads for run in (*head.runs, *head.left_out)]
     return Counter(run["id"] for run in [*runs, *(run for other in others for run in other.runs)])
-
-
-# --- nothing disappears
 
 
 @pytest.mark.parametrize("tainted", [False, True])
@@ -53,16 +38,12 @@ def test_every_run_is_in_a_table_or_listed_with_its_reason(tainted):
         assert not set(in_tables) & set(below) and all(other.reason for other in section.others)
         shown |= set(in_tables) | set(below)
     assert shown == set(by_record.values())
-
-
-def test_every_run_with_a_score_is_in_its_table_or_listed_below():
-    store = every_kind()
-    score = store.compare().parts[0].score
+    score = comparison.parts[0].score
     scored = [run["run_id"] for run in store.runs if metric(CONVNET, "images_per_second") in run["metrics"]]
     assert shown_runs([row.head for row in score.rows], score.others) == Counter(scored)
 
 
-# --- groups into sections and tables
+# --- sections and tables
 
 
 @pytest.mark.parametrize("key", ["precision", "channels_last", "compile", "graph", "features", "threads"])
@@ -73,13 +54,7 @@ def test_another_execution_setting_is_another_row(key):
     assert same.settings["precision"] == "fp32" and best.settings is None
 
 
-def test_unlike_workloads_are_never_in_one_table():
-    first, second = sections(two().add(2, workload="w2", recipe="blog", **C).compare())
-    assert (first.workload, second.workload) == ("w1", "w2") and second.title.startswith("blog on cifar10")
-    assert [len(section.tables[0].rows) for section in (first, second)] == [2, 1]
-
-
-def test_what_another_version_of_the_code_measured_stands_apart_without_claims():
+def test_another_version_of_the_code_has_its_own_section_without_claims():
     store = two().add(3, software__execution=OLDER).add(3, software__execution=OLDER, **B, seconds=5.0)
     comparison = store.add(1, software__execution=None).compare()
     current, older, oldest = sections(comparison)
@@ -91,7 +66,7 @@ def test_what_another_version_of_the_code_measured_stands_apart_without_claims()
     assert texts[0].heading == current.title and len(texts[0].tables[0].claims) == 1
 
 
-def test_demos_stand_apart_and_nothing_is_claimed_of_them():
+def test_demos_have_their_own_part_without_claims():
     store = two().add(3, fallback="device", seconds=1.0).add(3, fallback="device", **B)
     comparison = store.compare()
     assert kinds(comparison) == {"GPU B": "faster", "GPU A": "reference"}
@@ -110,28 +85,22 @@ def test_the_same_settings_are_those_that_most_machines_ran_at_fp32():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("seconds", "tables"), [(99.0, 1), (9.0, 2)])
-def test_a_second_table_that_would_say_the_same_is_omitted(seconds, tables):
-    comparison = two().add(2, params={"precision": "bf16"}, seconds=seconds).compare()
-    assert len(sections(comparison)[0].tables) == tables
+def test_a_second_table_with_the_same_rows_is_omitted():
+    (only,) = sections(two().add(2, params={"precision": "bf16"}, seconds=99.0).compare())[0].tables
+    assert only.settings["precision"] == "fp32"
 
 
-def test_a_best_that_the_other_machine_did_not_run_is_not_compared():
+def test_a_best_is_undisturbed_and_compared_only_if_both_ran_both_precisions():
     store = two(3, 4).add(3, params={"precision": "bf16"}, seconds=2.0)
-    claim = row(store.compare(), "GPU A", 1).claim
-    assert claim.kind == "other" and claim.reason == "GPU B was not run in bf16"
+    store.add(3, params={"precision": "fp16"}, seconds=1.0, taints="load")
+    a = row(store.compare(), "GPU A", 1)
+    assert (a.claim.kind, a.claim.reason, a.settings["precision"]) == ("other", "GPU B was not run in bf16", "bf16")
     store.add(3, **B, params={"precision": "bf16"}, seconds=50.0)
     claim = row(store.compare(), "GPU A", 1).claim
     assert claim.kind == "faster" and "GPU A at bf16" in claim.sentence and "GPU B at fp32" in claim.sentence
 
 
-def test_a_best_is_no_disturbed_one_where_there_is_another():
-    store = two().add(3, params={"precision": "bf16"}, seconds=3.0)
-    best = table(store.add(3, params={"precision": "fp16"}, seconds=1.0, taints="load").compare(), 1)
-    assert {row.head.name: row.settings["precision"] for row in best.rows} == {"GPU A": "bf16", "GPU B": "fp32"}
-
-
-def test_the_fastest_stands_first_and_those_without_a_time_last():
+def test_the_fastest_is_first_and_those_without_a_time_last():
     comparison = two().add(2, **C, metrics={"time/total_seconds": None}).compare()
     assert list(kinds(comparison).items()) == [("GPU B", "faster"), ("GPU A", "reference"), ("C", "alone")]
 
@@ -139,7 +108,7 @@ def test_the_fastest_stands_first_and_those_without_a_time_last():
 # --- the reference
 
 
-def test_the_reference_has_the_most_runs_that_may_be_claimed_of_then_the_first_name():
+def test_the_reference_has_the_most_claimable_runs_then_the_first_name():
     stores = [two(3, 4), two(3, 3), Store().add(9, taints="load").add(1, **B)]
     assert [table(store.compare()).reference for store in stores] == ["GPU B", "GPU A", "GPU B"]
 
@@ -160,34 +129,32 @@ def test_a_reference_that_names_no_machine_or_several_is_refused(reference, allo
     assert message.startswith(f'compare.reference: "{reference}"') and f"expected {allowed}" in message
 
 
-def test_where_the_reference_did_not_do_the_work_nothing_is_compared():
-    comparison = two().add(2, workload="w2", **C).compare(reference="C")
-    assert [section.tables[0].reference for section in sections(comparison)] == [None, "C"]
-    assert {row.claim.kind for row in sections(comparison)[0].tables[0].rows} == {"alone"}
+def test_unlike_workloads_are_in_sections_of_their_own_and_not_compared_without_the_reference():
+    first, second = sections(two().add(2, workload="w2", recipe="blog", **C).compare(reference="C"))
+    assert (first.workload, second.workload) == ("w1", "w2") and second.title.startswith("blog on cifar10")
+    assert [section.tables[0].reference for section in (first, second)] == [None, "C"]
+    assert [[row.claim.kind for row in section.tables[0].rows] for section in (first, second)] == [
+        ["alone", "alone"], ["reference"],
+    ]  # fmt: skip
 
 
 # --- claims
 
 
-def test_a_row_is_compared_by_its_total_time_and_by_its_process():
-    comparison = two().compare()
+@pytest.mark.parametrize(("process", "kind"), [(25.0, "faster"), (99.0, "slower"), (None, "alone")])
+def test_a_row_is_compared_by_its_total_time_and_by_its_process(process, kind):
+    comparison = two(metrics={"time/process_seconds": process}).compare()
     a, b = row(comparison, "GPU A"), row(comparison, "GPU B")
-    for claim, key, value in ((b.claim, "total_seconds", 2), (b.whole, "process_seconds", 30 / 25)):
-        assert claim.speedup[:3] == pytest.approx(stats.ratio(a.values[key], b.values[key])[:3])
-        assert claim.kind == "faster" and claim.speedup.value == pytest.approx(value, rel=1e-3)
-    assert a.claim.kind == a.whole.kind == "reference"
-    for seconds, kind in ((99.0, "slower"), (None, "alone")):
-        b = row(two(metrics={"time/process_seconds": seconds}).compare(), "GPU B")
-        assert (b.claim.kind, b.whole.kind) == ("faster", kind)
+    assert a.claim.kind == a.whole.kind == "reference" and (b.claim.kind, b.whole.kind) == ("faster", kind)
+    for claim, key in ((b.claim, "total_seconds"), (b.whole, "process_seconds")):
+        if key in b.values:
+            assert claim.speedup[:3] == pytest.approx(stats.ratio(a.values[key], b.values[key])[:3])
 
 
-def test_intervals_are_shared_among_the_machines_that_may_be_claimed_of():
+def test_intervals_are_widened_for_every_pair_that_could_be_claimed():
     store = two(3, 3).add(3, **C).add(2, machine="d" * 12, hardware="few").add(3, machine="e" * 12, taints="load")
     work = table(store.compare())
     assert work.comparisons == 2 and work.level == pytest.approx(1 - 0.05 / 2)
-
-
-def test_a_best_picked_among_several_counts_every_pair_it_might_have_been():
     store = two()
     for precision in ("bf16", "fp16"):
         store.add(3, params={"precision": precision}, seconds=3.0)
@@ -211,7 +178,7 @@ def test_what_makes_and_what_ends_a_claim(change, kind):
 # --- the figures of a row
 
 
-def test_a_time_by_epoch_is_the_median_of_each_runs_epochs():
+def test_epoch_figures_are_of_the_median_epoch():
     store = Store().add(1)
     (run,) = store.runs
     store.courses[run["run_id"]]["time/train_seconds"] = [9.0, 1.0, 1.2, 1.1]
@@ -223,27 +190,26 @@ def test_a_time_by_epoch_is_the_median_of_each_runs_epochs():
 
 @pytest.mark.parametrize(
     ("key", "figure", "wrong"),
-    [("time/total_seconds", "total_seconds", [math.nan, math.inf, -1.0, 0.0, 1.7976931348623157e308]),
+    [("time/total_seconds", "total_seconds", [math.nan, math.inf, -1.0, 0.0, 1e-300, 1.7976931348623157e308]),
      ("test/accuracy", "test_accuracy", [math.nan, -0.1, 1.1, 1e200])],
 )  # fmt: skip
-def test_what_is_no_measurement_is_left_out(key, figure, wrong):
-    for value in wrong:
-        store = Store().add(4)
-        store.runs[0]["metrics"][key] = value
-        a = row(store.compare(), "GPU A")
-        assert (len(a.head.runs), a.figures[figure].n) == (4, 3), value
+def test_a_value_that_cannot_be_measured_is_left_out(key, figure, wrong):
+    store = Store().add(4 + len(wrong))
+    for run, value in zip(store.runs, wrong, strict=False):
+        run["metrics"][key] = value
+    a = row(store.compare(), "GPU A")
+    assert (len(a.head.runs), a.figures[figure].n) == (4 + len(wrong), 4)
 
 
-def test_numbers_of_any_size_make_a_report():
+def test_values_of_any_size_make_a_report():
     store = two()
-    for size in (1e-300, 1e299):
+    for size in (1e-90, 1e90):
         store.add(3, seconds=size, machine=f"{size}", metrics={"memory/peak_mib": size, "test/accuracy": 0.75})
         store.sustained(3, speed=size, seconds=1 / size, machine=f"step {size}")
     comparison = store.compare()
-    machines = {run["tags"]["machine"] for run in store.runs}
-    told = json.dumps(report.as_json(comparison), allow_nan=False)
-    assert all(f'"machine": "{machine}"' in told for machine in machines)
+    json.dumps(report.as_json(comparison), allow_nan=False)
     assert all(run["run_id"][:8] in report.markdown(comparison) for run in store.runs[::3])
+    assert set(charts.charts(comparison)) == {"score", "work-w1/same-settings"}
 
 
 def test_the_run_that_is_shown_is_the_most_typical_one():
@@ -259,13 +225,7 @@ def test_a_course_that_is_not_whole_is_not_guessed():
     assert [row(store.compare(), "GPU A").course for store in (short, impossible)] == [[], []]
 
 
-def test_courses_are_read_once_and_only_of_runs_in_tables():
-    store = two().add(10, params={"precision": "bf16"}, seconds=99.0)
-    store.compare()
-    assert len(store.courses_read) == len(set(store.courses_read)) == 6
-
-
-def test_energies_of_two_sources_are_no_figure():
+def test_energies_of_two_sources_are_not_pooled():
     store = Store().add(2, metrics={"energy/images_per_joule": 5.0}, energy__source="nvml")
     assert row(store.compare(), "GPU A").figures["images_per_joule"].value == 5
     store.runs[0]["tags"]["energy.source"] = "rapl"
@@ -274,12 +234,12 @@ def test_energies_of_two_sources_are_no_figure():
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cuda:1", "tensors"), ("cpu", "process"), ("mps", "driver")])
-def test_memory_is_told_with_what_it_is_of(device, kind):
+def test_memory_has_its_kind(device, kind):
     assert row(Store().add(1, device=device).compare(), "GPU A").memory_of == kind
 
 
 @pytest.mark.parametrize(("data", "expected"), [(5.0, [20.0] * 3), (30.0, None)])
-def test_decoding_is_taken_off_the_whole_process(data, expected):
+def test_decoding_is_subtracted_from_the_whole_process(data, expected):
     store = Store().add(3, metrics={"time/data_seconds": data, "time/process_seconds": 25.0})
     assert row(store.compare(), "GPU A").values.get("process_seconds") == expected
 
@@ -298,29 +258,27 @@ def test_machines_are_ranked_by_their_score_whatever_the_recipe():
     assert [b.steps[step].precision for step in (CONVNET, BEST)] == ["fp32", "bf16"]
 
 
-def test_only_the_same_step_is_compared():
-    store = Store().sustained(3).sustained(3, **B, batch=128)
-    for run in store.runs[:3]:
+def test_only_the_same_step_is_compared_by_the_runs_that_have_it():
+    store = Store().sustained(4).sustained(4, **B, batch=128)
+    for run in store.runs[:4]:
         del run["metrics"][metric(BEST, "images_per_second")]
-    steps = score_row(store.compare(), "GPU B").steps
+    store.runs[0]["metrics"][metric(CONVNET, "images_per_second")] = math.nan
+    comparison = store.compare()
+    steps = score_row(comparison, "GPU B").steps
     assert {name: (step.claim.kind, step.claim.reason) for name, step in steps.items()} == {
         CONVNET: ("other", "batch 128 against 256"), BEST: ("other", "GPU A did not run it"),
         TRANSFORMER: ("none", "no difference found"),
     }  # fmt: skip
-
-
-def test_a_run_without_one_of_the_steps_figures_counts_at_the_others():
-    store = Store().sustained(4).sustained(4, **B, speed=1500.0)
-    store.runs[0]["metrics"][metric(BEST, "images_per_second")] = math.nan
-    steps = score_row(store.compare(), "GPU A").steps
-    assert (steps[BEST].speed.n, steps[CONVNET].speed.n) == (3, 4)
+    assert {name: step.speed.n for name, step in score_row(comparison, "GPU A").steps.items()} == {
+        CONVNET: 3, TRANSFORMER: 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("tags", "kind", "behavior"),
     [({"taints": "load"}, "problem", []), ({"sustained__behavior": "throttled"}, "faster", ["throttled"])],
 )
-def test_the_score_has_taints_and_behavior_of_its_own(tags, kind, behavior):
+def test_the_score_has_its_own_taints_and_behavior(tags, kind, behavior):
     comparison = Store().sustained(3).sustained(3, **B, speed=1500.0, **tags).compare()
     b = score_row(comparison, "GPU B")
     assert (b.steps[CONVNET].claim.kind, b.head.behavior) == (kind, behavior)
@@ -328,38 +286,34 @@ def test_the_score_has_taints_and_behavior_of_its_own(tags, kind, behavior):
 
 
 @pytest.mark.parametrize(("planned", "problem"), [(4, False), (5, True)])
-def test_a_machines_first_planned_set_is_its_score_whatever_came_of_it(planned, problem):
+def test_a_machines_first_planned_set_is_its_score_whatever_its_figures(planned, problem):
     store = Store().sustained(4, planned=planned, recipe="blog", workload="w2").sustained(5, speed=1200.0)
     score = store.compare().parts[0].score
     assert [(row.recipe, bool(row.head.problem)) for row in score.rows] == [("blog", problem)]
     assert [len(other.runs) for other in score.others] == [5]
 
 
-def test_a_score_that_was_measured_again_is_not_claimed_of():
+def test_a_score_that_was_measured_again_is_not_claimed():
     store = Store().sustained(5).sustained(5, **B, speed=500.0)
     store.runs[2]["tags"]["sustained.attempts"] = "2"
     a = score_row(store.compare(), "GPU A")
-    assert a.head.problem.startswith("the score of 1 of 5 runs") and a.steps[CONVNET].claim.kind == "problem"
+    assert "1 of 5 runs" in a.head.problem and a.steps[CONVNET].claim.kind == "problem"
 
 
-def test_the_scores_sessions_are_of_its_own_measurement():
-    store = Store().sustained(5).sustained(5, **B, speed=500.0)
+def test_a_score_has_the_sessions_and_threads_of_its_own_measurement():
+    store = Store().sustained(5, software__threads="1", sustained__threads="4").sustained(5, **B, speed=500.0)
     for number, run in enumerate(store.runs):
         run["tags"]["sustained.started"] = str(1_760_000_000_000 + 180_000 * number)
     comparison = store.compare()
-    assert (score_row(comparison, "GPU A").head.sessions, row(comparison, "GPU A").head.sessions) == (1, 5)
+    score, work = score_row(comparison, "GPU A [CPU threads 4]").head, row(comparison, "GPU A [CPU threads 1]").head
+    assert (score.sessions, work.sessions) == (1, 5)
+    assert (score.conditions["threads"], work.conditions["threads"]) == ("4", "1")
     speedup = score_row(comparison, "GPU B").steps[CONVNET].claim.speedup
     assert speedup.high / speedup.low > 1.03**2  # widened: all within an hour
 
 
-def test_a_scores_threads_are_those_of_its_steps():
-    comparison = Store().sustained(3, software__threads="1", sustained__threads="4").compare()
-    assert score_row(comparison, "GPU A [CPU threads 4]").head.conditions["threads"] == "4"
-    assert row(comparison, "GPU A [CPU threads 1]").head.conditions["threads"] == "1"
-
-
 @pytest.mark.parametrize(("source", "watts", "efficiency"), [("nvml", 500.0, 2.0), (None, None, None)])
-def test_a_score_tells_the_energy_only_with_its_source(source, watts, efficiency):
+def test_a_score_has_energy_only_with_its_source(source, watts, efficiency):
     store = Store().sustained(3, watts=500.0)
     for run in store.runs:
         run["tags"]["sustained.energy_source"] = source or ""
@@ -372,37 +326,24 @@ def test_a_score_tells_the_energy_only_with_its_source(source, watts, efficiency
 # --- prices
 
 
-def test_costs_are_in_the_currency_of_their_price():
-    prices = {"GPU A": price(per_hour=3.6), "GPU B": price(buy=26_298.0, machine="a desktop", currency="USD")}
-    comparison = two().sustained(3, **C, speed=1000.0).compare(prices | {"C": price(per_hour=3.6), "D": price(buy=1.0)})
-    a, b = row(comparison, "GPU A").costs, row(comparison, "GPU B").costs
-    assert (a.rented, a.bought, a.currency) == (pytest.approx(0.03), None, "EUR")
-    assert (b.rented, b.bought, b.currency) == (None, pytest.approx(25 / 3600), "USD")
-    assert score_row(comparison, "C").costs.rented == pytest.approx(1_000_000)
-    assert comparison.unused_prices == ["D"]
-
-
 def test_the_price_of_a_card_names_its_machine():
     message = fails(UsageError, lambda: two().compare({"GPU A": price(buy=900.0)}))
     assert message.startswith("prices: GPU A.machine: missing")
     Store().add(1, backend="cpu", device="cpu").compare({"GPU A": price(buy=900.0)})
 
 
-# --- what to do next
+# --- advice
 
 
 @pytest.mark.parametrize(
     ("store", "words"),
-    [
-        (Store(), "No finished runs yet"),
-        (Store().add(2), "One machine so far"),
-        (Store().add(2).add(1, machine="b" * 12, workload="w2"), "2 machines, but no two did the same work"),
-        (Store().add(2).add(1, machine="b" * 12, params={"precision": "bf16"}), ""),
-        (Store().add(2, fallback="data").add(2, fallback="data", machine="b" * 12), "every run is a DEMO"),
-        (Store().add(1, fallback="data", machine="b" * 12).add(1), "One machine so far"),
-        (Store().sustained(1).sustained(1, machine="b" * 12, workload="w2"), ""),
-    ],
-)
+    [(Store(), "No finished runs yet"), (Store().add(2), "One machine so far"),
+     (Store().add(2).add(1, **B, workload="w2"), "2 machines, but no two did the same work"),
+     (Store().add(2).add(1, **B, params={"precision": "bf16"}), ""),
+     (Store().add(2, fallback="data").add(2, fallback="data", **B), "every run is a DEMO"),
+     (Store().add(1, fallback="data", **B).add(1), "One machine so far"),
+     (Store().sustained(1).sustained(1, **B, workload="w2"), "")],
+)  # fmt: skip
 def test_a_store_with_nothing_to_compare_says_what_to_do(store, words):
-    advice = store.compare(reference="GPU A" if store.runs else "any").advice
+    advice = store.compare().advice
     assert words in advice and bool(words) == bool(advice)

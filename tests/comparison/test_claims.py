@@ -45,29 +45,17 @@ def test_slower_is_said_as_taking_longer():
     assert claim.sentence.startswith("A takes 1.4") and "times as long as B" in claim.sentence
 
 
-def test_an_adjusted_level_takes_a_claim_back():
-    candidate, baseline = side("A", 2.0), side("B", 2.04)
-    assert compare(candidate, baseline).kind == "faster"
-    claim = compare(candidate, baseline, level=stats.bonferroni(stats.LEVEL, 40))
-    assert claim.kind == "none" and claim.speedup.low < 1 < claim.speedup.high
-
-
 def test_no_difference_found_names_the_one_that_would_have_been():
     claim = compare(side("A", 2.0), side("B", 2.001))
     assert claim.kind == "none" and claim.speedup.detectable < 1.05 and "%" in claim.sentence
+    assert compare(side("A", 2.0), side("B", 2.04)).kind == "faster"
+    assert compare(side("A", 2.0), side("B", 2.04), level=stats.bonferroni(stats.LEVEL, 40)).kind == "none"
     wild = [1.0, 1.6, 1.3]
     claim = compare(side("A", 2.0, 3, spread=wild), side("B", 2.0, 3, spread=wild))
     assert claim.kind == "none" and claim.speedup.detectable > 2 and "%" not in claim.sentence
 
 
 # --- the unit of evidence
-
-
-def test_with_three_sessions_on_a_side_its_sessions_are_the_units():
-    starts = [0, MINUTE, 2 * HOUR, 2 * HOUR + MINUTE, 5 * HOUR]
-    candidate = replace(side("A", 2.0), started=starts)
-    assert candidate.sessions == len(candidate.units) == 3
-    assert compare(candidate, side("B", 3.0)).basis.startswith("5 runs each in 3 and 5 sessions")
 
 
 @pytest.mark.parametrize(
@@ -148,22 +136,8 @@ def test_unlike_conditions_are_named_for_equal_hardware_and_torch_always(hardwar
      ((0.79, 0.75, 0.71), (0.68, 0.64, 0.60), "points better"), (ACCURACIES[:2], ACCURACIES, "too few seeds")],
 )  # fmt: skip
 def test_accuracies_that_are_not_shown_to_be_equal_make_no_claim(candidate, baseline, reason):
-    claim = compare(side("A", 2.0, accuracies=candidate), side("B", 3.0, accuracies=baseline))
+    sides = side("A", 2.0, accuracies=candidate), side("B", 3.0, accuracies=baseline)
+    claim = compare(*sides)
     assert claim.kind == "parity" and claim.speedup.low is None
+    assert compare(*sides, accuracy_margin=1.0).kind == ("parity" if "seeds" in reason else "faster")
     assert reason in claim.reason and claim.reason in claim.sentence
-
-
-@pytest.mark.parametrize(
-    ("baseline", "kind"), [({"validation": 0.5}, "none"), ({"test": 0.5}, "parity"), ({}, "parity"), (None, "none")]
-)
-def test_accuracies_of_the_same_images_are_compared(baseline, kind):
-    def given(by_kind):
-        same_seeds = None if by_kind is None else {k: dict.fromkeys(range(5), v) for k, v in by_kind.items()}
-        return replace(side("A", 2.0), accuracies=same_seeds)
-
-    assert compare(given({"test": 0.9, "validation": 0.5}), given(baseline)).kind == kind
-
-
-def test_the_margin_is_a_setting():
-    claim = compare(side("A", 2.0, accuracies=WORSE), side("B", 3.0), accuracy_margin=0.03)
-    assert claim.kind == "faster" and "equal accuracy to within 2.0 points" in claim.basis

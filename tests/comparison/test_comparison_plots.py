@@ -10,7 +10,6 @@ from pipeline.comparison import plots
 from pipeline.comparison.stats import Estimate
 
 TITLE = "Speed-up against NVIDIA H200"
-ODD_NAMES = ["$5_a$", "猫", "a_b", "emoji 🐈", "two\nlines", "not unicode \udcff", "x" * 200]
 
 
 def bar(label, value=None, low=None, high=None):
@@ -79,20 +78,6 @@ def test_an_svg_is_the_same_each_time_and_holds_its_text_and_links(count):
     assert "'DejaVu Sans', system-ui, sans-serif" in text
 
 
-def test_names_in_an_svg_are_no_markup_and_ids_are_not_shared():
-    odd = "<script>&\"'" + "x" * 100
-    one, other = (plots.svg(plots.bars([bar(odd, 1.0, 0.9, value)], title=odd, unit="s")) for value in (1.1, 1.2))
-    assert "<script" not in one and "…" in one
-    ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, other)]
-    assert not {name for name in ids[0] | ids[1] if re.fullmatch(r"(figure|axes|patch|text|line2d)_\d+", name)}
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_any_name_can_be_drawn(name):
-    svg = plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0)], title="chart"))
-    assert svg.startswith("<svg") and ">B</text>" in svg
-
-
 def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():
     rows = [bar("A", 2.0, 1.9, 2.1), bar("B", 1.5, 1e-9, math.inf), bar("C", 1.2, 0.0, 1e12)]
     figure = plots.ratios(rows, title=TITLE)
@@ -101,3 +86,12 @@ def test_an_interval_is_drawn_and_one_without_end_does_not_hide_the_others():
     assert low > 0.2 and high < 9
     plots.svg(figure)
     assert plots.bars(rows, title=TITLE, unit="s").axes[0].get_xlim()[1] < 9
+
+
+@pytest.mark.parametrize(
+    "name", ["$5_a$", "猫", "emoji 🐈", "two\nlines", "not unicode \udcff", "<script>&\"'" + "x" * 200]
+)
+def test_any_name_can_be_drawn_and_is_no_markup(name):
+    svg = plots.svg(plots.ratios([bar(name, 2.0), bar("B", 1.0)], title=TITLE))
+    assert svg.startswith("<svg") and ">B</text>" in svg and "<script" not in svg
+    assert not re.search(r' id="(figure|axes|patch|text|line2d)_\d+"', svg)  # a page has many of them

