@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from pipeline import config
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import StageError, Stopped, UsageError
 
 OUTPUTS = config.ROOT / "outputs"
 """Where stages write their files if they are run one by one, by DVC or by hand."""
@@ -54,7 +54,7 @@ SETTINGS_TITLE = "settings (params.yaml) with their allowed values and [the valu
 NOTES = """\
 A recipe's key alone (epochs, lr, ...) means the chosen recipe. dvc exp run needs the whole key: recipes.finetune.lr.
 Values are YAML: true, null, 1e-3, [layer4, fc].
-Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C."""
+Exit status: 0 done, 1 something failed, 2 a setting is wrong, 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,9 +119,10 @@ def exit_on_error(program: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         print(f"{name}: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        status = error.status if isinstance(error, Stopped) else 130
+        print(f"\n{name}: stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}", file=sys.stderr)
+        sys.exit(status)
 
 
 def _print_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -3,13 +3,14 @@
 A cached training that the store lacks is put into it first, without training again.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import config, files, terminal
 from pipeline.comparison import build, charts, page, plots, report
-from pipeline.tracking import publisher, records, store
+from pipeline.tracking import location, pending, publisher, records, store
 
 REPORTS = config.ROOT / "reports"
 
@@ -18,6 +19,7 @@ def run(settings: config.Settings, folder: Path, reports: Path | None = None) ->
     """Compare all finished runs. Write the reports, log them with their charts as a run of their own, and print the
     answer. `folder`: the stages' outputs; `reports`: REPORTS if not given."""
     reports = reports or REPORTS
+    publisher.deliver_all()
     experiment_id = _restore_cached(settings, folder)
     comparison = build.compare(
         store.finished_runs(),
@@ -31,7 +33,7 @@ def run(settings: config.Settings, folder: Path, reports: Path | None = None) ->
         _log_reports(settings.tracking.experiment, comparison, reports, svgs)
     terminal.say("\n" + report.on_terminal(comparison) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
-    terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + store.shown_uri() + ")")
+    terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + location.shown_uri() + ")")
     if experiment_id:
         terminal.say("         " + store.run_table_link(experiment_id))
     return comparison
@@ -56,7 +58,7 @@ def _log_reports(
     handle = store.comparison_run(experiment)
     if handle is None:
         return
-    with store.end_on_failure(handle), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         artifacts = {name: reports / name for name in ("compare.html", "compare.md", "compare.json")}
         for place, by_name in svgs.items():
             for name, svg in by_name.items():
@@ -74,18 +76,15 @@ def _restore_cached(settings: config.Settings, folder: Path) -> str | None:
     if not trained:
         return None
     experiment = records.experiment_name(settings, trained[0]["tags"])
-    changed = False
     for record in trained:
         folders = records.stage_folders(folder, records.repeat_number(record))
-        if store.find_run(record["id"], experiment) is None:
-            publisher.restore_run(record, experiment, folders)
+        target = pending.target(experiment, publisher.RESTORED)
+        if store.find_run(record["id"], experiment, target["run_id"]) is None:
+            publisher.put_run(record, folders, target)
             terminal.say(f"restored {record['name']}: the cached run was not in this store; nothing was trained")
-            changed = True
         else:
-            changed |= publisher.add_missing_stages(record, experiment, folders)
-    if changed:
-        publisher.update_parent(trained[0], experiment)
-    handle = store.find_run(trained[0]["id"], experiment)
+            publisher.put_run(record, folders, target | {"marks": {}})
+    handle = store.find_run(trained[0]["id"], experiment, os.environ.get("MLFLOW_RUN_ID"))
     return handle.experiment_id if handle else None
 
 

@@ -196,6 +196,7 @@ class Settings:
     label: Text | None = Field(description="your own name for this machine")
     repeats: int = Field(ge=1, le=MAX_REPEATS, description="number of processes, with seed, seed + 1, ...")
     repeat_pause: float = Field(ge=0, description="seconds to wait between two of these processes")
+    resume: Literal["auto", "never"] = Field(description="auto: go on with an interrupted training of the same work")
     sustain_seconds: float = Field(ge=0, description="seconds that each step of the score is repeated; 0: no score")
     largest_batch: bool = Field(description="find the largest batch of the convnet's step that fits, on GPUs")
     data: Data

@@ -37,6 +37,14 @@ class StageError(Exception):
     status = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end. `status` is its exit status."""
+
+    def __init__(self, status: int):
+        super().__init__()
+        self.status = status
+
+
 class OutOfMemoryError(StageError):
     """The device has too little memory for these settings."""
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, files, plots, terminal
+from pipeline import config, files, terminal
 from pipeline.data import batching, datasets
 from pipeline.errors import UsageError
 from pipeline.models import checkpoints, classifier
 from pipeline.profiling.clock import Clock
-from pipeline.tracking import publisher, records, store
+from pipeline.tracking import pending, records
 from pipeline.training import evaluation, setup
 
 
@@ -54,13 +54,12 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
         "metrics": metrics,
         "tags": {"label": settings.label},
         "datasets": [dataset for dataset in datasets_of_test if dataset not in record["datasets"]],
-        "ended": store.now(),
+        "ended": records.now(),
     }
     _write_predictions(labels, predictions, inputs["data"]["classes"], out)
-    _draw_confusion_matrix(labels, predictions, inputs["data"]["classes"], record["name"], out)
     files.write_json(out / "metrics.json", metrics)
     files.write_json(out / "record.json", result)
-    publisher.publish_stage("evaluate", record, result, records.experiment_name(settings, record["tags"]), folders)
+    pending.submit(record, folders, records.experiment_name(settings, record["tags"]))
     _announce(record, metrics)
     if planned == 1:
         terminal.say("repeats  a single run has no interval: -S repeats=3 trains three times")
@@ -101,16 +100,6 @@ def _write_predictions(
     files.write_text(out / "predictions.csv", text.getvalue())
 
 
-def _draw_confusion_matrix(
-    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: Sequence[str], title: str, out: Path
-) -> None:
-    counts = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    accuracy = counts.trace() / counts.sum()
-    figure = plots.confusion_matrix(counts, classes, accuracy=accuracy, title=title)
-    plots.save(figure, out / "plots" / "confusion_matrix.png")
-
-
 def _announce(record: Mapping[str, Any], test_metrics: Mapping[str, float]) -> None:
     metrics, last_epoch = record["metrics"], record["epochs"][-1]["figures"]
     terminal.say(
@@ -131,4 +120,4 @@ def _announce(record: Mapping[str, Any], test_metrics: Mapping[str, float]) -> N
 
 
 if __name__ == "__main__":
-    repeats.run_stage("evaluate", run, __doc__)
+    repeats.run_stage(run, __doc__)

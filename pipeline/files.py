@@ -3,13 +3,20 @@
 import errno
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import StageError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 
 @contextmanager
@@ -29,6 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp lets only the owner read it
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
@@ -67,6 +75,43 @@ def read_json(path: Path) -> Any:
         raise StageError(f"{path} is missing: run the stage that makes it (`dvc repro`)") from None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} can't be read ({error}): delete it and run `dvc repro` again") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Windows has no such call."""
+    if sys.platform != "win32":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Hard-link a file, which takes no space; copy it if the file system can't. An existing target stays."""
+    if not Path(target).exists():
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+
+def lock(path: Path) -> IO[str]:
+    """Lock a file until it is closed or the process ends. Raises StageError if another process has locked it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StageError(f"{path}: another process has locked it") from None
+    return file
 
 
 def contents(path: Path) -> str:

@@ -1,53 +1,43 @@
-"""Run the same work several times, each repeat in a process of its own, with the seeds `seed`, `seed` + 1, ...
+"""The command's own process, the driver, and the processes that it starts to do the work.
 
-The driver, which starts these processes one after another, imports no torch. It writes a plan before the first one and
-starts only those that are missing, so that an interrupted set can be resumed. An environment variable tells a child
-which repeat it is.
+A process that trains, a child, imports neither MLflow nor matplotlib. It leaves what it learns in files. The driver
+imports no torch: it waits for the child and meanwhile brings these files into the MLflow store. Each repeat of the same
+work is a child of its own, with the seeds `seed`, `seed` + 1, ... The driver writes a plan before the first one, so
+that an interrupted set can be resumed.
 """
 
 import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
-from pipeline import cli, config, files, terminal
-from pipeline.errors import StageError
-from pipeline.tracking import descriptions, records
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-CHILD = "TRAINMARK_REPEAT"
-"""Environment variable that the driver sets for a child: `<number of the repeat>:<folder>`. Not for users."""
+from pipeline import children, cli, config, files, terminal
+from pipeline.errors import StageError, Stopped
+from pipeline.tracking import descriptions, pending, records
 
 PLAN, LOCK = "set.json", ".lock"
-"""File of the plan, in the folder of the driver's first stage. File that the driver and its children lock."""
+"""File of the plan, in the folder of the driver's first stage. File that the driver locks."""
 
 UNFINISHED = ".unfinished"
 """Folder that holds copies of the complete repeats of an unfinished set. DVC deletes a stage's outputs before it runs
 the stage again."""
 
-MAY_CHANGE = ("compare", "tracking", "repeat_pause")
+MAY_CHANGE = ("compare", "tracking", "repeat_pause", "resume")
 """Settings that may differ when a set is resumed."""
 
 RunStage = Callable[[config.Settings, Path, int], Any]
 """Runs a stage for one repeat. Arguments: settings, folder of all stages, number of the repeat from 1."""
 
-StartChild = Callable[[int, Path, IO[str]], int]
-"""Runs a repeat in a process and returns its exit status. Arguments: number, folder of all stages, locked file."""
+StartChild = Callable[[int, Path], int]
+"""Runs a repeat in a process and returns its exit status. Arguments: number, folder of all stages."""
 
 
 class RepeatFailedError(StageError):
@@ -94,53 +84,48 @@ class Plan:
 
 
 def start_stage(doc: str | None, stage: str) -> None:
-    """Answer --help and refuse wrong settings before torch is imported, which takes seconds. If several repeats are
-    planned, run them in child processes and exit."""
+    """In the driver: answer --help, refuse wrong settings, run the stage in children and exit. In a child: return, so
+    that the stage imports torch, which takes seconds."""
     settings = cli.parse_early(doc)
-    if _child_environment() is None:
-        with cli.exit_on_error(cli.program()):
-            planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
-            if planned > 1:
-                run_repeats(settings, cli.OUTPUTS, [stage], planned, child_starter(stage))
-                sys.exit(0)
+    if children.is_child():
+        children.watch_driver()
+        return
+    with cli.exit_on_error(cli.program()):
+        planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
+        start_child = children.starter(stage)
+        if planned > 1:
+            run_repeats(settings, cli.OUTPUTS, [stage], planned, start_child)
+        else:
+            run_single(settings, cli.OUTPUTS, [stage], start_child)
+    sys.exit(0)
 
 
-def run_stage(stage: str, run: RunStage, doc: str | None) -> None:
-    """Run a stage from the command line: one repeat if this process is a driver's child, else a single run."""
-
-    def run_single(settings: config.Settings, folder: Path) -> None:
-        run(settings, folder, 1)
-        summarise(folder, stage)
-
-    if not run_as_child(run, doc):
-        cli.main(run_single, doc)
-
-
-def run_as_child(run: RunStage, doc: str | None) -> bool:
-    """Run one repeat if this process is a driver's child. Returns whether it is."""
-    child = _child_environment()
-    if child is None:
-        return False
-    number, folder = child
+def run_stage(run: RunStage, doc: str | None) -> None:
+    """In a child: run a stage for the repeat that the driver names."""
 
     def run_repeat(settings: config.Settings, _: Path) -> None:
+        number, folder = children.wait_for_work()
         try:
             run(settings, folder, number)
-        except KeyboardInterrupt:
-            sys.exit(130)  # without a message: the driver prints one
+        except Stopped as error:
+            sys.exit(error.status)  # without a message: the driver prints one
 
-    with _stoppable(twice=False):
+    with children.stoppable():
         cli.main(run_repeat, doc)
-    return True
-
-
-def _child_environment() -> tuple[int, Path] | None:
-    """The repeat and the folder that the driver gave this process. None if it is no child."""
-    number, _, folder = os.environ.get(CHILD, "").partition(":")
-    return (int(number), Path(folder)) if number else None
 
 
 # --- the driver
+
+
+def run_single(settings: config.Settings, folder: Path, stages: Sequence[str], start_child: StartChild) -> None:
+    """Run `stages` once, in a process. Ends this process with the child's exit status if that is not 0."""
+    _check_given_run(settings, folder, stages)
+    with children.stoppable():
+        status = start_child(1, folder)
+    if status:
+        sys.exit(status)
+    for stage in stages:
+        summarise(folder, stage)
 
 
 def run_repeats(
@@ -149,46 +134,52 @@ def run_repeats(
     """Run `stages` for each repeat that `folder` lacks, each repeat in a process.
 
     Resumes an interrupted set if its fixed values are unchanged; otherwise deletes its outputs and starts a new set.
-    Raises RepeatFailedError if a child fails, and StageError if another process works in `folder`. The parent run in
-    MLflow then gets the status FAILED, or KILLED after Ctrl-C and SIGTERM.
+    Raises RepeatFailedError if a child fails, and StageError if another process works in `folder`.
     """
-    from pipeline.tracking import publisher, store  # MLflow takes seconds to import, and most commands need no driver
-
-    store.store_uri()  # raises before any work if the store would be lost
     path = folder / stages[0] / PLAN
-    with _lock(folder) as lock, _stoppable(twice=True):
+    with _lock(folder), children.stoppable():
         plan = _resume_or_plan(settings, folder, stages, planned)
-        try:
-            for number in range(1, planned + 1):
-                if not missing_stages(folder, stages, number):
-                    continue
-                if list(stages) != ["evaluate"]:  # accuracy does not depend on the machine's temperature
-                    _pause(plan)
-                _run_repeat(plan, path, number, lambda number: start_child(number, folder, lock))
-                _save_repeat(folder, stages, number)
-                if "train" in stages:
-                    record = files.read_json(records.stage_folders(folder, number)["train"] / "record.json")
-                    publisher.update_parent(record, records.experiment_name(settings, record["tags"]))
-            _finish(settings, folder, stages)
-        except BaseException as error:
-            with suppress(StageError):
-                store.end_repeats(plan.id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-        plan.ended = store.now()
+        _check_given_run(settings, folder, stages, plan.id)
+        for number in range(1, planned + 1):
+            if not missing_stages(folder, stages, number):
+                continue
+            if list(stages) != ["evaluate"]:  # accuracy does not depend on the machine's temperature
+                _pause(plan)
+            _run_repeat(plan, path, number, lambda number: start_child(number, folder))
+            _save_repeat(folder, stages, number)
+        for stage in stages:
+            summarise(folder, stage)
+        plan.ended = records.now()
         plan.write(path)
         _delete_saved(folder, stages)
+
+
+def _check_given_run(
+    settings: config.Settings, folder: Path, stages: Sequence[str], repeats_id: str | None = None
+) -> None:
+    """Refuse a MLFLOW_RUN_ID that a training must not write to. Says so if the store does not answer."""
+    if "train" not in stages or not os.environ.get("MLFLOW_RUN_ID"):
+        return
+    from pipeline.tracking import store  # MLflow takes seconds to import
+
+    identity = training_identity(settings, folder, 1)
+    resumable = [pending.partial_record(pending.journal(entry))["id"] for entry in pending.unfinished(identity)]
+    try:
+        store.check_given_run([*resumable, *([repeats_id] if repeats_id else [])])
+    except store.StoreError as error:
+        terminal.say(f"note     {error}: the run that MLFLOW_RUN_ID names could not be looked at")
 
 
 def find_unfinished(base: Path, settings: config.Settings, folder: Path) -> Path | None:
     """Find the newest folder below `base` whose interrupted set can be resumed with `settings` and with the machine,
     data and weights of `folder`. If there is none, print why the newest set can't be resumed, and return None."""
-    fixed = _fixed_values(settings, folder, ["train"])
+    fixed = fixed_values(settings, folder, ["train"])
     paths = sorted(base.glob(f"*/train/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     plans = [(path.parent.parent, plan) for path in paths if (plan := Plan.read(path)) and plan.ended is None]
     for candidate, plan in plans:
         if plan.fixed == fixed and _is_free(candidate):
             return candidate
-    if plans and plans[0][1].fixed != fixed:
+    if plans and plans[0][1].fixed != fixed and plans[0][1].repeats > 1:
         newest, plan = plans[0]
         _print_difference(plan, fixed, newest)
     return None
@@ -201,7 +192,7 @@ def missing_stages(folder: Path, stages: Sequence[str], number: int) -> list[str
     paths = {stage: folders[stage] / "record.json" for stage in ("train", *stages)}
     present = {stage: files.read_json(path) for stage, path in paths.items() if path.exists()}
     training = present.get("train")
-    if training is None or training["tags"].get("repeats.id") != plan.id:
+    if training is None or (plan.repeats > 1 and training["tags"].get("repeats.id") != plan.id):
         return list(stages)
     return [stage for stage in stages if stage not in present or present[stage]["id"] != training["id"]]
 
@@ -220,7 +211,7 @@ def clear_outputs(folder: Path, stage: str, number: int, planned: int) -> Path:
     """Delete the old outputs of a stage's repeat and return its folder. The folder of the first of several repeats also
     holds the plan and the other repeats: these stay."""
     out = records.stage_folders(folder, number)[stage]
-    preserved = {"repeats", PLAN} if number == 1 and planned > 1 else set()
+    preserved = {PLAN, "repeats"} if number == 1 and planned > 1 else {PLAN}
     for path in out.iterdir() if out.exists() else ():
         if path.name not in preserved:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -242,22 +233,19 @@ def summarise(folder: Path, stage: str) -> None:
 
 def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
     """Return the plan of an interrupted set that can be resumed. Else delete the old outputs and write a new plan."""
-    from pipeline.tracking import store
-
     path = folder / stages[0] / PLAN
-    fixed = _fixed_values(settings, folder, stages)
+    fixed = fixed_values(settings, folder, stages)
     plan = Plan.read(path)
     if plan is not None and plan.ended is None:
         if plan.fixed == fixed:
             _restore_saved(folder, stages)
             complete = sum(not missing_stages(folder, stages, number) for number in range(1, planned + 1))
-            terminal.say(f"resumed  {complete} of {planned} repeats are complete")
-            # A process that was killed could not end its MLflow run.
-            store.end_repeats(plan.id, "KILLED", [record["id"] for record in records.present_records(folder)])
-            store.refer_given_run(plan.id)
+            if planned > 1:
+                terminal.say(f"resumed  {complete} of {planned} repeats are complete")
             plan.pause_seconds = settings.repeat_pause
             return plan
-        _print_difference(plan, fixed, folder)
+        if plan.repeats > 1:
+            _print_difference(plan, fixed, folder)
     if "train" in stages:
         set_id, seeds = uuid.uuid4().hex, [settings.seed + number for number in range(planned)]
     else:
@@ -280,7 +268,7 @@ def _save_repeat(folder: Path, stages: Sequence[str], number: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         ignore = shutil.ignore_patterns("repeats", PLAN) if number == 1 else None
         source = records.stage_folders(folder, number)[stage]
-        shutil.copytree(source, partial, ignore=ignore, copy_function=_link_if_missing)
+        shutil.copytree(source, partial, ignore=ignore, copy_function=files.link)
         shutil.rmtree(saved, ignore_errors=True)
         partial.replace(saved)
 
@@ -290,7 +278,7 @@ def _restore_saved(folder: Path, stages: Sequence[str]) -> None:
     for stage in stages:
         for saved in (folder / UNFINISHED / stage).glob("[0-9]*"):
             target = records.stage_folders(folder, int(saved.name))[stage]
-            shutil.copytree(saved, target, copy_function=_link_if_missing, dirs_exist_ok=True)
+            shutil.copytree(saved, target, copy_function=files.link, dirs_exist_ok=True)
 
 
 def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
@@ -298,16 +286,13 @@ def _delete_saved(folder: Path, stages: Sequence[str]) -> None:
         shutil.rmtree(folder / UNFINISHED / stage, ignore_errors=True)
 
 
-def _link_if_missing(source: str, target: str) -> None:
-    """Hard-link a file, which takes no space; copy it if the file system can't."""
-    if not Path(target).exists():
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
+def training_identity(settings: config.Settings, folder: Path, number: int) -> dict[str, Any]:
+    """All that must be the same when the training of a repeat is resumed."""
+    plan = Plan.read(folder / "train" / PLAN) if settings.repeats > 1 else None
+    return fixed_values(settings, folder, ["train"]) | {"repeat": number, "repeats.id": plan.id if plan else None}
 
 
-def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+def fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     """What must be the same for all repeats of a set, by dotted key: settings, machine, data, weights and versions. For
     later stages also the trainings."""
     hardware, inputs = files.read_json(folder / "hardware.json"), records.load_inputs(settings, folder)
@@ -328,8 +313,7 @@ def _fixed_values(settings: config.Settings, folder: Path, stages: Sequence[str]
 
 def _print_difference(plan: Plan, fixed: dict[str, Any], folder: Path) -> None:
     """Print which fixed values differ from those of the unfinished set in `folder`."""
-    keys = [key for key in dict.fromkeys([*plan.fixed, *fixed]) if plan.fixed.get(key) != fixed.get(key)]
-    shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    shown = records.changed_keys(plan.fixed, fixed)
     terminal.say(
         f"note     the unfinished set of {plan.repeats} repeats in {folder.name} was started with another {shown}: "
         "a new set starts"
@@ -353,14 +337,17 @@ def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int]
         entry["pause_seconds"] = (start - last) / 1000
     plan.order.append(entry)
     plan.write(path)
-    terminal.say(f"repeat   {number} of {plan.repeats}, seed {plan.seeds[number - 1]}")
+    if plan.repeats > 1:
+        terminal.say(f"repeat   {number} of {plan.repeats}, seed {plan.seeds[number - 1]}")
     try:
         status = entry["status"] = start_child(number)
     finally:
         entry["end"] = time.time_ns() // 1_000_000
         plan.write(path)
-    if status == 130:
-        raise KeyboardInterrupt
+    if status in children.STOPPED:
+        raise Stopped(status)
+    if status and plan.repeats == 1:
+        sys.exit(status)  # the child said why
     if status:
         raise RepeatFailedError(
             f"repeat {number} of {plan.repeats} ended with exit status {status}; the same command resumes the set",
@@ -368,95 +355,21 @@ def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int]
         )
 
 
-def _finish(settings: config.Settings, folder: Path, stages: Sequence[str]) -> None:
-    """Summarise a complete set, in files and in the store."""
-    from pipeline.tracking import publisher
-
-    trained = records.training_records(folder)
-    experiment = records.experiment_name(settings, trained[0]["tags"])
-    for stage in stages:
-        summarise(folder, stage)
-    for record in trained:  # a child that was killed may have written records that it did not log
-        publisher.add_missing_stages(record, experiment, records.stage_folders(folder, records.repeat_number(record)))
-    publisher.update_parent(trained[0], experiment)
-
-
-# --- processes
-
-
-def child_starter(module: str) -> StartChild:
-    """Start this process's command line again, as `python -m pipeline.<module>`, for one repeat."""
-    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
-
-
-def command_starter(command: Sequence[str]) -> StartChild:
-    """Start `command` for one repeat. After Ctrl-C or SIGTERM, terminate the child and wait for it; after a second one,
-    kill it. A child that a signal killed has the exit status 128 plus the signal's number, as in a shell."""
-
-    def start_child(number: int, folder: Path, lock: IO[str]) -> int:
-        environment = os.environ | {CHILD: f"{number}:{folder.absolute()}"}
-        inherited = () if sys.platform == "win32" else (lock.fileno(),)
-        child = subprocess.Popen(command, env=environment, pass_fds=inherited)
+def _lock(folder: Path) -> IO[str]:
+    """Lock a folder for this process. A process that was just killed may hold it for a moment."""
+    deadline = time.monotonic() + 2
+    while True:
         try:
-            status = child.wait()
-        except KeyboardInterrupt:
-            if sys.platform != "win32":  # on Windows the child gets Ctrl-C itself, and `terminate` kills at once
-                child.terminate()
-            try:
-                child.wait()
-            except KeyboardInterrupt:
-                child.kill()
-                child.wait()
-            raise
-        return status if status >= 0 else 128 - status
-
-    return start_child
-
-
-@contextmanager
-def _stoppable(*, twice: bool) -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM. With `twice`, also when the same signal comes again.
-
-    Ctrl-C in a terminal reaches both driver and child. The driver then sends the child SIGTERM, which must not
-    interrupt the child while it cleans up.
-    """
-    seen: set[int] = set()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raises = not seen or (twice and number in seen)
-        seen.add(number)
-        if raises:
-            raise KeyboardInterrupt
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    for number in replaced:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[IO[str]]:
-    """Lock a folder for this process and for children that inherit the file. Raises StageError if it is locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as lock:
-        try:
-            if sys.platform == "win32":
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StageError(f"{folder}: another process runs repeats in this folder: wait until it ends") from None
-        yield lock
+            return files.lock(folder / LOCK)
+        except StageError:
+            if time.monotonic() > deadline:
+                raise StageError(f"{folder}: another process works in this folder: wait until it ends") from None
+        time.sleep(0.1)
 
 
 def _is_free(folder: Path) -> bool:
     try:
-        with _lock(folder):
-            return True
+        files.lock(folder / LOCK).close()
     except StageError:
         return False
+    return True

@@ -4,47 +4,38 @@ import shutil
 import time
 from pathlib import Path
 
-from pipeline import config, download, files, hardware, repeats
+from pipeline import children, cli, config, download, files, hardware, repeats, terminal
+from pipeline.errors import StageError
 
 REPEATED = ("train", "evaluate", "sustain")
 """The stages of a repeat, in order."""
 
 
 def run(settings: config.Settings, folder: Path) -> None:
-    """Run all stages in a new folder below `runs/`, beside `folder`, which is DVC's. An interrupted set of repeats goes
-    on in its folder."""
-    began = time.monotonic()
+    """Run all stages in a new folder below `runs/`, beside `folder`, which is DVC's. An interrupted run of the same
+    work goes on in its folder."""
+    start_child = children.starter("run")  # first: it imports torch meanwhile
     runs, reports = folder.parent / "runs", folder.parent / "reports"
     run_folder = _new_folder(runs, f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
     for stage in (hardware, download):
         stage.run(settings, run_folder)
-    if settings.repeats > 1:
-        interrupted = repeats.find_unfinished(runs, settings, run_folder)
-        if interrupted is not None:
-            shutil.rmtree(run_folder)
-            run_folder = interrupted
-        repeats.run_repeats(settings, run_folder, REPEATED, settings.repeats, repeats.child_starter("run"))
-    else:
-        run_once(settings, run_folder, time.monotonic() - began)
+    interrupted = repeats.find_unfinished(runs, settings, run_folder) if settings.resume == "auto" else None
+    if interrupted is not None:
+        shutil.rmtree(run_folder)
+        run_folder = interrupted
+        terminal.say(f"resumed  in {run_folder.parent.name}/{run_folder.name}")
+    repeats.run_repeats(settings, run_folder, REPEATED, settings.repeats, start_child)
     from pipeline import compare  # not before: a machine without its scipy can be measured all the same
 
-    compare.run(settings, run_folder, reports)
-
-
-def run_once(settings: config.Settings, folder: Path, earlier_seconds: float) -> None:
-    """A single training and the stages after it. The earlier stages took `earlier_seconds` of this process."""
-    from pipeline import evaluate, sustain, train  # torch takes seconds to import, and a driver does without
-
-    train.run(settings, folder, earlier=earlier_seconds)
-    evaluate.run(settings, folder)
-    sustain.run(settings, folder)
-    for stage in REPEATED:
-        repeats.summarise(folder, stage)
+    try:
+        compare.run(settings, run_folder, reports)
+    except StageError as error:  # the runs are measured, and wait for the store
+        terminal.say(f"note     no report: {error}")
 
 
 def run_repeat(settings: config.Settings, folder: Path, number: int) -> None:
-    """Those stages of one repeat that have no record, in the process that the driver started for it."""
-    from pipeline import evaluate, sustain, train
+    """In a child: those stages of one repeat that have no record."""
+    from pipeline import evaluate, sustain, train  # torch takes seconds to import, and a driver does without
 
     stages = {"train": train.run, "evaluate": evaluate.run, "sustain": sustain.run}
     for stage in repeats.missing_stages(folder, REPEATED, number):
@@ -66,7 +57,10 @@ def _new_folder(runs: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    from pipeline import cli
+    if children.is_child():
+        children.watch_driver()
+        from pipeline import evaluate, sustain, train  # noqa: F401  # while the driver prepares the work
 
-    if not repeats.run_as_child(run_repeat, __doc__):
+        repeats.run_stage(run_repeat, __doc__)
+    else:
         cli.main(run, __doc__)

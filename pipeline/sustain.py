@@ -15,7 +15,7 @@ import torch
 from pipeline import config, devices, files, terminal
 from pipeline.profiling import score_steps, system_state
 from pipeline.profiling.score_steps import Step
-from pipeline.tracking import publisher, records, store
+from pipeline.tracking import pending, records
 from pipeline.training import sustained
 
 RunStep = Callable[[Step, str, str, float], sustained.StepRun | None]
@@ -38,12 +38,10 @@ def run(
     record = files.read_json(folders["train"] / "record.json")
     result: dict[str, Any] = {"id": record["id"], "metrics": {}, "tags": {}, "series": {}, "warnings": []}
     if settings.sustain_seconds:
-        # Ask before measuring: a store that fails afterwards must not lose the score.
-        attempts = publisher.count_attempts(record, records.experiment_name(settings, record["tags"])) + 1
-        started = store.now()
+        started = records.now()
         result |= _measure(settings, steps, run_step)
-        result["tags"] |= {"sustained.started": str(started), "sustained.attempts": str(attempts)}
-    result["ended"] = store.now()
+        result["tags"]["sustained.started"] = str(started)
+    result["ended"] = records.now()
     repeats.clear_outputs(folder, "sustain", number, records.planned_repeats(folder))
     _write(result, record, settings, folders)
     if settings.sustain_seconds and settings.largest_batch:
@@ -107,11 +105,11 @@ def _measure(settings: config.Settings, steps: Sequence[Step], run_step: RunStep
 def _write(
     result: Mapping[str, Any], record: Mapping[str, Any], settings: config.Settings, folders: Mapping[str, Path]
 ) -> None:
-    """Write the record and publish it in the training's run. A second call adds only what is new."""
+    """Write the record, and leave it for the store. A second call replaces the first one's."""
     files.write_json(folders["sustain"] / "metrics.json", result["metrics"])
     files.write_json(folders["sustain"] / "record.json", result)
     if result["metrics"] or result["warnings"]:
-        publisher.publish_stage("sustain", record, result, records.experiment_name(settings, record["tags"]), folders)
+        pending.submit(record, folders, records.experiment_name(settings, record["tags"]))
 
 
 def _announce(step: Step, precision: str, figures: Mapping[str, float]) -> None:
@@ -124,4 +122,4 @@ def _announce(step: Step, precision: str, figures: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    repeats.run_stage("sustain", run, __doc__)
+    repeats.run_stage(run, __doc__)

@@ -6,32 +6,33 @@ if __name__ == "__main__":
     repeats.start_stage(__doc__, "train")
 
 import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import config, devices, files, terminal
-from pipeline.data import batching
 from pipeline.errors import OutOfMemoryError, StageError
 from pipeline.models import checkpoints, classifier, weights
-from pipeline.profiling import energy, system_info, system_state
+from pipeline.profiling import energy, system_info, system_metrics, system_state
 from pipeline.profiling.clock import Clock
-from pipeline.tracking import publisher, records, store, training_record
-from pipeline.training import loop, measured, setup
+from pipeline.tracking import pending, pictures, records, training_record
+from pipeline.training import loop, measured, setup, state
 
 Record = dict[str, Any]
 
 
-def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float = 0.0) -> Record:
-    """Train once, as a run in MLflow, from `hardware.json` and `inputs.json` in `folder`. Returns the record.
+def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
+    """Train once, from `hardware.json` and `inputs.json` in `folder`. Returns the record.
 
-    Writes `folder/train`, or the subfolder of repeat `number` (from 1). `earlier`: seconds that this process spent on
-    earlier stages.
+    Writes `folder/train`, or the subfolder of repeat `number` (from 1). Meanwhile the record grows in `pending/`, from
+    where MLflow gets it; an interrupted training of the same work is resumed from there.
     """
     recipe = settings.work
-    startup = system_info.process_age() - earlier
-    store.store_uri()  # raises for a store that would be lost, before any work
+    startup = system_info.process_age()
     setup.check(settings.device, recipe)
     energy.check(settings.energy.source)
     backend = setup.configure_backend(settings.device, recipe)
@@ -42,6 +43,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
     if unused_gpu:
         terminal.warn("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused_gpu)
     settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
+    entry, saved = _find_state(settings, folder, number)
     with clock.span("inspect"):
         before = system_state.sample(backend.gpu_uuid())  # before our own work loads the device
     with clock.span("decode"):
@@ -52,25 +54,69 @@ def run(settings: config.Settings, folder: Path, number: int = 1, earlier: float
         classes = len(inputs["data"]["classes"])
         training = setup.TrainingSetup(recipe, settings.seed, classes, path, splits, backend, clock)
 
+    if saved is None:
+        with clock.span("inspect"):
+            facts = {"machine": machine, "accelerator": backend.facts(), "torch": devices.torch_facts()}
+            hardware = facts | {"conditions": {"before": before}}
+            images = {name: len(split) for name, split in splits.items()}
+            record = training_record.new_record(settings, inputs, hardware, training, images, unused_gpu)
+        record["tags"] |= repeats.repeat_tags(settings, folder, number)
+        record["name"] = records.run_name(record["tags"])
+        record["metrics"]["time/startup_seconds"] = startup
+    else:
+        record = saved["record"]
     out = repeats.clear_outputs(folder, "train", number, settings.repeats)
-    with clock.span("inspect"):
-        facts = {"machine": machine, "accelerator": backend.facts(), "torch": devices.torch_facts()}
-        hardware = facts | {"conditions": {"before": before}}
-        images = {name: len(split) for name, split in splits.items()}
-        record = training_record.new_record(settings, inputs, hardware, training, images, unused_gpu)
-    record["tags"] |= repeats.repeat_tags(settings, folder, number)
-    record["name"] = records.run_name(record["tags"])
-    record["metrics"]["time/startup_seconds"] = startup
     training_record.announce(record)
     out_of_memory: str | None = None
-    try:
-        _train(training, splits, decoded, settings, record, out, earlier)
-    except OutOfMemoryError as error:
-        out_of_memory = str(error)
-    if out_of_memory:  # not in the except clause, since the error holds memory that a smaller batch needs
-        del training
-        raise StageError(_suggest_batch(out_of_memory, settings, splits, classes, backend))
+    with _journal(entry, record, repeats.training_identity(settings, folder, number)) as entry:
+        try:
+            _train(training, splits, decoded, settings, record, entry, saved)
+            _finish(record, settings, entry, out)
+        except OutOfMemoryError as error:
+            out_of_memory = str(error)
+        if out_of_memory:  # not in the except clause, since the error holds memory that a smaller batch needs
+            del training
+            raise OutOfMemoryError(_suggest_batch(out_of_memory, settings, splits, classes, backend))
     return record
+
+
+def _find_state(settings: config.Settings, folder: Path, number: int) -> tuple[Path | None, state.State | None]:
+    """The entry in `pending/` of an interrupted training of the same work, and its state; None, None without one."""
+    if settings.resume == "never":
+        return None, None
+    identity = repeats.training_identity(settings, folder, number)
+    for entry in pending.unfinished(identity):
+        saved = state.load_newest(entry / "state")
+        if saved is not None:
+            terminal.say(f"resumed  after epoch {len(saved['record']['epochs'])}; -S resume=never starts anew")
+            return entry, saved
+    for other in reversed([entry for entry in pending.entries() if pending.is_resumable(entry)]):
+        if changed := records.changed_keys(pending.read_target(other)["identity"], identity):
+            terminal.say(f"note     the training that was interrupted had another {changed}: this one starts anew")
+            break
+    return None, None
+
+
+@contextmanager
+def _journal(entry: Path | None, record: Record, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """Open the entry of the training, a new one unless it is resumed, and write into it how the training failed."""
+    if entry is None:
+        entry, owner = pending.open_training(record, identity)
+    else:
+        owner = files.lock(entry / pending.OWNER)
+        resumed = int(record["tags"].get("resumed", 0)) + 1
+        record["tags"]["resumed"] = str(resumed)
+        pending.append(entry, {"event": "resume", "at": records.now(), "tags": {"resumed": str(resumed)}})
+    with owner:
+        try:
+            yield entry
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            final = isinstance(error, (loop.NonFiniteLossError, OutOfMemoryError))  # it would happen again
+            if not (entry / "train").exists():
+                with suppress(StageError):  # a full disk must not hide the first error
+                    pending.append(entry, {"event": "end", "status": status, "at": records.now(), "final": final})
+            raise
 
 
 def _train(
@@ -79,49 +125,49 @@ def _train(
     decoded: setup.Splits,
     settings: config.Settings,
     record: Record,
-    out: Path,
-    earlier: float,
+    entry: Path,
+    saved: state.State | None,
 ) -> None:
-    """Train in an MLflow run for `record`, complete the record, and write the files in `out`."""
+    """Train, and write each epoch with the state after it into `entry`. Completes the record."""
     clock, backend = training.loop.clock, training.loop.backend
-    with clock.span("log"):
-        handle = store.start_run(record, _parent_run(record))
-    with store.end_on_failure(handle):
-        with clock.span("log"):
-            store.mark_run(handle, record)
-        with store.SystemMetrics(handle.run_id) as system, backend.memory_errors():
-            limits = measured.measure_limits(training, splits)
-            best = None
-            for figures in measured.train(training, splits, settings, record, limits):
-                _note_target(record, settings, figures, clock)
-                if best is None or figures["val/accuracy"] > best:  # of equal epochs, the first is best
-                    best = figures["val/accuracy"]
-                    with clock.span("checkpoint"):
-                        _save_checkpoint(training.net, record, figures, settings, out)
-                with clock.span("log"):
-                    record["epochs"].append({"at": store.now(), "figures": figures, "system": system.take()})
-                    store.log_epoch(handle, record["epochs"][-1])
-        record["ended"] = store.now()
-        record["metrics"] |= training_record.span_metrics(clock, setup.TOTAL_SPANS) | training.loop.times.percentiles()
-        training_record.add_conditions(record, system_state.sample(backend.gpu_uuid()))
-        training_record.add_best_epoch(record)
-        _draw(record, settings, decoded["train"], out)
-        record["metrics"]["time/process_seconds"] = system_info.process_age() - earlier
-        training_record.write_files(record, settings, out)
-        publisher.publish_training(handle, record, out)
-        # Written last: without this file, the training counts as not completely logged.
-        files.write_json(out / "record.json", record)
-        store.end_run(handle, "FINISHED", record["ended"])
+    with system_metrics.sampled() as system_samples, backend.memory_errors():
+        limits = measured.measure_limits(training, splits)
+        best = max((epoch["figures"]["val/accuracy"] for epoch in record["epochs"]), default=None)
+        for figures in measured.train(training, splits, settings, record, limits, saved):
+            _note_target(record, settings, figures, clock)
+            if best is None or figures["val/accuracy"] > best:  # of equal epochs, the first is best
+                best = figures["val/accuracy"]
+                with clock.span("checkpoint"):
+                    _save_checkpoint(training.net, record, figures, settings, entry)
+            with clock.span("log"):
+                epoch = {"at": records.now(), "figures": figures, "system": system_samples()}
+                record["epochs"].append(epoch)
+                if settings.resume == "auto":
+                    state.save(entry / "state", training, record)
+                pending.append(entry, {"event": "epoch", "epoch": epoch})
+    record["ended"] = records.now()
+    record["metrics"] |= training_record.span_metrics(clock, setup.TOTAL_SPANS) | training.loop.times.percentiles()
+    training_record.add_conditions(record, system_state.sample(backend.gpu_uuid()))
+    training_record.add_best_epoch(record)
+    images = decoded["train"]
+    chosen = np.random.default_rng(settings.seed).permutation(len(images))[:6]
+    record["facts"]["samples"] = [record["facts"]["classes"][label] for label in images.labels.numpy()[chosen]]
+    with files.atomic_write(entry / pictures.SAMPLES) as temporary:
+        np.save(temporary, images.inputs.numpy()[chosen], allow_pickle=False)
+    if "resumed" not in record["tags"]:
+        record["metrics"]["time/process_seconds"] = system_info.process_age()
 
 
-def _parent_run(record: Record) -> store.Handle | None:
-    """Create or resume the parent run of the repeats. None for a single training."""
-    if store.REPEATS_TAG not in record["tags"]:
-        return None
-    parent, is_new = publisher.parent_run(record, record["experiment"])
-    if not is_new and not store.is_deleted(parent):
-        store.set_status(parent, "RUNNING")
-    return parent
+def _finish(record: Record, settings: config.Settings, entry: Path, out: Path) -> None:
+    """Write the files of a complete training into `out`, and leave them for the store in `entry`."""
+    training_record.write_files(record, settings, out)
+    shutil.copyfile(entry / pictures.SAMPLES, out / pictures.SAMPLES)
+    epoch = int(record["metrics"]["best/epoch"])
+    with files.atomic_write(out / "best.safetensors") as temporary:
+        shutil.copyfile(_checkpoint_path(entry, epoch), temporary)
+    files.write_json(out / "record.json", record)  # last: a training without it is not complete
+    pending.link_stages({"train": out}, entry)
+    shutil.rmtree(entry / "state", ignore_errors=True)
 
 
 def _note_target(record: Record, settings: config.Settings, figures: dict[str, float], clock: Clock) -> None:
@@ -131,9 +177,14 @@ def _note_target(record: Record, settings: config.Settings, figures: dict[str, f
         record["metrics"].setdefault("time/to_target_seconds", clock.total(*setup.TOTAL_SPANS))
 
 
+def _checkpoint_path(entry: Path, epoch: int) -> Path:
+    return entry / "state" / f"best-{epoch:06}.safetensors"
+
+
 def _save_checkpoint(
-    net: classifier.Classifier, record: Record, figures: dict[str, float], settings: config.Settings, out: Path
+    net: classifier.Classifier, record: Record, figures: dict[str, float], settings: config.Settings, entry: Path
 ) -> None:
+    """Save the best model so far. The one before stays until the state of this epoch is written."""
     mean, std = net.normalization
     facts = checkpoints.Checkpoint(
         model=settings.work.model,
@@ -145,27 +196,9 @@ def _save_checkpoint(
         val_accuracy=figures["val/accuracy"],
         record=record["id"],
     )
-    checkpoints.save(out / "best.safetensors", net, facts)
-
-
-def _draw(record: Record, settings: config.Settings, images: batching.Split, out: Path) -> None:
-    """Draw the plots for the run's page in MLflow, and six samples of `images`."""
-    from pipeline import plots  # importing matplotlib takes a third of a second
-
-    epochs = [epoch["figures"] for epoch in record["epochs"]]
-    classes, title = record["facts"]["classes"], record["name"]
-    chosen = np.random.default_rng(settings.seed).permutation(len(images))[:6]
-    names = [classes[label] for label in images.labels.numpy()[chosen]]
-    split = "test split" if settings.work.validation == "test" else "validation split"
-    best = int(record["metrics"]["best/epoch"])
-    curves = ["loss", *(name for name in loop.METRICS if name != "accuracy")]
-    figures = {
-        "samples": plots.samples(images.inputs.numpy()[chosen], names, title=title),
-        "accuracy": plots.accuracy(epochs, best_epoch=best, validation=split, title=title),
-        **{name: plots.metric(epochs, name, title=title) for name in curves},
-    }
-    for name, figure in figures.items():
-        plots.save(figure, out / "plots" / f"{name}.png")
+    checkpoints.save(_checkpoint_path(entry, facts.epoch), net, facts)
+    for older in sorted((entry / "state").glob("best-*.safetensors"))[:-2]:
+        older.unlink()
 
 
 def _suggest_batch(
@@ -187,4 +220,4 @@ def _suggest_batch(
 
 
 if __name__ == "__main__":
-    repeats.run_stage("train", run, __doc__)
+    repeats.run_stage(run, __doc__)

@@ -17,7 +17,7 @@ import psutil
 
 from pipeline import config, terminal
 from pipeline.errors import StageError
-from pipeline.tracking import store
+from pipeline.tracking import location, store
 
 PORTS = range(5000, 5020)
 """The ports to try. macOS has its own server on 5000."""
@@ -26,7 +26,7 @@ PORTS = range(5000, 5020)
 def server_command(port: int) -> list[str]:
     """The command that serves the MLflow store on `port`."""
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "mlflow", "ui", *address, "--backend-store-uri", store.store_uri(), "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "ui", *address, "--backend-store-uri", location.store_uri(), "--workers", "1"]
 
 
 def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:
@@ -37,9 +37,9 @@ def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequen
     """
     experiment = store.experiment_to_show(settings.tracking.experiment)
     if experiment is None:
-        raise StageError(f'no experiment "{settings.tracking.experiment}" in {store.shown_uri()} yet: make run')
+        raise StageError(f'no experiment "{settings.tracking.experiment}" in {location.shown_uri()} yet: make run')
     report = folder.parent / "reports" / "compare.html"
-    if store.store_uri().startswith("http"):
+    if location.store_uri().startswith("http"):
         _open(report, experiment, None)
         return
     port = next((port for port in PORTS if not _answers(port)), None)

@@ -112,6 +112,13 @@ class Backend(ABC):
     def release_memory(self) -> None:  # noqa: B027
         """Release memory that torch caches, for other programs or larger tensors."""
 
+    def random_state(self) -> Tensor | None:
+        """The state of the device's random generator, on the CPU; None if the CPU draws its numbers."""
+        return None
+
+    def set_random_state(self, state: Tensor) -> None:  # noqa: B027
+        """Set what `random_state` returned."""
+
     def to_device_async(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         """Start copying tensors from host memory to the device. Returns a function that makes the current stream wait
         for the copies, and returns them. The default copies synchronously: an asynchronous copy is safe only from
@@ -260,3 +267,12 @@ class Accelerator(Backend):
         """Empty the cache of torch's allocator."""
         gc.collect()  # graphs and compiled functions hold tensors in reference cycles
         self._module.empty_cache()
+
+    def random_state(self) -> Tensor | None:
+        """The state of the card's default generator."""
+        state: Tensor = self._module.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Set what `random_state` returned."""
+        self._module.set_rng_state(state, self.device)

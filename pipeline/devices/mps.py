@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from pipeline.devices.base import Backend
 from pipeline.profiling import system_info
@@ -76,6 +77,14 @@ class Mps(Backend):
         """Empty the cache of torch's allocator."""
         gc.collect()
         torch.mps.empty_cache()
+
+    def random_state(self) -> Tensor | None:
+        """The state of Metal's default generator."""
+        return torch.mps.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Set what `random_state` returned."""
+        torch.mps.set_rng_state(state)
 
     def best_precision(self) -> str:
         """bf16 from the M3 on, fp16 on M1 and M2, which emulate bf16 (transformers' pull request 40458)."""

@@ -54,6 +54,12 @@ class Clock:
         """The sum of these spans in seconds. A span that never ran counts as 0."""
         return sum(self.seconds.get(name, 0.0) for name in names)
 
+    def resume(self, seconds: dict[str, float], unaccounted: float) -> None:
+        """Go on from the spans of an earlier process; what this clock measured so far does not count."""
+        self._synchronize()
+        self.seconds = dict(seconds)
+        self._first_start = self.now() - sum(seconds.values()) - unaccounted
+
     def unaccounted(self) -> float:
         """Seconds since the start of the first span that no span covers."""
         if self._first_start is None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from pipeline import files, terminal
 from pipeline.errors import StageError, UsageError
-from pipeline.tracking import bundle_schema, descriptions, publisher, records, store
+from pipeline.tracking import bundle_schema, descriptions, location, pending, publisher, records, store
 from pipeline.tracking.bundle_schema import refusal
 
 MANIFEST = "bundle.json"
@@ -80,7 +80,7 @@ def export_runs(
     with tempfile.TemporaryDirectory() as scratch:
         runs = _fetch_runs(Path(scratch), experiment, with_models, with_pictures)
         if not runs:
-            place = store.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
+            place = location.shown_uri() + (f', experiment "{experiment}"' if experiment is not None else "")
             raise StageError(f"no finished run to export in {place}: make run")
         private = _private_patterns()
         for run in runs:
@@ -106,7 +106,7 @@ def _write_archive(out: Path, runs: Sequence[Run]) -> None:
                 archive.writestr(zipfile.ZipInfo(f"runs/{run.record['id']}/{name}"), data, compression)
             times = {"start": run.record["started"], "end": run.end}
             entries.append({"record": run.record["id"], "run_id": run.run_id, **times, "files": listing})
-        head = {"format": "trainmark-bundle", "schema": bundle_schema.SCHEMA, "created": store.now()}
+        head = {"format": "trainmark-bundle", "schema": bundle_schema.SCHEMA, "created": records.now()}
         manifest = head | {"runs": entries}
         bundle_schema.validate(bundle_schema.Manifest, manifest, out.name)
         archive.writestr(zipfile.ZipInfo(MANIFEST), files.json_text(manifest), zipfile.ZIP_DEFLATED)
@@ -313,9 +313,9 @@ def import_runs(paths: Sequence[Path]) -> None:
     """Put the runs of bundles into the current store: those that it lacks, and stages that it lacks or has from an
     earlier time. A folder means the zips in it.
 
-    Everything is checked before anything is written. If an import fails half-way, the runs that it made are deleted
-    again; if that fails too, they are whole, and the same import goes on from there. Raises UsageError for a bundle
-    that is wrong, or that holds a run which the store has with another content.
+    Everything is checked before anything is written. An import that fails half-way is completed by the same command: a
+    run that is not whole is not FINISHED, so nothing compares or exports it. Raises UsageError for a bundle that is
+    wrong, or that holds a run which the store has with another content.
     """
     if os.environ.get("MLFLOW_RUN_ID"):
         raise UsageError("MLFLOW_RUN_ID is set: runs can't be imported into another run; unset it")
@@ -326,18 +326,8 @@ def import_runs(paths: Sequence[Path]) -> None:
             for run in read_bundle(path, Path(scratch) / str(number))
         ]
         _check_conflicts(named_runs, Path(scratch))
-        runs = sorted((run for _, run in named_runs), key=lambda run: records.repeat_number(run.record))
-        made: list[store.Handle] = []
-        try:
-            with store.discard_on_failure(made):
-                for run in runs:
-                    _put_run(run, Path(scratch), made)
-                for run in {run.record["tags"].get(store.REPEATS_TAG): run for run in runs}.values():
-                    publisher.update_parent(run.record, run.record["experiment"])
-        except BaseException:
-            if made:
-                terminal.say("note     what was imported above is deleted again")
-            raise
+        for run in sorted((run for _, run in named_runs), key=lambda run: records.repeat_number(run.record)):
+            _put_run(run, Path(scratch))
 
 
 def _list_bundles(paths: Sequence[Path]) -> list[Path]:
@@ -400,27 +390,18 @@ def _new_stages(run: Run, known: Mapping[str, Record], where: str) -> list[str]:
     return stages
 
 
-def _put_run(run: Run, scratch: Path, made: list[store.Handle]) -> None:
-    """Add a run to the store, or what the store lacks of it. New runs are appended to `made`."""
-    record, experiment, folders = run.record, run.record["experiment"], records.stage_folders(run.folder)
-    handle = store.find_run(record["id"], experiment)
-    if handle is None:
-        marks = {"imported": f"from a bundle of schema {run.schema}", publisher.IMPORTED_RUN_TAG: run.run_id}
-        made += publisher.restore_run(record, experiment, folders, marks)
-        terminal.say(f"imported {run.title} into {experiment}")
-        return
-    if store.is_deleted(handle):
-        terminal.say(f"left out {run.title}: it was deleted in this store")
-        return
+def _put_run(run: Run, scratch: Path) -> None:
+    """Add a run to the store, or what the store lacks of it."""
+    record, folders = run.record, records.stage_folders(run.folder)
     stored = _stored_records(run, scratch)
-    is_whole = "train" in stored  # otherwise it is under way, or it failed
-    stages = _new_stages(run, stored, run.title) if is_whole else []
-    checkpoint = run.folder / CHECKPOINT
-    lacks_model = is_whole and checkpoint.exists() and not store.list_artifacts(handle.run_id, "checkpoints")
-    if stages or lacks_model:
-        results = {stage: stored[stage] for stage in stored if stage != "train"}
-        results |= {stage: run.results[stage] for stage in stages}
-        publisher.add_stages(handle, record, stages, results, folders, checkpoint if lacks_model else None)
-        terminal.say(f"added    {', '.join(stages) or 'model'} to {run.title}")
+    marks = {"imported": f"from a bundle of schema {run.schema}", publisher.IMPORTED_RUN_TAG: run.run_id}
+    target = pending.target(record["experiment"], {} if "train" in stored else marks)
+    stages = _new_stages(run, stored, run.title)
+    if publisher.put_run(record, folders, target, stored, stages) is None:
+        terminal.say(f"left out {run.title}: it was deleted in this store")
+    elif "train" in stages:
+        terminal.say(f"imported {run.title} into {record['experiment']}")
+    elif stages:
+        terminal.say(f"added    {', '.join(stages)} to {run.title}")
     else:
         terminal.say(f"there    {run.title} is in this store already")

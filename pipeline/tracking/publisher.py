@@ -1,4 +1,4 @@
-"""Publishes what a training left to MLflow: right after it, or again from DVC's cache or a bundle, by the same code.
+"""Brings runs into the MLflow store: while they train, from DVC's cache and from bundles, by the same code.
 
 Every run also holds the records that it was made from, as `records/<stage>.json`, and their digests as tags. With them
 a run can be put into another store (see bundles.py).
@@ -6,14 +6,17 @@ a run can be put into another store (see bundles.py).
 
 import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline import files, terminal
-from pipeline.tracking import descriptions, records, store
+from pipeline.errors import StageError
+from pipeline.tracking import descriptions, location, pending, pictures, records, store
+from pipeline.tracking.records import Record
 
 CHECKPOINT = "checkpoints/best.safetensors"
 """The artifact that holds a training's best checkpoint."""
@@ -35,12 +38,8 @@ def publish_training(handle: store.Handle, record: Mapping[str, Any], folder: Pa
     """Log all but the epochs of a training that left `folder`. A bundle may lack pictures and checkpoint."""
     store.log_metrics(handle, record["metrics"], record["ended"])
     store.set_tags(handle, record["tags"])  # some are known only at the end
-    settings = {name: folder / name for name in ("hardware.json", "params.yaml")}
-    store.log_artifacts(handle, settings | _pictures(folder))
-    if (folder / "best.safetensors").exists():
-        publish_checkpoint(handle, folder / "best.safetensors")
-    _describe(handle, record, {})
-    _log_record(handle, "train", record)
+    store.log_artifacts(handle, {name: folder / name for name in ("hardware.json", "params.yaml")})
+    _log_pictures(handle, pictures.draw_training, record, folder)
 
 
 def publish_checkpoint(handle: store.Handle, path: Path) -> None:
@@ -53,16 +52,21 @@ def publish_checkpoint(handle: store.Handle, path: Path) -> None:
     store.log_artifacts(handle, {CHECKPOINT: path})
 
 
-def publish_evaluation(handle: store.Handle, result: Mapping[str, Any], folder: Path) -> None:
-    """Log the record `result` of an evaluation that left `folder`."""
+def publish_evaluation(handle: store.Handle, record: Record, result: Record, folder: Path) -> Record:
+    """Log the record `result` of an evaluation that left `folder`. Returns it as it was logged."""
     store.log_metrics(handle, result["metrics"], result["ended"])
     store.log_datasets(handle, result["datasets"])
-    store.log_artifacts(handle, _pictures(folder))
+    _log_pictures(handle, pictures.draw_evaluation, record, folder)
     store.set_tags(handle, result["tags"])
+    return result
 
 
-def publish_sustained(handle: store.Handle, result: Mapping[str, Any], folder: Path) -> None:
-    """Log the record `result` of sustained steps, and their courses."""
+def publish_sustained(handle: store.Handle, record: Record, result: Record, folder: Path) -> Record:
+    """Log the record `result` of sustained steps, and their speeds over time. Returns it with the number of attempts,
+    which only the store knows."""
+    if "sustained.started" in result["tags"] and "sustained.attempts" not in result["tags"]:
+        attempts = _count_attempts(store.run_tags(handle), result["tags"]["sustained.started"])
+        result = {**result, "tags": {**result["tags"], "sustained.attempts": str(attempts)}}
     store.log_metrics(handle, result["metrics"], result["ended"])
     series = result["series"]
     if isinstance(series, list):  # the course of one step, in bundles before schema 3
@@ -70,25 +74,43 @@ def publish_sustained(handle: store.Handle, result: Mapping[str, Any], folder: P
     for key, values in series.items():
         store.log_series(handle, key, values, result["ended"])
     store.set_tags(handle, result["tags"])
+    return result
+
+
+def _count_attempts(tags: Mapping[str, str], started: str) -> int:
+    """How often the sustained steps of the run with these tags were measured, with the attempt that `started` now. A
+    last attempt that was disturbed does not count."""
+    attempts = tags.get("sustained.attempts", "")  # a bundle may bring any text
+    counted = int(attempts) if attempts.isdecimal() else int("sustained.started" in tags)
+    if tags.get("sustained.started") == started:  # delivered before, at least in part
+        return max(counted, 1)
+    return counted - ("sustained.taints" in tags) + 1
 
 
 LATER_STAGES = {"evaluate": publish_evaluation, "sustain": publish_sustained}
 """How the records of the stages after the training are logged."""
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    """The pictures that a stage left, by artifact path."""
-    return {f"plots/{path.name}": path for path in sorted((folder / "plots").glob("*.png"))}
+def _log_pictures(
+    handle: store.Handle, draw: Callable[[Record, Path, Path], None], record: Record, folder: Path
+) -> None:
+    """Log the pictures that a bundle brought into `folder`; without any, those that `draw` makes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = folder / "plots"
+        if not drawn.exists():
+            drawn = Path(scratch)
+            draw(record, folder, drawn)
+        store.log_artifacts(handle, {f"plots/{path.name}": path for path in sorted(drawn.glob("*.png"))})
 
 
 def _describe(handle: store.Handle, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     store.set_tags(handle, {"mlflow.note.content": descriptions.describe_run(record, results)})
 
 
-def _log_record(handle: store.Handle, stage: str, record: Mapping[str, Any]) -> None:
-    """Log the record of a stage, then its digest."""
+def _log_record(handle: store.Handle, stage: str, record: Record, sha256: str) -> None:
+    """Log the record of a stage, then the digest of the record as the stage wrote it."""
     store.log_text(handle, record_file(stage), files.json_text(record))
-    store.set_tags(handle, {digest_tag(stage): digest(record)})
+    store.set_tags(handle, {digest_tag(stage): sha256})
 
 
 # --- records
@@ -143,108 +165,160 @@ def end_time(record: Mapping[str, Any], results: Mapping[str, Any]) -> int:
     return max(int(result["ended"]) for result in (record, *results.values()))
 
 
-def count_attempts(record: Mapping[str, Any], experiment: str) -> int:
-    """How often the sustained steps of a run were measured in this store. A last attempt that was disturbed does not
-    count."""
-    handle = store.find_run(record["id"], experiment)
-    tags = store.run_tags(handle) if handle else {}
-    attempts = tags.get("sustained.attempts", "")  # a bundle may bring any text
-    counted = int(attempts) if attempts.isdecimal() else int("sustained.started" in tags)
-    return counted - ("sustained.taints" in tags)
-
-
 # --- runs
 
 
-def publish_stage(
-    stage: str, record: Mapping[str, Any], result: Mapping[str, Any], experiment: str, folders: Folders
-) -> None:
-    """Add `result`, which `stage` just left in its folder, to the training's run. Restore a run that is missing."""
-    handle = store.find_run(record["id"], experiment)
-    if handle is None:
-        restore_run(record, experiment, folders)
-    elif store.is_deleted(handle):
-        terminal.say(f"note     the run was deleted in this store: the result of `{stage}` is not added")
-    else:
-        add_stages(handle, record, [stage], stage_records(record, folders) | {stage: result}, folders)
-
-
-def add_stages(
-    handle: store.Handle,
-    record: Mapping[str, Any],
-    stages: Sequence[str],
-    results: Mapping[str, Any],
+def put_run(
+    record: Record,
     folders: Folders,
-    best: Path | None = None,
-) -> None:
-    """Add to a training's run what `stages` left in their folders, and a checkpoint that it lacks. `results`: the
-    records of these stages and of those that the run has already."""
+    target: Mapping[str, Any],
+    stored: Mapping[str, Record] | None = None,
+    stages: Collection[str] = records.STAGES,
+) -> store.Handle | None:
+    """Bring a training with all its stages into the store: create its run, or add what the run lacks of `stages`.
+    Calling it again after a failure goes on. Returns the run; None if it was deleted in this store.
+
+    `target`: see `pending.target`. `stored`: records of stages that the store has and `folders` lack.
+    """
+    handle = store.find_run(record["id"], target["experiment"], target["run_id"])
+    if handle is not None and store.is_deleted(handle):
+        return None
+    tags = store.run_tags(handle) if handle else {}
+    results = {"train": record, **stage_records(record, folders)}
+    digests = {stage: digest(result) for stage, result in results.items()}
+    added = [stage for stage in results if stage in stages and tags.get(digest_tag(stage)) != digests[stage]]
+    best = folders["train"] / "best.safetensors"
+    lacks_model = best.exists() and (handle is None or not store.list_artifacts(handle.run_id, "checkpoints"))
+    if handle is not None and not added and not lacks_model:
+        return handle
+    if handle is None or "train" in added:
+        handle = start(record, target, handle)
+        for epoch in record["epochs"]:
+            store.log_epoch(handle, epoch)
     store.set_status(handle, "RUNNING")
-    with store.end_on_failure(handle):
-        if best is not None:
-            publish_checkpoint(handle, best)
-        for stage in stages:
-            LATER_STAGES[stage](handle, results[stage], folders[stage])
-        _describe(handle, record, results)
-        store.end_run(handle, "FINISHED", end_time(record, results))
-        for stage in stages:  # last, so that a stage added only in part is added again
-            _log_record(handle, stage, results[stage])
+    if lacks_model:
+        publish_checkpoint(handle, best)
+    if "train" in added:
+        publish_training(handle, record, folders["train"])
+    for stage in added:
+        if stage != "train":
+            results[stage] = LATER_STAGES[stage](handle, record, results[stage], folders[stage])
+    later = dict(stored or {}) | {stage: result for stage, result in results.items() if stage != "train"}
+    _describe(handle, record, later)
+    store.end_run(handle, "FINISHED", end_time(record, later))
+    for stage in added:  # last, so that a stage added only in part is added again
+        _log_record(handle, stage, results[stage], digests[stage])
+    update_parent(record, target)
+    return handle
 
 
-def add_missing_stages(record: Mapping[str, Any], experiment: str, folders: Folders) -> bool:
-    """Add to a training's run what later stages left and it lacks. Returns whether it lacked any. Does nothing if the
-    run is missing or deleted."""
-    handle = store.find_run(record["id"], experiment)
-    if handle is None or store.is_deleted(handle):
-        return False
-    results, tags = stage_records(record, folders), store.run_tags(handle)
-    stages = [stage for stage in results if digest_tag(stage) not in tags]
-    if stages:
-        add_stages(handle, record, stages, results, folders)
-    return bool(stages)
-
-
-def restore_run(
-    record: Mapping[str, Any], experiment: str, folders: Folders, tags: Mapping[str, str] = RESTORED
-) -> list[store.Handle]:
-    """Create the run of a cached or imported training, with all its stages and with `tags`, and the parent run of a
-    repeat if that is missing. Returns the runs that it created, the training's last."""
-    created: list[store.Handle] = []
-    with store.discard_on_failure(created):
+def start(record: Record, target: Mapping[str, Any], handle: store.Handle | None = None) -> store.Handle:
+    """Create the run of a training, unless it is there as `handle`, and the parent run of a repeat; log what they begin
+    with."""
+    experiment = {"experiment": target["experiment"]}
+    if handle is None:
         parent = None
         if store.REPEATS_TAG in record["tags"]:
-            parent, is_new = parent_run(record, experiment)
-            if is_new:
-                created.append(parent)
-                store.set_tags(parent, {key: value for key, value in tags.items() if key != IMPORTED_RUN_TAG})
-                store.set_status(parent, "SCHEDULED")
-        handle = store.start_run(dict(record) | {"experiment": experiment}, parent)
-        created.append(handle)
-        with store.end_on_failure(handle):
-            store.set_tags(handle, tags)
-            for epoch in record["epochs"]:
-                store.log_epoch(handle, epoch)
-            publish_training(handle, record, folders["train"])
-            # The training is whole from here on. Marked only now, a part of it is never taken for the training's run;
-            # marked before it is FINISHED, it never counts as another run. A stage that is missing is added next time.
-            store.mark_run(handle, record)
-            results = stage_records(record, folders)
-            add_stages(handle, record, list(results), results, folders)
-    return created
+            parent, _ = store.find_repeats(record["tags"][store.REPEATS_TAG], target["experiment"], target["run_id"])
+            if parent is None:
+                fields = records.parent_fields(record) | experiment
+                parent = store.start_run(fields, target["run_id"])
+                store.describe_start(parent, fields)
+                store.set_tags(parent, {key: tag for key, tag in target["marks"].items() if key != IMPORTED_RUN_TAG})
+            store.refer_to(target["run_id"], parent)
+        handle = store.start_run(dict(record) | experiment, target["run_id"], parent)
+    store.describe_start(handle, record)
+    store.set_tags(handle, target["marks"])
+    return handle
+
+
+# --- runs that are under way, or wait
+
+
+def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> bool:
+    """Bring what an entry of pending.py holds into the store, and delete the entry when nothing else comes.
+
+    `epochs` counts the epochs delivered, by entry. Without `complete`, only a training's epochs are delivered, which
+    takes little work. Returns whether the store has all that the entry holds by now. Raises StoreError.
+    """
+    target = pending.read_target(entry)
+    if target["store"] != location.public_uri():
+        return False
+    try:
+        lock = files.lock(entry / ".publisher")
+    except StageError:  # another process delivers it
+        return False
+    with lock:
+        present = pending.progress(entry)
+        if present == pending.delivered(entry):
+            return True
+        if pending.is_training(entry):
+            _deliver_epochs(entry, target, epochs)
+        elif complete:
+            record = files.read_json(entry / "train" / "record.json")
+            if put_run(record, pending.stage_folders(entry), target) is None:
+                terminal.say(f"note     {record['name']} was deleted in this store: nothing is added to it")
+        else:
+            return False
+        if present["owned"] or pending.is_resumable(entry):
+            files.write_json(entry / pending.DELIVERED, present)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+        return True
+
+
+def _deliver_epochs(entry: Path, target: Mapping[str, Any], epochs: dict[Path, int]) -> None:
+    """Bring the journal of a training into the store. If its process ended, the run ends as FAILED or KILLED."""
+    events = pending.journal(entry)
+    record = pending.partial_record(events)
+    handle = store.find_run(record["id"], target["experiment"], target["run_id"])
+    if handle is not None and store.is_deleted(handle):
+        return
+    if entry not in epochs or handle is None:
+        handle = start(record, target, handle)
+        _set_parent_status(record, target, "RUNNING")
+    for epoch in record["epochs"][epochs.get(entry, 0) :]:
+        store.log_epoch(handle, epoch)
+    epochs[entry] = len(record["epochs"])
+    if not pending.is_owned(entry):
+        status = next((event["status"] for event in reversed(events) if event["event"] == "end"), "KILLED")
+        store.end_run(handle, status, next((event["at"] for event in reversed(events) if "at" in event), None))
+        _set_parent_status(record, target, status)
+
+
+def _set_parent_status(record: Record, target: Mapping[str, Any], status: str) -> None:
+    if store.REPEATS_TAG in record["tags"]:
+        parent, _ = store.find_repeats(record["tags"][store.REPEATS_TAG], target["experiment"], target["run_id"])
+        if parent is not None and not store.is_deleted(parent):
+            store.set_status(parent, status)
+
+
+def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True) -> None:
+    """Deliver every entry, as `deliver` does. Raises StoreError after the last one if the store refused one."""
+    epochs = {} if epochs is None else epochs
+    error: store.StoreError | None = None
+    for entry in pending.entries():
+        try:
+            deliver(entry, epochs, complete=complete or _may_work_beside(entry))
+        except store.StoreError as caught:
+            error = caught
+    if error is not None:
+        raise error
+
+
+def _may_work_beside(entry: Path) -> bool:
+    """Whether the process of a training may measure while its files are delivered: on an accelerator that shares no
+    memory and no cores with us."""
+    if pending.is_training(entry):
+        return False
+    backend = files.read_json(entry / "train" / "record.json")["tags"]["backend"]
+    return backend not in ("cpu", "mps")
 
 
 # --- the parent run of repeats
 
 
-def parent_run(record: Mapping[str, Any], experiment: str) -> tuple[store.Handle, bool]:
-    """The parent run of a repeat, and whether it was created because it was missing."""
-    parent, _ = store.find_repeats(record["tags"][store.REPEATS_TAG], experiment)
-    if parent is not None:
-        return parent, False
-    return store.start_run(records.parent_fields(record) | {"experiment": experiment}), True
-
-
-def update_parent(record: Mapping[str, Any], experiment: str) -> None:
+def update_parent(record: Record, target: Mapping[str, Any]) -> None:
     """Bring the parent run of a repeat up to date with the repeats in this store. Does nothing for a single training,
     or if the parent run was deleted.
 
@@ -252,7 +326,7 @@ def update_parent(record: Mapping[str, Any], experiment: str) -> None:
     """
     if store.REPEATS_TAG not in record["tags"]:
         return
-    parent, rows = store.find_repeats(record["tags"][store.REPEATS_TAG], experiment)
+    parent, rows = store.find_repeats(record["tags"][store.REPEATS_TAG], target["experiment"], target["run_id"])
     if parent is None or store.is_deleted(parent):
         return
     planned = int(record["tags"]["repeats"])
@@ -260,6 +334,7 @@ def update_parent(record: Mapping[str, Any], experiment: str) -> None:
         _publish_parent(parent, [rows[number] for number in sorted(rows)])
     elif not store.is_finished(parent):
         store.set_tags(parent, {"mlflow.note.content": f"{len(rows)} of {planned} repeats are here"})
+        store.set_status(parent, "SCHEDULED")  # nothing may come any more, so it must not be RUNNING
 
 
 def _publish_parent(parent: store.Handle, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, stdev
@@ -39,6 +40,12 @@ REPEAT_TAGS = frozenset({"repeat", "repeat.pause_seconds"})
 
 WORD_TAGS = frozenset({"taints", "behavior"})
 """Tags that hold words, also under a prefix such as `sustained.`. The parent run has the words of all repeats."""
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts time."""
+    return time.time_ns() // 1_000_000
+
 
 # --- where records are
 
@@ -92,6 +99,12 @@ def load_inputs(settings: config.Settings, folder: Path) -> dict[str, Any]:
     return inputs
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Up to three keys whose values differ, in words; '' if there is none."""
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
 # --- what a training's record begins with
 
 
@@ -107,6 +120,7 @@ def effective_settings(settings: config.Settings) -> dict[str, Any]:
         "label": settings.label,
         "repeats": settings.repeats,
         "repeat_pause": settings.repeat_pause,
+        "resume": settings.resume,
         "sustain_seconds": settings.sustain_seconds,
         "largest_batch": settings.largest_batch,
         "data": vars(settings.data) | {"path": config.public_path(settings.data.path)},
@@ -194,8 +208,10 @@ def run_warnings(
 
 
 def experiment_name(settings: config.Settings, run_tags: Mapping[str, str]) -> str:
-    """The MLflow experiment of a run with these tags. A run with a fallback goes to the demo experiment."""
-    return settings.tracking.experiment + ("-demo" if "fallback" in run_tags else "")
+    """The MLflow experiment of a run with these tags: MLFLOW_EXPERIMENT_NAME, else the setting. A run with a fallback
+    goes to the demo experiment."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or settings.tracking.experiment
+    return name + ("-demo" if "fallback" in run_tags else "")
 
 
 def run_name(run_tags: Mapping[str, str]) -> str:

@@ -2,8 +2,8 @@
 
 import logging
 import os
+import random
 import re
-import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import ROOT
 from pipeline.errors import StageError, UsageError
-from pipeline.tracking import views
+from pipeline.tracking import location, views
+from pipeline.tracking.location import store_uri
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # else a new store prints its migrations
@@ -43,6 +43,10 @@ COMPARISON_TAG = "comparison"
 
 _IS_COMPARISON = f"tags.`{COMPARISON_TAG}` = 'true'"
 _IS_TRAINING = "tags.workload != ''"
+
+
+class StoreError(StageError):
+    """The store does not answer, or refuses what it was asked for. It may work later."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +69,11 @@ def _store_errors() -> Iterator[None]:
         lines = [line for line in str(error).splitlines() if line.strip()]
         causes = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
         cause = next(iter(causes + lines), type(error).__name__)
-        raise StageError(f"the MLflow store {store_uri()} can't be used: {cause}") from error
+        message = location.hide_secrets(f"the MLflow store {location.store_uri()} can't be used: {cause}")
+        raise StoreError(message) from None
 
 
-# --- where the store is
-
-
-def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, else SQLite beside params.yaml. A relative SQLite path starts there, too.
-
-    Raises UsageError if the store would be lost with the temporary folder of a DVC experiment.
-    """
-    uri = shown_uri()
-    relative = uri.removeprefix("sqlite:///")
-    if relative == uri or Path(relative).is_absolute():
-        return uri
-    if ".dvc/tmp/exps" in ROOT.as_posix():
-        raise UsageError(
-            f"MLFLOW_TRACKING_URI: {uri} would be lost with this experiment's temporary folder: expected an absolute "
-            f"one for queued and --temp experiments, such as sqlite:////home/me/{relative}"
-        )
-    return f"sqlite:///{(ROOT / relative).as_posix()}"
-
-
-def shown_uri() -> str:
-    """The store as a person may type it in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+# --- links
 
 
 def run_table_link(experiment_id: str, base: str | None = None) -> str:
@@ -119,8 +102,8 @@ def _client() -> MlflowClient:
 
 def _is_missing() -> bool:
     """Whether the store is an SQLite file that does not exist. MLflow creates one even to read it."""
-    path = store_uri().removeprefix("sqlite:///")
-    return path != store_uri() and not Path(path).exists()
+    path = location.database_file()
+    return path is not None and not path.exists()
 
 
 # --- experiments
@@ -142,7 +125,8 @@ def experiment_to_show(name: str) -> str | None:
 def comparison_run(experiment: str) -> Handle | None:
     """The run that holds the comparison, created if missing: in `experiment` or its demo, under `mlflow run` in the
     experiment of the given run. None without such an experiment, or if the run was deleted."""
-    experiment_id = _given_experiment_id() or experiment_to_show(experiment)
+    given = _given_run(os.environ.get("MLFLOW_RUN_ID"))
+    experiment_id = str(given.info.experiment_id) if given else experiment_to_show(experiment)
     if experiment_id is None:
         return None
     client = _client()
@@ -153,21 +137,60 @@ def comparison_run(experiment: str) -> Handle | None:
     return None if is_deleted(handle) else handle
 
 
-def _given_experiment_id() -> str | None:
-    """The id of the experiment of the run that `mlflow run` created, if any."""
+def _given_run(given: str | None) -> Run | None:
+    """The run that `mlflow run` created, by its id; None without an id, or if this store has no such run."""
+    try:
+        return _client().get_run(given) if given else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _is_unused(run: Run) -> bool:
+    """Whether a run that `mlflow run` created can still become the run of a training: it runs, and holds none."""
+    tags, params = run.data.tags, run.data.params
+    return (
+        run.info.status in ("RUNNING", "SCHEDULED")
+        and run.info.lifecycle_stage == LifecycleStage.ACTIVE
+        and not {RECORD_TAG, REPEATS_TAG, "workload"} & tags.keys()
+        and not any(key.startswith("train.") for key in params)
+    )
+
+
+@_store_errors()
+def check_given_run(resumable: Collection[str]) -> None:
+    """Refuse, as a UsageError, a MLFLOW_RUN_ID that a new training must not write to: no run of this store, one that
+    has ended, or one that holds another training. `resumable`: records of trainings that may go on in their run."""
     given = os.environ.get("MLFLOW_RUN_ID")
-    return str(_client().get_run(given).info.experiment_id) if given else None
+    if not given:
+        return
+    run = _given_run(given)
+    if run is None:
+        raise UsageError(f"MLFLOW_RUN_ID: {given} is no run of the store {location.shown_uri()}: unset it")
+    tags = run.data.tags
+    if not _is_unused(run) and not {tags.get(RECORD_TAG), tags.get(REPEATS_TAG)} & set(resumable):
+        holds = "holds another training" if RECORD_TAG in tags else f"is {run.info.status} already"
+        raise UsageError(f"MLFLOW_RUN_ID: the run {given} {holds}: unset it, or give a new run")
 
 
 def _get_or_create_experiment(client: MlflowClient, name: str) -> str:
-    """The id of the experiment `name`. A new one in our own SQLite store keeps its artifacts beside it."""
+    """The id of the experiment `name`. The artifacts of a new one in an SQLite store are beside the
+    database."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         if experiment.lifecycle_stage == LifecycleStage.DELETED:
             raise StageError(f'tracking.experiment: "{name}" is deleted in this store: restore it, or name another')
         return str(experiment.experiment_id)
-    own_store = not os.environ.get("MLFLOW_TRACKING_URI")
-    return str(client.create_experiment(name, (ROOT / "mlartifacts").as_uri() if own_store else None))
+    path = location.database_file()
+    try:
+        # MLflow's own default is below the current folder, which may be thrown away.
+        return str(client.create_experiment(name, (path.parent.absolute() / "mlartifacts").as_uri() if path else None))
+    except MlflowException:  # another process may have created it meanwhile
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
 
 
 def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
@@ -185,32 +208,55 @@ def _describe_experiment(client: MlflowClient, experiment_id: str) -> None:
 # --- a run, from its start to its end
 
 
-def start_run(record: Mapping[str, Any], parent: Handle | None = None) -> Handle:
-    """Open a run with the record's params, tags and datasets: a new one below `parent`, else the one that `mlflow run`
-    created, else a new one."""
-    with _store_errors():
-        client, given = _client(), os.environ.get("MLFLOW_RUN_ID")
-        if given and parent is None:
-            run = client.get_run(given)
-            client.update_run(given, status="RUNNING", name=record["name"])
-        else:
-            experiment_id = parent.experiment_id if parent else _get_or_create_experiment(client, record["experiment"])
-            tags = {PARENT_TAG: parent.run_id} if parent else None
-            run = client.create_run(experiment_id, record["started"], tags, record["name"])
-        handle = _handle(run)
-    with end_on_failure(handle), _store_errors():
-        params = [Param(key, value) for key, value in record["params"].items()]
-        for start in range(0, len(params), 100):  # the most that one call takes
-            client.log_batch(handle.run_id, params=params[start : start + 100])
-        set_tags(handle, record["tags"])
-        log_datasets(handle, record["datasets"])
-        _describe_experiment(client, handle.experiment_id)
-    return handle
+@_store_errors()
+def start_run(record: Mapping[str, Any], given: str | None = None, parent: Handle | None = None) -> Handle:
+    """The new run of a record, or of the parent of repeats: the run `given` by `mlflow run` if it is unused, else one
+    in its experiment, else one below `parent` or in the record's experiment. It can be found from the start.
+
+    If another process created the same run at the same time, both withdraw theirs, and the first to try again wins.
+    """
+    key, value = (RECORD_TAG, record["id"]) if "id" in record else (REPEATS_TAG, record["tags"][REPEATS_TAG])
+    client, given_run = _client(), None if parent else _given_run(given)
+    if given_run and _is_unused(given_run):
+        client.update_run(given_run.info.run_id, status="RUNNING", name=record["name"])
+        client.set_tag(given_run.info.run_id, key, value)
+        return _handle(given_run)
+    if parent or given_run:
+        experiment_id = parent.experiment_id if parent else str(given_run.info.experiment_id)  # type: ignore[union-attr]
+    else:
+        experiment_id = _get_or_create_experiment(client, record["experiment"])
+    tags = {key: value} | ({PARENT_TAG: parent.run_id} if parent else {})
+    while True:
+        handle = _handle(client.create_run(experiment_id, record["started"], tags, record["name"]))
+        if not _others(client, handle, key, value):
+            return handle
+        discard_run(handle)
+        time.sleep(random.uniform(0.1, 1.0))
+        if others := _others(client, handle, key, value):
+            return _handle(others[0])
 
 
-def mark_run(handle: Handle, record: Mapping[str, Any]) -> None:
-    """Tag the run as the record's, so that `find_run` finds it."""
-    set_tags(handle, {RECORD_TAG: record["id"]})
+def _others(client: MlflowClient, handle: Handle, key: str, value: str) -> list[Run]:
+    """The other runs of the same record; of the same repeats, the other parent runs."""
+    runs = _search(client, [handle.experiment_id], f"tags.`{key}` = '{value}'")
+    return [
+        run
+        for run in runs
+        if run.info.run_id != handle.run_id and (key == RECORD_TAG or REPEAT_TAG not in run.data.tags)
+    ]
+
+
+@_store_errors()
+def describe_start(handle: Handle, record: Mapping[str, Any]) -> None:
+    """Log what a record begins with: params, tags and datasets. The run is RUNNING from then on."""
+    client = _client()
+    client.update_run(handle.run_id, status="RUNNING")
+    params = [Param(key, value) for key, value in record["params"].items()]
+    for start in range(0, len(params), 100):  # the most that one call takes
+        client.log_batch(handle.run_id, params=params[start : start + 100])
+    set_tags(handle, record["tags"])
+    log_datasets(handle, record["datasets"])
+    _describe_experiment(client, handle.experiment_id)
 
 
 @_store_errors()
@@ -237,18 +283,6 @@ def end_on_failure(handle: Handle) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def discard_on_failure(handles: Sequence[Handle]) -> Iterator[None]:
-    """Discard the runs that `handles` holds by then if the block raises: nothing was trained, so no run has failed."""
-    try:
-        yield
-    except BaseException:
-        for handle in handles:
-            with suppress(StageError):
-                discard_run(handle)
-        raise
-
-
 @_store_errors()
 def discard_run(handle: Handle) -> None:
     """Delete the run, so that `find_run` and `find_repeats` do not find it any more."""
@@ -256,25 +290,11 @@ def discard_run(handle: Handle) -> None:
     _client().delete_run(handle.run_id)
 
 
-@_store_errors()
-def end_repeats(repeats_id: str, status: str, finished: Collection[str] = ()) -> None:
-    """End the repeats that still run, and their parent run, in whatever experiment: FAILED or KILLED, but FINISHED if
-    the training's record is among `finished`."""
-    client = _client()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for run in _search(client, experiments, f"tags.`{REPEATS_TAG}` = '{repeats_id}'"):
-        if run.info.status == "RUNNING":
-            is_finished = run.data.tags.get(RECORD_TAG) in finished
-            client.set_terminated(run.info.run_id, "FINISHED" if is_finished else status)
-
-
-def refer_given_run(repeats_id: str) -> None:
-    """Write into the run that `mlflow run` created which other run is the parent of these repeats, if one is."""
-    given = os.environ.get("MLFLOW_RUN_ID")
-    parent = find_repeats(repeats_id, "")[0] if given else None
-    if given and parent and parent.run_id != given:
+def refer_to(run_id: str | None, parent: Handle) -> None:
+    """Write into the run that `mlflow run` created which other run holds the repeats, if it is another."""
+    if run_id and run_id != parent.run_id:
         note = f"resumed: all of it is in run {parent.run_id}"
-        set_tags(Handle(given, parent.experiment_id), {"mlflow.note.content": note})
+        set_tags(Handle(run_id, parent.experiment_id), {"mlflow.note.content": note})
 
 
 # --- what a run holds
@@ -428,16 +448,18 @@ def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:
     return {key: [m.value for m in sorted(course, key=lambda m: int(m.step))] for key, course in courses.items()}
 
 
-def find_run(record_id: str, experiment: str) -> Handle | None:
-    """The run of a record in `experiment`, under `mlflow run` in the experiment of the given run. Includes deleted
-    runs, so that they are not recreated."""
-    runs = _find_tagged(RECORD_TAG, record_id, experiment)
+def find_run(record_id: str, experiment: str, given: str | None = None) -> Handle | None:
+    """The run of a record in `experiment`, or in that of the run `given` by `mlflow run`. Includes deleted runs, so
+    that they are not recreated."""
+    runs = _find_tagged(RECORD_TAG, record_id, experiment, given)
     return _handle(runs[0]) if runs else None
 
 
-def find_repeats(repeats_id: str, experiment: str) -> tuple[Handle | None, dict[int, dict[str, Any]]]:
+def find_repeats(
+    repeats_id: str, experiment: str, given: str | None = None
+) -> tuple[Handle | None, dict[int, dict[str, Any]]]:
     """The parent run of these repeats, found as `find_run` does, and the finished repeats by number (see `_row`)."""
-    runs = _find_tagged(REPEATS_TAG, repeats_id, experiment)
+    runs = _find_tagged(REPEATS_TAG, repeats_id, experiment, given)
     parent = next((run for run in runs if REPEAT_TAG not in run.data.tags), None)
     finished = {
         int(run.data.tags[REPEAT_TAG]): _row(run)
@@ -461,11 +483,10 @@ def finished_runs(experiment: str | None = None) -> list[dict[str, Any]]:
 
 
 @_store_errors()
-def _find_tagged(key: str, value: str, experiment: str) -> list[Run]:
-    client = _client()
-    experiment_id = _given_experiment_id()
-    if experiment_id is None and (by_name := client.get_experiment_by_name(experiment)):
-        experiment_id = by_name.experiment_id
+def _find_tagged(key: str, value: str, experiment: str, given: str | None) -> list[Run]:
+    client, given_run = _client(), _given_run(given)
+    named = None if given_run else client.get_experiment_by_name(experiment)
+    experiment_id = given_run.info.experiment_id if given_run else named and named.experiment_id
     return _search(client, [experiment_id] if experiment_id else [], f"tags.`{key}` = '{value}'", ViewType.ALL)
 
 
@@ -497,52 +518,3 @@ def _row(run: Run) -> dict[str, Any]:
         "metrics": dict(run.data.metrics),
         "params": dict(run.data.params),
     }
-
-
-# --- the system while a training runs
-
-
-class SystemMetrics:
-    """Sample MLflow's system metrics (CPU, memory, disk, network, GPU) in a thread.
-
-    MLflow's own monitor writes to the store while the clock runs. This one keeps the samples for the caller to log
-    between two timed spans.
-    """
-
-    def __init__(self, run_id: str, interval_seconds: float = 5.0):
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=store_uri())  # type: ignore[no-untyped-call]
-        self._interval_seconds = interval_seconds
-        self._samples: list[dict[str, Any]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "SystemMetrics":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def take(self) -> list[dict[str, Any]]:
-        """The samples since the last call: `figures`, `at` (milliseconds since 1970), `step`."""
-        samples, self._samples = self._samples, []
-        return samples
-
-    def _sample(self) -> None:
-        step = 0
-        while step == 0 or not self._done.wait(self._interval_seconds):
-            self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
-            metrics = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
-            for monitor in self._monitor.monitors:
-                monitor.clear_metrics()  # type: ignore[no-untyped-call]
-            figures = {f"system/{key}": float(value) for key, value in metrics.items()}
-            self._samples.append({"figures": figures, "at": now(), "step": step})
-            step += 1
-
-
-def now() -> int:
-    """Milliseconds since 1970, as MLflow counts time."""
-    return time.time_ns() // 1_000_000

@@ -11,7 +11,7 @@ from pipeline import config, files, terminal
 from pipeline.models import classifier
 from pipeline.profiling import system_state
 from pipeline.profiling.clock import Clock
-from pipeline.tracking import records, store
+from pipeline.tracking import records
 from pipeline.training import optimizers
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def new_record(
         "id": uuid.uuid4().hex,
         "name": records.run_name(tags),
         "experiment": records.experiment_name(settings, tags),
-        "started": store.now(),
+        "started": records.now(),
         "ended": None,
         "params": records.run_params(settings) | counts,
         "tags": tags,

@@ -112,12 +112,12 @@ class TrainLoop:
         )
         self.step: Callable[[Tensor, Tensor], None] = self._train_step
         self._backward: Callable[[Tensor, Tensor], None] = self._compute_gradients
-        self._captures_optimizer = (
+        self.captures_optimizer = (
             options.use_cuda_graph
             and not self.scaler.is_enabled()
             and optimizers.capturable(self.optimizer, self.scheduler)
         )
-        if self._captures_optimizer:
+        if self.captures_optimizer:
             self.step = backend.capture_graph(self._train_step, optimizer=self.optimizer)
         elif options.use_cuda_graph:
             trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -142,7 +142,7 @@ class TrainLoop:
     def restart(self) -> None:
         """Reset the optimizer, its schedule, the loss scale and the step times. The caller resets the network."""
         optimizer, scheduler = self._make_optimizer()
-        if self._captures_optimizer:  # the graphs use this optimizer's memory
+        if self.captures_optimizer:  # the graphs use this optimizer's memory
             optimizers.reset_state(self.optimizer)
             for group, fresh in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
                 group["lr"] = fresh["lr"]
@@ -202,13 +202,14 @@ def train(
     train_batches: Callable[[int], Batches],
     val_batches: Callable[[], Batches],
     progress: Progress = silent,
+    first_epoch: int = 1,
 ) -> Iterator[dict[str, float]]:
     """Train, and yield each epoch's figures, by the names that MLflow shows, after its validation.
 
-    `train_batches` returns the batches of an epoch, counted from 1. The clock stops while the caller handles what was
-    yielded. Raises NonFiniteLossError.
+    `train_batches` returns the batches of an epoch, counted from 1. A resumed training starts at `first_epoch`. The
+    clock stops while the caller handles what was yielded. Raises NonFiniteLossError.
     """
-    for epoch in range(1, loop.options.epochs + 1):
+    for epoch in range(first_epoch, loop.options.epochs + 1):
         loop.backend.reset_peak_memory()
         loop.set_train_mode()
         loop.metrics.reset()

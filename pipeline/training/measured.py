@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pipeline import config, terminal
 from pipeline.errors import OutOfMemoryError
 from pipeline.profiling import energy, roofline
-from pipeline.training import loop, setup
+from pipeline.training import loop, setup, state
 from pipeline.training.setup import Splits, TrainingSetup
 
 MIN_ENERGY_SECONDS = 1.0
@@ -66,13 +66,19 @@ def measure_limits(training: TrainingSetup, splits: Splits) -> Limits:
 
 
 def train(
-    training: TrainingSetup, splits: Splits, settings: config.Settings, record: Record, limits: Limits
+    training: TrainingSetup,
+    splits: Splits,
+    settings: config.Settings,
+    record: Record,
+    limits: Limits,
+    saved: state.State | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Train from the beginning, and yield each epoch's figures. Completes `record` with what was measured."""
+    """Train from the beginning, or from a `saved` state, and yield each epoch's figures. Completes `record` with what
+    was measured."""
     clock, backend = training.loop.clock, training.loop.backend
     with clock.span("setup"):
         training.restart(settings.seed)
-    if backend.capture_error:
+    if backend.capture_error and saved is None:
         record["warnings"].append(f"not every step could be captured in a CUDA graph: {backend.capture_error}")
     with energy.source(settings.energy.source, backend.energy) as reading:
         meter = EnergyMeter(reading)
@@ -82,7 +88,9 @@ def train(
         terminal.say(f"images   trained from {'the device' if placement == 'device' else 'host memory'}")
         if training.on_features:
             _compute_features(training, samples, meter, record)
-        yield from _epochs(training, samples, settings.seed, meter)
+        if saved is not None:
+            state.restore(training, saved)
+        yield from _epochs(training, samples, settings.seed, meter, len(record["epochs"]) + 1)
     _record_energy(record, meter, settings, training, splits)
     _record_efficiency(record, training, splits, limits)
 
@@ -97,10 +105,12 @@ def _compute_features(training: TrainingSetup, samples: Splits, meter: EnergyMet
     ):
         for name, split in samples.items():
             samples[name] = training.compute_features(split, advance)
-    record["metrics"]["speed/feature_images_per_second"] = images / span.seconds
+    record["metrics"].setdefault("speed/feature_images_per_second", images / span.seconds)  # else it was resumed
 
 
-def _epochs(training: TrainingSetup, samples: Splits, seed: int, meter: EnergyMeter) -> Iterator[dict[str, float]]:
+def _epochs(
+    training: TrainingSetup, samples: Splits, seed: int, meter: EnergyMeter, first_epoch: int
+) -> Iterator[dict[str, float]]:
     train, validation = samples["train"], setup.val_split(samples)
     with terminal.epochs_progress(training.recipe.epochs, len(train) + len(validation)) as (advance, finish):
         epochs = loop.train(
@@ -108,6 +118,7 @@ def _epochs(training: TrainingSetup, samples: Splits, seed: int, meter: EnergyMe
             lambda epoch: training.train_batches(train, seed, epoch),
             lambda: training.val_batches(validation),
             advance,
+            first_epoch,
         )
         while True:
             with meter.span():

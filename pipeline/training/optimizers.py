@@ -289,7 +289,8 @@ def state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def restore(optimizer: Optimizer, saved: Mapping[str, Any], *, in_place: bool) -> None:
-    """Set what `state` returned. `in_place`: a captured step uses the tensors of the optimizer's state, so they stay."""
+    """Set what `state` returned. `in_place`: the tensors of the optimizer's state stay, since a captured step uses
+    them."""
     if not in_place:
         optimizer.load_state_dict(saved["state"])
     else:

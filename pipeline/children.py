@@ -1,0 +1,203 @@
+"""Processes that train, for a driver that waits for them and meanwhile brings their records into the MLflow store.
+
+A child starts early, since it imports torch for seconds. It gets its work as a line on stdin, `<number of the
+repeat>:<folder>`. When stdin ends, the driver is gone, and the child ends too.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline import terminal
+from pipeline.errors import StageError, Stopped
+from pipeline.tracking import pending
+
+CHILD = "TRAINMARK_CHILD"
+"""Environment variable that the driver sets for a child. Not for users."""
+
+INTERVAL_SECONDS = 0.25
+"""Between two looks at what a child wrote."""
+
+PATIENCE_SECONDS = 20.0
+"""How long a command waits at its end for a store that does not answer."""
+
+MAX_WAIT_SECONDS = 30.0
+"""The longest time between two attempts to reach a store, while a child works."""
+
+STOPPED = (130, 143)
+"""Exit statuses of a process that SIGINT or SIGTERM stopped, as in a shell: 128 plus the signal's number."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Stopped at SIGINT and SIGTERM. Ctrl-C reaches driver and child alike, and the driver then sends SIGTERM, so
+    only the first signal and a repeated one count."""
+    seen: set[int] = set()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raises = not seen or number in seen
+        seen.add(number)
+        if raises:
+            raise Stopped(128 + number)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+
+
+# --- in the child
+
+
+def is_child() -> bool:
+    """Whether a driver started this process."""
+    return CHILD in os.environ
+
+
+_work: list[str] = []
+_has_work = threading.Event()
+
+
+def watch_driver() -> None:
+    """Read the driver's line in a thread, and end this process when the driver is gone."""
+
+    def watch() -> None:
+        text = b""
+        while chunk := os.read(0, 4096):  # not sys.stdin, whose lock would be held when the process ends
+            text += chunk
+            if b"\n" in text and not _work:
+                _work.append(text.decode().splitlines()[0])
+                _has_work.set()
+        os._exit(137)  # all files are written whole or not at all, so nothing is lost
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_for_work() -> tuple[int, Path]:
+    """The number of the repeat and the folder of all stages."""
+    _has_work.wait()
+    number, _, folder = _work[0].partition(":")
+    return int(number), Path(folder)
+
+
+# --- in the driver
+
+
+def starter(module: str) -> Callable[[int, Path], int]:
+    """Start this process's command line again, as `python -m pipeline.<module>`. Returns the function that gives such a
+    process its work and returns its exit status."""
+    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
+
+
+def command_starter(command: Sequence[str]) -> Callable[[int, Path], int]:
+    """Start `command` at once, to be ready, and again for each further repeat. A child that a signal killed has the
+    exit status 128 plus the signal's number, as in a shell."""
+    spare = [_spawn(command)]
+
+    def start_child(number: int, folder: Path) -> int:
+        child = spare.pop() if spare else _spawn(command)
+        assert child.stdin is not None
+        try:
+            child.stdin.write(f"{number}:{folder.absolute()}\n".encode())
+            child.stdin.flush()
+            status = _follow(child)
+        except BrokenPipeError:  # it ended before it got its work
+            status = child.wait()
+        except KeyboardInterrupt:
+            _stop(child)
+            _deliver_rest()
+            raise
+        _deliver_rest()
+        if status == -signal.SIGKILL if sys.platform != "win32" else False:
+            terminal.say("note     the training process was killed from outside; the same command goes on")
+        return status if status >= 0 else 128 - status
+
+    return start_child
+
+
+def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=os.environ | {CHILD: "1"}, stdin=subprocess.PIPE)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child and wait for it; kill it after a second signal."""
+    if sys.platform != "win32":  # on Windows it gets Ctrl-C itself, and `terminate` kills at once
+        child.terminate()
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        child.kill()
+        child.wait()
+
+
+def _follow(child: subprocess.Popen[bytes]) -> int:
+    """Wait for a child, and bring what it writes into the store. No trouble with the store reaches the child."""
+    epochs: dict[Path, int] = {}
+    trouble, attempt_at, pause = "", 0.0, 1.0
+    while True:
+        try:
+            return child.wait(INTERVAL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        if time.monotonic() < attempt_at or not pending.waiting():
+            continue
+        error = _deliver(epochs, complete=False)
+        if error and not trouble:
+            terminal.say(f"note     {error}; the training goes on")
+        elif trouble and not error:
+            terminal.say("note     the store answers again")
+        pause = min(2 * pause, MAX_WAIT_SECONDS) if error else 1.0
+        trouble, attempt_at = error, time.monotonic() + (pause if error else 0.0)
+
+
+def _deliver_rest() -> None:
+    """Deliver what the child left. If the store does not answer for a while, say what waits."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while pending.waiting():
+        error = _deliver({}, complete=True)
+        if not error or time.monotonic() > deadline:
+            break
+        time.sleep(1.0)
+    tell_waiting()
+
+
+def tell_waiting() -> None:
+    """Say which runs are not in the store yet, if any."""
+    if waiting := pending.waiting():
+        stores = ", ".join(sorted({pending.read_target(entry)["store"] for entry in waiting}))
+        terminal.say(
+            f"waiting  {len(waiting)} part{'s' * (len(waiting) != 1)} of runs in {pending.FOLDER.name}/ for {stores}: "
+            "the next command delivers them, or python -m pipeline.publish"
+        )
+
+
+def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
+    """Deliver what waits. Returns what is wrong with the store, or ''."""
+    if sys.platform != "win32":
+        os.nice(max(0, 19 - os.nice(0)))  # the child measures
+    try:
+        from pipeline.tracking import publisher  # imports MLflow, which takes seconds
+
+        publisher.deliver_all(epochs, complete=complete)
+    except StageError as error:
+        return str(error)
+    except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training
+        return f"the MLflow store can't be used: {_one_line(error)}"
+    return ""
+
+
+def _one_line(error: Any) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,48 @@
+"""Where the MLflow store is, and its address as it may be shown. Needs no MLflow."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from pipeline import config
+
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME")
+"""Environment variables whose values are never shown."""
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else SQLite beside params.yaml. A relative SQLite path starts there, too; in the temporary
+    folder of a DVC experiment, it starts in the project."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = uri.removeprefix("sqlite:///")
+    if relative == uri or Path(relative).is_absolute():
+        return uri
+    return f"sqlite:///{quote(config.PROJECT.as_posix(), safe='/:')}/{relative}"
+
+
+def database_file() -> Path | None:
+    """The file of an SQLite store; None for any other store."""
+    uri = store_uri()
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else Path(unquote(path.partition("?")[0]))
+
+
+def shown_uri() -> str:
+    """The store as a person may type it in the project's folder, without a name, a password or a token."""
+    return hide_secrets(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+
+
+def public_uri() -> str:
+    """The address of the store, absolute, without a name, a password or a token."""
+    return hide_secrets(store_uri())
+
+
+def hide_secrets(text: str) -> str:
+    """`text` without the names and passwords in addresses, and without the secrets of MLflow's environment."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    text = re.sub(r"(?i)((?:password|passwd|pwd|token|secret|api_?key)=)[^&\s]+", r"\1***", text)
+    for secret in (os.environ.get(name, "") for name in SECRETS):
+        if len(secret) > 2:
+            text = text.replace(secret, "***")
+    return text

@@ -1,0 +1,111 @@
+"""The state of a training after an epoch, from which a later process resumes it.
+
+A state is one file of tensors and plain values. Its name holds the epoch and the start of the file's SHA-256. It is
+read without pickle's code (`weights_only`).
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import files, terminal
+from pipeline.errors import StageError
+from pipeline.training import optimizers
+from pipeline.training.setup import TrainingSetup
+
+KEEP = 2
+"""How many states stay: the newest may be damaged."""
+
+State = dict[str, Any]
+
+
+def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> None:
+    """Write the state after the last epoch of `record` into `folder`, and delete those that are older than KEEP.
+
+    Saves the weights that are trained and all buffers: the rest is the same in a new model. Raises StageError if the
+    file can't be written.
+    """
+    loop, backend = training.loop, training.loop.backend
+    content = {
+        "record": json.dumps(record),
+        "net": {name: tensor.detach().to("cpu") for name, tensor in _changing(training).items()},
+        "optimizer": optimizers.state(loop.optimizer),
+        "scheduler": loop.scheduler.state_dict(),
+        "scaler": loop.scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "device_random": backend.random_state(),
+        "seconds": dict(loop.clock.seconds),
+        "unaccounted": loop.clock.unaccounted(),
+        "step_seconds": list(loop.times.seconds),
+    }
+    epoch = len(record["epochs"])
+    temporary = folder / "new"
+    with files.atomic_write(temporary) as file:
+        torch.save(content, file)
+    temporary.replace(folder / f"{epoch:06}-{_digest(temporary)}.pt")
+    files.sync_folder(folder)
+    for old in sorted(folder.glob("*.pt"))[:-KEEP]:
+        old.unlink()
+
+
+def load_newest(folder: Path) -> State | None:
+    """The newest state in `folder` that is whole. Each damaged one is named in the terminal. None if there is none."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        try:
+            if path.stem.rpartition("-")[2] != _digest(path):
+                raise ValueError("its content is not what was written")
+            content: State = torch.load(path, map_location="cpu", weights_only=True)
+            return content | {"record": json.loads(content["record"])}
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            terminal.say(f"note     the state {path.name} can't be used ({reason}): the one before it is tried")
+    return None
+
+
+def restore(training: TrainingSetup, saved: State) -> None:
+    """Set a training to a saved state, in place. Call it when all preparation is done, right before the next epoch.
+
+    Raises StageError if the state is of another model or optimizer.
+    """
+    loop, backend = training.loop, training.loop.backend
+    present = _changing(training)
+    try:
+        with torch.no_grad():
+            for name, tensor in saved["net"].items():
+                present[name].copy_(tensor)
+        optimizers.restore(loop.optimizer, saved["optimizer"], in_place=loop.captures_optimizer)
+        loop.scheduler.load_state_dict(saved["scheduler"])
+        loop.scaler.load_state_dict(saved["scaler"])
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise StageError(f"the training can't be resumed ({error!r}): -S resume=never starts anew") from error
+    loop.times.seconds = list(saved["step_seconds"])
+    if saved["device_random"] is not None:
+        backend.set_random_state(saved["device_random"])
+    torch.set_rng_state(saved["random"])
+    loop.clock.resume(saved["seconds"], saved["unaccounted"])
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete all states in these folders."""
+    for folder in folders:
+        for path in folder.glob("*.pt"):
+            path.unlink(missing_ok=True)
+
+
+def _changing(training: TrainingSetup) -> dict[str, Tensor]:
+    """The tensors of the model that training changes, by name."""
+    net = training.net
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    return {**trained, **dict(net.named_buffers())}
+
+
+def _digest(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
