@@ -51,19 +51,19 @@ def test_every_backend_is_a_module_that_the_settings_allow():
 
 
 def test_a_backend_of_your_own_is_one_file(tmp_path, monkeypatch):
-    (tmp_path / "npu.py").write_text(
+    (tmp_path / "pretend.py").write_text(
         "from pipeline.devices.base import Backend\n\n\n"
-        "class Npu(Backend):\n"
-        "    kind = name = 'npu'\n"
+        "class Pretend(Backend):\n"
+        "    kind = name = 'pretend'\n"
         "    count = classmethod(lambda cls: 1)\n"
         "    facts = lambda self: {'name': 'Mine'}\n"
         "    synchronize = lambda self: None\n"
     )
     monkeypatch.setattr(devices, "__path__", [*devices.__path__, str(tmp_path)])
     backends = devices.discover()
-    assert sorted(backend.kind for backend in backends) == sorted([*(backend.kind for backend in BACKENDS), "npu"])
-    assert "npu" in devices.available(backends)
-    mine = devices.select("npu", backends)
+    assert sorted(backend.kind for backend in backends) == sorted([*(backend.kind for backend in BACKENDS), "pretend"])
+    assert "pretend" in devices.available(backends)
+    mine = devices.select("pretend", backends)
     assert mine.facts() == {"name": "Mine"}
     assert mine.memory_mib() == {} and mine.capacity_mib() is None and mine.free_bytes() is None
     assert mine.energy() is None and mine.gpu_uuid() is None and mine.record_event() is None
