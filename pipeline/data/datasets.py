@@ -167,16 +167,16 @@ def _list_class(data: config.Data, folder: str) -> list[str]:
 
 def _folder_facts(data: config.Data) -> dict[str, Any]:
     """Digest, size, classes and counts. Digest and size are slow, so they are cached by file names, sizes and times."""
-    listing = list_folder(data)
+    listing, folder = list_folder(data), data.folder
     paths = [path for split in SPLITS for group in listing[split].values() for path in group]
     stats = []
     for path in paths:
         with _image_errors(path):
-            status = os.stat(f"{data.folder}/{path}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
+            status = os.stat(f"{folder}/{path}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
         stats.append((path, status.st_size, status.st_mtime_ns))
     cached = CACHE / "folders" / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:32]}.json"
     if not cached.exists():
-        files.write_json(cached, _digest_and_size(data.folder, paths))
+        files.write_json(cached, _digest_and_size(folder, paths))
     facts: dict[str, Any] = json.loads(cached.read_text(encoding="utf-8"))
     return facts | {
         "classes": list(listing["train"]),
@@ -214,12 +214,13 @@ def _folder_images(data: config.Data, size: list[int] | None, split: str, image_
     groups = list(list_folder(data)[split].values())
     paths = [path for group in groups for path in group]
     labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups])
+    folder = data.folder
     width, height = size or (image_size, image_size)
     images = np.empty((len(paths), height, width, 3), np.uint8)
 
     def decode_some(begin: int) -> None:
         for index, path in enumerate(paths[begin : begin + IMAGES_PER_TASK], begin):
-            with _image_errors(path), Image.open(f"{data.folder}/{path}") as image:
+            with _image_errors(path), Image.open(f"{folder}/{path}") as image:
                 pixels = image.convert("RGB")
             if pixels.size != (width, height):
                 pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
