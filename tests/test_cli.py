@@ -1,4 +1,4 @@
-"""The command line: how settings are given, what a person sees, how it ends."""
+"""The command line: settings, help, error messages and exit status."""
 
 import re
 import shlex
@@ -70,7 +70,7 @@ def raises(error):
         (["-S", "trainable=[layer4"], "-S trainable, line 1: "),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_status_2(arguments, words):
+def test_a_wrong_setting_gives_one_line_and_status_2(arguments, words):
     status, out, err = shell("-m", "pipeline.download", *arguments)
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
@@ -89,7 +89,7 @@ def test_the_commands_are_listed():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_alone_says_what_there_is():
+def test_make_lists_its_targets():
     ended = subprocess.run(["make"], cwd=config.ROOT, capture_output=True, text=True, timeout=60)
     targets = re.search(r"^\.PHONY: (.+)$", (config.ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
     assert ended.returncode == 0
@@ -110,11 +110,11 @@ def test_make_alone_says_what_there_is():
         [f"--recipes.{CHOSEN}.epochs", "3"],
     ],
 )
-def test_each_way_to_give_a_setting_is_the_same(arguments):
+def test_all_forms_of_an_override_mean_the_same(arguments):
     assert parse(*arguments) == config.load(["epochs=3"]) != config.load() == parse()
 
 
-def test_what_mlflow_appends_is_taken_as_yaml():
+def test_mlflows_arguments_are_read_as_yaml():
     settings = parse(
         "--recipe", "blog", "--data.path", "my pictures", "--lr", "1e-3", "--data.limit", "null", "--label=7x"
     )
@@ -138,7 +138,7 @@ def test_what_mlflow_appends_is_taken_as_yaml():
         (["--epoch", "2"], "epoch: unknown setting"),
     ],
 )
-def test_arguments_that_are_no_settings(arguments, start):
+def test_an_argument_that_is_no_setting_is_refused(arguments, start):
     assert refusal(*arguments).startswith(start)
 
 
@@ -173,7 +173,7 @@ def test_a_stages_help_shows_its_settings_and_all_shows_the_rest(capsys):
 
 
 @pytest.mark.parametrize("arguments", [line for lines in cli.EXAMPLES.values() for line in lines])
-def test_the_examples_are_settings_that_load(arguments):
+def test_the_examples_in_the_help_work(arguments):
     assert parse(*shlex.split(arguments)) != parse()
 
 
@@ -198,11 +198,11 @@ def test_a_stage_gets_settings_and_folder(run_main, tmp_path):
         (KeyboardInterrupt(), 130, "stage: stopped by Ctrl-C"),
     ],
 )
-def test_an_error_is_one_line_and_a_status(run_main, error, status, line):
+def test_an_error_gives_one_line_and_its_status(run_main, error, status, line):
     code, out, err = run_main(raises(error))
     assert (code, out, err.strip()) == (status, "", line)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(run_main):
+def test_an_unexpected_error_keeps_its_traceback(run_main):
     with pytest.raises(ZeroDivisionError):
         run_main(raises(ZeroDivisionError()))

@@ -1,4 +1,4 @@
-"""params.yaml and what is laid over it: every key refuses what it can't take, in one line."""
+"""params.yaml and its overrides: every key accepts its values, and refuses all others in one line."""
 
 import copy
 import json
@@ -114,7 +114,7 @@ def test_blog_recipe_is_the_posts_script():
     assert blog.resolved()["scheduler_options"] == {"base_lr": 1e-5, "max_lr": 0.1}
 
 
-def test_a_recipe_of_ones_own(params):
+def test_a_recipe_of_your_own(params):
     mine = PARAMS["recipes"]["finetune"] | {"model": "vgg11.tv_in1k", "trainable": ["blocks.5", "conv"]}
     tree = PARAMS | {"recipe": "mine", "recipes": PARAMS["recipes"] | {"mine": mine}}
     work = config.load(["epochs=2"], path=params(tree)).work
@@ -146,7 +146,7 @@ def test_values_arrive_typed(override, value):
 
 
 @pytest.mark.parametrize("path", ["~/images", "images"])
-def test_paths_start_at_home_or_at_the_project(path, monkeypatch, tmp_path):
+def test_paths_are_relative_to_the_project_or_to_home(path, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     expected = tmp_path / "images" if path.startswith("~") else config.ROOT / "images"
@@ -161,19 +161,19 @@ def test_an_unknown_home_is_refused():
 # --- what is refused
 
 
-def test_every_key_is_in_the_table():
+def test_the_table_of_refused_values_has_every_key():
     assert sorted(map(whole, REFUSED)) == sorted(ALLOWED)
 
 
 @pytest.mark.parametrize(("key", "text"), [(whole(key), text) for key, values in REFUSED.items() for text in values])
-def test_wrong_type_or_out_of_range(key, text):
+def test_a_value_of_the_wrong_type_or_out_of_range_is_refused(key, text):
     line = refusal(f"{key}={text}")
     shown = json.dumps(config.parse_yaml(text, ""), ensure_ascii=False)
     assert line.startswith(f"{key}: {shown} ") and ("blog | " if key == "recipe" else ALLOWED[key]) in line
 
 
 @pytest.mark.parametrize("key", ALLOWED)
-def test_a_misspelt_or_missing_key(params, key):
+def test_a_misspelt_or_missing_key_is_refused(params, key):
     line = refusal(f"{key}{key[-1]}=1")
     assert line.startswith(f"{key}{key[-1]}: ") and line.endswith(f" {key}?")
     *sections, name = key.split(".")
@@ -207,7 +207,7 @@ def test_the_nearest_name_is_suggested(override, meant):
     assert refusal(override).endswith(f"; did you mean {meant}?")
 
 
-def test_synonyms_are_of_names_that_are_there():
+def test_synonyms_stand_for_existing_names():
     words = " ".join([*ALLOWED, *ALLOWED.values()]).replace(".", " ").split()
     assert {name.split(".")[-1] for name in SYNONYMS.values()} <= set(words)
 
@@ -227,7 +227,7 @@ def test_synonyms_are_of_names_that_are_there():
         ("recipes=null", "recipes", "at least one recipe"),
     ],
 )
-def test_unknown_at_every_level(override, key, words):
+def test_unknown_keys_are_refused_at_every_level(override, key, words):
     line = refusal(override)
     assert line.startswith(f"{key}: ") and words in line and "did you mean" not in line
 
@@ -253,11 +253,11 @@ def test_a_long_value_is_cut():
         ("seed: 1\nseed: 2\n", "params.yaml, line 1: not YAML: seed is given twice"),
     ],
 )
-def test_files_that_are_no_settings(params, content, line):
+def test_a_file_without_settings_is_refused(params, content, line):
     assert refusal(path=params(content)).startswith(line)
 
 
-def test_files_that_can_not_be_read(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     assert refusal(path=path).startswith("params.yaml is missing")
     path.write_bytes(b"recipe: \xff\xfe\n")
@@ -281,7 +281,7 @@ def test_plain_values_are_read_as_dvc_reads_them(text, value):
 
 
 @pytest.mark.parametrize("word", ["off", "1e-5", ".5", "1E5", "true", "null", "", "a: b", "1:30", "猫", "-", "x" * 200])
-def test_what_is_written_is_read_again(word):
+def test_dumped_settings_are_read_back_unchanged(word):
     tree = {"label": word, "lr": 1e-5, "more": {"limit": None, "flip": True, "trainable": ["layer4", word]}}
     text = config.dump(tree | {"tuple": (1, 2.5)})
     expected = tree | {"tuple": [1, 2.5]}
@@ -299,7 +299,7 @@ def test_an_override_needs_a_key_and_a_value(text):
 
 
 @pytest.mark.parametrize("overrides", [["recipe=finetune", "lr=0.02"], ["lr=0.02", "recipe=finetune"]])
-def test_a_recipes_key_alone_goes_to_the_chosen_recipe_in_any_order(overrides):
+def test_a_recipes_key_alone_changes_the_chosen_recipe_in_any_order(overrides):
     settings, shipped = config.load(overrides), config.load()
     assert (settings.recipe, settings.work.lr) == ("finetune", 0.02)
     assert all(settings.recipes[name] == shipped.recipes[name] for name in ("blog", "linear-probe"))
@@ -307,7 +307,7 @@ def test_a_recipes_key_alone_goes_to_the_chosen_recipe_in_any_order(overrides):
     assert refusal(*misspelt) == refusal("recipe=finetun")
 
 
-def test_a_whole_key_goes_where_it_says_and_the_last_of_two_holds():
+def test_a_full_key_changes_its_recipe_and_the_last_override_wins():
     settings = config.load(["recipe=blog", "epochs=3", "recipes.blog.lr=0.3", "epochs=4", "recipe=finetune"])
     assert (settings.recipe, settings.work.epochs, settings.work.lr) == (
         "finetune", 4, PARAMS["recipes"]["finetune"]["lr"],
@@ -338,11 +338,11 @@ def workload(*overrides, data=None, weights=None):
 @pytest.mark.parametrize(
     ("recipe", "digits"), [("blog", "e6e0ee5710"), ("linear-probe", "5fe2109247"), ("finetune", "71803a2635")]
 )
-def test_published_runs_can_be_compared_with_new_ones(recipe, digits):
+def test_the_workloads_of_published_runs_stay_the_same(recipe, digits):
     assert workload(f"recipe={recipe}") == digits
 
 
-def test_workloads_that_differ():
+def test_different_work_has_another_workload():
     overrides = [
         "recipe=blog", "recipe=finetune", "model=resnet34.a1_in1k", "trainable=all", "trainable=[fc]",
         "head_init=xavier_normal", "frozen_batch_norm=train", "normalize=false", "flip=true", "image_size=64",
@@ -370,11 +370,11 @@ def test_workloads_that_differ():
         "tracking.experiment=mine", "recipes.blog.lr=1", "optimizer_options.sgd.momentum=0.5", "lr=5e-3",
     ],
 )  # fmt: skip
-def test_the_same_work_done_otherwise(override):
+def test_how_the_work_is_executed_does_not_change_the_workload(override):
     assert workload(override) == workload()
 
 
-def test_neither_origin_nor_order_is_the_work(params, monkeypatch):
+def test_the_source_of_equal_data_and_the_order_of_keys_do_not_change_the_workload(params, monkeypatch):
     assert workload(data={"source": "auto", "reason": "x"}, weights={"used": "file"}) == workload()
     tree = copy.deepcopy(PARAMS) | {"recipe": CHOSEN}
     tree["recipes"][CHOSEN] = dict(reversed(tree["recipes"][CHOSEN].items()))
@@ -395,7 +395,7 @@ def prices(tmp_path, text):
     return config.read_prices(str(path))
 
 
-def test_prices_by_hardware(tmp_path):
+def test_prices_are_read_by_hardware(tmp_path):
     more = PRICED.replace("{buy: 1234", "{per_kwh: 0.3, hours_per_day: 8, machine: a desktop")
     read = prices(tmp_path, f"GPU A: {PRICED}\nGPU B: {more}\n")
     assert read["GPU A"] == config.Price(
@@ -426,7 +426,7 @@ def test_only_the_default_file_of_prices_may_be_missing(tmp_path, monkeypatch):
         ("12", ": 12 "),
     ],
 )
-def test_a_price_that_can_not_be_one_is_refused(tmp_path, text, words):
+def test_an_invalid_price_is_refused(tmp_path, text, words):
     with pytest.raises(UsageError) as caught:
         prices(tmp_path, f"GPU A: {text}\n")
     assert str(caught.value).startswith(f"prices.yaml: GPU A{words}") and "\n" not in str(caught.value)
@@ -435,7 +435,7 @@ def test_a_price_that_can_not_be_one_is_refused(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("text", "words"), [("", " is empty"), ("[1]", " holds list"), ("a: {b", ", line 1: not YAML")]
 )
-def test_a_file_that_holds_no_prices_is_refused(tmp_path, text, words):
+def test_a_file_without_prices_is_refused(tmp_path, text, words):
     with pytest.raises(UsageError) as caught:
         prices(tmp_path, text)
     assert str(caught.value).startswith(f"prices.yaml{words}") and "\n" not in str(caught.value)

@@ -83,7 +83,7 @@ def test_the_same_inputs_give_the_same_file(settings_of, tmp_path):
         (["data.source=synthetic", "weights=random"], []),  # asked for by name
     ],
 )
-def test_only_fallbacks_are_warned_of_each_time(tmp_path, capsys, overrides, fallback):
+def test_each_run_warns_of_fallbacks_and_of_nothing_else(tmp_path, capsys, overrides, fallback):
     settings = auto(tmp_path, *overrides)
     path = tmp_path / "outputs" / "inputs.json"
     inputs = download.run(settings, path.parent)
@@ -99,7 +99,7 @@ def test_only_fallbacks_are_warned_of_each_time(tmp_path, capsys, overrides, fal
     assert path.read_bytes() == before  # else DVC would train again
 
 
-def test_the_next_run_tries_again(tmp_path, monkeypatch, capsys):
+def test_the_next_run_tries_to_download_again(tmp_path, monkeypatch, capsys):
     settings = auto(tmp_path)
     download.run(settings, tmp_path / "outputs")
     capsys.readouterr()
@@ -127,7 +127,7 @@ def test_the_next_run_tries_again(tmp_path, monkeypatch, capsys):
         ("weights=gone.safetensors", UsageError, "weights: "),
     ],
 )
-def test_what_was_asked_for_by_name_is_not_replaced(tmp_path, override, error, named):
+def test_data_and_weights_that_the_user_named_are_not_replaced(tmp_path, override, error, named):
     settings = auto(tmp_path, override)
     assert named in fails(error, download.run, settings, tmp_path / "outputs")
     assert not (tmp_path / "outputs").exists()
@@ -146,7 +146,7 @@ def test_what_was_asked_for_by_name_is_not_replaced(tmp_path, override, error, n
     ],
 )
 @pytest.mark.parametrize("missing", ["data.source=cifar10", "data.source=synthetic"])  # the archive; only weights
-def test_what_can_not_be_trained_is_refused_before_a_download(tmp_path, monkeypatch, override, named, missing):
+def test_settings_that_training_refuses_are_refused_before_a_download(tmp_path, monkeypatch, override, named, missing):
     for owner, name in ((fetch, "fetch_cifar10"), (weights, "_fetch"), (fetch, "reachable")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it was downloaded first"))
     settings = auto(tmp_path, "device=cpu", "recipe=finetune", "scheduler=onecycle", missing, override)

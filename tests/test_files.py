@@ -1,4 +1,4 @@
-"""Files are whole or absent, and errors say what went wrong in one line."""
+"""Files are complete or absent, and errors say what went wrong in one line."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ def test_written_into_new_folders_for_all_to_read(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with files.atomic_write(path) as temporary:
@@ -38,7 +38,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 @pytest.mark.parametrize("before", [["a.json"], []])
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), StageError("other")], ids=repr)
-def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, error, before):
+def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path, error, before):
     for name in before:
         (tmp_path / name).write_text("old")
     with pytest.raises(type(error)) as caught, files.atomic_write(tmp_path / "a.json") as temporary:
@@ -48,7 +48,7 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, error, before
     assert names(tmp_path) == before and all((tmp_path / name).read_text() == "old" for name in before)
 
 
-def test_synced_before_it_takes_the_name(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     path, sizes = tmp_path / "a.txt", []
 
     def fsync(descriptor):
@@ -62,7 +62,7 @@ def test_synced_before_it_takes_the_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["os.fsync", "tempfile.mkstemp"])
-def test_a_full_disk(tmp_path, monkeypatch, code, call):
+def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path, monkeypatch, code, call):
     path = tmp_path / "a.json"
     path.write_text("old")
 
@@ -85,7 +85,7 @@ def test_json_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf"), float("-inf")])
-def test_json_has_no_such_figures(tmp_path, figure):
+def test_json_refuses_nan_and_infinity(tmp_path, figure):
     path = tmp_path / "a.json"
     files.write_json(path, {"loss": 1.0})
     with pytest.raises(ValueError, match="JSON"):

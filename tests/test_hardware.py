@@ -1,4 +1,4 @@
-"""hardware.json: the same on the same machine, and written without torch."""
+"""hardware.json: always the same on the same machine, and written without torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The pictures hold the data they were given, and survive any class name."""
+"""The pictures show their data, and work with any class name."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ def test_accuracy_holds_its_three_lines(count):
     assert right.get_ylim()[0] == 0
 
 
-def test_the_best_epoch_is_marked_where_it_is():
+def test_the_best_epoch_is_marked():
     figure = plots.accuracy(records(10), best_epoch=5, validation="validation split", title=TITLE)
     ring = lines(figure)["best: epoch 5, 70.00%"]
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([5], [pytest.approx(0.7)])
@@ -140,7 +140,7 @@ def test_confusion_matrix_writes_each_count_in_its_cell(classes):
 
 
 @pytest.mark.parametrize(("classes", "labels"), [(21, 21), (100, 100), (101, 51), (250, 84)])
-def test_many_classes_have_no_numbers_and_labels_that_stay_apart(classes, labels):
+def test_many_classes_have_no_numbers_and_labels_that_do_not_overlap(classes, labels):
     names = [f"n{index}" for index in range(classes)]
     figure = plots.confusion_matrix(confusion(classes), names, accuracy=0.5, title=TITLE)
     axes = figure.axes[0]
@@ -163,7 +163,7 @@ def test_a_class_without_images_is_grey_and_says_so():
     assert np.array_equal(axes.images[0].get_array().mask, [[False] * 3, [True] * 3, [False] * 3])
 
 
-def test_odd_class_names_are_drawn_as_they_are(tmp_path):
+def test_odd_class_names_are_drawn_unchanged(tmp_path):
     count = len(ODD_NAMES)
     figure = plots.confusion_matrix(confusion(count), ODD_NAMES, accuracy=0.5, title="DEMO · $x_1$")
     labels = figure.axes[0].get_xticklabels()
@@ -220,7 +220,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_plots_leave_matplotlib_and_torch_alone():
+def test_plots_change_no_matplotlib_setting_and_import_no_torch():
     program = """
 import json, sys, matplotlib
 before = {key: dict.__getitem__(matplotlib.rcParams, key) for key in matplotlib.rcParams}

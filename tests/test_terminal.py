@@ -1,4 +1,4 @@
-"""What a person sees: a line an epoch, warnings that can't be overlooked, bars in terminals only."""
+"""A line per epoch, framed warnings, and progress bars in terminals only."""
 
 import io
 import re
@@ -58,7 +58,7 @@ def show_epochs(count):
             finish(METRICS | {"epoch": epoch})
 
 
-def test_a_file_gets_a_line_an_epoch_and_no_bar(capsys):
+def test_a_file_gets_a_line_per_epoch_and_no_bar(capsys):
     show_epochs(2)
     with terminal.progress("features", 10) as advance:
         advance(10)
@@ -67,7 +67,7 @@ def test_a_file_gets_a_line_an_epoch_and_no_bar(capsys):
     assert err == ""
 
 
-def test_a_terminal_gets_the_same_lines_and_a_bar_an_epoch(capsys, in_terminal):
+def test_a_terminal_gets_the_same_lines_and_a_bar_per_epoch(capsys, in_terminal):
     stderr = in_terminal()
     show_epochs(3)
     assert capsys.readouterr().out.splitlines() == [terminal.epoch_line(epoch, 3, METRICS) for epoch in (1, 2, 3)]
@@ -77,7 +77,7 @@ def test_a_terminal_gets_the_same_lines_and_a_bar_an_epoch(capsys, in_terminal):
     assert drawn.rstrip(" ").endswith("\r")  # the bar is wiped away
 
 
-def test_a_bar_is_wiped_away_when_an_error_ends_it(in_terminal):
+def test_an_error_removes_the_bar(in_terminal):
     stderr = in_terminal()
     with pytest.raises(ZeroDivisionError), terminal.progress("features", 8) as advance:
         advance(4)

@@ -1,4 +1,4 @@
-"""`make ui`: which pages it names and opens, on which port, and that the server ends with it."""
+"""`make ui`: the links that it prints and opens, its port, and the end of its server."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def test_a_store_that_is_a_server_is_not_served_again(opened, ports, tmp_path, m
     assert opened[0].startswith("http://server:5000/#/experiments/7/runs?")
 
 
-def test_the_first_free_port_is_used_whatever_a_proxy_says(serve, ports, monkeypatch):
+def test_the_first_free_port_is_used_even_with_a_proxy(serve, ports, monkeypatch):
     store.start_run(record_of())
     for key in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(key, raising=False)
@@ -115,7 +115,7 @@ def test_a_server_that_does_not_start_is_refused_with_its_last_line(serve, opene
     assert opened == []
 
 
-def test_a_demo_is_shown_if_there_is_nothing_else(serve):
+def test_a_demo_is_shown_if_there_is_no_other_experiment(serve):
     demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
     client().delete_experiment(store.start_run(record_of()).experiment_id)
     assert f"/#/experiments/{demo}/runs?" in serve()[1]

@@ -138,7 +138,7 @@ def test_our_digest_is_that_of_torchvision(monkeypatch):
     assert (CIFAR10.filename, CIFAR10.tgz_md5) == (fetch.ARCHIVE, fetch.ARCHIVE_MD5)
 
 
-def test_fetched_once(data, server):
+def test_an_archive_is_downloaded_once(data, server):
     assert fetch.fetch_cifar10(data, server.urls("good"), 5) == data / fetch.ARCHIVE
     assert_fetched(data)
     assert server.requests == [("good", None)]
@@ -165,7 +165,7 @@ def test_wrong_archive_put_by_hand_is_named_and_kept(data, server, content):
 # The download
 
 
-def test_a_cut_download_is_resumed(data, server, capsys):
+def test_an_interrupted_download_is_resumed(data, server, capsys):
     assert "127.0.0.1 broke" in fails(StageError, fetch.fetch_cifar10, data, server.urls("cut"), 5)
     size = part_of(data).stat().st_size
     assert 0 < size <= CUT and part_of(data).read_bytes() == ARCHIVE[:size]
@@ -201,7 +201,7 @@ def test_a_mirror_that_only_stalls_is_named(data, server):
         ("wrong", f"sent another file (md5 {md5(bytes(SIZE))})"),
     ],
 )
-def test_a_bad_mirror(data, server, how, says):
+def test_a_bad_mirror_is_named_and_the_next_one_used(data, server, how, says):
     message = fails(StageError, fetch.fetch_cifar10, data, server.urls(how), 5)
     assert f"127.0.0.1 {says}" in message
     assert str(data) in message  # where to put it by hand
@@ -213,7 +213,7 @@ def test_a_bad_mirror(data, server, how, says):
 
 
 @pytest.mark.parametrize("how", ["ignores-range", "refuses-range", "elsewhere"])
-def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
+def test_a_mirror_that_ignores_ranges_sends_the_whole_archive(data, server, how):
     put(part_of(data), ARCHIVE[:CUT])
     fetch.fetch_cifar10(data, server.urls(how), 5)
     assert_fetched(data)
@@ -231,14 +231,14 @@ def test_a_mirror_that_will_not_continue_sends_it_all(data, server, how):
     ],
     ids=["whole", "some", "all", "more"],
 )
-def test_only_a_damaged_part_is_fetched_anew(data, server, part, requests):
+def test_only_a_damaged_part_is_downloaded_again(data, server, part, requests):
     put(part_of(data), part)
     fetch.fetch_cifar10(data, server.urls("good"), 5)
     assert_fetched(data)
     assert server.requests == requests
 
 
-def test_offline(data):
+def test_no_reachable_mirror_is_an_error(data):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/archive.tar.gz"
@@ -251,7 +251,7 @@ def test_offline(data):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
-def test_no_space_for_the_download(data, server):
+def test_a_full_disk_ends_the_download(data, server):
     data.mkdir(parents=True)
     part_of(data).symlink_to("/dev/full")
     assert "no disk space" in fails(StageError, fetch.fetch_cifar10, data, server.urls("good", "good"), 5)
@@ -261,7 +261,7 @@ def test_no_space_for_the_download(data, server):
 # Who answers
 
 
-def test_reachable_in_the_given_order(server):
+def test_reachable_mirrors_keep_their_order(server):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
@@ -272,7 +272,7 @@ def test_reachable_in_the_given_order(server):
     assert server.requests == []
 
 
-def test_nobody_waits_for_a_name_that_is_looked_up_for_ever(monkeypatch):
+def test_a_hanging_name_lookup_is_not_waited_for(monkeypatch):
     released = threading.Event()
     ended = []
 

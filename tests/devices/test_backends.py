@@ -1,4 +1,4 @@
-"""Backends are found, chosen and refused by name; what the interface promises holds for each that works here."""
+"""Backends are found, selected and refused by name, and each that works here keeps the interface's promises."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_a_backend_of_your_own_is_one_file(tmp_path, monkeypatch):
         ("cpu", {"cuda": 1, "cpu": 1}, ("cpu", 0)),
     ],
 )
-def test_a_device_is_chosen(device, counts, chosen):
+def test_a_device_is_selected(device, counts, chosen):
     backend = devices.select(device, standins(**counts))
     assert (backend.kind, backend.index) == chosen
 
@@ -97,7 +97,7 @@ def test_a_device_is_chosen(device, counts, chosen):
         ("xpu:0", {"xpu": 0, "cpu": 1}, "auto | cpu"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, counts, expected):
+def test_a_missing_device_is_refused_with_the_available_ones(device, counts, expected):
     message = fails(UsageError, devices.select, device, standins(**counts))
     assert message.startswith(f'device: "{device}" ') and message.endswith(f" {expected}")
 
@@ -137,7 +137,7 @@ def test_precisions_are_supported_or_refused(backend, precision_flags):
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_fp32_is_fp32_whatever_was_allowed_before(backend, precision_flags):
+def test_fp32_never_uses_tf32(backend, precision_flags):
     torch.set_float32_matmul_precision("medium")
     torch.backends.cudnn.allow_tf32 = True
     chosen = backend()
@@ -161,7 +161,7 @@ def test_autocast_runs_the_network_in_the_precision(backend, precision, dtype):
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_copies_have_the_values_of_the_moment_they_were_started(backend):
+def test_copies_have_the_values_at_the_start_of_the_copy(backend):
     chosen = backend()
     inputs, labels = torch.rand(64, 3, 32, 32), torch.arange(64)
     expected = inputs.clone()
@@ -220,7 +220,7 @@ def test_compile_and_graph_are_chosen_or_refused(backend):
     ],
     ids=["torch", "mps", "cpu", "windows", "cublas", "numpy"],
 )
-def test_running_out_of_memory_ends_with_what_to_lower(error):
+def test_an_out_of_memory_error_says_which_settings_to_lower(error):
     with pytest.raises(OutOfMemoryError) as caught, Standin().memory_errors():
         raise error
     assert "batch_size" in str(caught.value) and caught.value.__cause__ is error
@@ -229,14 +229,14 @@ def test_running_out_of_memory_ends_with_what_to_lower(error):
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes cannot be multiplied"), ValueError("memory"), StageError("out of memory")]
 )
-def test_other_errors_pass(error):
+def test_other_errors_are_not_changed(error):
     with pytest.raises(type(error)) as caught, Standin().memory_errors():
         raise error
     assert caught.value is error
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_facts_are_plain_and_known(backend):
+def test_facts_are_known_and_plain_json(backend):
     facts = backend().facts()
     assert facts["name"] and json.loads(json.dumps(facts)) == facts
     facts = devices.torch_facts()

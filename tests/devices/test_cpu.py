@@ -1,4 +1,4 @@
-"""The CPU: its memory is the process's, within a container's limit; its energy is RAPL's."""
+"""The CPU: the process's memory within a container's limit, precision, and tuning."""
 
 import mmap
 import platform
@@ -36,13 +36,13 @@ def test_it_is_one_synchronous_device_without_an_index(monkeypatch):
         ({"neon": True, "bf16": True}, False, "fp32"),  # a Mac's CPU: torch does not use the instructions there
     ],
 )
-def test_its_best_precision_is_bf16_where_its_instructions_are_used(monkeypatch, flags, has_onednn, best):
+def test_its_best_precision_is_bf16_if_torch_uses_its_bf16_instructions(monkeypatch, flags, has_onednn, best):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     assert Cpu().best_precision() == best
 
 
-def test_its_peak_grows_with_the_process_and_starts_anew_on_linux():
+def test_its_peak_grows_with_the_process_and_can_be_reset_on_linux():
     chosen = Cpu()
     chosen.reset_peak_memory()
     before = chosen.memory_mib()["peak"]
@@ -68,7 +68,7 @@ def test_its_peak_grows_with_the_process_and_starts_anew_on_linux():
     [(None, None, 16, 8), (4, 1, 4, 1), (64, 60, 16, 8)],
     ids=["no limit", "limit", "high limit"],
 )
-def test_its_memory_is_what_the_container_may_have(monkeypatch, limit, left, capacity, free):
+def test_its_memory_is_limited_by_the_container(monkeypatch, limit, left, capacity, free):
     monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * MIB, available=8 * MIB))
     limits = cgroup.Limits(None, limit and limit * MIB, left and left * MIB)
     monkeypatch.setattr(cgroup, "limits", lambda: limits)

@@ -1,4 +1,4 @@
-"""NVIDIA's and AMD's GPUs, of which torch.cuda and pynvml are stand-ins here; test_real_devices.py needs a card."""
+"""NVIDIA's and AMD's GPUs, with stand-ins for torch.cuda and pynvml. test_real_devices.py needs a real card."""
 
 import sys
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def cards(monkeypatch):
         ((7, 0), ["compute_75"], False),
     ],
 )
-def test_a_build_runs_on_the_cards_that_it_has_code_for(cards, capability, built, runs):
+def test_a_build_of_torch_runs_on_the_cards_that_it_has_code_for(cards, capability, built, runs):
     cards(capability, built=built)
     assert has_code_for(0) is runs
     assert Cuda.count() == int(runs)
@@ -78,7 +78,7 @@ def test_cards_count_up_to_the_first_that_torch_has_no_code_for(cards, capabilit
         ((8, 0), ("fp32", "tf32", "bf16", "fp16"), "bf16", True),
     ],
 )
-def test_a_card_offers_what_its_generation_computes_in(cards, capability, precisions, best, channels_last):
+def test_precisions_follow_from_the_cards_generation(cards, capability, precisions, best, channels_last):
     cards((8, 0), capability)  # each card is asked for its own
     chosen = Cuda(1)
     assert (chosen.kind, chosen.name, chosen.precisions) == ("cuda", "cuda", precisions)
@@ -91,7 +91,7 @@ def test_a_card_offers_what_its_generation_computes_in(cards, capability, precis
     ("architecture", "best"),
     [("gfx906:sramecc+:xnack-", "fp16"), ("gfx90a:sramecc+:xnack-", "bf16"), ("gfx1030", "fp16"), ("gfx1100", "bf16")],
 )
-def test_amds_cards_go_by_their_architecture(cards, architecture, best):
+def test_amds_best_precision_follows_from_the_architecture(cards, architecture, best):
     cards((9, 0), hip="7.2", gcnArchName=architecture)
     chosen = Cuda()
     assert (chosen.name, chosen.precisions) == ("rocm", ("fp32", "bf16", "fp16"))
@@ -111,7 +111,7 @@ def test_tf32_is_off_unless_asked_for(cards):
 
 
 @pytest.mark.parametrize(("hip", "tuned"), [(None, True), ("7.0", False)])
-def test_cudnn_tries_its_kernels_and_miopen_does_not(cards, monkeypatch, hip, tuned):
+def test_cudnn_is_autotuned_and_miopen_is_not(cards, monkeypatch, hip, tuned):
     cards((9, 0), hip=hip)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     Cuda().tune()
@@ -124,13 +124,13 @@ def test_cudnn_tries_its_kernels_and_miopen_does_not(cards, monkeypatch, hip, tu
     ("mode", "images", "chosen"),
     [("auto", 10**6, "off"), ("auto", 5 * 10**7, "default"), ("off", 5 * 10**7, "off"), ("default", 1, "default")],
 )
-def test_compile_auto_goes_by_the_images(cards, mode, images, chosen):
+def test_compile_auto_depends_on_the_number_of_images(cards, mode, images, chosen):
     cards((9, 0))
     assert Cuda().compile_mode(mode, images) == chosen
 
 
 @pytest.mark.parametrize(("mode", "allowed"), [("off", True), ("default", True), ("reduce-overhead", False)])
-def test_steps_are_captured_unless_compiling_captures_them(cards, mode, allowed):
+def test_steps_are_captured_unless_torch_compile_captures_them(cards, mode, allowed):
     cards((8, 0))
     assert Cuda().use_cuda_graph("auto", mode) is allowed
     assert Cuda().use_cuda_graph(False, mode) is False
@@ -154,7 +154,7 @@ def test_steps_are_captured_unless_compiling_captures_them(cards, mode, allowed)
     ],
     ids=["no driver", "built without CUDA", "driver too old", "card too old", "AMD"],
 )
-def test_a_card_that_cannot_be_used_is_told_with_what_to_do(cards, gpu, options, words):
+def test_an_unusable_card_is_reported_with_what_to_do(cards, gpu, options, words):
     cards(*([gpu["card"]] if "card" in gpu else []), **options)
     message = Cuda.why_unused(gpu)
     assert [word for word in words if word not in message] == []
@@ -174,7 +174,7 @@ def test_a_card_that_the_environment_hides_is_told_with_what_to_do(cards, monkey
 # --- facts and memory
 
 
-def test_memory_is_of_the_device_itself_and_includes_its_graphs(monkeypatch, cards):
+def test_memory_is_that_of_the_selected_card_and_includes_graphs(monkeypatch, cards):
     cards((8, 0), (8, 0), total_memory=61 * MIB)
     calls = []
     figures = {"max_memory_allocated": 2, "max_memory_reserved": 5, "memory_reserved": 4, "memory_allocated": 1}
@@ -228,7 +228,7 @@ def test_a_card_counts_joules_and_keeps_nvml_open(card):
     ("limit", "expected"),
     [(70_000, {"driver": "580.65", "power_limit_watts": 70.0}), (NVMLError("Not Supported"), {"driver": "580.65"})],
 )
-def test_facts_are_those_of_the_card_and_its_driver(card, monkeypatch, limit, expected):
+def test_facts_include_the_cards_driver_and_power_limit(card, monkeypatch, limit, expected):
     card(PowerManagementLimit=limit, properties=T4)
     monkeypatch.setattr(system_info, "gpus", lambda: pytest.fail("nvidia-smi takes a second"))
     facts = Cuda().facts()

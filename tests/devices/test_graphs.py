@@ -1,4 +1,4 @@
-"""Each shape is captured once and replayed from then on, without Python. On a real card: test_real_devices.py."""
+"""Each shape is captured once and then replayed without Python. test_real_devices.py tests this on a real card."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def graphed(function, *errors):
     return GraphedFunction(function, pool, reasons.append), pool, reasons
 
 
-def test_each_shape_is_captured_once_at_its_first_call_and_replayed_from_then_on():
+def test_each_shape_is_captured_at_its_first_call_and_then_replayed():
     call, pool, reasons = graphed(lambda first, second: first.sum() + second)
     assert pool.captures == 0
     results = []
@@ -86,7 +86,7 @@ def test_a_function_that_reads_a_tensors_value_cannot_be_captured():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("ours"), KeyboardInterrupt()]
 )
-def test_too_little_memory_and_other_errors_end_the_call(error):
+def test_out_of_memory_and_other_errors_are_raised(error):
     call, pool, reasons = graphed(lambda tensor: 2 * tensor, error)
     with pytest.raises(type(error)):
         call(torch.ones(3))

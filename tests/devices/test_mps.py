@@ -1,4 +1,4 @@
-"""Apple's GPUs, of which torch.mps is a stand-in here: not yet run on a real Mac."""
+"""Apple's GPUs, with a stand-in for torch.mps. Not yet run on a real Mac."""
 
 from types import SimpleNamespace
 
@@ -90,12 +90,12 @@ def test_its_peak_is_sampled_at_each_synchronize(metal):
     [(2, 14, 10), (2, 3, 3), (13, 14, 0)],
     ids=["Metal's limit", "other processes", "beyond the limit"],
 )
-def test_its_memory_is_a_part_of_the_one_that_all_processes_share(metal, driver, available, free):
+def test_its_memory_is_limited_by_metal_and_by_the_free_ram(metal, driver, available, free):
     metal.driver, metal.allocated, metal.available = driver * GIB, GIB, available * GIB
     assert (Mps().capacity_mib(), Mps().free_bytes()) == (12 * 2**10, free * GIB)
 
 
-def test_the_chip_is_named_by_the_machine_not_by_torch(metal, machine, monkeypatch):
+def test_the_chips_name_comes_from_the_operating_system(metal, machine, monkeypatch):
     monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     facts = Mps().facts()
     assert (facts["name"], facts["gpu_cores"], facts["memory_gib"]) == ("Apple M3 Pro", 18, 36.0)

@@ -1,4 +1,4 @@
-"""Joules of the CPU's packages, by Linux's RAPL."""
+"""The energy of CPU packages from Linux's RAPL counters."""
 
 import sys
 import threading
@@ -38,7 +38,7 @@ def rapl(tmp_path):
     return Rapl(tmp_path)
 
 
-def test_packages_are_added_up_and_their_parts_are_not(rapl):
+def test_only_packages_are_summed(rapl):
     (rapl.root / "intel-rapl").mkdir()
     counter, joules = rapl.counter(), []
     for used in (0, 2_500_000):
@@ -50,7 +50,7 @@ def test_packages_are_added_up_and_their_parts_are_not(rapl):
 
 
 @pytest.mark.parametrize("wrap", [INTEL_UJ, AMD_UJ], ids=["intel", "amd"])
-def test_a_counter_that_wraps_goes_on(rapl, wrap):
+def test_a_counter_may_wrap(rapl, wrap):
     counter = rapl.counter()
     joules = []
     for count in (wrap - 1_000_000, 3_000_000, 4_000_000):
@@ -73,7 +73,7 @@ def test_a_wrap_between_two_readings_is_seen_by_the_timer(rapl):
     assert len(rapl.timers) == 1
 
 
-def test_after_a_gap_in_which_a_wrap_may_be_missed_there_is_no_sum(rapl):
+def test_after_a_gap_that_may_hide_a_wrap_there_is_no_sum(rapl):
     rapl.write(AMD_UJ, package0=1_000_000)
     counter = rapl.counter()
     assert counter.joules() == 0.0
@@ -96,7 +96,7 @@ def test_a_package_that_cannot_be_read_makes_the_sum_none(rapl):
     assert counter.joules() is None
 
 
-def test_the_cpus_energy_is_its_packages_where_there_is_rapl(rapl):
+def test_the_cpus_energy_is_the_sum_of_its_packages(rapl):
     assert RaplEnergy(rapl.root / "none").joules() is None
     chosen = Cpu()
     chosen._rapl = rapl.counter()
@@ -105,7 +105,7 @@ def test_the_cpus_energy_is_its_packages_where_there_is_rapl(rapl):
     assert chosen.energy() == ("rapl", 0.0)
 
 
-def test_the_timer_calls_until_told_to_stop_and_keeps_no_process_alive():
+def test_the_timer_stops_on_false_and_its_thread_is_a_daemon():
     threads, third = [], threading.Event()
 
     def update():

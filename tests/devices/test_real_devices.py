@@ -1,4 +1,4 @@
-"""On a real GPU: the same work gives the CPU's figures, captured or not, and the clock waits for the device."""
+"""On a real GPU: the same work gives the same losses as on the CPU, and the clock waits for the device."""
 
 import copy
 import gc
@@ -88,7 +88,7 @@ def test_tf32_is_on_only_where_asked_for(backend):
 
 
 @pytest.mark.cuda
-def test_order_and_images_are_those_of_the_cpu(backend):
+def test_batches_are_the_same_as_on_the_cpu(backend):
     cpu = torch.device("cpu")
     backend.set_precision("fp32")
     images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_samples_in_host_memory_give_the_losses_of_samples_on_the_device(determi
 
 
 @pytest.mark.cuda
-def test_a_function_that_synchronizes_is_not_captured_and_the_device_goes_on_working(backend):
+def test_a_function_that_synchronizes_is_not_captured_and_the_device_still_works(backend):
     ones = torch.ones(5, device=backend.device)
     call = backend.capture_graph(lambda tensor: torch.full((3,), tensor.sum().item(), device=tensor.device))
     for factor in (1, 2, 3):
@@ -203,7 +203,7 @@ def peak_of(use_cuda_graph):
 
 
 @pytest.mark.cuda
-def test_the_peak_of_captured_steps_includes_what_a_graph_frees_within_itself():
+def test_the_peak_of_captured_steps_includes_a_graphs_temporary_tensors():
     eager, captured = peak_of(use_cuda_graph=False), peak_of(use_cuda_graph=True)
     assert eager > 256  # two layers' activations, 128 MiB each
     assert captured > 0.9 * eager

@@ -1,4 +1,4 @@
-"""Intel's GPUs, of which torch.xpu is a stand-in here."""
+"""Intel's GPUs, with a stand-in for torch.xpu."""
 
 from types import SimpleNamespace
 
@@ -11,14 +11,14 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(("has_matrix_units", "best"), [(True, "bf16"), (False, "fp32")])
-def test_its_best_precision_is_that_of_its_matrix_units(monkeypatch, has_matrix_units, best):
+def test_its_best_precision_depends_on_matrix_units(monkeypatch, has_matrix_units, best):
     properties = SimpleNamespace(has_subgroup_matrix_multiply_accumulate=has_matrix_units)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
     assert Xpu().best_precision() == best in Xpu.precisions
 
 
 @pytest.mark.parametrize(("driver_knows", "free"), [(True, 13), (False, 63)])
-def test_its_memory_is_known_even_where_the_driver_does_not_tell_it(monkeypatch, driver_knows, free):
+def test_its_free_memory_is_known_even_if_the_driver_does_not_tell_it(monkeypatch, driver_knows, free):
     figures = {"max_memory_allocated": 2, "max_memory_reserved": 5, "memory_reserved": 4, "memory_allocated": 1}
     for name, mebibytes in figures.items():
         monkeypatch.setattr(torch.xpu, name, lambda device, mebibytes=mebibytes: mebibytes * MIB)

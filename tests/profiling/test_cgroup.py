@@ -1,4 +1,4 @@
-"""Limits of control groups, read from made-up trees of both versions."""
+"""Limits of control groups of both versions, read from made-up folders."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_no_limit_is_none(limits, files, membership):
     assert limits(files, membership) == (None, None, None)
 
 
-def test_version_2_takes_the_smallest_limit_of_the_group_and_those_above(limits):
+def test_version_2_takes_the_lowest_limit_of_the_group_and_its_parents(limits):
     files = {
         "kubepods/cpu.max": "400000 100000",
         "kubepods/pod1/cpu.max": "150000 100000",
@@ -76,5 +76,5 @@ def test_a_container_sees_its_own_group_as_the_mounts_root(limits, membership):
 
 
 @pytest.mark.parametrize(("used", "free"), [({}, 8 * MIB), ({"memory.current": 9 * MIB}, 0)])
-def test_what_is_free_is_at_most_the_limit_and_never_negative(limits, used, free):
+def test_free_memory_is_at_most_the_limit_and_never_negative(limits, used, free):
     assert limits({"memory.max": 8 * MIB} | used).free_bytes == free

@@ -1,4 +1,4 @@
-"""The clock synchronizes before each reading and adds each second to one span; some steps are timed alone."""
+"""The clock synchronizes before each reading, spans add up, and a sample of the steps is timed."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_it_synchronizes_before_each_reading(device, clock):
     assert device.calls == ["synchronize", "now", "work", "synchronize", "now", "synchronize", "now"]
 
 
-def test_queued_work_counts_where_it_was_queued(device, clock):
+def test_queued_work_belongs_to_the_span_that_queued_it(device, clock):
     device.queue(7)  # before the span
     with clock.span("train") as span:
         device.queue(2)
@@ -58,7 +58,7 @@ def test_spans_do_not_nest(clock):
     assert clock.seconds == {}
 
 
-def test_a_span_that_an_exception_leaves_counts_nothing(device, clock):
+def test_a_span_with_an_exception_is_not_counted(device, clock):
     with pytest.raises(KeyboardInterrupt), clock.span("train") as failed:
         device.queue(10)
         raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_a_step_that_fails_is_not_timed(kind):
         (100, {50: 50, 90: 90, 99: 99}),
     ],
 )
-def test_percentiles_are_nearest_ranks_where_enough_steps_were_timed(count, ranks):
+def test_percentiles_are_nearest_ranks_if_enough_steps_were_timed(count, ranks):
     times = StepTimes(Cpu(), lambda: 0.0)
     times.seconds = random.Random(0).sample(range(1, count + 1), count)
     assert times.percentiles() == {f"time/step_p{percent}_seconds": rank for percent, rank in ranks.items()}

@@ -124,7 +124,7 @@ def test_a_sample_that_lacks_something_is_none(text):
 
 
 @needs_sh
-def test_joules_are_summed_up_and_continued_at_the_latest_power(started):
+def test_joules_are_summed_and_extrapolated_at_the_latest_power(started):
     counter = started(printing(SAMPLE) * 3 + HANG)
     wait_for(lambda: counter.reading()[1] == pytest.approx(1.8))
     counter._now.now += 0.5
@@ -137,7 +137,7 @@ def test_joules_are_summed_up_and_continued_at_the_latest_power(started):
 
 @needs_sh
 @pytest.mark.parametrize("end", ["exit 0\n", printing(INTEL + SAMPLE) + HANG])
-def test_from_a_missing_sample_on_there_is_no_reading(started, tmp_path, monkeypatch, end):
+def test_after_a_missing_sample_there_is_no_reading(started, tmp_path, monkeypatch, end):
     go = tmp_path / "go"
     counter = started(printing(SAMPLE) + f'while [ ! -e "{go}" ]; do sleep 0.02 > /dev/null; done\n' + end)
     assert counter.reading() == ("powermetrics", pytest.approx(0.6))
@@ -148,7 +148,7 @@ def test_from_a_missing_sample_on_there_is_no_reading(started, tmp_path, monkeyp
 
 
 @needs_sh
-def test_a_tool_that_we_may_not_signal_ends_by_its_pipe(started, monkeypatch):
+def test_a_tool_that_we_may_not_signal_ends_when_its_pipe_closes(started, monkeypatch):
     def refuse(self):
         raise PermissionError(1, "Operation not permitted")
 
@@ -159,7 +159,7 @@ def test_a_tool_that_we_may_not_signal_ends_by_its_pipe(started, monkeypatch):
 
 
 @needs_sh
-def test_a_tool_that_does_not_end_is_named(started, monkeypatch, capsys):
+def test_the_user_is_told_of_a_tool_that_does_not_end(started, monkeypatch, capsys):
     monkeypatch.setattr(energy, "STOP_SECONDS", 0.05)
     counter = started("trap '' TERM\n" + printing(SAMPLE) + HANG)
     counter.stop()
@@ -200,7 +200,7 @@ def test_auto_is_the_devices_own_counter():
 
 
 @needs_sh
-def test_powermetrics_takes_the_counters_place_and_ends(tool, tmp_path):
+def test_powermetrics_replaces_the_counter_and_ends(tool, tmp_path):
     tool("echo $$ > " + str(tmp_path / "pid") + "\n" + printing(SAMPLE) + HANG)
     energy.check("powermetrics")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -1,4 +1,4 @@
-"""Peak rates are measured with the device synchronized, counted as defined, and compared rightly with a training."""
+"""Peak rates are measured on a synchronized device, operations are counted, and a training is compared with them."""
 
 import functools
 import math
@@ -86,7 +86,7 @@ def small(monkeypatch):
         ("bf16", {torch.float32: [0.03], torch.bfloat16: [0.05]}, 2 * 512**3 / 0.03, 2),
     ],
 )
-def test_the_fastest_side_and_format_count(monkeypatch, precision, seconds, expected, timed):
+def test_the_fastest_side_and_format_are_taken(monkeypatch, precision, seconds, expected, timed):
     sides = []
 
     def matmul_seconds(backend, dtype, side):
@@ -98,7 +98,7 @@ def test_the_fastest_side_and_format_count(monkeypatch, precision, seconds, expe
     assert len(sides) == timed
 
 
-def test_products_are_of_random_matrices_that_leave_other_random_numbers_alone(small):
+def test_matrices_are_random_and_do_not_change_torchs_random_numbers(small):
     state = torch.get_rng_state()
     matrix = roofline._random_matrix(Cpu(), torch.bfloat16, 64, seed=0)
     assert matrix.shape == (64, 64) and matrix.count_nonzero() == 64 * 64
@@ -147,7 +147,7 @@ def train_mode(net):
     net.train()
 
 
-def test_operations_of_a_resnet_and_of_a_step_that_trains_all_of_it():
+def test_operations_of_a_resnet_and_of_its_training_step():
     forward = sum(convolutions().values()) + HEAD
     assert len(convolutions()) == 20
     assert roofline.forward_flops(resnet("all"), (3, 96, 96)) == forward
@@ -186,7 +186,7 @@ def test_a_head_on_features():
         assert roofline.train_flops(head, (16,), set_mode=train_mode) == 2 * (2 * 16 * 8) + 3 * (2 * 8 * 3)
 
 
-def test_counting_leaves_no_trace():
+def test_counting_changes_neither_the_network_nor_random_numbers():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(64, 2)).eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     random = torch.get_rng_state()
@@ -235,7 +235,7 @@ def test_efficiency():
     ("images_per_second", "utilisation", "shown"),
     [(830, None, ["83% of"]), (980, 0.343, ["98% of", "34% of"]), (1004, 1.99, ["100.4% of", "199.0% of"])],
 )
-def test_the_sentence_has_the_shares_and_a_cause_of_what_is_above_1(images_per_second, utilisation, shown):
+def test_the_sentence_has_the_shares_and_explains_those_above_1(images_per_second, utilisation, shown):
     flops = utilisation and utilisation / images_per_second * PEAKS.matmul_flops
     sentence = roofline.describe(roofline.efficiency_metrics(images_per_second, PEAKS, flops))
     assert all(text in sentence for text in shown)
@@ -256,5 +256,5 @@ def test_a_speed_far_above_the_peaks_is_implausible(share, utilisation, shown):
     assert (reason is None) if shown is None else shown in reason
 
 
-def test_several_measurements_combine_to_the_best_of_each():
+def test_measurements_combine_to_the_highest_rates():
     assert roofline.combine([PEAKS, roofline.Peaks(3e12, 4e10, 900.0)]) == roofline.Peaks(3e12, 5e10, 1000.0)

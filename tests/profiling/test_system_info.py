@@ -1,4 +1,4 @@
-"""Facts from the recorded output of each system's tools, and what facts must never contain."""
+"""Facts of a machine from recorded outputs of each system's tools; private data that they must not contain."""
 
 import json
 import platform
@@ -123,13 +123,13 @@ def test_linux_finds_gpus_on_the_bus_and_by_nvidia_smi(monkeypatch, tmp_path, fr
         ("10de", "0df4", "GF108M [GeForce GT 540M]", "NVIDIA GeForce GT 540M", False),  # of 2011
     ],
 )
-def test_cards_train_and_display_adapters_in_processors_do_not(vendor, device, description, name, for_training):
+def test_gpus_in_processors_are_not_for_training(vendor, device, description, name, for_training):
     gpu = system_info.pci_gpu(f"{vendor}:{device}", description)
     assert gpu["for_training"] is for_training
     assert name is None or gpu["name"] == name
 
 
-def test_windows_tells_one_adapter_or_several(monkeypatch, fresh):
+def test_windows_lists_one_gpu_or_several(monkeypatch, fresh):
     intel = {
         "Name": "Intel(R) UHD Graphics 770",
         "PNPDeviceID": r"PCI\VEN_8086&DEV_4680&SUBSYS_86941043&REV_0C\3&1",
@@ -149,7 +149,7 @@ def test_windows_tells_one_adapter_or_several(monkeypatch, fresh):
     assert system_info.windows_name("Windows 10 Pro", "22H2", 19045) == "Windows 10 Pro 22H2"
 
 
-def test_a_mac_tells_its_model_its_chip_and_its_gpu(monkeypatch, fresh):
+def test_facts_of_a_mac(monkeypatch, fresh):
     outputs = SYSCTL_M1 | {
         "ioreg -rd1 -c AGXAccelerator": IOREG_M1,
         "ioreg -rd1 -c IOPlatformDevice": IOREG_PRODUCT,
@@ -162,7 +162,7 @@ def test_a_mac_tells_its_model_its_chip_and_its_gpu(monkeypatch, fresh):
     assert "00000000-1111" not in json.dumps(facts)
 
 
-def test_a_virtual_mac_shows_no_cores_and_has_no_gpu_for_torch(monkeypatch, fresh):
+def test_a_virtual_mac_has_no_gpu(monkeypatch, fresh):
     recorded(monkeypatch, "darwin", SYSCTL_M1)
     assert system_info.gpus() == []
 
@@ -180,7 +180,7 @@ def test_the_cpu_is_named_by_linux_or_by_lscpu_on_arm(monkeypatch):
     )
 
 
-def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
+def test_the_model_is_the_mainboard_if_the_maker_left_it_out(tmp_path):
     names = {"sys_vendor": "HP", "product_name": "HP EliteBook 840 G8 Notebook PC"}
     bought = tree(tmp_path / "a", {f"sys/class/dmi/id/{key}": text for key, text in names.items()})
     assert system_info.linux_model(bought) == "HP EliteBook 840 G8 Notebook PC"
@@ -203,7 +203,7 @@ def test_the_model_is_the_board_where_the_maker_left_it_out(tmp_path):
         (8, (64.0, 64 * GIB, GIB), {}),  # more than there is
     ],
 )
-def test_what_a_process_may_use_is_present_where_it_is_less_than_all(monkeypatch, fresh, cpus, limits, expected):
+def test_limits_are_present_only_if_they_are_below_the_machines_size(monkeypatch, fresh, cpus, limits, expected):
     recorded(monkeypatch, "linux", {})
     monkeypatch.setattr(system_info.os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
     monkeypatch.setattr(system_info.cgroup, "limits", lambda: system_info.cgroup.Limits(*limits))
@@ -215,7 +215,7 @@ def test_what_a_process_may_use_is_present_where_it_is_less_than_all(monkeypatch
     assert facts["logical_cores"] == 8
 
 
-def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
+def test_the_battery_of_a_mouse_is_ignored(tmp_path):
     mouse = {"hidpp_battery_0/type": "Battery", "hidpp_battery_0/scope": "Device"}
     desktop = tree(tmp_path / "a", mouse | {"hidpp_battery_0/status": "Discharging"})
     assert system_info.linux_power_source(desktop) is None
@@ -225,7 +225,7 @@ def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
     assert system_info.linux_power_source(tree(tmp_path / "b", {"AC/online": "1"})) == "mains"
 
 
-def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines_apart():
+def test_the_fingerprint_survives_updates_and_differs_between_machines():
     gpu = {"vendor": "NVIDIA", "name": "NVIDIA GeForce GTX 1060 6GB", "for_training": True, "driver": "560.35.03"}
     bus = [{"id": "10de:1c03", "memory_gib": 0.0}]
     machine = system_info.fingerprint(HARDWARE, [gpu], bus, "a" * 32)
@@ -247,11 +247,11 @@ def test_the_fingerprint_outlasts_updates_and_a_broken_driver_and_tells_machines
     ("reported", "installed"),
     [(0.5, 0.5), (11.4, 12), (13.9, 16), (36.0, 48), (503.5, 512)],
 )
-def test_memory_counts_by_the_size_that_is_sold(reported, installed):
+def test_memory_is_rounded_up_to_a_size_that_is_sold(reported, installed):
     assert system_info.installed_gib(reported) == installed
 
 
-def test_facts_come_without_torch_are_the_same_again_and_name_nobody():
+def test_facts_need_no_torch_never_change_and_name_nobody():
     script = (
         "import json, sys; from pipeline.profiling import system_info; facts = system_info.facts(); "
         "print(json.dumps([facts, 'torch' in sys.modules], allow_nan=False))"

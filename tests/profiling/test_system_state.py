@@ -1,4 +1,4 @@
-"""What taints a run and how its machine behaved: from what tools and drivers say, absent where they say nothing."""
+"""The machine's state from tools and drivers, and the taints and behavior that follow from it."""
 
 import math
 import os
@@ -86,12 +86,12 @@ def quiet(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
-def test_what_nobody_tells_is_absent(quiet, system):
+def test_unknown_values_are_absent(quiet, system):
     quiet(system)
     assert system_state.sample() == ({"swapping": False} if system == "linux" else {})
 
 
-def test_a_sample_of_this_machine_is_plain(monkeypatch):
+def test_a_sample_of_this_machine_has_plain_values(monkeypatch):
     monkeypatch.setattr(system_state, "WINDOW_SECONDS", 0.05)
     state = system_state.sample()
     assert {type(value) for value in state.values()} <= {float, str, bool}
@@ -99,7 +99,7 @@ def test_a_sample_of_this_machine_is_plain(monkeypatch):
     assert not [key for key in state if key.startswith("gpu_")]
 
 
-def test_a_mac_tells_its_power_mode_thermal_pressure_and_swap(quiet, monkeypatch):
+def test_the_state_of_a_mac(quiet, monkeypatch):
     command = "notifyutil -g com.apple.system.thermalpressurelevel"
     quiet("darwin", {"pmset -g": PMSET, command: "com.apple.system.thermalpressurelevel 2\n"})
     pages = iter([VM_STAT, VM_STAT.replace("340.", "99340.")])
@@ -136,7 +136,7 @@ def test_linux_low_power_mode_is_the_firmwares_profile(quiet, profile, mode):
 
 
 @pytest.mark.parametrize(("mebibytes", "swapping"), [(0.1, False), (2, True)])
-def test_a_single_page_is_no_swapping(quiet, monkeypatch, mebibytes, swapping):
+def test_moving_single_pages_is_no_swapping(quiet, monkeypatch, mebibytes, swapping):
     quiet("linux")
     monkeypatch.setattr(system_state, "WINDOW_SECONDS", 0.5)
     swaps = iter([SimpleNamespace(used=2**30, sin=7, sout=20 + moved * 2**20) for moved in (0, mebibytes)])
@@ -144,7 +144,7 @@ def test_a_single_page_is_no_swapping(quiet, monkeypatch, mebibytes, swapping):
     assert system_state.sample() == {"swapping": swapping, "swap_gib": 1.0}
 
 
-def test_psutils_errors_about_swap_stay_inside(quiet, monkeypatch):
+def test_psutils_errors_about_swap_are_ignored(quiet, monkeypatch):
     quiet("win32")
 
     def fail():
@@ -155,7 +155,7 @@ def test_psutils_errors_about_swap_stay_inside(quiet, monkeypatch):
 
 
 @pytest.mark.parametrize(("child", "load"), [(1.0, 0.35), (50.0, 0.0)])
-def test_the_load_of_others_is_without_waiting_and_without_our_own(quiet, monkeypatch, child, load):
+def test_the_load_of_others_excludes_iowait_and_our_own(quiet, monkeypatch, child, load):
     quiet("linux")
     times = iter([CpuTimes(100.0, 50.0, 7.0, 9.0), CpuTimes(160.0, 80.0, 17.0, 10.0)])  # 100 s, of them 60 s busy
     own = Process(9.0, 2.0, 0.0, 0.0), Process(19.0, 4.0, 10.0, 2.0, children=[Process(child, 0.0, 0.0, 0.0)])
@@ -174,7 +174,7 @@ def test_a_watch_that_began_earlier_is_not_waited_for(quiet, monkeypatch):
     assert system_state.sample(None, watch)["cpu_load"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_tool_that_hangs_says_nothing(monkeypatch):
+def test_a_hanging_tool_gives_no_output(monkeypatch):
     def run(*_, timeout, **__):
         assert timeout <= 3
         raise subprocess.TimeoutExpired("pmset", timeout)
@@ -190,7 +190,7 @@ def processes(*pids):
     return [SimpleNamespace(pid=pid) for pid in pids]
 
 
-def test_a_card_tells_its_state(quiet, nvml):
+def test_the_state_of_a_card(quiet, nvml):
     quiet("win32")
     nvml(
         Temperature=83,
@@ -229,7 +229,7 @@ def test_a_card_tells_its_state(quiet, nvml):
     ],
     ids=["idle", "old driver", "unsupported", "slices", "another card"],
 )  # fmt: skip
-def test_only_what_a_card_knows_of_itself_is_told(quiet, nvml, answers, expected):
+def test_unknown_values_of_a_card_are_absent(quiet, nvml, answers, expected):
     quiet("win32")
     nvml(**answers)
     assert system_state.sample(UUID) == expected
@@ -251,14 +251,14 @@ def test_no_uuid_no_driver_and_no_binding_are_no_errors(quiet, nvml, monkeypatch
     [((), None), ((0,), None), ((0, 10**8), 1), ((10**8,), None)],  # 0 is ourselves
     ids=["hidden", "ours alone", "another in the same container", "the host's numbers"],
 )
-def test_in_a_container_others_are_told_only_where_we_are_seen(quiet, nvml, monkeypatch, tmp_path, pids, count):
+def test_in_a_container_others_are_counted_only_if_our_process_is_listed(quiet, nvml, monkeypatch, tmp_path, pids, count):
     quiet("linux")
     monkeypatch.setattr(nvidia, "PID_NAMESPACE", tmp_path)
     nvml(ComputeRunningProcesses=processes(*(pid or os.getpid() for pid in pids)))
     assert system_state.sample(UUID).get("gpu_processes") == count
 
 
-def test_outside_a_container_others_are_always_told(quiet, nvml, monkeypatch, tmp_path):
+def test_outside_a_container_others_are_always_counted(quiet, nvml, monkeypatch, tmp_path):
     quiet("linux")
     nvml(ComputeRunningProcesses=processes(10**8))
     monkeypatch.setattr(nvidia, "PID_NAMESPACE", tmp_path)
@@ -286,7 +286,7 @@ def test_a_trend_is_rarely_seen_where_there_is_none(phi, count):
         assert rate >= 0.005  # at its level, and not just blind
 
 
-def test_a_trend_is_that_of_generalised_least_squares():
+def test_the_trend_test_agrees_with_generalised_least_squares():
     values = np.array([9.8, 9.9, 10.0, 10.2, 10.1, 10.4, 10.3])
     times = np.arange(7)
     inverse = np.linalg.inv(0.7 ** np.abs(np.subtract.outer(times, times)))  # of the noise's correlations
@@ -317,7 +317,7 @@ def test_drift_is_a_change_from_the_first_third_to_the_last():
     ],
     ids=["below 3%", "chance", "too few", "equal"],
 )
-def test_what_is_small_by_chance_or_of_few_values_is_no_drift(seconds):
+def test_small_random_or_untestable_changes_are_no_drift(seconds):
     assert system_state.behavior({}, {}, seconds) == {}
 
 
@@ -346,7 +346,7 @@ def test_a_quiet_machine_has_no_taints_and_no_behavior():
         ({"swapping": True}, {"swap_gib": 2.0}, "swap", ["2.0 GiB", "swapping"]),
     ],
 )
-def test_a_taint_is_what_others_did_with_its_figures(before, after, word, figures):
+def test_taints_are_disturbances_by_others(before, after, word, figures):
     sentences = system_state.taints(before, after)
     assert sentences.keys() == {word} and all(figure in sentences[word] for figure in figures)
     assert system_state.behavior(before, after, []) == {}
@@ -361,7 +361,7 @@ def test_a_taint_is_what_others_did_with_its_figures(before, after, word, figure
         ({"thermal_pressure": "nominal"}, {"thermal_pressure": "moderate"}, "thermal", ["moderate"]),
     ],
 )  # fmt: skip
-def test_what_the_machine_does_by_itself_is_no_taint(before, after, word, figures):
+def test_behavior_is_no_taint(before, after, word, figures):
     sentences = system_state.behavior(before, after, [])
     assert sentences.keys() == {word} and all(figure in sentences[word] for figure in figures)
     assert system_state.taints(before, after) == {}

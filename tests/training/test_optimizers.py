@@ -100,7 +100,7 @@ def refusal(call, *args, **kwargs):
         ("nadamw", "timm.optim.nadamw", "NAdamW"),
     ],
 )
-def test_name_is_looked_up_in_the_packages_order(name, module, cls):
+def test_a_name_is_looked_up_in_the_order_of_packages(name, module, cls):
     built = type(optimizer_of(name))
     assert (built.__module__, built.__name__) == (module, cls)
 
@@ -109,7 +109,7 @@ def test_name_is_looked_up_in_the_packages_order(name, module, cls):
     ("name", "nearest"),
     [("adamww", "adamw"), ("SGD", "sgd"), ("timm:lambb", "timm:lamb"), ("tim:lamb", "timm:lamb")],
 )
-def test_unknown_optimizer_is_refused_with_the_nearest(name, nearest):
+def test_an_unknown_optimizer_is_refused_with_a_suggestion(name, nearest):
     setting, rest = refusal(optimizer_of, name)
     assert setting == "optimizer" and f'"{name}"' in rest and rest.endswith(f"did you mean {nearest}?")
 
@@ -131,7 +131,7 @@ def test_options_reach_the_optimizer_and_lists_become_tuples():
         ("timm:lamb", "layer_decay", "weight_decay"),  # timm's factory would take it
     ],
 )
-def test_unknown_option_is_refused_with_what_is_allowed(name, option, expected):
+def test_an_unknown_option_is_refused_with_the_allowed_ones(name, option, expected):
     setting, rest = refusal(optimizer_of, name, {option: 0.5})
     assert setting == f"optimizer_options.{name}.{option}" and expected in rest
 
@@ -146,7 +146,7 @@ def test_unknown_option_is_refused_with_what_is_allowed(name, option, expected):
         ("timm:lamb", {"betas": [0.9]}, "betas"),
     ],
 )
-def test_wrong_value_is_refused_by_name(name, options, option):
+def test_a_wrong_value_is_refused_by_name(name, options, option):
     setting, rest = refusal(optimizer_of, name, options)
     assert setting == f"optimizer_options.{name}.{option}"
     assert rest.startswith(str(options[option]).lower()) or f'"{options[option]}"' in rest
@@ -169,7 +169,7 @@ def test_wrong_value_is_refused_by_name(name, options, option):
         ("adamw", {"capturable": False}, {"fused": True}),
     ],
 )
-def test_torchs_own_get_the_fastest_options_unless_the_user_chooses(name, options, expected):
+def test_torchs_optimizers_get_the_devices_options_unless_the_user_chooses(name, options, expected):
     group = optimizer_of(name, options, fastest=FASTEST).param_groups[0]
     assert {key: value for key, value in group.items() if key in FASTEST and value} == expected
     plain = optimizer_of(name, options).param_groups[0]
@@ -177,7 +177,7 @@ def test_torchs_own_get_the_fastest_options_unless_the_user_chooses(name, option
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
-def test_the_fastest_way_does_the_same_arithmetic(name):
+def test_the_devices_options_do_not_change_the_result(name):
     weights = []
     for fastest in (None, FASTEST):
         params = parameters()
@@ -282,7 +282,7 @@ def test_a_captured_step_trains_as_an_eager_one(own, name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_a_step_that_was_not_built_the_fastest_way_is_not_captured(name):
+def test_without_the_devices_options_no_step_is_captured(name):
     optimizer = optimizer_of(name)
     assert optimizers.capturable(optimizer, scheduler_of("constant", optimizer)) is False
 
@@ -305,12 +305,12 @@ def test_a_step_that_was_not_built_the_fastest_way_is_not_captured(name):
         ("bnbsgd8bit", "CUDA required" if not torch.cuda.is_available() else ""),
     ],
 )
-def test_optimizer_that_cannot_do_the_work_is_refused(name, reason):
+def test_an_optimizer_that_cannot_train_any_model_is_refused(name, reason):
     setting, rest = refusal(optimizer_of, name)
     assert setting == "optimizer" and rest.startswith(f'"{name}"') and reason in rest
 
 
-def test_trial_leaves_parameters_gradients_and_random_numbers_alone():
+def test_the_trial_changes_no_parameters_gradients_or_random_numbers():
     params = parameters()
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -341,13 +341,13 @@ def test_every_optimizer_steps_or_is_refused_in_one_line(package):
 @pytest.mark.parametrize(
     ("name", "options"), [("sgd", {}), ("ranger21", {**BLOG, "disable_lr_scheduler": True}), ("prodigy", {})]
 )
-def test_only_ranger21s_own_rate_is_told(name, options):
+def test_only_ranger21_reports_an_applied_rate(name, options):
     optimizer = optimizer_of(name, options)
     step(optimizer)
     assert optimizers.applied_lr(optimizer) is None and not optimizers.overrides_schedule(optimizer)
 
 
-def test_ranger21_gets_the_trainings_steps_unless_told_otherwise():
+def test_ranger21_gets_the_number_of_steps_unless_the_user_sets_it():
     assert optimizer_of("ranger21", BLOG, total_steps=100).start_warm_down == 72
     assert optimizer_of("ranger21", {**BLOG, "num_iterations": 50}, total_steps=100).start_warm_down == 36
 
@@ -356,13 +356,13 @@ def test_ranger21_gets_the_trainings_steps_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("moves", [1, 5])
-def test_cosine_is_torchs(moves):
+def test_cosine_equals_torchs_cosine(moves):
     torchs = CosineAnnealingLR(optimizer_of(), T_max=4 * moves, eta_min=0.01)
     built = scheduler_of("cosine", epochs=4, moves=moves, T_max=None, eta_min=0.01)
     assert rates(built, 4 * moves + 3) == pytest.approx(rates(torchs, 4 * moves + 3), rel=1e-6)
 
 
-def test_warm_up_climbs_in_equal_parts_and_leaves_the_rest_to_the_schedule():
+def test_the_warm_up_is_linear_and_then_the_schedule_follows():
     values = rates(scheduler_of("cosine", epochs=3, moves=4, warmup=1), 12)
     assert values[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert values[4:] == pytest.approx([0.05 * (1 + math.cos(math.pi * move / 8)) for move in range(8)])
@@ -410,7 +410,7 @@ def test_scheduler_options_are_refused_by_name(name, options, setting, expected)
 
 
 @pytest.mark.parametrize("name", ["cyclic", "onecycle"])
-def test_momentum_cannot_cycle_where_there_is_none(name):
+def test_momentum_cannot_cycle_without_momentum(name):
     setting, rest = refusal(scheduler_of, name, optimizer_of("adagrad"))
     assert setting == f"scheduler_options.{name}.cycle_momentum" and rest.endswith("expected false")
     rates(scheduler_of(name, optimizer_of("adagrad"), cycle_momentum=False), 2)
@@ -425,7 +425,7 @@ def test_momentum_cannot_cycle_where_there_is_none(name):
         ("cosine", 0.5, "whole epochs"),
     ],
 )
-def test_warm_up_that_cannot_be_is_refused(name, warmup, expected):
+def test_an_impossible_warm_up_is_refused(name, warmup, expected):
     setting, rest = refusal(check, scheduler=name, warmup_epochs=warmup)
     assert setting == "warmup_epochs" and rest.startswith(f"{float(warmup)} ") and expected in rest
 
@@ -433,7 +433,7 @@ def test_warm_up_that_cannot_be_is_refused(name, warmup, expected):
 # --- the early check
 
 
-def test_check_refuses_before_there_is_a_model():
+def test_check_needs_no_model():
     assert refusal(check, "adamww")[0] == "optimizer"
     assert refusal(check, optimizer_options={"momentum": -1})[0] == "optimizer_options.sgd.momentum"
     assert refusal(check, scheduler="cosine", scheduler_options={"T_max": 0})[0] == "scheduler_options.cosine.T_max"
