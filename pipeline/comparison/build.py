@@ -15,7 +15,7 @@ from pipeline import config
 from pipeline.comparison.context import Context
 from pipeline.comparison.groups import display_names
 from pipeline.comparison.runs import Run, clean
-from pipeline.comparison.schema import Comparison, Part
+from pipeline.comparison.schema import Comparison, Part, Score, Table
 from pipeline.comparison.score_table import make_score
 from pipeline.comparison.work_rows import COURSES
 from pipeline.comparison.work_tables import group_by_work, make_section
@@ -82,12 +82,9 @@ def _find_reference(runs: Sequence[Run], reference: str | None) -> str | None:
         return str(matches[0])
     fault = f"is part of {len(matches)} names" if matches else "matches no machine of these runs"
     allowed = [clean(name) for name in matches] or ["null", "a fingerprint", *map(clean, known)]
-    raise UsageError(
-        f'compare.reference: "{clean(reference)}" {fault}: expected '
-        + " | ".join(allowed[:12])
-        + (" | ..." if len(allowed) > 12 else "")
-        + ("" if matches else hint(reference, map(clean, known)))
-    )
+    expected = " | ".join(allowed[:12] + ["..."] * (len(allowed) > 12))
+    suggestion = "" if matches else hint(reference, map(clean, known))
+    raise UsageError(f'compare.reference: "{clean(reference)}" {fault}: expected {expected}{suggestion}')
 
 
 def _check_prices(runs: Sequence[Run], prices: Mapping[str, config.Price]) -> None:
@@ -107,11 +104,9 @@ def _advice(runs: Sequence[Run], parts: Sequence[Part]) -> str:
     if not runs:
         return "No finished runs yet: `make run` (or `dvc repro`) makes the first one."
     real = [part for part in parts if not part.demo]
-    names_by_table = [
-        [row.head.name for row in table.rows] for part in real for section in part.sections for table in section.tables
-    ]
-    names_by_table += [[row.head.name for row in part.score.rows] for part in real if part.score]
-    if any(len(set(names)) > 1 for names in names_by_table):
+    tables: list[Table | Score] = [part.score for part in real if part.score]
+    tables += [table for part in real for section in part.sections for table in section.tables]
+    if any(len({row.head.name for row in table.rows}) > 1 for table in tables):
         return ""
     machines = {run.entity()[:2] for run in runs if "fallback" not in run.tags}
     if not machines:

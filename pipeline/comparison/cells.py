@@ -76,7 +76,7 @@ def score_columns(table: Score) -> list[Column]:
     differing = _differing_conditions([row.head for row in table.rows])
     return _columns(
         {
-            "machine": _name(row.head, reference=row.is_reference and len(table.rows) > 1),
+            "machine": _name(row, several=len(table.rows) > 1),
             first.title: _step(first, row),
             "n": _count(row.head),
             **{step.title: _step(step, row) for step in others},
@@ -135,11 +135,7 @@ def work_columns(section: Section, table: Table) -> list[Column]:
     target = f"{100 * section.target:.3g}%" if section.target is not None else "target"
     return _columns(
         {
-            "machine": _name(
-                row.head,
-                settings_in_words(row.settings) if table.settings is None else "",
-                reference=row.claim.kind == "reference" and several,
-            ),
+            "machine": _name(row, settings_in_words(row.settings) if table.settings is None else "", several=several),
             "total s": _figure(row, "total_seconds"),
             "speed-up": ratio_cell(row.claim) if several else Cell(),
             "n": _count(row.head),
@@ -206,10 +202,11 @@ def _accuracy(row: Row) -> Cell:
 # --- cells of both tables
 
 
-def _name(head: Head, settings: str = "", *, reference: bool) -> Cell:
-    """The machine. Notes: its settings, whether it is the reference, and what it did by itself."""
-    notes = [settings, "reference" * reference, *(BEHAVIOR.get(word, word) for word in head.behavior)]
-    return Cell(head.name, [note for note in notes if note])
+def _name(row: Row | ScoreRow, settings: str = "", *, several: bool) -> Cell:
+    """The machine. Notes: its settings, whether it is the reference of several rows, and what it did by itself."""
+    notes = [settings] if settings else []
+    notes += ["reference"] if several and row.claim.kind == "reference" else []
+    return Cell(row.head.name, notes + [BEHAVIOR.get(word, word) for word in row.head.behavior])
 
 
 def _count(head: Head) -> Cell:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 from pipeline import config
 from pipeline.comparison import cells, charts, costs, stats
 from pipeline.comparison.cells import FIRST_THIRD, Column, settings_in_words
-from pipeline.comparison.claims import Claim
 from pipeline.comparison.formats import format_count, format_percent
 from pipeline.comparison.groups import CURRENT_VERSION
-from pipeline.comparison.schema import Comparison, Head, Part, Score, Section, Table
+from pipeline.comparison.schema import Comparison, Part, Row, Score, ScoreRow, Table
 
 TITLE = "Machines compared"
 DEMO = "DEMO: not the real thing"
@@ -48,58 +47,23 @@ class SectionText(NamedTuple):
 
 def section_texts(part: Part) -> list[SectionText]:
     """The sections of a part, the score first."""
-    score = [_score_text(part, part.score)] if part.score else []
-    return score + [
-        SectionText(
-            heading=_heading(section),
-            workload=section.workload,
-            tables=[_table_text(part, section, table) for table in section.tables],
-            absent=cells.absent_from_work(section),
-        )
-        for section in part.sections
-    ]
+    texts = []
+    if score := part.score:
+        table_text = _table_text("", cells.score_columns(score), score, charts.score_folder(part))
+        texts.append(SectionText("Score", "", [table_text], cells.absent_from_score(score)))
+    for section in part.sections:
+        heading, tables = section.title, []
+        for table in section.tables:
+            folder = charts.work_folder(part, section, table)
+            tables.append(_table_text(_title(table), cells.work_columns(section, table), table, folder))
+        if section.version != CURRENT_VERSION:
+            heading += f", measured by version {section.version} of the code: no claims"
+            tables = [table_text._replace(claims=[]) for table_text in tables]
+        texts.append(SectionText(heading, section.workload, tables, cells.absent_from_work(section)))
+    return texts
 
 
-def _score_text(part: Part, score: Score) -> SectionText:
-    claims = []
-    for row in score.rows:  # only about the first step; the table has the ratios of the others
-        claim = next((figures.claim for figures in row.steps.values()), Claim("alone"))
-        claims.append((claim.kind, " ".join(_claim_sentences(row.head, claim))))
-    table = TableText(
-        title="",
-        columns=cells.score_columns(score),
-        row_kinds=[_row_kind(row.head, reference=row.is_reference) for row in score.rows],
-        claims=[(kind, text) for kind, text in claims if text],
-        note=_no_reference(score),
-        folder=charts.score_folder(part),
-    )
-    return SectionText("Score", "", [table], cells.absent_from_score(score))
-
-
-def _table_text(part: Part, section: Section, table: Table) -> TableText:
-    claims = []
-    for row in table.rows if section.version == CURRENT_VERSION else ():
-        sentences = _claim_sentences(row.head, row.claim)
-        if row.whole.kind in ("faster", "slower", "none", "small"):
-            sentences.append(row.whole.sentence)
-        claims.append((row.claim.kind, " ".join(sentences)))
-    return TableText(
-        title=_table_title(table),
-        columns=cells.work_columns(section, table),
-        row_kinds=[_row_kind(row.head, reference=row.claim.kind == "reference") for row in table.rows],
-        claims=[(kind, text) for kind, text in claims if text],
-        note=_no_reference(table),
-        folder=charts.work_folder(part, section, table),
-    )
-
-
-def _heading(section: Section) -> str:
-    if section.version == CURRENT_VERSION:
-        return section.title
-    return f"{section.title}, measured by version {section.version} of the code: no claims"
-
-
-def _table_title(table: Table) -> str:
+def _title(table: Table) -> str:
     """The kind of table, and what all its rows share."""
     versions = {row.head.torch for row in table.rows}
     torch = f", torch {versions.pop()}" if len(versions) == 1 else ""
@@ -108,21 +72,26 @@ def _table_title(table: Table) -> str:
     return f"Every machine at the same settings: {settings_in_words(table.settings)}{torch}"
 
 
-def _row_kind(head: Head, *, reference: bool) -> str:
-    return "problem" if head.problem else "reference" if reference else ""
+def _table_text(title: str, columns: Sequence[Column], table: Score | Table, folder: str) -> TableText:
+    row_kinds, claims = [], []
+    for row in table.rows:
+        reference = "reference" if row.claim.kind == "reference" else ""
+        row_kinds.append("problem" if row.head.problem else reference)
+        if sentences := _claim_sentences(row):
+            claims.append((row.claim.kind, " ".join(sentences)))
+    no_reference = len(table.rows) > 1 and table.reference is None
+    note = "Nothing is compared here: no row is of the reference and has this figure." if no_reference else ""
+    return TableText(title, columns, row_kinds, claims, note, folder)
 
 
-def _claim_sentences(head: Head, claim: Claim) -> list[str]:
-    """The claim's sentence, then the row's problem if the claim does not name it."""
-    sentences = [claim.sentence] if claim.sentence else []
-    if head.problem and claim.kind != "problem":
-        sentences.append(f"{head.name}: no claim. {head.problem[0].upper()}{head.problem[1:]}.")
+def _claim_sentences(row: Row | ScoreRow) -> list[str]:
+    """The claim, the row's problem if the claim does not name it, and the claim about the whole process."""
+    sentences = [row.claim.sentence] if row.claim.sentence else []
+    if row.head.problem and row.claim.kind != "problem":
+        sentences.append(f"{row.head.name}: no claim. {row.head.problem[0].upper()}{row.head.problem[1:]}.")
+    if isinstance(row, Row) and row.whole.kind in ("faster", "slower", "none", "small"):
+        sentences.append(row.whole.sentence)
     return sentences
-
-
-def _no_reference(table: Score | Table) -> str:
-    several = len(table.rows) > 1 and table.reference is None
-    return "Nothing is compared here: no row is of the reference and has this figure." if several else ""
 
 
 def span(comparison: Comparison) -> str:

@@ -72,11 +72,6 @@ class Context:
         return Other(self.name(group), group.settings, runs, median(values) if values else None, reason)
 
 
-def claimable(group: Group) -> bool:
-    """Whether claims about the group are possible: it has no problem and enough runs."""
-    return not group.problem and len(group.runs) >= stats.MIN_UNITS
-
-
 def energy_source(runs: Sequence[Run], tag: str, metric: str) -> str:
     """The `tag` of the runs that have the energy `metric`; '' if they differ or no run has it."""
     sources = {run.tag(tag) for run in runs if metric in run.metrics}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import config
+from pipeline.comparison import stats
 from pipeline.comparison.runs import CONDITIONS, SCORE, WORK, Entity, Run
 from pipeline.profiling import score_steps
 
@@ -38,6 +39,11 @@ class Group:
     def all_runs(self) -> list[Run]:
         """The runs that count and the excluded ones."""
         return [*self.runs, *(run for run, _ in self.excluded)]
+
+    @property
+    def claimable(self) -> bool:
+        """Whether claims about the group are possible: it has no problem and enough runs."""
+        return not self.problem and len(self.runs) >= stats.MIN_UNITS
 
 
 def group_runs(

@@ -73,7 +73,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> Figure:
     """Draw a bar from 0 for each row. If values are FAR_APART, the axis is logarithmic and the bars start at the power
     of ten below the smallest value."""
     estimates = [row.estimate for row in rows if row.estimate is not None]
-    lowest, highest = min(estimate.value for estimate in estimates), max(map(_visible_high, estimates))
+    lowest, highest = min(estimate.value for estimate in estimates), max(_visible_ends(estimates))
     far_apart = max(estimate.value for estimate in estimates) >= FAR_APART * lowest > 0
     figure, axes = _chart(rows, title, f"{unit} {LOGARITHMIC}" if far_apart else unit)
     start = 0.0
@@ -101,7 +101,8 @@ def ratios(rows: Sequence[Bar], *, title: str) -> Figure:
     """Draw a bar from 1 for each row on a logarithmic axis, so that twice as fast is as long as half as fast."""
     figure, axes = _chart(rows, title, f"times as fast {LOGARITHMIC}")
     estimates = [row.estimate for row in rows if row.estimate is not None]
-    low, high = min(1.0, *map(_visible_low, estimates)), max(1.0, *map(_visible_high, estimates))
+    ends = [1.0, *_visible_ends(estimates)]
+    low, high = min(ends), max(ends)
     margin = max((high / low) ** 0.06, 1.01)
     low, high = low / margin, high * margin
     axes.set_xscale("log")
@@ -200,14 +201,12 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     return [1.0, *(tick for tick in ticks if low <= tick <= high and abs(math.log10(tick)) > decades / 8)]
 
 
-def _visible_low(estimate: Estimate | Contrast) -> float:
-    """The lower end of the interval, but at least a quarter of the value. One interval must not shrink all bars."""
-    return estimate.value if estimate.low is None else min(max(estimate.low, estimate.value / 4), estimate.value)
-
-
-def _visible_high(estimate: Estimate | Contrast) -> float:
-    """The upper end of the interval, but at most four times the value."""
-    return estimate.value if estimate.high is None else max(min(estimate.high, estimate.value * 4), estimate.value)
+def _visible_ends(estimates: Sequence[Estimate | Contrast]) -> list[float]:
+    """What an axis must show: the values and their intervals, but of an interval at most a quarter and four times the
+    value, so that one wide interval does not shrink all bars."""
+    ends = [estimate.value for estimate in estimates]
+    ends += [max(estimate.low, estimate.value / 4) for estimate in estimates if estimate.low is not None]
+    return ends + [min(estimate.high, estimate.value * 4) for estimate in estimates if estimate.high is not None]
 
 
 def _shared_chart(curves: Sequence[Curve], title: str, limits: Mapping[str, Any], target: float | None) -> Figure:

@@ -89,9 +89,9 @@ class ScoreRow:
     costs: Costs | None
 
     @property
-    def is_reference(self) -> bool:
-        """Whether the other rows are compared with this one."""
-        return any(figures.claim.kind == "reference" for figures in self.steps.values())
+    def claim(self) -> Claim:
+        """The claim about the first step that the machine ran."""
+        return next(iter(self.steps.values())).claim
 
 
 @dataclass(frozen=True)

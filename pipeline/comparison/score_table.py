@@ -6,7 +6,7 @@ from statistics import median
 
 from pipeline.comparison import claims, stats
 from pipeline.comparison.claims import Claim, Side
-from pipeline.comparison.context import Context, claimable, energy_source, make_side
+from pipeline.comparison.context import Context, energy_source, make_side
 from pipeline.comparison.costs import costs_of_score
 from pipeline.comparison.groups import VERSIONS, Group, group_runs
 from pipeline.comparison.runs import SCORE, Entity, Run, measurements, most_typical
@@ -28,7 +28,7 @@ def make_score(context: Context, runs: Sequence[Run]) -> Score | None:
     rows = [_row(context, group) for group in selected]
     baseline = context.baseline(selected)
     comparisons = sum(
-        len(row.steps) for row, group in zip(rows, selected, strict=True) if group is not baseline and claimable(group)
+        len(row.steps) for row, group in zip(rows, selected, strict=True) if group is not baseline and group.claimable
     )
     level = stats.bonferroni(stats.LEVEL, comparisons)
     if baseline is not None:

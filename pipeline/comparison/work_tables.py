@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.comparison import claims, stats
 from pipeline.comparison.claims import Claim, Side
-from pipeline.comparison.context import Context, claimable, make_side
+from pipeline.comparison.context import Context, make_side
 from pipeline.comparison.groups import CURRENT_VERSION, Group, group_runs
 from pipeline.comparison.runs import WORK, Entity, Run, clean, measurements
 from pipeline.comparison.schema import Section, Table
@@ -21,12 +21,12 @@ def group_by_work(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     for run in runs:
         same_work.setdefault((run.tag("workload", "?"), run.version(WORK)), []).append(run)
 
-    def order(item: tuple[tuple[str, str], list[Run]]) -> tuple[Any, ...]:
-        (workload, version), members = item
+    def order(section: tuple[str, str, list[Run]]) -> tuple[Any, ...]:
+        workload, version, members = section
         entities = {run.entity() for run in members}
         return version != CURRENT_VERSION, -len(entities), -len(members), workload, version
 
-    return [(*key, members) for key, members in sorted(same_work.items(), key=order)]
+    return sorted(((*key, members) for key, members in same_work.items()), key=order)
 
 
 def make_section(context: Context, workload: str, version: str, runs: Sequence[Run]) -> Section:
@@ -71,12 +71,8 @@ def _by_frequency(groups: Sequence[Group]) -> tuple[Any, ...]:
     """Sort key: settings that most machines ran without a problem come first."""
     without_problem = {group.entity for group in groups if not group.problem}
     entities = {group.entity for group in groups}
-    return (
-        -len(without_problem),
-        -len(entities),
-        -sum(len(group.runs) for group in groups),
-        tuple(groups[0].settings.values()),
-    )
+    runs = sum(len(group.runs) for group in groups)
+    return -len(without_problem), -len(entities), -runs, tuple(groups[0].settings.values())
 
 
 def _by_time(group: Group) -> tuple[Any, ...]:
@@ -94,37 +90,46 @@ def _table(
 ) -> Table:
     """Make the table of the `selected` among all `groups`. `settings`: what they share; None: each at its best."""
     selected = sorted(selected, key=lambda group: (*_by_time(group), context.name(group)))
+    names = {
+        group: context.name(group) + (f" at {group.settings['precision']}" if settings is None else "")
+        for group in selected
+    }
     timed = [group for group in selected if measurements(group.runs, TOTAL)]
     baseline = context.baseline(timed)
-    rows = [make_row(context, group, target) for group in selected]
-    if baseline is None:
-        return Table(settings, None, 0, stats.LEVEL, rows)
-    # Each best was selected from several groups, so every pair that could have been selected counts as a comparison.
-    candidates = Counter(group.entity for group in (selected if settings else groups) if claimable(group))
-    comparisons = candidates[baseline.entity] * sum(
-        candidates[group.entity] for group in timed if group is not baseline
-    )
+    comparisons = 0
+    if baseline is not None:
+        # Each best was selected from several groups. Every pair that could have been selected counts as a comparison.
+        candidates = Counter(group.entity for group in (selected if settings else groups) if group.claimable)
+        others = [group for group in timed if group is not baseline]
+        comparisons = candidates[baseline.entity] * sum(candidates[group.entity] for group in others)
     level = stats.bonferroni(stats.LEVEL, comparisons)
-    for index, group in enumerate(selected):
-        if group in timed:
-            claim, whole = _claims(context, groups, group, baseline, level, best=settings is None)
-            rows[index] = replace(rows[index], claim=claim, whole=whole)
-    return Table(settings, _side_name(context, baseline, best=settings is None), comparisons, level, rows)
+    rows = []
+    for group in selected:
+        row = make_row(context, group, target)
+        if baseline is not None and group in timed:
+            claim, whole = _claims(context, groups, names, group, baseline, level)
+            row = replace(row, claim=claim, whole=whole)
+        rows.append(row)
+    return Table(settings, names[baseline] if baseline else None, comparisons, level, rows)
 
 
 def _claims(
-    context: Context, groups: Sequence[Group], candidate: Group, baseline: Group, level: float, *, best: bool
+    context: Context,
+    groups: Sequence[Group],
+    names: Mapping[Group, str],
+    candidate: Group,
+    baseline: Group,
+    level: float,
 ) -> tuple[Claim, Claim]:
-    """The claims about the candidate's work and its whole process. `best`: whether each machine is at its best."""
+    """The claims about the candidate's work and its whole process."""
     if candidate is baseline:
         return Claim("reference"), Claim("reference")
     if reason := _missing_precision(context, groups, candidate, baseline):
-        name = _side_name(context, candidate, best=True)
-        claim = Claim("other", f"{name}: not compared with {context.name(baseline)}: {reason}.", reason=reason)
-        return claim, claim
+        sentence = f"{names[candidate]}: not compared with {context.name(baseline)}: {reason}."
+        return Claim("other", sentence, reason=reason), Claim("other", sentence, reason=reason)
 
     def compare(key: str, where: str) -> Claim:
-        sides = [_side(context, group, key, best=best) for group in (candidate, baseline)]
+        sides = [_side(names[group], group, key) for group in (candidate, baseline)]
         if not all(side.seconds for side in sides):
             return Claim("alone")
         return claims.compare(sides[0], sides[1], context.settings, level, where)
@@ -142,20 +147,11 @@ def _missing_precision(context: Context, groups: Sequence[Group], candidate: Gro
     return ""
 
 
-def _side_name(context: Context, group: Group, *, best: bool) -> str:
-    """The machine's name, with its precision if each machine is at its best."""
-    return f"{context.name(group)} at {group.settings['precision']}" if best else context.name(group)
-
-
-def _side(context: Context, group: Group, key: str, *, best: bool) -> Side:
+def _side(name: str, group: Group, key: str) -> Side:
     """A side of the claim about the figure `key`. Its seconds are empty if no run has that figure."""
+    seconds = [(run, value) for run in group.runs if (value := value_of(run, key)) is not None]
     accuracies = {images: accuracy_by_seed(group.runs, WORK_METRICS[figure]) for images, figure in ACCURACIES.items()}
-    return make_side(
-        _side_name(context, group, best=best),
-        group,
-        [(run, value) for run in group.runs if (value := value_of(run, key)) is not None],
-        {images: by_seed for images, by_seed in accuracies.items() if by_seed},
-    )
+    return make_side(name, group, seconds, {images: by_seed for images, by_seed in accuracies.items() if by_seed})
 
 
 def _number(text: str) -> float | None:
