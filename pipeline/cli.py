@@ -26,8 +26,7 @@ OWN_SETTINGS = {
     "ui": ("tracking",),
     "doctor": ("recipe", "device", "data", "tracking", "recipes.NAME"),
 }
-"""Command -> settings that its --help shows: keys, or how these begin. --all shows the rest. A command that is not
-listed shows all."""
+"""Command -> settings and sections that its --help shows. --all shows the rest. Other commands show all."""
 
 EXAMPLES = {
     "download": ["-S data.source=synthetic -S data.limit=50", "-S data.source=folder -S data.path=~/pictures"],
@@ -135,9 +134,10 @@ def _print_interrupt(kind: type[BaseException], error: BaseException, traceback:
 
 def _help(doc: str, program: str, everything: bool) -> str:
     name = program.split(".")[-1]
-    prefixes = ("",) if everything else OWN_SETTINGS.get(name, ("",))
-    described = config.describe()
-    rows = [row for row in described if any(not key or f"{row[0]}.".startswith(f"{key}.") for key in prefixes)]
+    described = rows = config.describe()
+    if name in OWN_SETTINGS and not everything:
+        sections = tuple(f"{key}." for key in OWN_SETTINGS[name])
+        rows = [row for row in described if f"{row[0]}.".startswith(sections)]
     width = max((len(key) for key, *_ in rows), default=0)
     values = _values()
     parts = [f"usage: {program} [-S key=value ...] [--key value ...]", doc.strip()]

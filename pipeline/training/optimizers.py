@@ -161,11 +161,10 @@ def build_optimizer(
     tensors shaped like `params` fail.
     """
     cls, construct = _look_up(name)
-    setting = f"optimizer_options.{name}"
     accepted = _option_names(name, cls)
     for option in options:
         if option not in accepted:
-            raise _unknown_option(setting, option, accepted)
+            raise _unknown_option(f"optimizer_options.{name}", option, accepted)
     defaults: dict[str, Any] = {"num_iterations": total_steps} if "num_iterations" in accepted else {}
     if cls.__module__.startswith("torch.optim.") and not {"foreach", "fused"} & options.keys():
         defaults |= {key: value for key, value in (device_options or {}).items() if key in accepted}
@@ -178,17 +177,24 @@ def build_optimizer(
         return _trial_error(params, partial(make, options=options))
 
     reason = trial_error(options)
-    if reason is None:
-        optimizer = make(params, options)
-        if overrides_schedule(optimizer):
-            optimizer.register_step_post_hook(_store_applied_lr)
-        return optimizer
-    for option, value in options.items():  # an option is to blame if the trial succeeds without it
+    if reason is not None:
+        raise _find_cause(name, options, reason, trial_error)
+    optimizer = make(params, options)
+    if overrides_schedule(optimizer):
+        optimizer.register_step_post_hook(_store_applied_lr)
+    return optimizer
+
+
+def _find_cause(name: str, options: Options, reason: str, trial_error: Callable[[Options], str | None]) -> UsageError:
+    """The error for a trial that failed for `reason`. It names the option without which the trial succeeds, or else all
+    options, or else the optimizer itself."""
+    setting = f"optimizer_options.{name}"
+    for option, value in options.items():
         if trial_error({key: options[key] for key in options if key != option}) is None:
-            raise _not_allowed(f"{setting}.{option}", value, reason)
+            return _not_allowed(f"{setting}.{option}", value, reason)
     if options and trial_error({}) is None:
-        raise _not_allowed(setting, dict(options), reason)
-    raise _not_allowed("optimizer", name, f"{reason}; expected one for any model, such as sgd or adamw")
+        return _not_allowed(setting, dict(options), reason)
+    return _not_allowed("optimizer", name, f"{reason}; expected one for any model, such as sgd or adamw")
 
 
 def _names(package: str) -> dict[str, str]:

@@ -251,7 +251,7 @@ def test_no_uuid_no_driver_and_no_binding_are_no_errors(quiet, nvml, monkeypatch
     [((), None), ((0,), None), ((0, 10**8), 1), ((10**8,), None)],  # 0 is ourselves
     ids=["hidden", "ours alone", "another in the same container", "the host's numbers"],
 )
-def test_in_a_container_others_are_counted_only_if_our_process_is_listed(quiet, nvml, monkeypatch, tmp_path, pids, count):
+def test_in_a_container_others_count_only_if_our_process_is_listed(quiet, nvml, monkeypatch, tmp_path, pids, count):
     quiet("linux")
     monkeypatch.setattr(nvidia, "PID_NAMESPACE", tmp_path)
     nvml(ComputeRunningProcesses=processes(*(pid or os.getpid() for pid in pids)))
