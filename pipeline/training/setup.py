@@ -58,6 +58,7 @@ class TrainingSetup:
             backend.channels_last(recipe.precision) if recipe.channels_last == "auto" else recipe.channels_last
         )
         net = self._new_model(seed)
+        self._initial = {seed: {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}}
         self.net = net.to(backend.device).to(memory_format=memory_format(self.channels_last))
         images, _ = first_batch(train, min(2, len(train)), backend)
         example = batching.prepare(images, recipe.image_size, channels_last=self.channels_last)
@@ -96,7 +97,8 @@ class TrainingSetup:
     def restart(self, seed: int) -> None:
         """Reset model, optimizer, schedule and random numbers for a training with `seed`. The memory stays the same, so
         that compiled functions and captured graphs stay valid."""
-        self.net.load_state_dict(self._new_model(seed).state_dict())
+        state = self._initial.pop(seed, None)  # once, then its memory is free again
+        self.net.load_state_dict(self._new_model(seed).state_dict() if state is None else state)
         self._refold()
         self.loop.restart()
         torch.manual_seed(seed)  # dropout must not depend on how many numbers the model drew
