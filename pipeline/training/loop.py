@@ -41,8 +41,8 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"accuracy": is_correct}
-"""Metrics of an epoch besides the loss, by name. Each maps logits (B, classes) and labels (B,) to a value per sample,
-(B,); the epoch's figure is the mean. CONTRIBUTING.md says how to add one."""
+"""Metrics of an epoch besides the loss, by name. Each maps logits (B, classes) float32 and labels (B,) to one value per
+sample, (B,); the epoch's figure is the mean. CONTRIBUTING.md says how to add one."""
 
 
 class RunningMetrics:
@@ -134,8 +134,9 @@ class TrainLoop:
         self.optimizer.zero_grad()
         inputs = self._prepare(inputs)
         with self.backend.autocast(self.options.precision):
-            logits = self.network(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
+            logits: Tensor = self.network(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.metrics.add(loss, logits, labels)
 

@@ -208,14 +208,19 @@ def test_the_warm_up_takes_real_steps_then_waits_and_never_reads_the_clock():
 
 
 def test_bf16_is_for_the_network_alone():
-    network, seen, losses = linear(), [], []
+    network, seen, added = linear(), [], []
     network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     train_loop = make_loop(network, precision="bf16")
     add = train_loop.metrics.add
-    train_loop.metrics.add = lambda loss, logits, labels: losses.append(loss.dtype) or add(loss, logits, labels)
+
+    def spy(loss, logits, labels):
+        added.extend([loss.dtype, logits.dtype])
+        add(loss, logits, labels)
+
+    train_loop.metrics.add = spy
     train(train_loop, samples(4), samples(4))
     assert seen == [torch.bfloat16] * 2
-    assert [*losses, network.weight.dtype, network.weight.grad.dtype] == [torch.float32] * 4
+    assert [*added, network.weight.dtype, network.weight.grad.dtype] == [torch.float32] * 6
 
 
 def test_a_scaled_loss_gives_the_same_step():
