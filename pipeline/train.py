@@ -31,6 +31,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
     Writes `folder/train`, or the subfolder of repeat `number` (from 1). Meanwhile the record grows in `pending/`, from
     where MLflow gets it; an interrupted training of the same work is resumed from there.
     """
+    watch = system_state.LoadWatch()
     recipe = settings.work
     startup = system_info.process_age()
     setup.check(settings.device, recipe)
@@ -45,7 +46,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
     settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
     entry, saved = _find_state(settings, folder, number)
     with clock.span("inspect"):
-        before = system_state.sample(backend.gpu_uuid())  # before our own work loads the device
+        before = system_state.sample(backend.gpu_uuid(), watch)  # before our own work loads the device
     with clock.span("decode"):
         decoded = setup.decode_splits(settings, inputs["data"])
         splits = setup.hold_out(decoded, settings)

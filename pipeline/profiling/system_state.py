@@ -192,11 +192,12 @@ def _drift(seconds: Sequence[float]) -> str | None:
 
 
 def _own_cpu_seconds() -> float:
-    """CPU time of this process and its children. A child that ends is counted on if this process waits for it."""
+    """CPU time of this process, its children, and the process that started it, which imports MLflow meanwhile. A child
+    that ends is counted on if this process waits for it."""
     process = psutil.Process()
     seconds = 0.0
-    for member in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # it may have ended
+    for member in filter(None, (process.parent(), process, *process.children(recursive=True))):
+        with suppress(psutil.Error):  # it may have ended, or belong to another user
             seconds += sum(member.cpu_times()[:4])  # its user and system time, and those of its ended children
     return seconds
 
