@@ -19,7 +19,17 @@ OUTPUTS = config.ROOT / "outputs"
 OWN_SETTINGS = {
     "hardware": (),
     "download": ("recipe", "data", "recipes.NAME.model", "recipes.NAME.weights"),
-    "train": ("recipe", "device", "seed", "repeats", "repeat_pause", "data.device_gib", "energy", "recipes.NAME"),
+    "train": (
+        "recipe",
+        "device",
+        "seed",
+        "repeats",
+        "repeat_pause",
+        "resume",
+        "data.device_gib",
+        "energy",
+        "recipes.NAME",
+    ),
     "evaluate": ("recipe", "device", "label"),
     "sustain": ("device", "sustain_seconds", "largest_batch"),
     "compare": ("compare", "tracking"),

@@ -25,8 +25,17 @@ PORTS = range(5000, 5020)
 
 def server_command(port: int) -> list[str]:
     """The command that serves the MLflow store on `port`."""
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "mlflow", "ui", *address, "--backend-store-uri", location.store_uri(), "--workers", "1"]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--backend-store-uri",
+        location.store_uri(),
+        "--workers",
+        "1",
+    ]
+    return [sys.executable, "-m", "mlflow", "ui", *options]
 
 
 def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:

@@ -23,6 +23,7 @@ REFUSED = {
     "label": ["1", "[a]", "' '", "true"],
     "repeats": ["one", "0", "1001"],
     "repeat_pause": ["long", "-1", "null"],
+    "resume": ["true", "always", "null"],
     "sustain_seconds": ["long", "-1", ".inf", "true", "null"],
     "largest_batch": ["1", "yes", "null"],
     "data.source": ["1", "web", "[folder]"],

@@ -230,7 +230,7 @@ def windows_name(product: str, version: str, build: int) -> str:
 
 
 def linux_power_source(root: Path) -> str | None:
-    """`power_source` from the kernel's list of power supplies. Unlike psutil, ignores batteries of mice and keyboards."""
+    """`power_source` from the kernel's list of power supplies. Unlike psutil, ignores those of mice and keyboards."""
     supplies = [folder for folder in root.glob("*") if contents(folder / "scope") != "Device"]
     if any(contents(folder / "type") == "Mains" and contents(folder / "online") == "1" for folder in supplies):
         return "mains"
