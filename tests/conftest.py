@@ -12,6 +12,7 @@ from pipeline import config
 from pipeline.data import datasets
 from pipeline.errors import StageError
 from pipeline.profiling import system_state
+from pipeline.tracking import pending
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 """The classes of `pictures`, in order of name, each with the mean of its pixels."""
@@ -22,6 +23,14 @@ def cache(tmp_path, monkeypatch):
     """A cache of the test's own, not there yet."""
     folder = tmp_path / ".cache"
     monkeypatch.setattr(datasets, "CACHE", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def pending_folder(tmp_path, monkeypatch):
+    """A folder of the test's own for runs that wait for the store, not there yet."""
+    folder = tmp_path / "pending"
+    monkeypatch.setattr(pending, "FOLDER", folder)
     return folder
 
 

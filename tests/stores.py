@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from pipeline.tracking import store
+from pipeline.tracking import location
 
 AT = 1_750_000_000_000
 QUIET = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
@@ -16,7 +16,7 @@ DATASET = {"name": "folder-train", "digest": "0" * 32, "source": "{}", "context"
 
 
 def fresh_store(path, factory):
-    """An empty store in the file `path`; its URI."""
+    """Create an empty store in the file `path`. Returns its URI."""
     template = factory.getbasetemp() / "template.db"
     if not template.exists():
         made = template.with_suffix(".part")
@@ -32,13 +32,13 @@ def own_store(tmp_path, tmp_path_factory, monkeypatch):
     for key in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fresh_store(tmp_path / "store.db", tmp_path_factory))
-    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts below the current folder
+    monkeypatch.chdir(tmp_path)  # MLflow puts the artifacts of an experiment that a test creates itself there
     yield tmp_path / "store.db"
     mlflow.set_tracking_uri(None)  # else the next test would be in this one's store
 
 
 def client():
-    return MlflowClient(store.store_uri())
+    return MlflowClient(location.store_uri())
 
 
 def record_of(**changes):
@@ -53,5 +53,5 @@ def record_of(**changes):
 
 def runs():
     """Every run of every experiment, deleted ones too."""
-    ids = [each.experiment_id for each in client().search_experiments(ViewType.ALL)]
+    ids = [experiment.experiment_id for experiment in client().search_experiments(ViewType.ALL)]
     return list(client().search_runs(ids, run_view_type=ViewType.ALL))

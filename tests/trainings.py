@@ -10,7 +10,7 @@ from stores import fresh_store
 
 from pipeline import config, download, evaluate, files, hardware, plots, repeats, sustain, train
 from pipeline.profiling.score_steps import Step
-from pipeline.tracking import store
+from pipeline.tracking import pending, publisher, store
 from pipeline.training import setup
 
 SMALL = ("model=test_resnet.r160_in1k", "image_size=32", "epochs=2", "warmup_epochs=0", "threads=1")
@@ -46,7 +46,7 @@ def prepare(settings, folder):
 
 def trained_once(factory):
     """What a training and the stages after it left, made once: `settings`, `outputs` and, as it was after training
-    and at the end, the store (`trained`, `completed`)."""
+    and at the end, the store (`trained`, `completed`). Copies of the stores share one folder of artifacts."""
     root = factory.getbasetemp() / "once"
     made = SimpleNamespace(
         settings=generated(*REPEATED),
@@ -60,13 +60,16 @@ def trained_once(factory):
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what MLflow imports to log a model warns of its own code
             patch.chdir(root)
+            patch.setattr(pending, "FOLDER", root / "pending")
             patch.setenv("MLFLOW_TRACKING_URI", fresh_store(root / "store.db", factory))
             prepare(made.settings, made.outputs)
             train.run(made.settings, made.outputs)
+            publisher.deliver_all()
             shutil.copy(root / "store.db", made.trained)
             evaluate.run(made.settings, made.outputs)
             sustain.run(made.settings, made.outputs, steps=STEPS)
-            shutil.copytree(root / "mlruns", root / "kept")  # stores copied from these two write into mlruns, too
+            publisher.deliver_all()
+            shutil.copytree(root / "mlartifacts", root / "kept")  # copied stores write into mlartifacts, too
             (root / "store.db").rename(made.completed)
     return made
 
@@ -85,13 +88,14 @@ def light(monkeypatch, once):
 
 @pytest.fixture
 def driven():
-    """Runs the stages of repeats, each in this process."""
+    """Run the stages of repeats, each in this process, and deliver what they leave, as the driver does."""
     modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
 
     def drive(settings, folder, *stages):
-        def start_child(number, where, lock):
+        def start_child(number, outputs):
             for stage in stages:
-                modules[stage].run(settings, where, number)
+                modules[stage].run(settings, outputs, number)
+            publisher.deliver_all()
             return 0
 
         repeats.run_repeats(settings, folder, stages, settings.repeats, start_child)
