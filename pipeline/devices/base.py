@@ -57,6 +57,9 @@ class Backend(ABC):
     asynchronous = True
     """Whether the device queues operations, so that it must be synchronized before a clock is read."""
 
+    autotunes = False
+    """Whether `tune` lets libraries time their kernels at the first use of each shape."""
+
     sorts_int64 = False
     """Whether the device multiplies, shifts and sorts int64 correctly. If not, the CPU does it."""
 

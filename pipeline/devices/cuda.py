@@ -35,6 +35,7 @@ class Cuda(Accelerator):
         self._graph_pool = GraphPool(self.device)
         self._capability = torch.cuda.get_device_capability(index)
         self.name = "rocm" if torch.version.hip else "cuda"
+        self.autotunes = self.name == "cuda"  # on ROCm it may take minutes
         if self.name == "rocm":
             self.precisions = ("fp32", "bf16", "fp16")
         elif self._capability >= (8, 0):  # Ampere brought TF32 and units for bf16; earlier cards emulate bf16
@@ -168,8 +169,8 @@ class Cuda(Accelerator):
         return "fp16" if self._capability >= (7, 0) or self._capability == (6, 0) else "fp32"
 
     def tune(self, *, repeated: bool = True) -> None:
-        """Let cuDNN time its kernels for each shape and keep the fastest. Not on ROCm: it may take minutes there."""
-        torch.backends.cudnn.benchmark = repeated and self.name == "cuda"
+        """Let cuDNN time its kernels for each shape and keep the fastest."""
+        torch.backends.cudnn.benchmark = repeated and self.autotunes
 
     def channels_last(self, precision: str) -> bool:
         """Yes on tensor cores only, so not before 7.0 and not at fp32. Elsewhere this layout is slower."""

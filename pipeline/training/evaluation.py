@@ -33,7 +33,8 @@ def measure(
     eval_step = loop.make_eval_step(net, prepare, backend, recipe.precision, metrics)
     # Run every batch size once, so that autotuning is not timed.
     sizes = setup.batch_sizes(images, recipe.batch_size)
-    loop.evaluate(net, eval_step, metrics, [setup.first_batch(images, size, backend) for size in sizes])
+    with setup.limited_tuning(backend):
+        loop.evaluate(net, eval_step, metrics, [setup.first_batch(images, size, backend) for size in sizes])
     predictions: list[Tensor] = []
     with terminal.progress("test", len(images)) as advance, clock.span("test") as span:
         samples = images.to(backend.device) if upload else images

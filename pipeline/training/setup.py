@@ -1,7 +1,9 @@
 """Prepare a training on its device: model, loop, splits, warm-up, memory, and the peak speed of its step."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import config, devices
+from pipeline import config, devices, terminal
 from pipeline.data import batching, datasets
 from pipeline.devices import Backend
 from pipeline.devices.base import WITHOUT_GRAPHS
@@ -30,6 +32,12 @@ FREE_SHARE = 0.9
 
 DEFAULT_THREADS = torch.get_num_threads()
 """The number of CPU threads that torch chooses, before any recipe sets another."""
+
+TUNING_SECONDS = 20.0
+"""How long libraries may time their kernels in a warm-up. cuDNN builds each kernel that fits a shape, which takes over
+a minute for networks of many depthwise convolutions."""
+
+TUNING_STOPPED = f"autotuning was stopped after {TUNING_SECONDS:.0f} s: the other kernels were chosen by rule"
 
 MIN_BATCH, LARGEST_BATCH = 2, 2**20
 """The batch sizes to search. BatchNorm may reject a single image; the settings allow no more than the largest."""
@@ -54,6 +62,8 @@ class TrainingSetup:
         self.recipe = recipe
         self._classes, self._weights, self._backend, self._clock = classes, weights, backend, clock
         self._train_images = len(train)
+        self.tuning_stopped = False
+        """Whether autotuning took more than TUNING_SECONDS."""
         self.channels_last = (
             backend.channels_last(recipe.precision) if recipe.channels_last == "auto" else recipe.channels_last
         )
@@ -201,7 +211,10 @@ def warm_up(training: TrainingSetup, splits: Splits) -> float:
     """
     backend = training.loop.backend
     try:
-        _warm_up_once(training, splits)
+        # Whoever compiles expects a long setup, of which autotuning is a small part.
+        with limited_tuning(backend, TUNING_SECONDS if training.compile_mode == "off" else None) as stopped:
+            _warm_up_once(training, splits)
+        training.tuning_stopped = stopped.is_set()
         if not backend.asynchronous:
             return 0.0
         backend.release_memory()  # autotuning tries kernels that need far more memory than the chosen ones
@@ -213,13 +226,38 @@ def warm_up(training: TrainingSetup, splits: Splits) -> float:
     return backend.memory_mib().get("peak", 0.0) * 2**20
 
 
+@contextmanager
+def limited_tuning(backend: Backend, seconds: float | None = TUNING_SECONDS) -> Iterator[threading.Event]:
+    """Stop the backend's autotuning after `seconds`, even in the middle of a step. None: don't stop it.
+
+    Yields an event that is set if it was stopped.
+    """
+    stopped = threading.Event()
+
+    def stop() -> None:
+        backend.tune(repeated=False)
+        stopped.set()
+
+    if not backend.autotunes or seconds is None:
+        yield stopped
+        return
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        yield stopped
+    finally:
+        timer.cancel()
+    if stopped.is_set():
+        terminal.say(f"note     {TUNING_STOPPED}")
+
+
 def _warm_up_once(training: TrainingSetup, splits: Splits) -> None:
     train, backend = splits["train"], training.loop.backend
     batches = [batch for split in _one_batch_splits(training, train) for batch in training.train_batches(split, 0, 0)]
     if backend.asynchronous or training.use_cuda_graph or training.compile_mode != "off":
         val_batches = [(split.inputs, split.labels) for split in _one_batch_splits(training, val_split(splits))]
     else:  # on a CPU, eager evaluation has nothing to prepare for each shape
-        val_batches = batches[:1]
+        val_batches = batches[-1:]
     batching.epoch_permutation(len(train), backend, seed=0, epoch=0)  # a sort of this length has its own kernels
     loop.warm_up(training.loop, batches, val_batches)
 
@@ -389,8 +427,8 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def batch_sizes(split: batching.Split, batch_size: int) -> list[int]:
-    """The different sizes of the split's batches, ascending: the last batch may be short."""
-    return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0})
+    """The different sizes of the split's batches, descending: the last batch may be short."""
+    return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0}, reverse=True)
 
 
 def make_prepare(images: batching.Split, image_size: int, backend: Backend, *, channels_last: bool) -> loop.Prepare:

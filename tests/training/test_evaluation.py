@@ -66,7 +66,7 @@ def test_every_image_counts_once_and_only_that_is_timed(images, upload):
     net = Net(clock)
     recipe = dataclasses.replace(config.load().recipes["finetune"], image_size=SIDE, batch_size=7, precision="fp32")
     predictions, metrics = evaluation.measure(net, images, recipe, Cpu(), clock, channels_last=False, upload=upload)
-    assert net.batches == [(4, False), (7, False), *[(7, True)] * 8, (4, True)]
+    assert net.batches == [(7, False), (4, False), *[(7, True)] * 8, (4, True)]
     assert Watched.copies == upload
 
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """A training's setup: the same model after all that comes before it, the memory, and the roofline."""
 
+import threading
 from types import MethodType
 
 import pytest
@@ -112,8 +113,8 @@ def test_graphs_are_used_where_the_device_has_them_and_the_setting_allows(build)
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
     [
-        (8, ([4, 8], [3, 8])),
-        (10, ([10], [1, 10])),
+        (8, ([8, 4], [8, 3])),
+        (10, ([10], [10, 1])),
         (64, ([20], [11])),
     ],
 )
@@ -126,7 +127,7 @@ def test_the_warm_up_runs_each_shape_of_training_and_validation(build, splits, n
     assert tuple(shapes) == expected
 
 
-@pytest.mark.parametrize(("asynchronous", "scored", "step_bytes"), [(True, [5, 6, 5, 6], 300 * 2**20), (False, [2], 0)])
+@pytest.mark.parametrize(("asynchronous", "scored", "step_bytes"), [(True, [6, 5, 6, 5], 300 * 2**20), (False, [2], 0)])
 def test_a_device_of_its_own_is_warmed_up_twice_for_its_memory(
     build, splits, monkeypatch, asynchronous, scored, step_bytes
 ):
@@ -147,6 +148,40 @@ def test_a_model_that_cannot_be_compiled_ends_with_one_line(build, splits):
     training.compile_mode, training.loop.step = "default", fail
     line = fails(StageError, setup.warm_up, training, splits)
     assert line.startswith('compile: "default"') and "graph break in user code" in line and "\n" not in line
+
+
+class Tuning(Cpu):
+    """A device whose every step tunes until somebody stops that, for at most `patience` seconds."""
+
+    def __init__(self, autotunes, patience):
+        super().__init__()
+        self.autotunes, self.patience, self.stopped = autotunes, patience, threading.Event()
+
+    def tune(self, *, repeated=True):
+        if not repeated:
+            self.stopped.set()
+
+
+@pytest.mark.parametrize(
+    ("autotunes", "compile_mode", "limit", "stopped"),
+    [
+        (True, "off", 0.001, True),
+        (True, "off", 60.0, False),
+        (True, "default", 0.001, False),  # compiling takes longer than that
+        (False, "off", 0.001, False),
+    ],
+)
+def test_autotuning_that_takes_too_long_is_stopped_amid_a_step(
+    build, splits, monkeypatch, capsys, autotunes, compile_mode, limit, stopped
+):
+    monkeypatch.setattr(setup, "TUNING_SECONDS", limit)
+    backend = Tuning(autotunes, patience=30.0 if stopped else 0.05)
+    training = build(recipe_of("finetune"), backend)
+    training.compile_mode = compile_mode
+    training.loop.step = lambda inputs, labels: backend.stopped.wait(backend.patience)
+    setup.warm_up(training, splits)
+    assert backend.stopped.is_set() == training.tuning_stopped == stopped
+    assert (setup.TUNING_STOPPED in capsys.readouterr().out) == stopped
 
 
 # --- where the samples lie
