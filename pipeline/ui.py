@@ -25,17 +25,8 @@ PORTS = range(5000, 5020)
 
 def server_command(port: int) -> list[str]:
     """The command that serves the MLflow store on `port`."""
-    options = [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--backend-store-uri",
-        location.store_uri(),
-        "--workers",
-        "1",
-    ]
-    return [sys.executable, "-m", "mlflow", "ui", *options]
+    options = f"--host 127.0.0.1 --port {port} --workers 1".split()
+    return [sys.executable, "-m", "mlflow", "ui", *options, "--backend-store-uri", location.store_uri()]
 
 
 def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:
