@@ -15,8 +15,8 @@ TITLE = "Machines compared"
 DEMO = "DEMO: not the real thing"
 PRICE_NOTE = (
     f"A bought machine's price is spread over {costs.OWNED_YEARS} years, at `hours_per_day` hours a day (24 if not "
-    "given). Watts are the most that a step of the score drew; those of a card or a processor leave out the rest of a "
-    "machine. Break-even: hours of use after which buying costs less than renting, buy / (per_hour - kW x per_kwh). "
+    "given). Watts: the highest of the score's steps; those of a card or processor leave out the rest of the machine. "
+    "Break-even: hours of use after which buying costs less than renting, buy / (per_hour - kW x per_kwh). "
     "Nothing is converted between currencies."
 )
 
@@ -80,7 +80,7 @@ def _table_text(title: str, columns: Sequence[Column], table: Score | Table, fol
         if sentences := _claim_sentences(row):
             claims.append((row.claim.kind, " ".join(sentences)))
     no_reference = len(table.rows) > 1 and table.reference is None
-    note = "Nothing is compared here: no row is of the reference and has this figure." if no_reference else ""
+    note = "Nothing is compared here: the reference has no row with this figure." if no_reference else ""
     return TableText(title, columns, row_kinds, claims, note, folder)
 
 
@@ -102,42 +102,44 @@ def span(comparison: Comparison) -> str:
     when = " to ".join(dict.fromkeys(days))
     text = f"{format_count(comparison.runs, 'run')} of {format_count(comparison.machines, 'machine')}, {when}."
     if comparison.copies:
-        text += f" {comparison.copies} cop{'y' if comparison.copies == 1 else 'ies'} in another experiment not counted."
+        copies = "1 copy" if comparison.copies == 1 else f"{comparison.copies} copies"
+        text += f" Not counted: {copies} in another experiment."
     if comparison.rules.tainted:
-        text += " Disturbed runs are in the figures (compare.tainted)."
+        text += " The figures include disturbed runs (compare.tainted)."
     return text
 
 
 def unused_prices(comparison: Comparison) -> list[str]:
     """A sentence for each price whose hardware has no run."""
-    return [f"No run's hardware is called {name}." for name in comparison.unused_prices]
+    return [f"The price file has {name}, but no run's hardware has that name." for name in comparison.unused_prices]
 
 
 def notes(rules: config.Compare) -> list[str]:
     """How to read the report: the rules that its claims follow."""
     return [
-        "A run is one process. n counts the runs that count, of those planned before the first one started. A set that "
-        "is incomplete, or that runs were added to, carries no claim.",
-        f"Runs that start within an hour make one session. From {stats.MIN_SESSIONS} sessions on, the unit of evidence "
-        "is the session (the geometric mean of its runs), else the run. With fewer sessions intervals are widened by "
-        f"{format_percent(rules.smallest)} and no smaller difference is claimed, because the hours of one machine "
-        "differ.",
+        "A run is one process. n is the number of runs in the figures, of those that were planned before the first one "
+        "started. Nothing is claimed of a set that is incomplete, or that runs were added to.",
+        f"Runs that start within an hour make one session. With {stats.MIN_SESSIONS} sessions or more, each session "
+        "counts as one measurement (the geometric mean of its runs); with fewer, each run does. But the speed of a "
+        "machine changes from hour to hour. So with fewer sessions the interval is widened by "
+        f"{format_percent(rules.smallest)}, and no smaller difference is claimed.",
         f"Figures are medians with a {stats.LEVEL:.0%} interval (Student's t on logarithms); accuracies are means. "
-        f"Fewer than {stats.MIN_UNITS} units give no interval.",
+        f"Fewer than {stats.MIN_UNITS} measurements give no interval.",
         "A speed-up is a ratio of geometric means; 1/140 is a 140th of the speed. Its interval is Welch's t on "
-        "logarithms with the critical value of Cochran and Cox (1950). By Bonferroni, the intervals of a column hold "
-        f"together at {stats.LEVEL:.0%}. Faster or slower is claimed where the interval excludes 1.",
-        "A speed-up of a recipe's work is claimed only if accuracies are equivalent: two one-sided tests, margin "
-        f"{100 * rules.accuracy_margin:g} in 100 images, paired by seed where both sides ran the same seeds.",
-        "A disturbance from outside (load, battery, swapping, stand-ins) takes a run out of the figures, unless "
-        "`compare.tainted` lets it in. What a machine does by itself (it gets hot, throttles, drifts) is a result.",
+        "logarithms with the critical value of Cochran and Cox (1950), widened so that all intervals of a column hold "
+        f"together at {stats.LEVEL:.0%} (Bonferroni). Faster or slower is claimed if the interval excludes 1.",
+        "A speed-up of a recipe's work is claimed only if both sides are equally accurate, to within "
+        f"{100 * rules.accuracy_margin:g} in 100 images: two one-sided tests, paired by seed if both sides ran the "
+        "same seeds.",
+        "A run that was disturbed from outside (load, battery, swapping, stand-ins) is left out of the figures, unless "
+        "`compare.tainted` is true. What a machine does by itself (it gets hot, throttles, drifts) is a result.",
         "Runs are pooled if they share machine, device, label, usable cores, memory limit, CPU threads, torch "
-        "(major.minor), power limit and all settings of execution. Runs of another version of the code carry no claim.",
+        "(major.minor), power limit and all execution settings. Nothing is claimed of another version of the code.",
         "The score is the median speed in the last third of each step; the steps are the same on all machines. The "
-        f"first third's speed is shown where it differs by {FIRST_THIRD:.0%} or more. Best: at the device's best "
-        "precision. A machine's first planned set counts.",
-        "Total s is the work itself: copying to the device, features, training, validation. Process s is the whole "
-        "process with imports, setup and compiling, without downloads and decoding. Costs are of the process.",
-        "Memory is of tensors, of a whole process or of the driver, and energy of the source that is named: figures of "
-        "two kinds are not comparable, and no ratio of them is given.",
+        f"first third's speed is shown if it differs by {FIRST_THIRD:.0%} or more. `best`: at the device's best "
+        "precision. Only a machine's first planned set counts.",
+        "`total s` is the work itself: copying to the device, features, training, validation. `process s` is the whole "
+        "process with imports, setup and compiling, without downloads and decoding. Costs are those of the process.",
+        "Memory is that of tensors, of a whole process or of the driver, and energy that of the source named beside "
+        "it. Figures of two kinds are not comparable, so no ratio of them is given.",
     ]

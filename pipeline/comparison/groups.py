@@ -6,7 +6,7 @@ group, where it either counts or is excluded with a reason. The runs that count 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import config
 from pipeline.comparison import stats
@@ -59,41 +59,20 @@ def group_runs(
     for run in runs:
         pooled.setdefault((run.entity(stage), tuple(settings_of(run).items())), []).append(run)
         set_sizes[run.set_id] += 1
-    return [
-        _group(entity, dict(settings), sorted(members, key=_order), set_sizes, stage, allow_tainted)
+    groups = [
+        _first_planned_set(entity, dict(settings), sorted(members, key=_order), set_sizes)
         for (entity, settings), members in pooled.items()
     ]
-
-
-def _group(
-    entity: Entity,
-    settings: Mapping[str, str],
-    runs: Sequence[Run],
-    set_sizes: Mapping[str, int],
-    stage: str,
-    allow_tainted: bool,
-) -> Group:
-    """Make a group, and decide which of its runs count. `set_sizes`: the runs of each planned set, over all groups."""
-    planned, counted, excluded, problem = _first_planned_set(runs, set_sizes)
-    if (version := counted[0].version(stage)) != VERSIONS[stage]:
-        problem = f"measured by version {version} of the code"
-    disturbed = [] if allow_tainted else [run for run in counted if run.taints(stage)]
-    if len(disturbed) < len(counted):
-        excluded += [(run, _disturbance([run], stage)) for run in disturbed]
-        counted = [run for run in counted if run not in disturbed]
-    else:
-        problem = problem or _disturbance(disturbed, stage)
-    return Group(entity, settings, counted, excluded, planned, problem)
+    return [_check_runs(group, stage, allow_tainted=allow_tainted) for group in groups]
 
 
 def _first_planned_set(
-    runs: Sequence[Run], set_sizes: Mapping[str, int]
-) -> tuple[int, list[Run], list[tuple[Run, str]], str]:
-    """Select the first planned set of `runs`, which are in the order of their starts.
+    entity: Entity, settings: Mapping[str, str], runs: Sequence[Run], set_sizes: Mapping[str, int]
+) -> Group:
+    """Make a group in which the first planned set of `runs` counts. The runs are in the order of their starts.
 
-    Returns the planned number of runs, the runs of that set, the excluded runs, and the problem with the set. Single
-    runs before the set are trials. Runs after it end every claim, because adding runs until a difference shows will
-    always show one.
+    `set_sizes`: the runs of each planned set, over all groups. Single runs before the set are trials. Runs after it end
+    every claim, because adding runs until a difference shows will always show one.
     """
     sets: dict[str, list[Run]] = {}
     for run in runs:
@@ -101,7 +80,7 @@ def _first_planned_set(
     first_set = next((members for members in sets.values() if members[0].planned > 1), None)
     if first_set is None:
         problem = f"{len(runs)} single runs were not planned as a set" if len(runs) > 1 else ""
-        return 1, list(runs), [], problem
+        return Group(entity, settings, runs, [], 1, problem)
     planned = first_set[0].planned
     others = [run for members in sets.values() if members is not first_set for run in members]
     earlier = [run for run in others if run.planned == 1 and _order(run) < _order(first_set[0])]
@@ -115,7 +94,20 @@ def _first_planned_set(
         problem = f"{len(later)} run{'s were' if len(later) > 1 else ' was'} added after the {planned} planned ones"
     excluded = [(run, "tried before the planned set") for run in earlier]
     excluded += [(run, "added after the planned set") for run in later]
-    return planned, first_set, excluded, problem
+    return Group(entity, settings, first_set, excluded, planned, problem)
+
+
+def _check_runs(group: Group, stage: str, *, allow_tainted: bool) -> Group:
+    """Exclude disturbed runs. Add a problem if all are disturbed, or measured by another version of the code."""
+    problem = group.problem
+    if (version := group.runs[0].version(stage)) != VERSIONS[stage]:
+        problem = f"measured by version {version} of the code"
+    disturbed = [] if allow_tainted else [run for run in group.runs if run.taints(stage)]
+    if len(disturbed) == len(group.runs):
+        return replace(group, problem=problem or _disturbance(disturbed, stage))
+    undisturbed = [run for run in group.runs if run not in disturbed]
+    excluded = [*group.excluded, *((run, _disturbance([run], stage)) for run in disturbed)]
+    return replace(group, runs=undisturbed, excluded=excluded, problem=problem)
 
 
 def _order(run: Run) -> tuple[int, str]:

@@ -52,7 +52,7 @@ def _shared_facts(run: Run) -> dict[str, str]:
 
 
 def _check_attempts(group: Group) -> Group:
-    """Add a problem if a score was measured again: whoever repeats until a figure pleases will get it."""
+    """Add a problem if a score was measured again: whoever repeats until a figure pleases gets that figure."""
     attempts = [run.tags.get("sustained.attempts", "1") for run in group.all_runs]
     repeated = sum(attempt != "1" for attempt in attempts)
     if not repeated or group.problem:
