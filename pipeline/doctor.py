@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from pipeline import config
@@ -262,14 +262,16 @@ def check_disk(data: config.Data, root: Path = ROOT, free: Callable[[Path], int]
     return Result("disk", "ok", f"{free(root) / 2**30:,.0f} GiB are free")
 
 
-def check_store(experiment: str, uri: str) -> Result:
-    """Whether the MLflow store `uri` answers within TIMEOUT_SECONDS. No name or password is shown."""
-    shown = re.sub(r"//\S*@", "//", uri).partition("?")[0]
+def check_store(experiment: str) -> Result:
+    """Whether the MLflow store answers within TIMEOUT_SECONDS. No name or password is shown."""
+    from pipeline.tracking import location
+
+    uri, shown, path = location.store_uri(), location.shown_uri(), location.database_file()
+    if path:
+        return _check_sqlite(path, shown)
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme in ("http", "https"):
         return _check_server(experiment, uri, shown)
-    if uri.startswith("sqlite:///"):
-        return _check_sqlite(ROOT / unquote(uri.removeprefix("sqlite:///").partition("?")[0]), shown)
     if scheme not in DATABASE_PORTS:
         return Result("store", "warn", f"{shown}: not checked; expected sqlite:///, http:// or a database")
     parts = urlsplit(uri)
@@ -338,6 +340,17 @@ def _check_sqlite(path: Path, shown: str) -> Result:
     return Result("store", "ok", f"{shown}: {runs} runs")
 
 
+def check_waiting(waiting: Callable[[], Sequence[Path]] | None = None) -> Result:
+    """Whether runs wait to be delivered to the store. By default, those that `pending.waiting` finds."""
+    from pipeline.tracking import pending
+
+    count = len((waiting or pending.waiting)())
+    if count:
+        message = f"{count} runs wait to be delivered; the next command that uses the store delivers them"
+        return Result("waiting", "warn", message, "python -m pipeline.publish")
+    return Result("waiting", "ok", "no run waits to be delivered")
+
+
 # --- all of it
 
 
@@ -350,13 +363,12 @@ def diagnose(settings: config.Settings) -> list[Result]:
             attempt("work", check_work, settings),
             attempt("weights", check_weights, settings.work),
         ]
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     return [
         *results,
         attempt("data", check_data, settings.data),
         attempt("disk", check_disk, settings.data),
-        attempt("store", check_store, settings.tracking.experiment, uri),
-        # Runs that wait to be delivered to the store: their check belongs here.
+        attempt("store", check_store, settings.tracking.experiment),
+        attempt("waiting", check_waiting),
     ]
 
 

@@ -22,7 +22,19 @@ from pipeline.devices.cpu import Cpu
 from pipeline.errors import UsageError
 from pipeline.models import weights
 
-CHECKS = ["environment", "packages", "machine", "torch", "device", "work", "weights", "data", "disk", "store"]
+CHECKS = [
+    "environment",
+    "packages",
+    "machine",
+    "torch",
+    "device",
+    "work",
+    "weights",
+    "data",
+    "disk",
+    "store",
+    "waiting",
+]
 
 
 class Unused(Standin):
@@ -237,24 +249,38 @@ def test_disk_space(tmp_path, source, free):
     assert doctor.check_disk(data, root, space).status == "wrong"
 
 
-def test_an_sqlite_store_is_read_and_not_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.1)
+@pytest.fixture
+def check_store(monkeypatch):
+    """Checks the store at an address, with no patience, and no name or password in the environment."""
+    for key in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{key}", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.5)
+
+    def check(uri):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        return doctor.check_store("trainmark")
+
+    return check
+
+
+def test_an_sqlite_store_is_read_and_not_changed(tmp_path, check_store):
     path = tmp_path / "a store.db"
     uri = f"sqlite:///{path}"
     with closing(sqlite3.connect(path)) as database:
-        assert doctor.check_store("trainmark", uri).status == "ok"  # an empty file
+        assert check_store(uri).status == "ok"  # an empty file
         database.execute("create table runs (run_uuid)")
         database.execute("insert into runs values (1)")
         database.commit()
         before = path.read_bytes()
-        result = doctor.check_store("trainmark", uri)
+        result = check_store(uri)
         assert result.status == "ok" and "1 runs" in result.message
         database.execute("begin exclusive")
-        assert doctor.check_store("trainmark", uri).status == "warn"
+        assert check_store(uri).status == "warn"
     assert path.read_bytes() == before
     path.write_text("no database")
-    assert doctor.check_store("trainmark", uri).command == "mv 'a store.db' 'a store.db.broken'"
-    assert doctor.check_store("trainmark", f"sqlite:///{tmp_path}/absent/mlflow.db").status == "wrong"
+    assert check_store(uri).command == "mv 'a store.db' 'a store.db.broken'"
+    assert check_store(f"sqlite:///{tmp_path}/absent/mlflow.db").status == "wrong"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -287,15 +313,6 @@ def server(status, body=b"{}"):
         httpd.server_close()
 
 
-@pytest.fixture
-def direct(monkeypatch):
-    """No proxy stands before this machine's own servers, no name or password is set, and patience is short."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for key in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH"):
-        monkeypatch.delenv(f"MLFLOW_TRACKING_{key}", raising=False)
-    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.5)
-
-
 @pytest.mark.parametrize(
     ("code", "body", "status", "command"),
     [
@@ -307,27 +324,33 @@ def direct(monkeypatch):
         (None, b"", "wrong", "unset MLFLOW_TRACKING_URI"),  # silent
     ],
 )
-def test_a_server_is_asked_and_no_secret_is_shown(direct, code, body, status, command):
+def test_a_server_is_asked_and_no_secret_is_shown(check_store, code, body, status, command):
     with server(code, body) as (address, headers):
-        result = doctor.check_store("trainmark", f"http://me:pass-word@{address}/")
+        result = check_store(f"http://me:pass-word@{address}/")
     assert result.status == status
     assert (command in result.command) if command else result.command is None
     assert address in result.message and "pass-word" not in repr(result)
     assert headers[0]["Authorization"].startswith("Basic ")
 
 
-def test_the_environments_name_and_password_are_sent(direct, monkeypatch):
+def test_the_environments_name_and_password_are_sent(check_store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pass-word")
     with server(200) as (address, headers):
-        assert doctor.check_store("trainmark", f"http://{address}").status == "ok"
+        assert check_store(f"http://{address}").status == "ok"
     assert headers[0]["Authorization"] == "Basic bWU6cGFzcy13b3Jk"
 
 
-def test_a_server_or_database_that_is_away_is_wrong(direct):
+def test_a_server_or_database_that_is_away_is_wrong(check_store):
     with server(200) as (address, _):
-        assert doctor.check_store("trainmark", f"postgresql+psycopg2://me:pass-word@{address}/runs").status == "ok"
+        assert check_store(f"postgresql+psycopg2://me:pass-word@{address}/runs").status == "ok"
     for scheme in ("http", "postgresql"):
-        result = doctor.check_store("trainmark", f"{scheme}://me:pass-word@{address}/runs")
+        result = check_store(f"{scheme}://me:pass-word@{address}/runs")
         assert result.status == "wrong" and "pass-word" not in repr(result)
-    assert doctor.check_store("trainmark", "databricks").status == "warn"
+    assert check_store("databricks").status == "warn"
+
+
+def test_runs_that_wait_are_told(tmp_path):
+    assert doctor.check_waiting(list).status == "ok"
+    result = doctor.check_waiting(lambda: [tmp_path])
+    assert (result.status, result.command) == ("warn", "python -m pipeline.publish")
