@@ -92,7 +92,7 @@ def script(monkeypatch):
                 raise then
 
         peaks = roofline.Peaks(1e12, 1e9, 1000.0)
-        monkeypatch.setattr(measured, "measure_limits", lambda *args: measured.Limits(0.0, peaks, None))
+        monkeypatch.setattr(measured, "measure_limits", lambda *args: measured.Limits(0.0, peaks))
         monkeypatch.setattr(measured, "train", epochs)
 
     return set_script

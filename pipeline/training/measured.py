@@ -25,7 +25,6 @@ class Limits(NamedTuple):
     step_bytes: float
     """Device memory that a step takes."""
     peaks: roofline.Peaks
-    flops_per_image: float | None
 
 
 class EnergyMeter:
@@ -61,8 +60,7 @@ def measure_limits(training: TrainingSetup, splits: Splits) -> Limits:
     with clock.span("setup"):
         step_bytes = setup.warm_up(training, splits)
     with clock.span("ceilings"):
-        flops = setup.flops_per_image(training)
-        return Limits(step_bytes, setup.measure_peaks(training, splits), flops)
+        return Limits(step_bytes, setup.measure_peaks(training, splits))
 
 
 def train(
@@ -78,6 +76,8 @@ def train(
     clock, backend = training.loop.clock, training.loop.backend
     with clock.span("setup"):
         training.restart(settings.seed)
+    if training.tuning_stopped:
+        record["warnings"].append(setup.TUNING_STOPPED)
     if backend.capture_error and saved is None:
         record["warnings"].append(f"not every step could be captured in a CUDA graph: {backend.capture_error}")
     with energy.source(settings.energy.source, backend.energy) as reading:
@@ -159,12 +159,14 @@ def _record_efficiency(record: Record, training: TrainingSetup, splits: Splits, 
         metrics = roofline.peak_metrics(peaks)
         verdict = f"not judged: {seconds:.2f} s are too short to compare with the machine's peaks"
     else:
-        metrics = roofline.efficiency_metrics(speed, peaks, limits.flops_per_image)
+        with clock.span("ceilings"):
+            flops = setup.flops_per_image(training)
+        metrics = roofline.efficiency_metrics(speed, peaks, flops)
         for _ in range(PEAK_RETRIES):
             if not roofline.implausible_reason(metrics):
                 break
             peaks = _remeasure_peaks(training, splits, peaks)
-            metrics = roofline.efficiency_metrics(speed, peaks, limits.flops_per_image)
+            metrics = roofline.efficiency_metrics(speed, peaks, flops)
         if reason := roofline.implausible_reason(metrics):
             record["tags"]["taints"] = "clock"
             record["warnings"].append(reason)

@@ -34,13 +34,15 @@ def splits():
 
 
 @pytest.fixture
-def run(splits):
+def run(splits, monkeypatch):
     """Trains two epochs by the scripted clock; gives the record, and the setup."""
 
-    def train(*overrides, peaks=None, flops=1e6, backend=None, settings=(), clock=Scripted):
+    def train(*overrides, peaks=None, flops=1e6, backend=None, settings=(), clock=Scripted, tuning_stopped=False):
         training = make_setup(recipe_of("linear-probe", *overrides), splits, backend=backend, clock=clock)
         record = {"tags": {}, "metrics": {}, "warnings": [], "facts": {}, "epochs": []}
-        limits = measured.Limits(0.0, peaks or peaks_of(SPEED), flops)
+        training.tuning_stopped = tuning_stopped
+        monkeypatch.setattr(setup, "flops_per_image", lambda training: flops)
+        limits = measured.Limits(0.0, peaks or peaks_of(SPEED))
         for figures in measured.train(training, splits, config.load(list(settings)), record, limits):
             record["epochs"].append({"figures": figures})
         return record, training
@@ -72,6 +74,11 @@ def test_a_step_that_cannot_be_captured_is_a_warning(run):
     backend.capture_error = "it asks the host"
     (warning,) = run(backend=backend)[0]["warnings"]
     assert "it asks the host" in warning
+
+
+def test_autotuning_that_was_stopped_is_a_warning(run):
+    assert setup.TUNING_STOPPED in run(tuning_stopped=True)[0]["warnings"]
+    assert setup.TUNING_STOPPED not in run()[0]["warnings"]
 
 
 # --- energy
@@ -181,7 +188,7 @@ def test_a_speed_above_the_peaks_is_compared_with_peaks_measured_again(run, meas
     assert record["metrics"]["efficiency/vs_synthetic"] == pytest.approx(best)
     assert record["metrics"]["ceiling/synthetic_images_per_second"] == SPEED / best
     assert record["metrics"]["ceiling/matmul_tflops"] == 1000
-    assert training.loop.clock.total("ceilings") == 50 * len(again)
+    assert training.loop.clock.total("ceilings") == 50 * (1 + len(again))  # 1: the operations are counted
     assert "taints" not in record["tags"] and record["warnings"] == [] and record["facts"]["verdict"]
 
 
