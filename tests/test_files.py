@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 
 import pytest
 from conftest import fails
@@ -48,16 +49,18 @@ def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path, error, before
     assert names(tmp_path) == before and all((tmp_path / name).read_text() == "old" for name in before)
 
 
-def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
-    path, sizes = tmp_path / "a.txt", []
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after_that(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.txt", []
 
     def fsync(descriptor):
-        assert not path.exists()
-        sizes.append(os.fstat(descriptor).st_size)
+        status = os.fstat(descriptor)
+        is_file = stat.S_ISREG(status.st_mode)
+        synced.append(("file", status.st_size, path.exists()) if is_file else ("folder", path.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     files.write_text(path, "12345")
-    assert sizes == [5]
+    assert synced[0] == ("file", 5, False)
+    assert synced[1:] == ([] if sys.platform == "win32" else [("folder", True)])
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -42,10 +42,10 @@ class CpuTimes(NamedTuple):
 
 
 class Process:
-    """As psutil.Process, with children; `seconds` are user and system time, and those of ended children."""
+    """A stand-in for psutil.Process. `seconds`: user and system time, and those of ended children."""
 
-    def __init__(self, *seconds, children=()):
-        self.cpu_times, self._children = lambda: (*seconds, 0.0), children
+    def __init__(self, *seconds, children=(), parent=None):
+        self.cpu_times, self.parent, self._children = lambda: (*seconds, 0.0), lambda: parent, children
 
     def children(self, recursive):
         assert recursive
@@ -154,12 +154,12 @@ def test_psutils_errors_about_swap_are_ignored(quiet, monkeypatch):
     assert system_state.sample() == {}
 
 
-@pytest.mark.parametrize(("child", "load"), [(1.0, 0.35), (50.0, 0.0)])
-def test_the_load_of_others_excludes_iowait_and_our_own(quiet, monkeypatch, child, load):
+@pytest.mark.parametrize(("child", "parent", "load"), [(1.0, 0.0, 0.35), (50.0, 0.0, 0.0), (1.0, 10.0, 0.25)])
+def test_the_load_of_others_excludes_iowait_and_our_own(quiet, monkeypatch, child, parent, load):
     quiet("linux")
     times = iter([CpuTimes(100.0, 50.0, 7.0, 9.0), CpuTimes(160.0, 80.0, 17.0, 10.0)])  # 100 s, of them 60 s busy
-    own = Process(9.0, 2.0, 0.0, 0.0), Process(19.0, 4.0, 10.0, 2.0, children=[Process(child, 0.0, 0.0, 0.0)])
-    processes = iter(own)
+    family = {"children": [Process(child, 0.0, 0.0, 0.0)], "parent": Process(parent, 0.0, 0.0, 0.0)}
+    processes = iter([Process(9.0, 2.0, 0.0, 0.0), Process(19.0, 4.0, 10.0, 2.0, **family)])
     monkeypatch.setattr(psutil, "cpu_times", lambda: next(times))
     monkeypatch.setattr(psutil, "Process", lambda: next(processes))
     assert system_state.sample()["cpu_load"] == pytest.approx(load)
