@@ -19,8 +19,8 @@ from pipeline.errors import UsageError, hint, nearest
 
 
 def _project(root: Path) -> Path:
-    """The project of which `root` is a copy: DVC runs `--temp` and `--queue` experiments in `.dvc/tmp/exps/*/*/`, a
-    folder that it throws away."""
+    """The project's folder. DVC runs `--temp` and `--queue` experiments in a copy in `.dvc/tmp/exps/*/*/`, which it deletes
+    afterwards."""
     project, _, copy = root.as_posix().partition("/.dvc/tmp/exps/")
     return Path(project, *Path(copy).parts[2:])
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder of this code and of params.yaml."""
 
 PROJECT = _project(ROOT)
-"""The project's folder. Relative paths in the settings start here, whatever the current folder is."""
+"""The project's folder. Relative paths in the settings start here, not in the current folder."""
 
 EXECUTION_KEYS = ("precision", "channels_last", "compile", "graph", "features", "threads")
 """A recipe's keys that say how the work is executed, not what it is. They are no part of the workload."""

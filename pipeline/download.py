@@ -19,8 +19,12 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
         setup.check(settings.device, settings.work)
     data = datasets.resolve(settings.data)
     initial = weights.resolve(settings.work)
-    fallback = [name for name, facts in (("data", data), ("weights", initial)) if facts["reason"]]
-    inputs = {"data": data, "weights": initial, "fallback": fallback}
+    fallbacks = {}
+    if data["reason"]:
+        fallbacks["data"] = f"generated pictures in place of CIFAR-10 ({data['reason']})"
+    if initial["reason"]:
+        fallbacks["weights"] = f"random in place of pretrained ({initial['reason']})"
+    inputs = {"data": data, "weights": initial, "fallback": list(fallbacks)}
     files.write_json(folder / "inputs.json", inputs)
     classes = data["classes"]
     shown = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
@@ -30,11 +34,10 @@ def run(settings: config.Settings, folder: Path) -> dict[str, Any]:
     )
     terminal.say(f"classes  {len(classes)}: {shown}")
     terminal.say(f"weights  {initial['model']}: {initial['used']}")
-    if fallback:
+    if fallbacks:
         terminal.warn(
             "DEMO: this is not the real thing, and its figures are not comparable with real runs",
-            *([f"data: generated pictures in place of CIFAR-10 ({data['reason']})"] if "data" in fallback else []),
-            *([f"weights: random in place of pretrained ({initial['reason']})"] if "weights" in fallback else []),
+            *(f"{name}: {fallback}" for name, fallback in fallbacks.items()),
             "the next run tries again; docs/devices.md says how to bring both by hand",
         )
     return inputs

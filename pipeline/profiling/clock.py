@@ -55,7 +55,7 @@ class Clock:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
     def resume(self, seconds: dict[str, float], unaccounted: float) -> None:
-        """Go on from the spans of an earlier process; what this clock measured so far does not count."""
+        """Continue the spans of an earlier process, and discard all that this clock has measured."""
         self._synchronize()
         self.seconds = dict(seconds)
         self._first_start = self.now() - sum(seconds.values()) - unaccounted

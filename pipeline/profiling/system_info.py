@@ -208,7 +208,7 @@ def linux_cpu(cpuinfo: str) -> str:
 
 
 def linux_model(root: Path) -> str:
-    """Vendor and product of the machine, or of its board where the machine was assembled by its owner."""
+    """Vendor and product of the machine, or of its mainboard if the machine has none."""
     dmi = root / "sys/class/dmi/id"
     return (
         model_name(contents(dmi / "sys_vendor"), contents(dmi / "product_name"))
@@ -218,14 +218,14 @@ def linux_model(root: Path) -> str:
 
 
 def model_name(vendor: str, product: str) -> str:
-    """`LENOVO 20XW` or `HP EliteBook`; '' for the placeholders that vendors forget to fill in."""
+    """A name such as `LENOVO 20XW`, with the vendor only once; '' if the vendor left placeholders."""
     placeholder = r"(to be filled|system |default string|not |o\.e\.m|none|unknown|invalid|\W*$)"
     vendor, product = ("" if re.match(placeholder, text, re.IGNORECASE) else text for text in (vendor, product))
     return product if not product or product.startswith(vendor) else f"{vendor} {product}"
 
 
 def windows_name(product: str, version: str, build: int) -> str:
-    """`Windows 11 Pro 23H2`: the registry's product name still says 10."""
+    """A name such as `Windows 11 Pro 23H2`. The product name in the registry still says 10."""
     return f"{product.replace('Windows 10', 'Windows 11') if build >= 22000 else product} {version}".strip()
 
 

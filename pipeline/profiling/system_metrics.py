@@ -1,6 +1,6 @@
-"""Samples of CPU, memory, disk, network and NVIDIA GPUs while a run lasts, under the names of MLflow's system metrics.
+"""Sample CPU, memory, disk, network and NVIDIA GPUs during a run, with the names of MLflow's system metrics.
 
-MLflow's own monitor writes to the store while the clock runs. These samples are kept for the record.
+MLflow's own monitor would write to the store while the clock runs. These samples go to the record instead.
 """
 
 import threading
@@ -23,7 +23,7 @@ def sampled(interval_seconds: float = INTERVAL_SECONDS) -> Iterator[Callable[[],
     samples: list[dict[str, Any]] = []
     done = threading.Event()
 
-    def work() -> None:
+    def sample_repeatedly() -> None:
         first, step = psutil.net_io_counters(), 0
         while step == 0 or not done.wait(interval_seconds):
             figures = {f"system/{name}": round(value, 1) for name, value in _sample(first).items()}
@@ -31,11 +31,11 @@ def sampled(interval_seconds: float = INTERVAL_SECONDS) -> Iterator[Callable[[],
             step += 1
 
     def take() -> list[dict[str, Any]]:
-        taken = samples[:]
-        del samples[: len(taken)]
-        return taken
+        new = samples[:]
+        del samples[: len(new)]
+        return new
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=sample_repeatedly, daemon=True)
     thread.start()
     try:
         yield take

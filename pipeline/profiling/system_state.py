@@ -74,7 +74,7 @@ class LoadWatch:
     def end(self) -> dict[str, Any]:
         """`cpu_load`, `swapping` and `swap_gib` as in `sample`. Waits until WINDOW_SECONDS have passed."""
         time.sleep(max(0.0, self._began + WINDOW_SECONDS - time.monotonic()))
-        passed = time.monotonic() - self._began
+        elapsed = time.monotonic() - self._began
         cpu, own_seconds = psutil.cpu_times(), _own_cpu_seconds() - self._own_seconds
         total = _total_seconds(cpu) - _total_seconds(self._cpu)
         idle = _idle_seconds(cpu) - _idle_seconds(self._cpu)
@@ -83,7 +83,7 @@ class LoadWatch:
             load["cpu_load"] = round(min(max((total - idle - own_seconds) / total, 0.0), 1.0), 3)
         load["swap_gib"], swapped = _swap()
         if swapped is not None and self._swapped is not None:
-            load["swapping"] = swapped - self._swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * passed
+            load["swapping"] = swapped - self._swapped > MAX_SWAP_MIB_PER_SECOND * 2**20 * elapsed
         return load
 
 
@@ -192,8 +192,8 @@ def _drift(seconds: Sequence[float]) -> str | None:
 
 
 def _own_cpu_seconds() -> float:
-    """CPU time of this process, its children, and the process that started it, which imports MLflow meanwhile. A child
-    that ends is counted on if this process waits for it."""
+    """CPU time of this process, its children, and its parent, which may be importing MLflow. Ended children count if
+    their parent has waited for them."""
     process = psutil.Process()
     seconds = 0.0
     for member in filter(None, (process.parent(), process, *process.children(recursive=True))):
