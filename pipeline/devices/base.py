@@ -116,7 +116,7 @@ class Backend(ABC):
         """Release memory that torch caches, for other programs or larger tensors."""
 
     def random_state(self) -> Tensor | None:
-        """The state of the device's random generator, as a CPU tensor; None if the device has none."""
+        """The state of the device's random generator, as a CPU tensor; None if it uses the CPU's generator."""
         return None
 
     def set_random_state(self, state: Tensor) -> None:  # noqa: B027
