@@ -134,6 +134,7 @@ def _train(
     with system_metrics.sampled() as system_samples, backend.memory_errors():
         limits = measured.measure_limits(training, splits)
         best = max((epoch["figures"]["val/accuracy"] for epoch in record["epochs"]), default=None)
+        saves_state = settings.resume == "auto"
         for figures in measured.train(training, splits, settings, record, limits, saved):
             _note_target(record, settings, figures, clock)
             if best is None or figures["val/accuracy"] > best:  # of equal epochs, the first is best
@@ -143,8 +144,8 @@ def _train(
             with clock.span("log"):
                 epoch = {"at": records.now(), "figures": figures, "system": system_samples()}
                 record["epochs"].append(epoch)
-                if settings.resume == "auto":
-                    state.save(entry / "state", training, record)
+                if saves_state:
+                    saves_state = state.save(entry / "state", training, record)
                 pending.append(entry, {"event": "epoch", "epoch": epoch})
     record["ended"] = records.now()
     record["metrics"] |= training_record.span_metrics(clock, setup.TOTAL_SPANS) | training.loop.times.percentiles()

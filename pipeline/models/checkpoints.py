@@ -30,8 +30,9 @@ class Checkpoint:
 def save(path: Path, model: classifier.Classifier, facts: Checkpoint) -> None:
     """Write the model's state (timm's names, on the CPU) and `facts`, as a whole file or not at all."""
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.net.state_dict().items()}
-    with files.atomic_write(path) as aside:
-        safetensors.torch.save_file(state, aside, metadata={"trainmark": json.dumps(vars(facts))})
+    content = safetensors.torch.save(state, metadata={"trainmark": json.dumps(vars(facts))})
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(content)  # `save_file` would raise its own error if the disk is full
 
 
 def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:

@@ -38,6 +38,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -287,30 +288,69 @@ def reset_state(optimizer: Optimizer) -> None:
 
 # --- resuming
 
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, Tensor)
+"""Types that a state file may hold, also in lists, tuples and dicts."""
 
-def state(optimizer: Optimizer) -> dict[str, Any]:
-    """All that `restore` needs: torch's state, and the plain values that some optimizers keep as attributes."""
-    attributes = {key: value for key, value in vars(optimizer).items() if isinstance(value, bool | int | float)}
-    return {"state": optimizer.state_dict(), "attributes": attributes}
+NOT_STATE = ("state", "param_groups", "defaults", "_optimizer_")
+"""How the names of attributes start that `torch.optim.Optimizer` keeps for itself."""
+
+
+def state(optimizer: Optimizer) -> dict[str, Any] | None:
+    """All that `restore` needs: torch's state, and what some optimizers keep as attributes. None if part of it is an
+    object of a package's own class, such as a queue of gradients, which `restore` could not set exactly."""
+    saved = optimizer.state_dict()
+    groups = [{key: value for key, value in group.items() if not _is_fixed(value)} for group in saved["param_groups"]]
+    saved = saved | {"param_groups": groups}
+    attributes = {
+        key: value for key, value in vars(optimizer).items() if not key.startswith(NOT_STATE) and not _is_fixed(value)
+    }
+    result = {"state": saved, "attributes": attributes}
+    return result if _is_plain(result) else None
 
 
 def restore(optimizer: Optimizer, saved: Mapping[str, Any], *, in_place: bool) -> None:
     """Set what `state` returned. `in_place`: the tensors of the optimizer's state stay, since a captured step uses
     them."""
-    if not in_place:
-        optimizer.load_state_dict(saved["state"])
-    else:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, values in saved["state"]["state"].items():
+    saved_state = saved["state"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if in_place:
+        for number, values in saved_state["state"].items():
             present = optimizer.state[parameters[number]]
             for key, value in values.items():
                 if isinstance(value, Tensor):
                     present[key].copy_(value)
                 else:
                     present[key] = value
-        for group, values in zip(optimizer.param_groups, saved["state"]["param_groups"], strict=True):
+        for group, values in zip(optimizer.param_groups, saved_state["param_groups"], strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
+    else:
+        pairs = zip(optimizer.param_groups, saved_state["param_groups"], strict=True)
+        groups = [{**group, **values} for group, values in pairs]  # an option that is not saved stays as it was built
+        optimizer.load_state_dict({**saved_state, "param_groups": groups})
+        for key, value in saved_state["state"].items():  # torch made every tensor the parameter's dtype
+            owner = parameters[key] if isinstance(key, int) else key
+            optimizer.state[owner] = _with_dtypes(optimizer.state[owner], value)
     vars(optimizer).update(saved["attributes"])
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if type(value) in (list, tuple) else type(value) in PLAIN
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether training can't change a value that is not plain, such as a function: a new optimizer has the same."""
+    return inspect.isroutine(value) or isinstance(value, type | Enum)
+
+
+def _with_dtypes(value: Any, saved: Any) -> Any:
+    """`value` with the dtypes of `saved`, which has the same structure."""
+    if isinstance(saved, Tensor):
+        return value if value.dtype == saved.dtype else saved.to(value.device)
+    if isinstance(saved, dict):
+        return {key: _with_dtypes(value[key], saved[key]) for key in saved}
+    return type(saved)(map(_with_dtypes, value, saved)) if type(saved) in (list, tuple) else value
 
 
 # --- Ranger21's own schedule

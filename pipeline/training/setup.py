@@ -112,6 +112,7 @@ class TrainingSetup:
         self._refold()
         self.loop.restart()
         torch.manual_seed(seed)  # dropout must not depend on how many numbers the model drew
+        np.random.seed(seed % 2**32)  # some optimizers draw numbers there
 
     def compute_features(self, split: batching.Split, progress: loop.Progress = loop.silent) -> batching.Split:
         """Compute the head's input for each image of `split`, on the device of `split`."""

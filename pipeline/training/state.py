@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,20 +26,26 @@ KEEP = 2
 State = dict[str, Any]
 
 
-def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> None:
+def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> bool:
     """Write the state after the last epoch of `record` into `folder`, and delete those that are older than KEEP.
 
-    Saves the weights that are trained and all buffers: the rest is the same in a new model. Raises StageError if the
-    file can't be written.
+    Saves the weights that are trained and all buffers: the rest is the same in a new model. Returns whether the state
+    of the optimizer can be saved; if not, nothing is written. Raises StageError if the file can't be written.
     """
     loop, backend = training.loop, training.loop.backend
+    optimizer = optimizers.state(loop.optimizer)
+    if optimizer is None:
+        name = training.recipe.optimizer
+        terminal.say(f"note     the state of {name} can't be saved: if this training is interrupted, it starts anew")
+        return False
     content = {
         "record": json.dumps(record),
         "net": {name: tensor.detach().to("cpu") for name, tensor in _changing(training).items()},
-        "optimizer": optimizers.state(loop.optimizer),
+        "optimizer": optimizer,
         "scheduler": loop.scheduler.state_dict(),
         "scaler": loop.scaler.state_dict(),
         "random": torch.get_rng_state(),
+        "numpy_random": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
         "device_random": backend.random_state(),
         "seconds": dict(loop.clock.seconds),
         "unaccounted": loop.clock.unaccounted(),
@@ -46,12 +53,13 @@ def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> None:
     }
     epoch = len(record["epochs"])
     temporary = folder / "new"
-    with files.atomic_write(temporary) as file:
+    with files.atomic_write(temporary) as path, path.open("wb") as file:  # given a path, torch hides a full disk
         torch.save(content, file)
     temporary.replace(folder / f"{epoch:06}-{_digest(temporary)}.pt")
     files.sync_folder(folder)
     for old in sorted(folder.glob("*.pt"))[:-KEEP]:
         old.unlink()
+    return True
 
 
 def load_newest(folder: Path) -> State | None:
@@ -88,6 +96,7 @@ def restore(training: TrainingSetup, saved: State) -> None:
     if saved["device_random"] is not None:
         backend.set_random_state(saved["device_random"])
     torch.set_rng_state(saved["random"])
+    np.random.set_state(tuple(saved["numpy_random"]))
     loop.clock.resume(saved["seconds"], saved["unaccounted"])
 
 
