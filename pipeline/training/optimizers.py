@@ -76,7 +76,7 @@ CAPTURABLE: dict[type, Callable[[Group], bool]] = {
 classes are never captured."""
 
 IGNORED_WARNINGS = ("This overload of", "It is highly recommended to have 'opt_einsum'")
-"""How warnings of these packages start that users can do nothing about."""
+"""How warnings from these packages start that users can't act on."""
 
 
 def register(name: str, *, capturable: bool = False) -> Callable[[type[Optimizer]], type[Optimizer]]:
@@ -94,7 +94,7 @@ def register(name: str, *, capturable: bool = False) -> Callable[[type[Optimizer
 # Your own optimizers go here.
 
 
-# --- the optimizer, and how it is built with its schedule
+# --- optimizers
 
 
 def build(
