@@ -67,7 +67,7 @@ REFUSED = {
 }
 
 
-def whole(key):
+def full_key(key):
     """The dotted key of one in REFUSED."""
     return next(known for known in ALLOWED if known in (key, f"recipes.{CHOSEN}.{key}"))
 
@@ -163,10 +163,10 @@ def test_an_unknown_home_is_refused():
 
 
 def test_the_table_of_refused_values_has_every_key():
-    assert sorted(map(whole, REFUSED)) == sorted(ALLOWED)
+    assert sorted(map(full_key, REFUSED)) == sorted(ALLOWED)
 
 
-@pytest.mark.parametrize(("key", "text"), [(whole(key), text) for key, values in REFUSED.items() for text in values])
+@pytest.mark.parametrize(("key", "text"), [(full_key(key), text) for key, values in REFUSED.items() for text in values])
 def test_a_value_of_the_wrong_type_or_out_of_range_is_refused(key, text):
     line = refusal(f"{key}={text}")
     shown = json.dumps(config.parse_yaml(text, ""), ensure_ascii=False)
