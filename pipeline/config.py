@@ -19,8 +19,7 @@ from pipeline.errors import UsageError, hint, nearest
 
 
 def _project(root: Path) -> Path:
-    """The project's folder. DVC runs `--temp` and `--queue` experiments in a copy in `.dvc/tmp/exps/*/*/`, which is then
-    deleted."""
+    """The project's folder. DVC runs `--temp` and `--queue` experiments in a temporary copy, `.dvc/tmp/exps/*/*/`."""
     project, _, copy = root.as_posix().partition("/.dvc/tmp/exps/")
     return Path(project, *Path(copy).parts[2:])
 
