@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import terminal
 from pipeline.errors import StageError, Stopped
-from pipeline.tracking import pending
+from pipeline.tracking import location, pending
 
 CHILD = "TRAINMARK_CHILD"
 """Environment variable that the driver sets for a child. Not for users."""
@@ -195,7 +195,7 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     except StageError as error:
         return str(error)
     except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training
-        return f"the MLflow store can't be used: {_one_line(error)}"
+        return location.hide_secrets(f"the MLflow store can't be used: {_one_line(error)}")
     return ""
 
 

@@ -30,7 +30,7 @@ def run(settings: config.Settings, folder: Path, reports: Path | None = None) ->
     )
     svgs = write_reports(comparison, reports)
     if svgs:
-        _log_reports(settings.tracking.experiment, comparison, reports, svgs)
+        _log_reports(location.experiment_name(settings.tracking.experiment), comparison, reports, svgs)
     terminal.say("\n" + report.on_terminal(comparison) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
     terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + location.shown_uri() + ")")

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,22 +97,41 @@ def link(source: str | Path, target: str | Path) -> None:
             shutil.copy2(source, target)
 
 
-def lock(path: Path) -> IO[str]:
-    """Lock a file until it is closed or the process ends. Raises StageError if another process has locked it."""
+def lock(path: Path, patience_seconds: float = 0.0) -> IO[str]:
+    """Lock a file until it is closed or the process ends. Raises StageError if another process has locked it, and still
+    has after `patience_seconds`."""
+    deadline = time.monotonic() + patience_seconds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
         raise write_error(path, error) from error
+    while not _try_lock(file, shared=False):
+        if time.monotonic() >= deadline:
+            file.close()
+            raise StageError(f"{path}: another process has locked it")
+        time.sleep(0.05)
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked a file. Two processes may ask at once."""
+    try:
+        with path.open() as file:
+            return not _try_lock(file, shared=True)
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(file: IO[str], *, shared: bool) -> bool:
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
-        file.close()
-        raise StageError(f"{path}: another process has locked it") from None
-    return file
+        return False
+    return True
 
 
 def contents(path: Path) -> str:

@@ -177,7 +177,7 @@ def find_unfinished(base: Path, settings: config.Settings, folder: Path) -> Path
     paths = sorted(base.glob(f"*/train/{PLAN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     plans = [(path.parent.parent, plan) for path in paths if (plan := Plan.read(path)) and plan.ended is None]
     for candidate, plan in plans:
-        if plan.fixed == fixed and _is_free(candidate):
+        if plan.fixed == fixed and not files.is_locked(candidate / LOCK):
             return candidate
     if plans and plans[0][1].fixed != fixed and plans[0][1].repeats > 1:
         newest, plan = plans[0]
@@ -357,19 +357,7 @@ def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int]
 
 def _lock(folder: Path) -> IO[str]:
     """Lock a folder for this process. A process that was just killed may hold it for a moment."""
-    deadline = time.monotonic() + 2
-    while True:
-        try:
-            return files.lock(folder / LOCK)
-        except StageError:
-            if time.monotonic() > deadline:
-                raise StageError(f"{folder}: another process works in this folder: wait until it ends") from None
-        time.sleep(0.1)
-
-
-def _is_free(folder: Path) -> bool:
     try:
-        files.lock(folder / LOCK).close()
+        return files.lock(folder / LOCK, patience_seconds=2.0)
     except StageError:
-        return False
-    return True
+        raise StageError(f"{folder}: another process works in this folder: wait until it ends") from None

@@ -104,7 +104,7 @@ def _journal(entry: Path | None, record: Record, identity: Mapping[str, Any]) ->
     if entry is None:
         entry, owner = pending.open_training(record, identity)
     else:
-        owner = files.lock(entry / pending.OWNER)
+        owner = pending.own(entry)
         resumed = int(record["tags"].get("resumed", 0)) + 1
         record["tags"]["resumed"] = str(resumed)
         pending.append(entry, {"event": "resume", "at": records.now(), "tags": {"resumed": str(resumed)}})

@@ -35,9 +35,10 @@ def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequen
 
     The report is in `reports`, next to `folder`. `command` makes the server's command for a port.
     """
-    experiment = store.experiment_to_show(settings.tracking.experiment)
+    name = location.experiment_name(settings.tracking.experiment)
+    experiment = store.experiment_to_show(name)
     if experiment is None:
-        raise StageError(f'no experiment "{settings.tracking.experiment}" in {location.shown_uri()} yet: make run')
+        raise StageError(f'no experiment "{name}" in {location.shown_uri()} yet: make run')
     report = folder.parent / "reports" / "compare.html"
     if location.store_uri().startswith("http"):
         _open(report, experiment, None)
@@ -74,7 +75,8 @@ def _serve(command: Sequence[str], port: int) -> Iterator["subprocess.Popen[str]
                 if server.poll() is not None:
                     log.seek(0)
                     cause = next(reversed(log.read().strip().splitlines()), "it says nothing")
-                    raise StageError(f"MLflow's UI ended with status {server.returncode}: {cause}")
+                    message = f"MLflow's UI ended with status {server.returncode}: {cause}"
+                    raise StageError(location.hide_secrets(message))
                 time.sleep(0.2)
             yield server
         except KeyboardInterrupt:

@@ -34,15 +34,27 @@ def shown_uri() -> str:
 
 
 def public_uri() -> str:
-    """The address of the store, absolute, without a name, a password or a token."""
-    return hide_secrets(store_uri())
+    """The address of the store, absolute, without a name, a password or a token. The same whatever the environment's
+    secrets are."""
+    return _hide_credentials(store_uri())
+
+
+def experiment_name(setting: str) -> str:
+    """The MLflow experiment: MLFLOW_EXPERIMENT_NAME, else the setting."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or setting
 
 
 def hide_secrets(text: str) -> str:
     """`text` without the names and passwords in addresses, and without the secrets of MLflow's environment."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
-    text = re.sub(r"(?i)((?:password|passwd|pwd|token|secret|api_?key)=)[^&\s]+", r"\1***", text)
+    text = _hide_credentials(text)
     for secret in (os.environ.get(name, "") for name in SECRETS):
         if len(secret) > 2:
             text = text.replace(secret, "***")
     return text
+
+
+def _hide_credentials(text: str) -> str:
+    """`text` without what stands before the @ in addresses, and without the values of secret fields. As SQLAlchemy
+    reads it, a password may hold `/` and `@`; `host:5000/` is no name and password."""
+    text = re.sub(r"(?<=://)(?:[^:/@\s]*:(?!\d+/)\S*|[^/\s]+)@", "", text)
+    return re.sub(r"(?i)((?:password|passwd|pwd|token|secret|api_?key)=)[^&\s]+", r"\1***", text)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline import config, files
-from pipeline.errors import StageError
 from pipeline.tracking import location, records
 
 FOLDER = config.PROJECT / "pending"
@@ -57,7 +56,13 @@ def open_training(record: Record, identity: Mapping[str, Any]) -> tuple[Path, IO
     files.write_json(temporary / TARGET, target(record["experiment"]) | {"identity": dict(identity)})
     append(temporary, {"event": "start", "record": record})
     temporary.replace(entry)
-    return entry, files.lock(entry / OWNER)
+    return entry, own(entry)
+
+
+def own(entry: Path) -> IO[str]:
+    """Lock the entry for the process of its training. A process that looks at it, or was just killed, may have locked
+    it for a moment."""
+    return files.lock(entry / OWNER, patience_seconds=2.0)
 
 
 def append(entry: Path, event: Mapping[str, Any]) -> None:
@@ -159,13 +164,7 @@ def partial_record(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def is_owned(entry: Path) -> bool:
     """Whether the process of the entry's training lives."""
-    if not (entry / OWNER).exists():
-        return False
-    try:
-        files.lock(entry / OWNER).close()
-    except StageError:
-        return True
-    return False
+    return files.is_locked(entry / OWNER)
 
 
 def is_training(entry: Path) -> bool:

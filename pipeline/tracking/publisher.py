@@ -107,12 +107,6 @@ def _describe(handle: store.Handle, record: Mapping[str, Any], results: Mapping[
     store.set_tags(handle, {"mlflow.note.content": descriptions.describe_run(record, results)})
 
 
-def _log_record(handle: store.Handle, stage: str, record: Record, sha256: str) -> None:
-    """Log the record of a stage, then the digest of the record as the stage wrote it."""
-    store.log_text(handle, record_file(stage), files.json_text(record))
-    store.set_tags(handle, {digest_tag(stage): sha256})
-
-
 # --- records
 
 
@@ -190,6 +184,7 @@ def put_run(
     best = folders["train"] / "best.safetensors"
     lacks_model = best.exists() and (handle is None or not store.list_artifacts(handle.run_id, "checkpoints"))
     if handle is not None and not added and not lacks_model:
+        update_parent(record, target)  # unless it is finished: an earlier attempt may have failed there
         return handle
     if handle is None or "train" in added:
         handle = start(record, target, handle)
@@ -206,9 +201,11 @@ def put_run(
     later = dict(stored or {}) | {stage: result for stage, result in results.items() if stage != "train"}
     _describe(handle, record, later)
     store.end_run(handle, "FINISHED", end_time(record, later))
-    for stage in added:  # last, so that a stage added only in part is added again
-        _log_record(handle, stage, results[stage], digests[stage])
-    update_parent(record, target)
+    for stage in added:
+        store.log_text(handle, record_file(stage), files.json_text(results[stage]))
+    update_parent(record, target, {stage: results[stage] for stage in added})
+    # The digests come last, so that a stage of which only a part was added is added again.
+    store.set_tags(handle, {digest_tag(stage): digests[stage] for stage in added})
     return handle
 
 
@@ -239,22 +236,26 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
     """Bring what an entry of pending.py holds into the store, and delete the entry when nothing else comes.
 
     `epochs` counts the epochs delivered, by entry. Without `complete`, only a training's epochs are delivered, which
-    takes little work. Returns whether the store has all that the entry holds by now. Raises StoreError.
+    takes little work, unless it disturbs no measurement. Returns whether the store has all that the entry holds by now.
+    Raises StageError.
     """
-    target = pending.read_target(entry)
-    if target["store"] != location.public_uri():
-        return False
     try:
         lock = files.lock(entry / ".publisher")
     except StageError:  # another process delivers it
         return False
     with lock:
+        if not (entry / pending.TARGET).exists():  # another process has just delivered and deleted it
+            shutil.rmtree(entry, ignore_errors=True)
+            return True
+        target = pending.read_target(entry)
+        if target["store"] != location.public_uri():
+            return False
         present = pending.progress(entry)
         if present == pending.delivered(entry):
             return True
         if pending.is_training(entry):
             _deliver_epochs(entry, target, epochs)
-        elif complete:
+        elif complete or _may_work_beside(entry):
             record = files.read_json(entry / "train" / "record.json")
             if put_run(record, pending.stage_folders(entry), target) is None:
                 terminal.say(f"note     {record['name']} was deleted in this store: nothing is added to it")
@@ -277,12 +278,14 @@ def _deliver_epochs(entry: Path, target: Mapping[str, Any], epochs: dict[Path, i
     if entry not in epochs or handle is None:
         handle = start(record, target, handle)
         _set_parent_status(record, target, "RUNNING")
-    for epoch in record["epochs"][epochs.get(entry, 0) :]:
+        epochs[entry] = 0
+    for epoch in record["epochs"][epochs[entry] :]:
         store.log_epoch(handle, epoch)
     epochs[entry] = len(record["epochs"])
     if not pending.is_owned(entry):
-        status = next((event["status"] for event in reversed(events) if event["event"] == "end"), "KILLED")
-        store.end_run(handle, status, next((event["at"] for event in reversed(events) if "at" in event), None))
+        status = events[-1].get("status", "KILLED")
+        at = [record["started"], *(epoch["at"] for epoch in record["epochs"]), *(e["at"] for e in events if "at" in e)]
+        store.end_run(handle, status, max(at))
         _set_parent_status(record, target, status)
 
 
@@ -294,13 +297,13 @@ def _set_parent_status(record: Record, target: Mapping[str, Any], status: str) -
 
 
 def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True) -> None:
-    """Deliver every entry, as `deliver` does. Raises StoreError after the last one if the store refused one."""
+    """Deliver every entry, as `deliver` does. Raises StageError after the last one if one could not be delivered."""
     epochs = {} if epochs is None else epochs
-    error: store.StoreError | None = None
+    error: StageError | None = None
     for entry in pending.entries():
         try:
-            deliver(entry, epochs, complete=complete or _may_work_beside(entry))
-        except store.StoreError as caught:
+            deliver(entry, epochs, complete=complete)
+        except StageError as caught:
             error = caught
     if error is not None:
         raise error
@@ -309,8 +312,6 @@ def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True)
 def _may_work_beside(entry: Path) -> bool:
     """Whether the process of a training may measure while its files are delivered: on an accelerator that shares no
     memory and no cores with us."""
-    if pending.is_training(entry):
-        return False
     backend = files.read_json(entry / "train" / "record.json")["tags"]["backend"]
     return backend not in ("cpu", "mps")
 
@@ -318,29 +319,38 @@ def _may_work_beside(entry: Path) -> bool:
 # --- the parent run of repeats
 
 
-def update_parent(record: Record, target: Mapping[str, Any]) -> None:
-    """Bring the parent run of a repeat up to date with the repeats in this store. Does nothing for a single training,
-    or if the parent run was deleted.
+def update_parent(record: Record, target: Mapping[str, Any], added: Mapping[str, Record] | None = None) -> None:
+    """Bring the parent run of a repeat up to date with the repeats in this store, and with the records `added` to this
+    one, by stage. Does nothing for a single training, or if the parent run was deleted.
 
-    Once all planned repeats are there it gets their metrics and is finished, and stays so.
+    Once all planned repeats are there it gets their metrics and is finished, and stays so. Without `added` a finished
+    one is left alone.
     """
     if store.REPEATS_TAG not in record["tags"]:
         return
     parent, rows = store.find_repeats(record["tags"][store.REPEATS_TAG], target["experiment"], target["run_id"])
     if parent is None or store.is_deleted(parent):
         return
-    planned = int(record["tags"]["repeats"])
-    if len(rows) >= planned:
-        _publish_parent(parent, [rows[number] for number in sorted(rows)])
-    elif not store.is_finished(parent):
-        store.set_tags(parent, {"mlflow.note.content": f"{len(rows)} of {planned} repeats are here"})
+    this, planned = records.repeat_number(record), int(record["tags"]["repeats"])
+    whole = [row for number, row in sorted(rows.items()) if number == this or digest_tag("train") in row["tags"]]
+    finished = store.is_finished(parent)
+    if len(whole) >= planned and (added or not finished):
+        _publish_parent(parent, whole, record["id"], added or {})
+    elif not finished:
+        store.set_tags(parent, {"mlflow.note.content": f"{len(whole)} of {planned} repeats are here"})
         store.set_status(parent, "SCHEDULED")  # nothing may come any more, so it must not be RUNNING
 
 
-def _publish_parent(parent: store.Handle, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log the summary of the repeats whose runs are `rows`, with the pictures and the settings of the first."""
+def _publish_parent(
+    parent: store.Handle, rows: Sequence[Mapping[str, Any]], record_id: str, added: Mapping[str, Record]
+) -> None:
+    """Log the summary of the repeats whose runs are `rows`, with the pictures and the settings of the first. `added`:
+    records of the training `record_id` that are not marked as whole in the store yet, by stage."""
     with tempfile.TemporaryDirectory() as scratch:
         repeats = [records_in_store(row["run_id"], row["tags"], Path(scratch), {}) for row in rows]
+        for row, repeat in zip(rows, repeats, strict=True):
+            if row["tags"][store.RECORD_TAG] == record_id:
+                repeat.update(added)
         first = rows[0]["run_id"]
         shown = [*store.list_artifacts(first, "plots"), *store.list_artifacts(first, "")]
         names = [name for name in shown if name.endswith(".png") or name == "params.yaml"]

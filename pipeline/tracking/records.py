@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import config, files
 from pipeline.errors import UsageError
+from pipeline.tracking import location
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `compare` does without it
     from pipeline.devices import Backend
@@ -208,10 +209,8 @@ def run_warnings(
 
 
 def experiment_name(settings: config.Settings, run_tags: Mapping[str, str]) -> str:
-    """The MLflow experiment of a run with these tags: MLFLOW_EXPERIMENT_NAME, else the setting. A run with a fallback
-    goes to the demo experiment."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or settings.tracking.experiment
-    return name + ("-demo" if "fallback" in run_tags else "")
+    """The MLflow experiment of a run with these tags. A run with a fallback goes to the demo experiment."""
+    return location.experiment_name(settings.tracking.experiment) + ("-demo" if "fallback" in run_tags else "")
 
 
 def run_name(run_tags: Mapping[str, str]) -> str:

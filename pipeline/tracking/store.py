@@ -3,11 +3,10 @@
 import logging
 import os
 import random
-import re
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def _store_errors() -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, RequestException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, RequestException, OSError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         causes = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
         cause = next(iter(causes + lines), type(error).__name__)
@@ -87,12 +86,12 @@ def charts_link(experiment_id: str, base: str | None = None) -> str:
 
 
 def run_link(experiment_id: str, run_id: str) -> str:
-    """The UI's page of one run, without a name or password of the server: reports are shared."""
-    return views.run_link(re.sub(r"//[^/@]*@", "//", _server_url()), experiment_id, run_id)
+    """The UI's page of one run."""
+    return views.run_link(_server_url(), experiment_id, run_id)
 
 
 def _server_url() -> str:
-    uri = store_uri()
+    uri = location.public_uri()  # reports are shared, and terminals are looked at
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
@@ -271,18 +270,6 @@ def end_run(handle: Handle, status: str, at: int | None = None) -> None:
     _client().set_terminated(handle.run_id, status, at)
 
 
-@contextmanager
-def end_on_failure(handle: Handle) -> Iterator[None]:
-    """End the run as KILLED after Ctrl-C, else as FAILED, if the block raises. An error of the store meanwhile is
-    suppressed, so that it does not hide the first one."""
-    try:
-        yield
-    except BaseException as error:
-        with suppress(StageError):
-            end_run(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-
-
 @_store_errors()
 def discard_run(handle: Handle) -> None:
     """Delete the run, so that `find_run` and `find_repeats` do not find it any more."""
@@ -290,11 +277,12 @@ def discard_run(handle: Handle) -> None:
     _client().delete_run(handle.run_id)
 
 
-def refer_to(run_id: str | None, parent: Handle) -> None:
+@_store_errors()
+def refer_to(given: str | None, parent: Handle) -> None:
     """Write into the run that `mlflow run` created which other run holds the repeats, if it is another."""
-    if run_id and run_id != parent.run_id:
-        note = f"resumed: all of it is in run {parent.run_id}"
-        set_tags(Handle(run_id, parent.experiment_id), {"mlflow.note.content": note})
+    run = _given_run(given)
+    if run and run.info.run_id != parent.run_id and _is_unused(run):
+        set_tags(_handle(run), {"mlflow.note.content": f"resumed: all of it is in run {parent.run_id}"})
 
 
 # --- what a run holds
@@ -302,14 +290,14 @@ def refer_to(run_id: str | None, parent: Handle) -> None:
 
 @_store_errors()
 def set_tags(handle: Handle, tags: Mapping[str, Any]) -> None:
-    """Set tags of the run, and delete those whose value is None."""
+    """Set tags of the run, then delete those whose value is None."""
     client = _client()
+    client.log_batch(handle.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items() if v is not None])
     deleted = [key for key, value in tags.items() if value is None]
     present = client.get_run(handle.run_id).data.tags if deleted else {}
     for key in deleted:
         if key in present:
             client.delete_tag(handle.run_id, key)
-    client.log_batch(handle.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items() if v is not None])
 
 
 def log_metrics(handle: Handle, metrics: Mapping[str, float], at: int, step: int = 0) -> None:
@@ -443,9 +431,13 @@ def download_artifact(run_id: str, name: str, folder: Path) -> Path:
 
 @_store_errors()
 def history(run_id: str, keys: Iterable[str]) -> dict[str, list[float]]:
-    """The values of a run's metrics in order of step. A metric that the run lacks has none."""
-    courses = {key: _client().get_metric_history(run_id, key) for key in keys}
-    return {key: [m.value for m in sorted(course, key=lambda m: int(m.step))] for key, course in courses.items()}
+    """The values of a run's metrics in order of step, of each step the latest: a resumed training may repeat an epoch.
+    A metric that the run lacks has none."""
+    courses = {}
+    for key in keys:
+        course = sorted(_client().get_metric_history(run_id, key), key=lambda metric: (metric.step, metric.timestamp))
+        courses[key] = list({metric.step: metric.value for metric in course}.values())
+    return courses
 
 
 def find_run(record_id: str, experiment: str, given: str | None = None) -> Handle | None:
