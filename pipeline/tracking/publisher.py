@@ -31,6 +31,13 @@ Folders = Mapping[str, Path]
 """Where each stage left its files, by stage (`records.stage_folders`)."""
 
 
+def preload() -> None:
+    """Import what logs a model and draws pictures, which takes seconds."""
+    from pipeline.models import checkpoints  # noqa: F401
+
+    store.preload()
+
+
 # --- what each stage adds to a run
 
 

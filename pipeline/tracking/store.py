@@ -378,6 +378,12 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
         )
 
 
+def preload() -> None:
+    """Import what `log_model` needs."""
+    import mlflow.pytorch
+    import torch.export._trace  # noqa: F401
+
+
 @contextmanager
 def _active_run(handle: Handle) -> Iterator[None]:
     """Make the run MLflow's active one, for calls that take neither client nor run id. Its status stays RUNNING."""
