@@ -346,7 +346,7 @@ def check_waiting(waiting: Callable[[], Sequence[Path]] | None = None) -> Result
 
     count = len((waiting or pending.waiting)())
     if count:
-        message = f"{count} runs wait to be delivered; the next command that uses the store delivers them"
+        message = f"{count} parts of runs wait to be delivered; the next command that uses the store delivers them"
         return Result("waiting", "warn", message, "python -m pipeline.publish")
     return Result("waiting", "ok", "no run waits to be delivered")
 

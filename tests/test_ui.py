@@ -23,12 +23,12 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
     for _ in range(int(sys.argv[2])):
         server.accept()
 """
-"""A stand-in of MLflow's server on the port argv[1]. It ends after argv[2] connections."""
+"""A stand-in for MLflow's server on port argv[1]. It ends after argv[2] connections."""
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The pages that the browser was sent to."""
+    """The pages that were opened in the browser."""
     pages = []
     monkeypatch.setattr(webbrowser, "open", pages.append)
     return pages
@@ -36,7 +36,7 @@ def opened(monkeypatch):
 
 @pytest.fixture
 def ports(monkeypatch):
-    """Three consecutive ports that were free a moment ago, to choose from."""
+    """Set PORTS to three consecutive ports that are free."""
     for first in range(20000, 32000, 3):
         with ExitStack() as sockets:
             try:
@@ -51,7 +51,7 @@ def ports(monkeypatch):
 
 @pytest.fixture
 def serve(opened, ports, tmp_path, capfd):
-    """Runs the UI with a stand-in of MLflow's server, which ends by itself; gives the port, and what was printed."""
+    """Run the UI with a stand-in for MLflow's server that ends by itself. Returns the port and the printed text."""
 
     def run(code=LISTENS):
         used = []
@@ -84,6 +84,11 @@ def test_an_unknown_experiment_is_refused(opened, tmp_path):
     with pytest.raises(StageError, match="trainmark"):
         ui.run(config.load(), tmp_path)
     assert opened == []
+
+
+def test_other_machines_cannot_reach_the_server():
+    command = ui.server_command(5000)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 def test_a_store_that_is_a_server_is_not_served_again(opened, ports, tmp_path, monkeypatch):
@@ -130,7 +135,7 @@ from pipeline import config, ui
 parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1], '99'])"
 ui.run(config.load(), Path("outputs"), lambda port: [sys.executable, "-c", parent, str(port), sys.argv[1]])
 """
-"""The server is a child of the process that the command starts, as MLflow's is."""
+"""As with MLflow, the server is a child of the process that the command starts."""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal for one process there")
