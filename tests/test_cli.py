@@ -34,7 +34,7 @@ def shell(*command):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys, tmp_path):
-    """Calls cli.main for a stage with arguments; gives (exit status, stdout, stderr)."""
+    """Call cli.main with a stage and arguments. Returns (exit status, stdout, stderr)."""
     monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
 
     def run(stage, *arguments):

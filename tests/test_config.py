@@ -68,12 +68,12 @@ REFUSED = {
 
 
 def full_key(key):
-    """The dotted key of one in REFUSED."""
+    """The dotted key of a key in REFUSED."""
     return next(known for known in ALLOWED if known in (key, f"recipes.{CHOSEN}.{key}"))
 
 
 def refusal(*overrides, path=None):
-    """The one line with which these settings are refused."""
+    """The error message, one line, for these overrides or this file."""
     with pytest.raises(UsageError) as caught:
         config.load(overrides, path) if path else config.load([f"recipe={CHOSEN}", *overrides])
     (line,) = str(caught.value).splitlines()
@@ -82,7 +82,7 @@ def refusal(*overrides, path=None):
 
 @pytest.fixture
 def params(tmp_path):
-    """Writes a params.yaml of its own: the text, or the tree (JSON is YAML), that it is given."""
+    """Write a params.yaml from a text or a tree, and return its path."""
 
     def write(content):
         path = tmp_path / "params.yaml"

@@ -25,7 +25,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def auto(tmp_path, *overrides):
-    """Settings for CIFAR-10 and pretrained weights where they can be had, from an empty folder."""
+    """Settings for CIFAR-10 and pretrained weights, both with a fallback, and an empty folder of data."""
     path = json.dumps(str(tmp_path / "raw"))
     return config.load([f"data.path={path}", "data.source=auto", "data.limit=3", "weights=pretrained", *overrides])
 

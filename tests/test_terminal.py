@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def in_terminal(monkeypatch):
-    """Puts a terminal in the place of stderr, within the test (pytest takes stderr back before that)."""
+    """Replace stderr by a terminal when called, since pytest replaces stderr after the set-up of fixtures."""
 
     def put():
         stand_in = Terminal()

@@ -25,7 +25,7 @@ CUT = 300_000
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """The first word of the path says how it behaves."""
+    """A server whose behaviour is the first word of the path."""
 
     def do_GET(self):
         asked = self.headers["Range"]
@@ -99,7 +99,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch):
-    """The small archive stands for the published one, and no proxy of this machine is in the way."""
+    """Use the small archive in place of the published one, and no proxy of this machine."""
     monkeypatch.setattr(fetch, "ARCHIVE_MD5", md5(ARCHIVE))
     monkeypatch.setattr(fetch, "ARCHIVE_BYTES", SIZE)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -124,7 +124,7 @@ def put(path, content):
 
 
 def assert_fetched(data):
-    """The archive is there, whole, and nothing else."""
+    """Assert that the folder contains the complete archive and nothing else."""
     assert {path.name: path.read_bytes() for path in data.iterdir()} == {fetch.ARCHIVE: ARCHIVE}
 
 

@@ -13,18 +13,18 @@ from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.profiling import system_info
 
 HERE = [backend for backend in BACKENDS if backend.count()]
-"""Always the CPU; on a machine with a GPU, that too."""
+"""The CPU, and the GPU of a machine that has one."""
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """The machine that runs the tests may have one."""
+    """Hide the GPU of the machine that runs the tests."""
     monkeypatch.setattr(system_info, "gpus", lambda: [])
 
 
 @pytest.fixture
 def precision_flags():
-    """Restores torch's number formats."""
+    """Restore torch's precision settings after the test."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(before[0])
@@ -32,7 +32,7 @@ def precision_flags():
 
 
 def standins(**counts):
-    """Backends of these kinds, with so many devices each."""
+    """Backends with these kinds and numbers of devices."""
     return [
         type(kind, (Standin,), {"kind": kind, "count": lambda count=count: count}) for kind, count in counts.items()
     ]

@@ -20,7 +20,7 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 @pytest.fixture
 def cards(monkeypatch):
-    """Makes torch see cards of these compute capabilities, built for some architectures."""
+    """Make torch report cards with these compute capabilities, and a build for these architectures."""
 
     def put(*capabilities, built=CU130, cuda="13.0", hip=None, **properties):
         properties = SimpleNamespace(**properties)

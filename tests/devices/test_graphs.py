@@ -8,7 +8,7 @@ from pipeline.devices.graphs import GraphedFunction
 
 
 class CountingPool(TapePool):
-    """Counts captures and replays; `errors`: what is raised instead of a capture, one by one."""
+    """Counts captures and replays. The first captures raise `errors`, in this order."""
 
     def __init__(self, *errors):
         self.errors, self.captures, self.replays = list(errors), 0, 0

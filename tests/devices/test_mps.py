@@ -13,7 +13,7 @@ MIB, GIB = 2**20, 2**30
 
 
 class Metal:
-    """What torch.mps says: `driver` bytes given to the process, `allocated` by tensors, `available` of the RAM."""
+    """A stand-in for torch.mps, in bytes: `driver` given to the process, `allocated` by tensors, `available` RAM."""
 
     def __init__(self, monkeypatch):
         self.driver = self.allocated = self.available = self.synchronized = 0

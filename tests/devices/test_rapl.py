@@ -13,13 +13,13 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no file can be 
 
 
 class Rapl:
-    """A powercap folder, a clock set by hand, and a timer that calls nothing by itself."""
+    """A powercap folder, a clock that is set by hand, and a timer that does not call anything."""
 
     def __init__(self, root):
         self.root, self.now, self.timers = root, 1000.0, []
 
     def write(self, wrap=INTEL_UJ, **counters):
-        """Sets the counters, in microjoules: of `package0`, which is intel-rapl:0, and so on."""
+        """Set counters in microjoules. `package0` is intel-rapl:0, and so on."""
         for name, count in counters.items():
             self.write_zone(f"intel-rapl:{name[7:]}", f"package-{name[7:]}", count, wrap)
 

@@ -19,7 +19,7 @@ DEVICES = [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("mps", mar
 
 @pytest.fixture
 def trained(settings_of, tmp_path, monkeypatch):
-    """Runs the stages up to the training of a tiny ResNet; gives the record."""
+    """Train a tiny ResNet. Returns the record."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'store.db').as_posix()}")
 
     def run(*overrides):
@@ -40,7 +40,7 @@ def backend():
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """Convolutions that add up in one order: the same kernels then give the same numbers."""
+    """Use deterministic convolutions: their sums are always in the same order."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
@@ -177,7 +177,7 @@ def test_a_function_that_synchronizes_is_not_captured_and_the_device_still_works
 
 
 def peak_of(use_cuda_graph):
-    """Peak in MiB of some steps of a network whose activations are most of it."""
+    """Peak memory in MiB of steps of a network, mostly its activations."""
     gc.collect()
     torch.cuda.empty_cache()
     backend = devices.select("cuda")
@@ -249,7 +249,7 @@ def test_a_span_agrees_with_the_cards_own_clock(backend):
     matrix = torch.randn(4096, 4096, device=backend.device)
 
     def measure(products):
-        """Seconds by two of CUDA's events, and by the clock."""
+        """The seconds between two CUDA events, and those of the clock."""
         clock = Clock(backend.synchronize)
         with clock.span("work") as span:
             first = backend.record_event()

@@ -32,7 +32,7 @@ GPU Power: 26 mW
 ANE Power: 351 mW
 Combined Power (CPU + GPU + ANE): 1200 mW
 """
-"""As an M2 prints it; 0.6 J."""
+"""The output of an M2, with 0.6 J."""
 
 INTEL = SAMPLE.split("CPU Power")[0] + "Intel energy model derived package power (CPUs+GT+SA): 2.48W\n"
 NO_TIME = SAMPLE.replace("500.00ms", "ms")
@@ -40,7 +40,7 @@ HANG = "exec sleep 60\n"
 
 
 def printing(text):
-    """A line of shell; printf is the shell's own, so that a closed pipe ends the shell."""
+    """A shell command that prints the text. printf is built in, so that a closed pipe ends the shell."""
     return f"printf '{text.replace('%', '%%')}'\n"
 
 
@@ -49,7 +49,7 @@ FOREVER = "while :; do " + printing(SAMPLE) + "sleep 0.02 > /dev/null; done\n"
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """Puts a `powermetrics` of this shell script on the PATH, and a `sudo` that asks for nothing."""
+    """Put a `powermetrics` with this shell script on the PATH, and a `sudo` that needs no password."""
 
     def put(script, sudo='[ "$1" = -n ] || exit 9; shift; exec "$@"'):
         folder = tmp_path / "bin"
@@ -63,7 +63,7 @@ def tool(tmp_path, monkeypatch):
 
 
 def wait_for(condition):
-    """Waits for another thread or process."""
+    """Wait until another thread or process makes the condition true."""
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
@@ -81,7 +81,7 @@ class Time:
 
 @pytest.fixture
 def started(tool):
-    """Starts the tool as a counter, with a clock set by hand; stops it in the end."""
+    """Start the tool as a counter, with a clock that is set by hand. Stops it after the test."""
     counters = []
 
     def start(script):

@@ -18,7 +18,7 @@ PEAKS = roofline.Peaks(matmul_flops=2e12, memory_bytes_per_second=5e10, images_p
 
 @pytest.fixture
 def time_scripted():
-    """Time work whose calls take these seconds, by the clock of an asynchronous device.
+    """Time work whose calls take these seconds, on a stand-in for an asynchronous device.
 
     Returns the means that `time_calls` gives, and the device with its `calls`.
     """
@@ -67,7 +67,7 @@ def test_each_window_has_the_mean_of_its_calls(time_scripted, durations, options
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sizes and times that a test can afford."""
+    """Use small sizes and short times."""
     for name, value in {
         "WINDOW_SECONDS": 1e-4, "MIN_SIDE": 16, "MAX_SIDE": 64, "MATMUL_SECONDS": 0,
         "COPY_SIDE": 128, "CPU_COPY_SIDE": 64, "COPY_SECONDS": 0,
@@ -123,7 +123,7 @@ def resnet(trainable):
 
 @functools.cache
 def convolutions():
-    """Operations of each of ResNet-18's convolutions on one image of 96 x 96, by hand from its layers' shapes."""
+    """Layer -> operations of ResNet-18's convolutions on an image of 96 x 96, from the layers' shapes."""
     operations = {}
 
     def count(name, layer, args, output):
@@ -200,7 +200,7 @@ def test_counting_changes_neither_the_network_nor_random_numbers():
 
 
 class Choosing(nn.Module):
-    """Goes by what it is shown, which the meta device can't tell."""
+    """A network with a branch on a tensor's value, which the meta device does not have."""
 
     def __init__(self):
         super().__init__()

@@ -49,7 +49,7 @@ HARDWARE = {"model": "LENOVO 20XW", "cpu": "Intel(R) Core(TM) i7-8700", "cores":
 
 @pytest.fixture
 def fresh():
-    """No cached facts of this machine before the test, and none of the test's machine after it."""
+    """Clear the cached facts before and after the test."""
     caches = (system_info.facts, system_info.gpus, system_info._nvidia_smi)
     for cached in caches:
         cached.cache_clear()
@@ -66,7 +66,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 
 
 def pci(root: Path, *devices: tuple[str, str, str]) -> Path:
-    """Linux' view of a bus with devices of these classes, vendors and ids."""
+    """Write Linux's folders for PCI devices with these classes, vendors and ids."""
     for index, (kind, vendor, device) in enumerate(devices):
         files = {"class": f"0x{kind}", "vendor": f"0x{vendor}", "device": f"0x{device}"}
         tree(root, {f"0000:{index:02x}:00.0/{key}": text for key, text in files.items()})
@@ -74,7 +74,7 @@ def pci(root: Path, *devices: tuple[str, str, str]) -> Path:
 
 
 def recorded(monkeypatch, system: str, outputs: dict[str, str]) -> None:
-    """Replace each tool by its recorded output; a tool without one isn't installed."""
+    """Replace each tool by its recorded output. Tools without an output are not installed."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(system_info, "command_output", lambda *command: next(
         (text for start, text in outputs.items() if " ".join(command).startswith(start)), ""

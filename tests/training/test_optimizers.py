@@ -18,7 +18,7 @@ from pipeline.training import optimizers
 
 BLOG = {"weight_decay": 0.0, "num_warm_up_iterations": 0}
 FASTEST = {"fused": True, "capturable": True}
-"""As on CUDA; torch takes both on the CPU too."""
+"""CUDA's options. torch accepts both on the CPU too."""
 
 
 def parameters():
@@ -68,7 +68,7 @@ def step(optimizer):
 
 
 def rates(scheduler, moves):
-    """The rate before each of `moves` moves, with a step of the optimizer in each."""
+    """The learning rates of `moves` steps of optimizer and schedule."""
     values = []
     for _ in range(moves):
         values.append(scheduler.optimizer.param_groups[0]["lr"])
@@ -78,7 +78,7 @@ def rates(scheduler, moves):
 
 
 def refusal(call, *args, **kwargs):
-    """The line that `call` is refused with, as its setting and the rest."""
+    """The error message of `call`, one line, split into the setting and the rest."""
     with pytest.raises(UsageError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
