@@ -16,7 +16,7 @@ answer       the sentences at the top of a report
 cells        the text of every table cell
 content      what a report says, section by section
 report       Markdown, terminal and JSON
-page         HTML
+page         HTML, with page.css
 charts       which charts a report shows
 plots        drawing them with matplotlib
 """

@@ -128,10 +128,8 @@ def _verdict(
 
 
 def _widen(speedup: stats.Contrast, floor: float) -> tuple[float, float, float]:
-    """Widen the interval: add `floor` to its half-width in quadrature, on logarithms. A `floor` of 1 changes nothing.
-
-    Returns its ends, and the smallest effect that would be detected beyond `floor`.
-    """
+    """Widen the interval by `floor`, the smallest ratio that may be claimed: add its logarithm to the half-width in
+    quadrature. A `floor` of 1 changes nothing. Returns both ends, and the smallest effect that would be detected."""
     assert speedup.high is not None and speedup.detectable is not None
     half_width, extra = math.log(speedup.high / speedup.value), math.log(floor)
     widened = math.hypot(half_width, extra)

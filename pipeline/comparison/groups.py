@@ -83,7 +83,7 @@ def _first_planned_set(
         return Group(entity, settings, runs, [], 1, problem)
     planned = first_set[0].planned
     others = [run for members in sets.values() if members is not first_set for run in members]
-    earlier = [run for run in others if run.planned == 1 and _order(run) < _order(first_set[0])]
+    earlier = [run for run in others if _order(run) < _order(first_set[0])]
     later = [run for run in others if run not in earlier]
     problem = ""
     if in_other_groups := set_sizes[first_set[0].set_id] - len(first_set):

@@ -2,75 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from pipeline.comparison import content
 from pipeline.comparison.answer import answer
 from pipeline.comparison.cells import Cell, Column, price_columns
 from pipeline.comparison.schema import Comparison
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 104rem; color: #111; background: #fff;
-  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-  overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .3rem; border-top: 2px solid #111; padding-top: .6rem; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
-p, ul { margin: .4rem 0; max-width: 62rem; }
-a { color: #0072B2; }
-code { font-size: .9em; }
-.answer { font-size: 1.25rem; font-weight: 600; max-width: 48rem; margin: .6rem 0; }
-.demo { border: 3px dashed #D55E00; padding: .5rem .8rem; font-weight: bold; }
-.claims { list-style: none; padding: 0; }
-.claims li { padding: .25rem 0 .25rem 1.7rem; text-indent: -1.7rem; }
-.claims b { display: inline-block; width: 1.7rem; text-indent: 0; text-align: center; }
-.faster b { color: #0072B2; }
-.slower b { color: #D55E00; }
-.table { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ccc; }
-th { vertical-align: bottom; border-bottom: 2px solid #111; white-space: nowrap; }
-td { min-width: 3.2rem; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; text-align: left; min-width: 9rem;
-  max-width: 16rem; border-right: 1px solid #ccc; }
-th.words, td.words { text-align: left; }
-td small { display: block; color: #444; white-space: nowrap; }
-td.words small, td:first-child small { white-space: normal; }
-tr.reference td { background: #f0f0f0; }
-tr.problem td { color: #555; font-style: italic; background: #fafafa; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem;
-  align-items: start; margin: .6rem 0; }
-figure { margin: 0; max-width: 30rem; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg a text { fill: #00588a; text-decoration: underline; }
-.key { font-size: .85rem; color: #333; }
-.hint { display: none; font-size: .85rem; color: #444; }
-@media (max-width: 40rem) {
-  body { padding: .8rem; }
-  .answer { font-size: 1.05rem; }
-  .hint { display: block; }
-  table { font-size: .82rem; }
-  th, td { padding: .3rem .35rem; }
-  td { min-width: 0; }
-  th:first-child, td:first-child { min-width: 7rem; max-width: 7rem; }
-  td small { white-space: normal; }
-}
-@media print {
-  @page { size: A4 landscape; margin: 1cm; }
-  body { max-width: none; padding: 0; font-size: 9pt; }
-  .table { overflow: visible; }
-  table { font-size: 8pt; }
-  thead { display: table-header-group; }
-  th, td { padding: .15rem .3rem; min-width: 0; }
-  th:first-child, td:first-child { position: static; min-width: 0; }
-  td small { white-space: normal; }
-  tr, figure.short, .claims li { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  .charts { grid-template-columns: repeat(3, 1fr); }
-  a { color: inherit; text-decoration: none; }
-}
-"""
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 MARKS = {
     "faster": "▲", "slower": "▼", "none": "=", "small": "≈", "few": "?", "parity": "✕", "problem": "✕", "other": "✕",
@@ -110,7 +49,7 @@ def html(comparison: Comparison, svgs: Mapping[str, Mapping[str, str]]) -> str:
             "<!doctype html>",
             '<html lang="en">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{content.TITLE}</title><style>{STYLE}</style></head>",
+            f"<title>{content.TITLE}</title><style>\n{STYLE}</style></head>",
             "<body>",
             *(element for element in body if element),
             "</body></html>\n",
