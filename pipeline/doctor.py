@@ -64,8 +64,12 @@ def attempt(name: str, check: Callable[..., Result], *args: Any) -> Result:
             warnings.simplefilter("ignore")  # torch's words about a driver, which `device` says
             return check(*args)
     except Exception as error:  # a broken package may raise anything when it is imported
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Result(name, "wrong", line, REINSTALL if isinstance(error, ImportError) else None)
+        return Result(name, "wrong", first_line(error), REINSTALL if isinstance(error, ImportError) else None)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- Python and its packages
@@ -118,12 +122,14 @@ def check_packages(pins: Mapping[str, str], version: Callable[[str], str] = impo
     return Result("packages", "ok", f"the {len(pins)} of requirements.txt")
 
 
-def check_torch() -> Result:
+def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Result:
     """Whether torch and torchvision, which must fit each other, can be imported."""
-    import torch
-    import torchvision  # noqa: F401
-
-    return Result("torch", "ok", f"torch {torch.__version__}")
+    try:
+        version = load("torch").__version__
+        load("torchvision")
+    except Exception as error:  # a library that is missing, or of another build
+        return Result("torch", "wrong", first_line(error), REINSTALL)
+    return Result("torch", "ok", f"torch {version}")
 
 
 # --- the machine and its device
@@ -390,7 +396,7 @@ def main() -> None:
         from pipeline import cli
     except Exception as error:  # a package is missing or broken, or this Python is too old
         if all(result.status != "wrong" for result in results):
-            results.append(Result("settings", "wrong", str(error).partition("\n")[0], REINSTALL))
+            results.append(Result("settings", "wrong", first_line(error), REINSTALL))
     else:
         with cli.exit_on_error(PROGRAM):
             results += diagnose(cli.parse_settings(arguments, __doc__, PROGRAM))

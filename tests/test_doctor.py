@@ -152,6 +152,17 @@ def test_a_check_that_fails_is_one_line(error, message, command):
     assert doctor.attempt("torch", check, 1) == doctor.Result("torch", "wrong", message, command)
 
 
+@pytest.mark.parametrize("broken", ["torch", "torchvision"])
+def test_a_torch_that_cannot_be_imported_is_wrong(broken):
+    def load(name):
+        if name == broken:
+            raise OSError("libcudart.so.13: cannot open shared object file")
+        return torch
+
+    result = doctor.check_torch(load)
+    assert (result.status, result.command) == ("wrong", doctor.REINSTALL)
+
+
 # --- device
 
 
