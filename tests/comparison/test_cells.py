@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from made import MINUTE, PRICES, B, C, Store, price, sections, two
+from made import MINUTE, PRICES, B, C, Store, price, row, sections, two
 
 from pipeline.comparison import cells
 from pipeline.comparison.cells import Cell
@@ -66,7 +66,9 @@ def test_a_target_that_some_never_reached_has_no_time():
     assert work(store.compare())["s to 50%"][0].text == "5.00"
     for run in store.runs[3:]:
         del run["metrics"]["time/to_target_seconds"]
-    assert work(store.compare())["s to 50%"] == [Cell("reached by 3 of 5")]
+    comparison = store.compare()
+    assert work(comparison)["s to 50%"] == [Cell("reached by 3 of 5")]
+    assert "seconds_to_target" not in row(comparison, "GPU A").figures
     untargeted = work(Store().add(3, params={"target_accuracy": "null"}).compare())
     assert not [heading for heading in untargeted if heading.startswith("s to")]
 

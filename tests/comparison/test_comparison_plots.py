@@ -61,7 +61,7 @@ def test_few_courses_share_a_chart_and_many_have_one_each():
     few = plots.courses([curve("A"), curve("B", 5.0)], target=0.65, title=TITLE)
     assert len(few.axes) == 2  # the chart and its names
     assert [list(line.get_xdata()) for line in few.axes[0].lines[1:3]] == [[2, 4, 6, 8, 10], [1, 2, 3, 4, 5]]
-    many = plots.courses([curve(f"M{place}") for place in range(40)], target=None, title=TITLE)
+    many = plots.courses([curve(f"M{number}") for number in range(40)], target=None, title=TITLE)
     assert len(many.axes) == 40
     assert {axes.get_xlim() for axes in many.axes} == {many.axes[0].get_xlim()}
 
@@ -69,12 +69,14 @@ def test_few_courses_share_a_chart_and_many_have_one_each():
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_an_svg_is_the_same_each_time_and_holds_its_text_and_links(count):
     def made():
-        return plots.svg(plots.bars([bar(f"M{place}", place + 1.0) for place in range(count)], title=TITLE, unit="s"))
+        return plots.svg(
+            plots.bars([bar(f"M{number}", number + 1.0) for number in range(count)], title=TITLE, unit="s")
+        )
 
     text = made()
     assert text == made() and text.startswith("<svg")
     assert 'viewBox="0 0 295' in text and "pt" not in text.split(">")[0]
-    assert all(f">M{place}</text>" in text and f"http://h/M{place}" in text for place in range(count))
+    assert all(f">M{number}</text>" in text and f"http://h/M{number}" in text for number in range(count))
     assert "'DejaVu Sans', system-ui, sans-serif" in text
 
 
