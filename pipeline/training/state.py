@@ -6,8 +6,6 @@ read without pickle's code (`weights_only`).
 
 import hashlib
 import json
-import pickle
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> bool:
         "step_seconds": list(loop.times.seconds),
     }
     epoch = len(record["epochs"])
-    temporary = folder / "new"
+    temporary = folder / "state"
     with files.atomic_write(temporary) as path, path.open("wb") as file:  # given a path, torch hides a full disk
         torch.save(content, file)
     temporary.replace(folder / f"{epoch:06}-{_digest(temporary)}.pt")
@@ -70,7 +68,7 @@ def load_newest(folder: Path) -> State | None:
                 raise ValueError("its content is not what was written")
             content: State = torch.load(path, map_location="cpu", weights_only=True)
             return content | {"record": json.loads(content["record"])}
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever torch makes of a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             terminal.say(f"note     the state {path.name} can't be used ({reason}): the one before it is tried")
     return None
@@ -98,13 +96,6 @@ def restore(training: TrainingSetup, saved: State) -> None:
     torch.set_rng_state(saved["random"])
     np.random.set_state(tuple(saved["numpy_random"]))
     loop.clock.resume(saved["seconds"], saved["unaccounted"])
-
-
-def delete(folders: Iterable[Path]) -> None:
-    """Delete all states in these folders."""
-    for folder in folders:
-        for path in folder.glob("*.pt"):
-            path.unlink(missing_ok=True)
 
 
 def _changing(training: TrainingSetup) -> dict[str, Tensor]:
