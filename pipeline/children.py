@@ -11,14 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pipeline import terminal
 from pipeline.errors import StageError, Stopped
-from pipeline.profiling import system_info
 from pipeline.tracking import location, pending
 
 CHILD = "TRAINMARK_CHILD"
@@ -97,20 +96,15 @@ def wait_for_work() -> tuple[int, Path]:
 # --- in the driver
 
 
-def starter(module: str, device: str) -> Callable[[int, Path], int]:
+def starter(module: str) -> Callable[[int, Path], int]:
     """Start this process's command line again, as `python -m pipeline.<module>`. Returns the function that gives such a
-    process its work and returns its exit status. `device`: the setting."""
-    has_own_memory = any(gpu["vendor"] != "Apple" for gpu in system_info.facts()["gpus"])
-    command = [sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]]
-    return command_starter(command, preload=device != "cpu" and has_own_memory)
+    process its work and returns its exit status."""
+    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
 
 
-def command_starter(command: Sequence[str], *, preload: bool = False) -> Callable[[int, Path], int]:
+def command_starter(command: Sequence[str]) -> Callable[[int, Path], int]:
     """Start `command` at once, to be ready, and again for each further repeat. A child that a signal killed has the
-    exit status 128 plus the signal's number, as in a shell.
-
-    `preload`: import beside the child what is needed after it. On a GPU this does not slow down the child.
-    """
+    exit status 128 plus the signal's number, as in a shell."""
     spare = [_spawn(command)]
 
     def start_child(number: int, folder: Path) -> int:
@@ -119,8 +113,6 @@ def command_starter(command: Sequence[str], *, preload: bool = False) -> Callabl
         try:
             child.stdin.write(f"{number}:{folder.absolute()}\n".encode())
             child.stdin.flush()
-            if preload:
-                _preload()
             status = _follow(child)
         except BrokenPipeError:  # it ended before it got its work
             status = child.wait()
@@ -138,15 +130,6 @@ def command_starter(command: Sequence[str], *, preload: bool = False) -> Callabl
 
 def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=os.environ | {CHILD: "1"}, stdin=subprocess.PIPE)
-
-
-def _preload() -> None:
-    """Import what brings a complete training into the store."""
-    _lower_priority()
-    with suppress(ImportError):  # it will be reported when it is needed
-        from pipeline.tracking import publisher
-
-        publisher.preload()
 
 
 def _lower_priority() -> None:
@@ -213,6 +196,8 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
         from pipeline.tracking import publisher  # imports MLflow, which takes seconds
 
         publisher.deliver_all(epochs, complete=complete)
+        if epochs and all(map(pending.may_work_beside, epochs)):
+            publisher.preload()
     except StageError as error:
         return str(error)
     except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training

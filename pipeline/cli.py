@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,13 @@ def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None
     """Run a stage with the settings of the command line, and exit with its status if it fails."""
     with exit_on_error(program()):
         stage(parse_settings(sys.argv[1:], doc or "", program()), OUTPUTS)
+
+
+def leave() -> NoReturn:
+    """End the process with status 0 at once. Taking down torch and MLflow would take seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def program() -> str:

@@ -92,7 +92,7 @@ def start_stage(doc: str | None, stage: str) -> None:
         return
     with cli.exit_on_error(cli.program()):
         planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
-        start_child = children.starter(stage, settings.device)
+        start_child = children.starter(stage)
         if planned > 1:
             run_repeats(settings, cli.OUTPUTS, [stage], planned, start_child)
         else:
@@ -112,6 +112,7 @@ def run_stage(run: RunStage, doc: str | None) -> None:
 
     with children.stoppable():
         cli.main(run_repeat, doc)
+    cli.leave()
 
 
 # --- the driver

@@ -167,6 +167,14 @@ def is_owned(entry: Path) -> bool:
     return files.is_locked(entry / OWNER)
 
 
+def may_work_beside(entry: Path) -> bool:
+    """Whether other processes may work while an entry's process measures: its device shares neither memory nor cores
+    with them."""
+    record = entry / "train" / "record.json"
+    tags = files.read_json(record)["tags"] if record.exists() else journal(entry)[0]["record"]["tags"]
+    return tags["backend"] not in ("cpu", "mps")
+
+
 def is_training(entry: Path) -> bool:
     """Whether the entry is of a training that has not ended well."""
     return (entry / JOURNAL).exists() and not (entry / "train" / "record.json").exists()

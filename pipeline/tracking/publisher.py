@@ -32,7 +32,7 @@ Folders = Mapping[str, Path]
 
 
 def preload() -> None:
-    """Import what logs a model and draws pictures, which takes seconds."""
+    """Import what logs a model, which takes seconds."""
     from pipeline.models import checkpoints  # noqa: F401
 
     store.preload()
@@ -224,11 +224,12 @@ def start(record: Record, target: Mapping[str, Any], handle: store.Handle | None
         parent = None
         if store.REPEATS_TAG in record["tags"]:
             parent, _ = store.find_repeats(record["tags"][store.REPEATS_TAG], target["experiment"], target["run_id"])
+            fields = records.parent_fields(record) | experiment
             if parent is None:
-                fields = records.parent_fields(record) | experiment
                 parent = store.start_run(fields, target["run_id"])
-                store.describe_start(parent, fields)
-                store.set_tags(parent, {key: tag for key, tag in target["marks"].items() if key != IMPORTED_RUN_TAG})
+            if "workload" not in store.run_tags(parent):  # it is new, or an earlier attempt failed here
+                marks = {key: tag for key, tag in target["marks"].items() if key != IMPORTED_RUN_TAG}
+                store.describe_start(parent, fields | {"tags": fields["tags"] | marks})
             store.refer_to(target["run_id"], parent)
         handle = store.start_run(dict(record) | experiment, target["run_id"], parent)
     store.describe_start(handle, record)
@@ -262,7 +263,7 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
             return True
         if pending.is_training(entry):
             _deliver_epochs(entry, target, epochs)
-        elif complete or _may_work_beside(entry):
+        elif complete or pending.may_work_beside(entry):
             record = files.read_json(entry / "train" / "record.json")
             if put_run(record, pending.stage_folders(entry), target) is None:
                 terminal.say(f"note     {record['name']} was deleted in this store: nothing is added to it")
@@ -314,13 +315,6 @@ def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True)
             error = caught
     if error is not None:
         raise error
-
-
-def _may_work_beside(entry: Path) -> bool:
-    """Whether the process of a training may measure while its files are delivered: on an accelerator that shares no
-    memory and no cores with us."""
-    backend = files.read_json(entry / "train" / "record.json")["tags"]["backend"]
-    return backend not in ("cpu", "mps")
 
 
 # --- the parent run of repeats

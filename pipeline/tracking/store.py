@@ -380,7 +380,7 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
 
 def preload() -> None:
     """Import what `log_model` needs."""
-    import mlflow.pytorch
+    import mlflow.pytorch  # noqa: F401
     import torch.export._trace  # noqa: F401
 
 
