@@ -93,26 +93,18 @@ def test_conditions_that_differ_are_columns(tag, value, heading, text):
     assert heading not in work(Store().add(3, **{tag: value}).add(3, **B | {tag: value}).compare())
 
 
-def disturbed():
-    store = Store().add(1).add(5)
+def test_n_reads_as_a_plan():
+    def count(store):
+        return work(store.compare())["n"]
+
+    assert count(Store().add(1)) == [Cell("1", [])]
+    assert count(Store().add(5, step=3 * MINUTE)) == [Cell("5", ["within 12 minutes"])]
+    assert count(Store().add(3, planned=5)) == [Cell("3 of 5", ["2 missing", "3 sessions"])]
+    store = Store().add(1).add(5).add(1)
     for run in store.runs[1:3]:
         run["tags"]["taints"] = "load"
-    return store
-
-
-@pytest.mark.parametrize(
-    ("store", "text", "notes"),
-    [
-        (Store().add(5), "5", ["5 sessions"]),
-        (Store().add(1), "1", []),
-        (Store().add(5, step=3 * MINUTE), "5", ["within 12 minutes"]),
-        (Store().add(3, planned=5), "3 of 5", ["2 missing", "3 sessions"]),
-        (disturbed(), "3 of 5", ["1 tried before the planned set", "2 disturbed (load)", "3 sessions"]),
-        (Store().add(3).add(1), "3", ["1 added after the planned set", "3 sessions"]),
-    ],
-)
-def test_n_reads_as_a_plan(store, text, notes):
-    assert work(store.compare())["n"] == [Cell(text, notes)]
+    reasons = ["1 tried before the planned set", "1 added after the planned set", "2 disturbed (load)", "3 sessions"]
+    assert count(store) == [Cell("3 of 5", reasons)]
 
 
 # --- the score

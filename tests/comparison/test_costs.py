@@ -31,13 +31,11 @@ def test_break_even_is_the_price_over_what_an_hour_saves(given, watts, hours):
 
 @pytest.mark.parametrize(
     ("given", "joules", "rented", "bought"),
-    [
-        ({"buy": HOURS, "per_hour": 3.0, "per_kwh": 0.5}, None, 3.0, 1.0),
-        ({"buy": HOURS, "hours_per_day": 8.0}, None, None, 3.0),
-        ({"buy": HOURS, "per_kwh": 0.5}, 360_000.0, None, 1.5),  # 1,000 W
-        ({"per_hour": 3.0, "per_kwh": 0.5}, 360_000.0, 3.0, None),
-    ],
-)
+    [({"buy": HOURS, "per_hour": 3.0, "per_kwh": 0.5}, None, 3.0, 1.0),
+     ({"buy": HOURS, "hours_per_day": 8.0}, None, None, 3.0),
+     ({"buy": HOURS, "per_kwh": 0.5}, 360_000.0, None, 1.5),  # 1,000 W
+     ({"per_hour": 3.0, "per_kwh": 0.5}, 360_000.0, 3.0, None)],
+)  # fmt: skip
 def test_a_job_costs_the_hour_of_its_whole_process(given, joules, rented, bought):
     energy = {} if joules is None else {"joules": joules}
     cost = costs.costs_of_work(price(**given), figures(total_seconds=360.0, process_seconds=3600.0, **energy))

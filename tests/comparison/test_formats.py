@@ -8,31 +8,16 @@ from pipeline.comparison import formats
 
 
 @pytest.mark.parametrize(
-    ("format_number", "value", "text"),
-    [
-        (formats.format_figure, 0, "0.000"),
-        (formats.format_figure, 0.0012345, "0.00123"),
-        (formats.format_figure, 0.99, "0.990"),
-        (formats.format_figure, 1.525, "1.52"),
-        (formats.format_figure, 31.46, "31.5"),
-        (formats.format_figure, 20816.6, "20,817"),
-        (formats.format_figure, math.inf, "∞"),
-        (formats.format_ratio, 1.0, "1.00"),
-        (formats.format_ratio, 1 / 140.2, "1/140"),
-        (formats.format_percent, 0.0031, "0.31%"),
-        (formats.format_percent, 0.75, "75.0%"),
-        (formats.format_percent, 3.123, "312%"),
-        (formats.format_large, 999.6, "1,000"),
-        (formats.format_large, 8_327_000, "8.327 million"),
-        (formats.format_large, 1.992e9, "1.992 billion"),
-        (formats.format_duration, 0, "1 minute"),
-        (formats.format_duration, 11.2, "12 minutes"),
-        (formats.format_duration, 150, "2.5 hours"),
-        (formats.format_duration, 4320, "3 days"),
-    ],
-)
-def test_a_number_has_the_digits_that_matter(format_number, value, text):
-    assert format_number(value) == text
+    ("format_number", "texts"),
+    [(formats.format_figure, {0: "0.000", 0.0012345: "0.00123", 0.99: "0.990", 1.525: "1.52", 31.46: "31.5",
+                              20816.6: "20,817", math.inf: "∞"}),
+     (formats.format_ratio, {1.0: "1.00", 1 / 140.2: "1/140"}),
+     (formats.format_percent, {0.0031: "0.31%", 0.75: "75.0%", 3.123: "312%"}),
+     (formats.format_large, {999.6: "1,000", 8_327_000: "8.327 million", 1.992e9: "1.992 billion"}),
+     (formats.format_duration, {0: "1 minute", 11.2: "12 minutes", 150: "2.5 hours", 4320: "3 days"})],
+)  # fmt: skip
+def test_a_number_has_the_digits_that_matter(format_number, texts):
+    assert {value: format_number(value) for value in texts} == texts
 
 
 @pytest.mark.parametrize(

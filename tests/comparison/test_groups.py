@@ -62,13 +62,13 @@ def test_the_first_planned_set_counts(sets, expected, problem):
     assert problem in group.problem and bool(problem) == bool(group.problem)
 
 
-def test_a_plan_whose_runs_fell_into_two_groups_says_so():
+def test_a_set_whose_runs_fell_into_two_groups_says_so():
     store = Store().add(5)
     store.runs[4]["tags"]["hardware.power_limit_watts"] = "350"
     assert {len(group.runs): group.problem[:6] for group in group_runs(store)} == {1: "4 of 5", 4: "1 of 5"}
 
 
-# --- taints, behavior and versions
+# --- taints and behavior
 
 
 def test_disturbed_runs_are_excluded_with_what_disturbed_them():
