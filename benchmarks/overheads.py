@@ -1,7 +1,7 @@
 """What is not training: tracking, a `dvc repro` with nothing to do, start-up, and whole processes from a cold start.
 
-python -m benchmarks.overheads [--parts tracking,repro,help,start,cold] [--baseline-epochs N] [-S key=value ...]; the
-settings are the pipeline's, laid over a small made job of each part's own.
+python -m benchmarks.overheads [--parts tracking,repro,help,start,cold] [--baseline-epochs N] [--before FOLDER]
+[-S key=value ...]; the settings are the pipeline's, laid over a small made job of each part's own.
 
 tracking  the same job by `train.run` (MLflow on SQLite, its sampling of the machine, the best checkpoint kept) and by
           `bare.train` (none of it), in turns in one process: median seconds of an epoch's training; and from one
@@ -9,8 +9,10 @@ tracking  the same job by `train.run` (MLflow on SQLite, its sampling of the mac
 repro     `dvc repro` where nothing changed, in a copy of the project; it must train nothing.
 help      `python -m pipeline.train --help` and `python -m pipeline.hardware` against `import torch`; neither may
           import it.
-start     `python -m pipeline.train` as a process: from its start to the first batch, decoded images and the store
-          being there; with the measurement of the machine's ceilings, as it is, and what it would be without.
+start     `python -m pipeline.train` as a process, from its start to the first batch, with the data decoded before:
+          imports, state of the machine, data, setup, and the rest, which is mostly the measurement of the machine's
+          ceilings. Then what is imported, in seconds by package, with Python's own timer, which slows imports down.
+          With --before FOLDER, a checkout of another version takes turns with this one.
 cold      the baseline's script against `python -m pipeline.run` (all stages, MLflow), each a process: imports, reading
           and decoding a folder of images, training, the end. What the project keeps (.cache) is deleted before both;
           files may be in the system's own cache. They must agree, as in `blog_baseline`. With --baseline-epochs N the
@@ -31,7 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,17 +73,20 @@ READY = "trained from"
 TRIES = 3
 """How often a training is begun that does not trust its own clock."""
 
-STARTING = ("startup", "inspect", "data", "setup", "logging", "unaccounted")
-"""time/..._seconds before the first batch. Those of logging count whole, of which a little comes after it."""
+STARTING = {"imports": "startup", "state of the machine": "inspect", "data": "data", "setup": "setup"}
+"""The parts before the first batch, and their time/..._seconds."""
+
+PACKAGES = 10
+"""How many of the packages are listed that take the longest to import."""
 
 
 class Project:
-    """A copy of the project, as a git repository, in which stages run as processes."""
+    """A copy of the project at `checkout`, as a git repository, in which stages run as processes."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, checkout: Path = config.ROOT):
         self.root = root
         for name in COPIED:
-            source, target = config.ROOT / name, root / name
+            source, target = checkout / name, root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
@@ -176,28 +182,32 @@ def helped(rounds: int, project: Project) -> dict[str, Any]:
     return found
 
 
-def start(overrides: Sequence[str], rounds: int, project: Project) -> dict[str, Any]:
-    """From a process's start to its first batch."""
+def start(overrides: Sequence[str], rounds: int, projects: Mapping[str, Project]) -> dict[str, Any]:
+    """The time from a process's start to its first batch, in parts. The `projects`, by version, take turns."""
     settings = results.settings_of(overrides)
     words = _words(overrides, settings)
-    for stage in ("hardware", "download", "train"):  # the first training decodes, and makes the store
-        _trusted(partial(project.python, "-m", f"pipeline.{stage}", *words))
-    whole, without, parts = [], [], []
+    for project in projects.values():
+        for stage in ("hardware", "download", "train"):  # the first training decodes
+            _trusted(partial(project.python, "-m", f"pipeline.{stage}", *words))
+    rows: dict[str, list[dict[str, float]]] = {version: [] for version in projects}
     for _ in range(rounds):
-        whole.append(_trusted(partial(_until_ready, project, words)))
-        metrics = files.read_json(project.root / "outputs" / "train" / "metrics.json")
-        # Not the ceilings': where they are doubted they are measured again in the end.
-        parts.append({name: metrics[f"time/{name}_seconds"] for name in STARTING})
-        without.append(sum(parts[-1].values()))
-    found: dict[str, Any] = {
-        "with ceilings": results.ratios(whole),
-        "without ceilings": results.ratios(without),
-        "parts": parts,
-    }
-    results.row("start", f"process start to the first batch ({settings.recipe})", found["with ceilings"], " s")
-    results.row("start", "the same without measuring the machine's ceilings", found["without ceilings"], " s")
-    medians = {name: statistics.median(each[name] for each in parts) for name in parts[0]}
-    print("start         of which " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
+        for version, project in projects.items():
+            whole = _trusted(partial(_until_ready, project, words))
+            metrics = files.read_json(project.root / "outputs" / "train" / "metrics.json")
+            parts = {part: metrics[f"time/{key}_seconds"] for part, key in STARTING.items()}
+            rows[version].append(parts | {"ceilings and the rest": whole - sum(parts.values()), "whole": whole})
+    found: dict[str, Any] = {}
+    for version in projects:
+        seconds = {part: results.ratios([row[part] for row in rows[version]]) for part in rows[version][0]}
+        for part, values in seconds.items():
+            results.row("start", f"{version}: {part}", values, " s")
+        packages = _import_seconds(projects[version])
+        print(f"imports       {version}: " + ", ".join(f"{name} {took:.2f} s" for name, took in packages.items()))
+        found[version] = {"seconds": seconds, "imports": packages}
+    if "before" in rows:
+        pairs = zip(rows["before"], rows["now"], strict=True)
+        found["before / now"] = results.ratios([before["whole"] / now["whole"] for before, now in pairs])
+        results.row("start", f"before / now, whole ({settings.recipe})", found["before / now"])
     return found
 
 
@@ -267,6 +277,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--workers", type=int, default=blog_baseline.WORKERS, help=f"cold: its DataLoader's ({blog_baseline.WORKERS})"
     )
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="start: a checkout of another version")
     arguments = parser.parse_args(words)
     wanted = arguments.parts.split(",")
     if unknown := set(wanted) - set(PARTS):
@@ -277,12 +288,14 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         project = Project(folder / "project")
+        versions = {"before": Project(folder / "before", arguments.before)} if arguments.before else {}
+        versions["now"] = project
         of = {part: [*MADE, *job, *given] for part, job in JOBS.items()}
         ways = {
             "tracking": lambda: tracking(of["tracking"], rounds, folder),
             "repro": lambda: repro(of["repro"], rounds, project),
             "help": lambda: helped(rounds, project),
-            "start": lambda: start(of["start"], rounds, project),
+            "start": lambda: start(of["start"], rounds, versions),
             "cold": lambda: cold(of["cold"], rounds, project, folder, arguments.baseline_epochs, arguments.workers),
         }
         refused = []
@@ -359,6 +372,17 @@ def _until_ready(project: Project, words: Sequence[str]) -> float:
     if process.returncode or ready is None:
         raise StageError(f"{_short(command)}: {_last(''.join(said))}")
     return ready
+
+
+def _import_seconds(project: Project) -> dict[str, float]:
+    """The seconds that the modules of each package take when `pipeline.train` is imported: of the slowest packages."""
+    _, output = project.python("-X", "importtime", "-c", "import pipeline.train")
+    seconds: Counter[str] = Counter()
+    for line in output.splitlines():
+        own, _, name = line.removeprefix("import time:").split("|") if line.count("|") == 2 else ("", "", "")
+        if own.strip().isdigit():
+            seconds[name.strip().split(".")[0]] += int(own) / 1e6
+    return dict(seconds.most_common(PACKAGES))
 
 
 def _short(command: Sequence[str]) -> str:
