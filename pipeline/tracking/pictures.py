@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import plots
-
 SAMPLES = "samples.npy"
 """File of a training: the images of `facts.samples`, (N, H, W, 3) uint8."""
 
 
 def draw_training(record: Mapping[str, Any], folder: Path, out: Path) -> None:
     """Draw the curves of a training into `out`, and its samples if `folder` holds them."""
+    from pipeline import plots  # not above: a training needs only SAMPLES, and no matplotlib
+
     epochs, title = [epoch["figures"] for epoch in record["epochs"]], record["name"]
     validation = "test split" if record["params"].get("train.validation") == "test" else "validation split"
     best = int(record["metrics"]["best/epoch"])
@@ -30,6 +30,8 @@ def draw_training(record: Mapping[str, Any], folder: Path, out: Path) -> None:
 
 def draw_evaluation(record: Mapping[str, Any], folder: Path, out: Path) -> None:
     """Draw the confusion matrix of an evaluation into `out`, if `folder` holds its predictions."""
+    from pipeline import plots  # not above: a training needs only SAMPLES, and no matplotlib
+
     if not (folder / "predictions.csv").exists():
         return
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
