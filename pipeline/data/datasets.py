@@ -21,7 +21,6 @@ from PIL import Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
 from pipeline import config, files
-from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
 
 CACHE = config.ROOT / ".cache"
@@ -58,6 +57,8 @@ def resolve(data: config.Data) -> dict[str, Any]:
     if all images have one size, else null) and `reason` (of a fallback, else null). Raises UsageError for data that
     the user must correct, StageError if CIFAR-10 can't be downloaded.
     """
+    from pipeline.data import fetch  # imported here for a fast start-up: decoded images need no requests
+
     source: str = data.source
     reason = None
     if source == "auto":
@@ -114,6 +115,8 @@ def _decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: i
 
 def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
     """The source that `auto` means, and why it is a fallback."""
+    from pipeline.data import fetch
+
     if not (data.folder / fetch.ARCHIVE).exists() and not fetch.reachable(data.mirrors):
         return "synthetic", "no mirror of CIFAR-10 answers"
     try:
@@ -239,6 +242,8 @@ def _folder_images(data: config.Data, size: list[int] | None, split: str, image_
 
 
 def _cifar10_images(data: config.Data, split: str) -> tuple[Images, Labels]:
+    from pipeline.data import fetch
+
     # The archive holds pickles, which are safe to load only with the published digest.
     archive = fetch.fetch_cifar10(data.folder, (), data.timeout_seconds)
     names = [f"data_batch_{number}" for number in range(1, 6)] if split == "train" else ["test_batch"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, files
-from pipeline.data import datasets, fetch
+from pipeline.data import datasets
 from pipeline.errors import StageError, UsageError
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -90,9 +90,12 @@ def _fetch(repository: str, name: str) -> tuple[Path | None, str | None]:
     """The published file, from the hub's own cache or downloaded now; or the reason why it can't be had."""
     if path := cached_file(repository, name):
         return path, None
+    from huggingface_hub import hf_hub_download
+
+    from pipeline.data import fetch
+
     if not fetch.reachable([HUB]):
         return None, f"{HUB} does not answer"
-    from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, name)), None
