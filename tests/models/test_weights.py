@@ -86,7 +86,7 @@ def test_random():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_file_by_its_digest_and_without_its_folder(tmp_path, monkeypatch, relative):
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "PROJECT", tmp_path)
     path = tmp_path / "mine.safetensors"
     path.write_bytes(CONTENT)
     chosen = recipe(path.name if relative else str(path))
