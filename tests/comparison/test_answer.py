@@ -57,6 +57,7 @@ def test_without_a_claim_it_gives_the_ratio_the_reason_and_the_command(store, re
     text = answer(store.compare())
     assert text.startswith("GPU B: 2.0") and "This is no claim" in text and reason in text
     assert "python -m pipeline.run -S repeats=5" in text
+    assert ("-S label=NAME" in text) == any("repeats" in run["tags"] for run in store.runs)  # or it adds to the set
 
 
 def test_without_a_score_it_is_about_the_work():
