@@ -164,7 +164,7 @@ def _check_given_run(
     from pipeline.tracking import store  # MLflow takes seconds to import
 
     identity = training_identity(settings, folder, 1)
-    resumable = [pending.partial_record(pending.journal(entry))["id"] for entry in pending.unfinished(identity)]
+    resumable = [pending.partial_record(entry)["id"] for entry in pending.unfinished(identity)]
     try:
         store.check_given_run([*resumable, *([repeats_id] if repeats_id else [])])
     except store.StoreError as error:

@@ -10,13 +10,13 @@ from stores import AT, DATASET, client, fresh_store, runs
 
 from pipeline import files
 from pipeline.profiling import score_steps
-from pipeline.tracking import bundle_schema, publisher, records, store
+from pipeline.tracking import bundle_schema, pending, publisher, records, store
 
 PNG = b"\x89PNG\r\n\x1a\na picture"
 SPEED, COURSE = (score_steps.metric("convnet_fp32", figure) for figure in ("images_per_second", "course"))
 TRAIN, EVALUATE, SUSTAIN = "train/record.json", "evaluate/record.json", "sustain/record.json"
 REPEATS_ID = "a" * 32
-MARKS = {"imported", "imported.run_id", store.PARENT_TAG}
+MARKS = {"imported", "imported.run_id", "restored", "mlflow.log-model.history", store.PARENT_TAG}
 TITLE = "AMD EPYC · blog · fp32 (00000000)"
 
 
@@ -114,6 +114,21 @@ def whole_run(number=1, **changes):
     return run_files(record, evaluation(record), sustained(record))
 
 
+def checkpoint(folder, **facts):
+    """The bytes of a checkpoint of `training()`, but for `facts`."""
+    import timm
+
+    from pipeline.models import checkpoints, classifier
+
+    record = training()
+    stated = {key: record["facts"][key] for key in ("model", "classes", "image_size")} | {"record": record["id"]}
+    stated |= {"mean": (0.5,) * 3, "std": (0.25,) * 3, "epoch": 2, "val_accuracy": 0.25} | facts
+    net = timm.create_model(stated["model"], num_classes=len(stated["classes"]))
+    model = classifier.Classifier(net, (0.5,) * 3, (0.25,) * 3)
+    checkpoints.save(folder / "made.safetensors", model, checkpoints.Checkpoint(**stated))
+    return (folder / "made.safetensors").read_bytes()
+
+
 def as_bytes(tree):
     return files.json_text(tree).encode()
 
@@ -177,11 +192,33 @@ def put_in_store(folder, contents):
     """Add a run to the current store, as a cached one is."""
     record = json.loads(contents[TRAIN])
     folders = records.stage_folders(write(folder, contents))
-    return record, publisher.restore_run(record, record["experiment"], folders, {})[-1]
+    return record, publisher.put_run(record, folders, pending.target(record["experiment"]))
+
+
+def open_entry(record, epochs=None, identity=None):
+    """The entry of a training that began, with its first epochs, and the file that its process locks."""
+    late = records.LATE_TAGS | {"resumed"}
+    start = {"tags": {key: tag for key, tag in record["tags"].items() if key not in late}}
+    start |= {"epochs": [], "metrics": {}, "ended": None}
+    entry, owner = pending.open_training(record | start, identity or {})
+    for epoch in record["epochs"][:epochs]:
+        pending.append(entry, {"event": "epoch", "epoch": epoch})
+    return entry, owner
+
+
+def finish_entry(entry, owner, folder, contents):
+    """Complete the training of an entry, which leaves its files in `folder`, then the stages after it."""
+    folders = records.stage_folders(write(folder, contents))
+    pending.link_stages({"train": folders["train"]}, entry)
+    owner.close()
+    for stage in ("evaluate", "sustain"):
+        if (folders[stage] / "record.json").exists():
+            record = json.loads(contents[TRAIN])
+            pending.submit(record, {key: folders[key] for key in ("train", stage)}, record["experiment"])
 
 
 def stored_runs(tmp_path):
-    """All of every run in the current store but for what an import marks, by its experiment, record and name."""
+    """All of every run in the current store but for MARKS, by its experiment, record and name."""
     everything = {}
     for run in runs():
         run_id = run.info.run_id

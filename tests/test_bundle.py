@@ -133,7 +133,7 @@ def test_pictures_are_left_out_where_asked_and_nothing_else_is(tmp_path, use_sto
 def test_checkpoints_come_along_when_they_are_asked_for(tmp_path, use_store, monkeypatch):
     logged = []
     monkeypatch.setattr(store, "log_model", lambda *arguments: logged.append(arguments[2:4]))
-    contents = whole_run() | {"train/best.safetensors": checkpoint(tmp_path)}
+    contents = whole_run() | {"train/best.safetensors": made.checkpoint(tmp_path)}
     made.put_in_store(tmp_path / "run", contents)
     for name, options in (("a", []), ("b", ["--with-models"])):
         bundle.main(["export", "--out", str(tmp_path / f"{name}.zip"), *options])
@@ -146,24 +146,9 @@ def test_checkpoints_come_along_when_they_are_asked_for(tmp_path, use_store, mon
     assert logged == [(96, 2)] and run["info"][0] == "FINISHED"
 
 
-def checkpoint(folder, **facts):
-    """A checkpoint's bytes, of the training that `made` makes, but for `facts`."""
-    import timm
-
-    from pipeline.models import checkpoints, classifier
-
-    record = made.training()
-    stated = {key: record["facts"][key] for key in ("model", "classes", "image_size")} | {"record": record["id"]}
-    stated |= {"mean": (0.5,) * 3, "std": (0.25,) * 3, "epoch": 2, "val_accuracy": 0.25} | facts
-    net = timm.create_model(stated["model"], num_classes=len(stated["classes"]))
-    model = classifier.Classifier(net, (0.5,) * 3, (0.25,) * 3)
-    checkpoints.save(folder / "made.safetensors", model, checkpoints.Checkpoint(**stated))
-    return (folder / "made.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("facts", [{"record": "a" * 32}, {"classes": ["cat", "cow"]}, {"mean": ["x", 1, 2]}, None])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, facts):
-    data = b"\x80\x04." if facts is None else checkpoint(tmp_path, **facts)  # a pickle, else
+    data = b"\x80\x04." if facts is None else made.checkpoint(tmp_path, **facts)  # a pickle, else
     path = pack(tmp_path / "x.zip", whole_run() | {"train/best.safetensors": data})
     assert "x.zip: " in refusal(bundles.read_bundle, path, tmp_path / "x")
 

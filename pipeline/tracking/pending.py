@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline import config, files
+from pipeline.errors import StageError
 from pipeline.tracking import location, records
 
 FOLDER = config.PROJECT / "pending"
@@ -150,9 +151,13 @@ def journal(entry: Path) -> list[dict[str, Any]]:
     return events
 
 
-def partial_record(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The record of a training under way: its beginning, the epochs so far, each once, and the tags of resuming."""
-    record: dict[str, Any] = json.loads(json.dumps(events[0]["record"]))
+def partial_record(entry: Path) -> dict[str, Any]:
+    """The record of a training under way: its beginning, the epochs so far, each once, and the tags of resuming. Raises
+    StageError if the journal is damaged."""
+    events = journal(entry)
+    if not events or "record" not in events[0]:
+        raise StageError(f"{entry / JOURNAL} is damaged: delete {FOLDER.name}/{entry.name}")
+    record: dict[str, Any] = events[0]["record"]
     epochs: dict[int, Any] = {}
     for event in events:
         if event["event"] == "epoch":
@@ -171,7 +176,7 @@ def may_work_beside(entry: Path) -> bool:
     """Whether other processes may work while an entry's process measures: its device shares neither memory nor cores
     with them."""
     record = entry / "train" / "record.json"
-    tags = files.read_json(record)["tags"] if record.exists() else journal(entry)[0]["record"]["tags"]
+    tags = files.read_json(record)["tags"] if record.exists() else partial_record(entry)["tags"]
     return tags["backend"] not in ("cpu", "mps")
 
 

@@ -272,14 +272,14 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
         if present["owned"] or pending.is_resumable(entry):
             files.write_json(entry / pending.DELIVERED, present)
         else:
+            epochs.pop(entry, None)
             shutil.rmtree(entry, ignore_errors=True)
         return True
 
 
 def _deliver_epochs(entry: Path, target: Mapping[str, Any], epochs: dict[Path, int]) -> None:
     """Bring the journal of a training into the store. If its process ended, the run ends as FAILED or KILLED."""
-    events = pending.journal(entry)
-    record = pending.partial_record(events)
+    record, events = pending.partial_record(entry), pending.journal(entry)
     handle = store.find_run(record["id"], target["experiment"], target["run_id"])
     if handle is not None and store.is_deleted(handle):
         return

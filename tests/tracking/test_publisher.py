@@ -1,212 +1,402 @@
-"""A run put back from its record is the run that was live."""
+"""Runs come into the store whole and once: while they train, from the cache, and after any failure."""
 
+import json
 import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import bundle_files as made
 import pytest
-from mlflow import MlflowClient
-from stores import QUIET, client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from trainings import light, once, threads  # noqa: F401 (threads: one is enough)
+from bundle_files import REPEATS_ID, finish_entry, open_entry, put_in_store, repeat, stored_runs, whole_run
+from mlflow.exceptions import MlflowException
+from stores import AT, QUIET, client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
+from trainings import once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import files
 from pipeline.errors import StageError
 from pipeline.profiling import score_steps
-from pipeline.tracking import bundles, publisher, records, store
+from pipeline.tracking import bundles, pending, publisher, records, store
 
-OTHER = {"restored", "mlflow.log-model.history"}
-"""Tags in which a restored run differs from the live one; the second holds ids and the time."""
-
-
-@pytest.fixture
-def left(once, tmp_path):
-    """The record of the training, and the folder that it, its evaluation and what was sustained were left in, for the
-    test to change."""
-    folder = shutil.copytree(once.outputs, tmp_path / "outputs")
-    return files.read_json(folder / "train" / "record.json"), folder
+use_store = made.use_store
 
 
-def result_of(stage, folder):
-    return files.read_json(folder / stage / "record.json")
+class Unsteady:
+    """The client of a store that fails after `calls` calls; `lost`: the call that fails is carried out all the same."""
+
+    def __init__(self, calls, lost=False):
+        self.calls, self.lost = calls, lost
+
+    def __getattr__(self, name):
+        method = getattr(client(), name)
+
+        def call(*arguments, **options):
+            self.calls -= 1
+            if self.calls < 0:
+                if self.lost:
+                    method(*arguments, **options)
+                raise MlflowException("the store is away")
+            return method(*arguments, **options)
+
+        return call
 
 
-def whole(at, run_id, tmp_path):
-    """All of a run in the store of the client `at`, but for its ids."""
-    run = at.get_run(run_id)
-    folder = tmp_path / run_id
-    folder.mkdir()
-    at.download_artifacts(run_id, "", str(folder))
-    return {
-        "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
-        "params": run.data.params,
-        "tags": {k: v for k, v in run.data.tags.items() if k not in OTHER},
-        "metrics": {
-            key: [(each.value, each.step, each.timestamp) for each in at.get_metric_history(run_id, key)]
-            for key in run.data.metrics
-        },
-        "datasets": sorted(
-            (d.dataset.name, d.dataset.digest, d.dataset.source, d.dataset.profile, [(t.key, t.value) for t in d.tags])
-            for d in run.inputs.dataset_inputs
-        ),
-        "artifacts": {
-            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-        },
-        "models": len(run.outputs.model_outputs),
-    }
+def train(folder, *trainings, killed_after=None):
+    """Leave the entries of trainings with all their stages, each given as its files."""
+    for number, contents in enumerate(trainings):
+        entry, owner = open_entry(json.loads(contents[made.TRAIN]), killed_after)
+        finish_entry(entry, owner, folder / str(number), contents)
+
+
+def the_run():
+    (run,) = runs()
+    return run
+
+
+# --- from beginning to end
 
 
 @QUIET
-def test_a_restored_run_is_the_live_one(once, left, tmp_path):
-    record, folder = left
-    root = once.completed.parent
-    shutil.copytree(root / "kept", root / "mlruns", dirs_exist_ok=True)
-    at = MlflowClient(f"sqlite:///{once.completed.as_posix()}")
-    (live,) = at.search_runs([at.get_experiment_by_name("trainmark").experiment_id])
-    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-
-    before, after = whole(at, live.info.run_id, tmp_path), whole(client(), handle.run_id, tmp_path)
-    for part in before:
-        assert after[part] == before[part], part
-    assert set(before["metrics"]) >= {
-        "train/loss",
-        "time/total_seconds",
-        "test/accuracy",
-        "speed/test_images_per_second",
-        "time/process_seconds",
-        score_steps.metric("transformer_best", "images_per_second"),
-    }
-    assert len(before["metrics"][score_steps.metric("convnet_fp32", "course")]) >= 3
-    assert {score_steps.tag("convnet_fp32", "workload"), "data.placement"} <= set(before["tags"])
-    assert "**Sustained**" in before["tags"]["mlflow.note.content"]
-    assert len(before["metrics"]["val/loss"]) == 2 and len(before["datasets"]) == 3
-    assert before["models"] == 1 and "checkpoints/best.safetensors" in before["artifacts"]
-    tags = client().get_run(handle.run_id).data.tags
-    assert tags["restored"] == "from the cache of `dvc repro`; nothing was trained"
-    assert "restored" not in live.data.tags
-    assert tags["record"] == live.data.tags["record"] == record["id"]
-    assert store.find_run(record["id"], "trainmark").run_id == handle.run_id
+def test_a_delivered_run_equals_the_one_restored_from_the_cache(once, tmp_path, monkeypatch):
+    shutil.copytree(once.completed.parent / "kept", once.completed.parent / "mlartifacts", dirs_exist_ok=True)
+    record = files.read_json(once.outputs / "train" / "record.json")
+    target = pending.target("trainmark", publisher.RESTORED)
+    handle = publisher.put_run(record, records.stage_folders(once.outputs), target)
+    assert store.run_tags(handle)["restored"] and len(the_run().outputs.model_outputs) == 1
+    restored = stored_runs(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{once.completed.as_posix()}")
+    assert restored == stored_runs(tmp_path)
+    assert "restored" not in the_run().data.tags and len(the_run().outputs.model_outputs) == 1
+    (run,) = restored.values()
+    assert len(run["metrics"]["val/loss"]) == 2 and len(run["datasets"]) == 3
+    assert {"test/accuracy", "time/process_seconds", "best/epoch"} <= set(run["metrics"])
+    assert len(run["metrics"][score_steps.metric("convnet_fp32", "course")]) >= 3
+    plots = {f"plots/{name}.png" for name in ("accuracy", "loss", "samples", "confusion_matrix")}
+    assert plots | {"checkpoints/best.safetensors", "params.yaml", "hardware.json"} < set(run["artifacts"])
+    assert (run["info"], run["tags"]["record"]) == (("FINISHED", run["info"][1]), record["id"])
+    assert set(bundles.load_run(once.outputs, "outputs", "a" * 32).stages) == {"train", "evaluate", "sustain"}
 
 
-@pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("gone", [["evaluate"], ["sustain"]], ids=" ".join)
-def test_a_training_is_restored_without_what_was_never_found(left, gone):
-    record, folder = left
-    for stage in gone:
-        shutil.rmtree(folder / stage)
-    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    run = client().get_run(handle.run_id)
-    ended = [record["ended"], *(result_of(stage, folder)["ended"] for stage in {"evaluate", "sustain"} - set(gone))]
-    assert (run.info.status, run.info.end_time) == ("FINISHED", max(ended))
-    note = run.data.tags["mlflow.note.content"]
-    for stage, metric, word in (
-        ("evaluate", "test/accuracy", "test accuracy"),
-        ("sustain", score_steps.metric("convnet_fp32", "course"), "**Sustained**"),
-    ):
-        assert (metric in run.data.metrics) == (word in note) == (stage not in gone)
-    tested = [] if "evaluate" in gone else ["test"]
-    assert sorted(d.dataset.name for d in run.inputs.dataset_inputs) == [
-        f"synthetic-{split}" for split in (*tested, "train", "validation")
-    ]
-    plots = (
-        ["accuracy", "loss", "samples"] if "evaluate" in gone else ["accuracy", "confusion_matrix", "loss", "samples"]
-    )
-    assert [each.path for each in client().list_artifacts(handle.run_id, "plots")] == [
-        f"plots/{name}.png" for name in plots
-    ]
+def test_epochs_come_while_the_process_trains_and_the_rest_when_it_ends(tmp_path):
+    contents, epochs = whole_run(), {}
+    entry, owner = open_entry(made.training(), 1)
+    for count in (1, 1, 2):
+        if count == 2:
+            pending.append(entry, {"event": "epoch", "epoch": made.training()["epochs"][1]})
+        publisher.deliver_all(epochs, complete=False)
+        assert (the_run().info.status, "taints" in the_run().data.tags) == ("RUNNING", False)
+        assert len(client().get_metric_history(the_run().info.run_id, "train/loss")) == count
+    finish_entry(entry, owner, tmp_path / "a", contents)
+    publisher.deliver_all(epochs, complete=False)
+    assert the_run().info.status == "RUNNING" and len(pending.waiting()) == 3  # pictures take the CPU's time
+    publisher.deliver_all(epochs)
+    assert pending.entries() == []
+    assert the_run().info.status == "FINISHED" and the_run().data.tags["taints"] == "load"
 
 
-@pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("gone", [["evaluate"], ["sustain"], []], ids=" ".join)
-def test_what_a_run_lacks_of_later_stages_is_added_to_it_once(left, gone):
-    record, folder = left
-    for stage in gone:
-        shutil.move(folder / stage, folder / f"{stage} later")
-    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    for stage in gone:
-        shutil.move(folder / f"{stage} later", folder / stage)
-    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is bool(gone)
-    run = client().get_run(handle.run_id)
-    for stage in ("evaluate", "sustain"):
-        result = result_of(stage, folder)
-        assert result["metrics"].items() <= run.data.metrics.items()
-        assert run.data.tags[publisher.digest_tag(stage)] == publisher.digest(result)
-    assert run.info.status == "FINISHED"
-    assert publisher.add_missing_stages(record, "trainmark", records.stage_folders(folder)) is False
+def test_pictures_are_drawn_beside_a_measurement_on_another_device(tmp_path):
+    train(tmp_path, whole_run(tags=made.training()["tags"] | {"backend": "cuda"}))
+    publisher.deliver_all(complete=False)
+    assert the_run().info.status == "FINISHED" and pending.entries() == []
 
 
-@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(
-    ("broken", "error", "status"),
+    ("trainings", "lost"),
     [
-        *((name, StageError("the store is away"), "FAILED") for name in ("log_epoch", "mark_run")),
-        ("log_datasets", KeyboardInterrupt(), "KILLED"),
-        ("log_series", StageError("the store is away"), "FAILED"),
+        ([whole_run()], True),
+        ([repeat(1, 2), repeat(2, 2)], False),
+        pytest.param([whole_run()], False, marks=pytest.mark.slow),
+        pytest.param([repeat(1, 2), repeat(2, 2)], True, marks=pytest.mark.slow),
     ],
 )
-def test_a_restore_that_fails_half_way_is_not_taken_for_the_run(left, monkeypatch, broken, error, status):
-    record, folder = left
-    real, calls = getattr(store, broken), []
+def test_a_delivery_that_fails_at_any_call_is_completed_by_the_next(tmp_path, use_store, monkeypatch, trainings, lost):
+    train(tmp_path / "a", *trainings)
+    publisher.deliver_all()
+    expected = stored_runs(tmp_path)
+    assert [run["info"][0] for run in expected.values()] == ["FINISHED"] * len(runs())
+    use_store("other")
+    train(tmp_path / "b", *trainings)
+    calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        while pending.waiting():
+            unsteady = Unsteady(calls, lost)
+            patch.setattr(store, "_client", lambda unsteady=unsteady: unsteady)
+            with suppress(store.StoreError):
+                publisher.deliver_all()
+            calls += 1
+    assert calls > 25
+    assert stored_runs(tmp_path) == expected
+    assert len(runs()) == len(expected) and len(store.finished_runs()) == len(trainings)
 
-    def fails(*args):
-        calls.append(args)
-        if broken == "log_datasets" and len(calls) == 1:
-            return real(*args)  # the training's, as the run starts; the evaluation's fails
-        raise error
+
+# --- what waits
+
+
+def test_what_a_store_refuses_waits_and_comes_with_the_next_delivery(tmp_path, monkeypatch):
+    train(tmp_path, whole_run(1), whole_run(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_client", lambda: Unsteady(0))
+        with pytest.raises(store.StoreError, match="away"):
+            publisher.deliver_all()
+    assert runs() == [] and len(pending.waiting()) == 6
+    for _ in range(2):
+        publisher.deliver_all()
+        assert len(store.finished_runs()) == len(runs()) == 2 and pending.entries() == []
+
+
+def test_what_belongs_to_another_store_waits_for_it(tmp_path, use_store):
+    train(tmp_path, whole_run())
+    use_store("other")
+    publisher.deliver_all()
+    assert runs() == [] and len(pending.waiting()) == 3
+    use_store("store")
+    publisher.deliver_all()
+    assert len(runs()) == 1 and pending.waiting() == []
+
+
+@pytest.mark.parametrize(("file", "text"), [("target.json", "{"), ("journal.jsonl", "no event")])
+def test_a_damaged_entry_is_named_and_delays_no_other(tmp_path, file, text):
+    damaged, owner = open_entry(made.training(1))
+    owner.close()
+    (damaged / file).write_text(text)
+    train(tmp_path, whole_run(2))
+    with pytest.raises(StageError, match=damaged.name):
+        publisher.deliver_all()
+    assert [run["tags"]["record"] for run in store.finished_runs()] == [f"{2:032x}"]
+    assert pending.entries() == [damaged]
+
+
+def test_two_processes_deliver_an_entry_once(tmp_path):
+    train(tmp_path, whole_run())
+    entry = pending.entries()[0]
+    with files.lock(entry / ".publisher"):
+        assert publisher.deliver(entry, {}) is False and runs() == []
+    assert publisher.deliver(entry, {}) is True
+    assert publisher.deliver(entry, {}) is True and not entry.exists()  # another had listed it before
+
+
+def test_two_hosts_with_one_cached_training_leave_one_run(monkeypatch):
+    record, created = record_of(), []
+    create = client().create_run
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def create_twice(self, *arguments):
+        if not created:
+            created.append(create(*arguments))
+        created.append(create(*arguments))
+        return created[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, broken, fails)
-        with pytest.raises(type(error)):
-            publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    assert store.find_run(record["id"], "trainmark") is None
-    (failed,) = runs()
-    assert failed.info.status == status and store.finished_runs() == []
-
-    (handle,) = publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    assert store.find_run(record["id"], "trainmark").run_id == handle.run_id != failed.info.run_id
-    assert [run["run_id"] for run in store.finished_runs()] == [handle.run_id]
+        patch.setattr(store.MlflowClient, "create_run", create_twice)
+        handle = store.start_run(record)
+    active = [run for run in runs() if run.info.lifecycle_stage == "active"]
+    assert [run.info.run_id for run in active] == [handle.run_id] == [created[0].info.run_id]
+    assert store.find_run(record["id"], "trainmark") == handle and len(runs()) == 2
 
 
-@pytest.mark.usefixtures("light")
-def test_a_damaged_checkpoint_is_no_run(left):
-    record, folder = left
-    best = folder / "train" / "best.safetensors"
-    best.write_bytes(best.read_bytes()[:1000])
+@pytest.mark.parametrize("what", ["epochs", "stages", "restored"])
+def test_a_deleted_run_does_not_come_back(tmp_path, capsys, what):
+    record, handle = put_in_store(tmp_path / "a", whole_run())
+    client().delete_run(handle.run_id)
+    if what == "epochs":
+        open_entry(record)[1].close()
+    elif what == "stages":
+        train(tmp_path / "b", whole_run())
+    else:
+        assert put_in_store(tmp_path / "c", whole_run())[1] is None
+    publisher.deliver_all()
+    assert the_run().info.lifecycle_stage == "deleted" and pending.entries() == []
+
+
+# --- how a training ends
+
+
+def end(entry, owner, status, final=False):
+    pending.append(entry, {"event": "end", "status": status, "at": AT + 9999, "final": final})
+    owner.close()
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_an_interrupted_training_is_resumed_in_its_run(tmp_path, repeats):
+    contents = repeat(1, 2, resumed="2") if repeats else whole_run(tags=made.training()["tags"] | {"resumed": "2"})
+    record = json.loads(contents[made.TRAIN])
+    entry, owner = open_entry(record, 1)
+    (entry / "state").mkdir()
+    (entry / "state" / "000001-0.pt").touch()
+
+    def states():
+        publisher.deliver_all()
+        (run,) = [run for run in runs() if "record" in run.data.tags]
+        assert {run.info.status for run in runs()} == {run.info.status}  # the parent's, too
+        return run.info.status, run.info.run_id, run.data.tags.get("resumed")
+
+    status, run_id, _ = states()
+    assert status == "RUNNING"
+    end(entry, owner, "FAILED")
+    assert states() == ("FAILED", run_id, None) and pending.entries() == [entry]
+    owner = pending.own(entry)
+    pending.append(entry, {"event": "resume", "at": AT + 10_000, "tags": {"resumed": "1"}})
+    assert states() == ("RUNNING", run_id, "1")
+    owner.close()  # kill -9
+    assert states() == ("KILLED", run_id, "1") and client().get_run(run_id).info.end_time == AT + 10_000
+    owner = pending.own(entry)
+    pending.append(entry, {"event": "resume", "at": AT + 10_001, "tags": {"resumed": "2"}})
+    finish_entry(entry, owner, tmp_path / "a", contents)
+    publisher.deliver_all()
+    run = client().get_run(run_id)
+    assert (run.info.status, run.data.tags["resumed"]) == ("FINISHED", "2") and pending.entries() == []
+    assert len(client().get_metric_history(run_id, "train/loss")) == 2
+
+
+@pytest.mark.parametrize(("status", "final"), [("FAILED", True), ("KILLED", False), (None, False)])
+def test_a_training_without_a_state_ends_with_its_process(status, final):
+    entry, owner = open_entry(made.training(), 1)
+    if final:  # NaN would come again
+        (entry / "state").mkdir()
+        (entry / "state" / "000001-0.pt").touch()
+    if status:
+        end(entry, owner, status, final)
+    owner.close()
+    publisher.deliver_all()
+    assert the_run().info.status == (status or "KILLED") and pending.entries() == []
+    assert the_run().info.end_time == (AT + 9999 if status else AT + 1000)  # else its last epoch's
+
+
+def test_a_store_that_lost_the_run_meanwhile_gets_all_epochs():
+    _, owner = open_entry(made.training(), 2)
+    epochs = {}
+    publisher.deliver_all(epochs)
+    store.discard_run(store.find_run(f"{1:032x}", "trainmark"))
+    owner.close()
+    publisher.deliver_all(epochs)
+    (run,) = [run for run in runs() if run.info.lifecycle_stage == "active"]
+    assert len(client().get_metric_history(run.info.run_id, "train/loss")) == 2 and epochs == {}
+
+
+# --- later stages
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "sustain"])
+def test_a_stage_that_a_run_lacks_is_added_to_it(tmp_path, stage):
+    contents = whole_run()
+    result = json.loads(contents[f"{stage}/record.json"])
+    train(tmp_path / "a", {name: data for name, data in contents.items() if not name.startswith(stage)})
+    publisher.deliver_all()
+    run_id, before = the_run().info.run_id, stored_runs(tmp_path)
+    assert not result["metrics"].keys() & the_run().data.metrics.keys()
+    _, handle = put_in_store(tmp_path / "b", contents)
+    assert handle.run_id == run_id and result["metrics"].items() <= the_run().data.metrics.items()
+    assert the_run().data.tags[publisher.digest_tag(stage)] == publisher.digest(result)
+    (earlier,), (later,) = before.values(), stored_runs(tmp_path).values()
+    assert all(later["metrics"][key] == course for key, course in earlier["metrics"].items())
+    word = {"evaluate": "test accuracy", "sustain": "**Sustained**"}[stage]
+    assert [word in run["tags"]["mlflow.note.content"] for run in (earlier, later)] == [False, True]
+    assert later["info"] == ("FINISHED", AT + 7000)
+
+
+def test_attempts_at_the_sustained_steps_are_counted_without_a_disturbed_last_one(tmp_path):
+    record, counted = made.training(), []
+    for number, taints in enumerate((None, "load", None, None)):
+        score = made.sustained(record, after=7000 + number)
+        score["tags"] |= {"sustained.started": str(AT + number), "sustained.taints": taints}
+        contents = made.run_files(record, score=score)
+        for again in range(2):
+            put_in_store(tmp_path / f"{number} {again}", contents)
+            counted.append(the_run().data.tags["sustained.attempts"])
+    assert counted == ["1", "1", "2", "2", "2", "2", "3", "3"]
+
+
+@pytest.mark.parametrize("tag", ["many", "-1", "²"])
+def test_a_strangers_count_of_attempts_does_no_harm(tag):
+    assert publisher._count_attempts({"sustained.attempts": tag, "sustained.started": "1"}, "2") == 2
+
+
+# --- the model
+
+
+def test_the_model_asks_for_released_packages(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(store, "log_model", lambda handle, net, *rest: logged.append((net.training, *rest)))
+    contents = whole_run() | {"train/best.safetensors": made.checkpoint(tmp_path)}
+    for folder in ("a", "b"):
+        put_in_store(tmp_path / folder, contents)
+    ((training, image_size, classes, requirements),) = logged
+    assert (training, image_size, classes) == (False, 96, 2)
+    assert [requirement.split("==")[0] for requirement in requirements] == ["mlflow", "torch", "numpy"]
+    assert not any("+" in requirement for requirement in requirements)  # a build such as 2.14.1+cu130 is in no index
+
+
+def test_a_run_with_a_damaged_checkpoint_is_not_finished(tmp_path):
+    contents = whole_run() | {"train/best.safetensors": made.checkpoint(tmp_path)[:1000]}
     with pytest.raises(StageError, match=r"best\.safetensors"):
-        publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    assert store.find_run(record["id"], "trainmark") is None
+        put_in_store(tmp_path / "a", contents)
+    assert store.finished_runs() == []
 
 
-@pytest.mark.usefixtures("light")
-def test_the_parent_of_repeats_gets_their_summary_and_the_first_ones_pictures_and_settings(left):
-    record, folder = left
+# --- the parent of repeats
+
+
+def test_the_parent_gets_the_summary_and_the_first_repeats_pictures(tmp_path):
     for number in (2, 1):
-        tags = record["tags"] | {"repeats.id": "a" * 32, "repeats": "2", "repeat": str(number)}
-        repeat = record | {"id": str(number) * 32, "tags": tags, "name": f"{record['name']} · {number}/2"}
-        for stage in ("evaluate", "sustain"):
-            path = folder / stage / "record.json"
-            files.write_json(path, files.read_json(path) | {"id": repeat["id"]})
-        publisher.restore_run(repeat, "trainmark", records.stage_folders(folder))
-        publisher.update_parent(repeat, "trainmark")
-        parent, _ = store.find_repeats("a" * 32, "trainmark")
-        assert store.is_finished(parent) == (number == 1)
-    metrics = client().get_run(parent.run_id).data.metrics
-    assert metrics["test/accuracy"] == result_of("evaluate", folder)["metrics"]["test/accuracy"]
-    assert metrics["std/test/accuracy"] == 0
+        put_in_store(tmp_path / str(number), repeat(number, 2))
+        parent, _ = store.find_repeats(REPEATS_ID, "trainmark")
+        run = client().get_run(parent.run_id)
+        assert run.info.status == {2: "SCHEDULED", 1: "FINISHED"}[number]
+    assert run.data.metrics["test/accuracy"] == 3 / 16
+    assert run.data.metrics["std/test/accuracy"] == pytest.approx(2**0.5 / 16)
+    assert "settings.seed" not in run.data.params and run.data.params["train.lr"] == "0.1"
     assert store.list_artifacts(parent.run_id, "") == ["params.yaml", "plots"]
-    assert store.list_artifacts(parent.run_id, "plots") == [
-        f"plots/{name}.png" for name in ("accuracy", "confusion_matrix", "loss", "samples")
-    ]
+    assert [Path(name).stem for name in store.list_artifacts(parent.run_id, "plots")] == [
+        "accuracy", "confusion_matrix", "loss", "samples"
+    ]  # fmt: skip
+    client().delete_run(parent.run_id)
+    put_in_store(tmp_path / "again", repeat(1, 2))
+    assert store.is_deleted(store.find_repeats(REPEATS_ID, "trainmark")[0])
 
 
-def test_the_model_asks_for_released_packages(left, monkeypatch):
-    record, folder = left
-    asked = []
-    monkeypatch.setattr(store, "log_model", lambda handle, net, *rest: asked.append((net.training, *rest)))
-    publisher.restore_run(record, "trainmark", records.stage_folders(folder))
-    ((training, image_size, classes, requirements),) = asked
-    assert (training, image_size, classes) == (False, 32, 10)
-    assert [each.split("==")[0] for each in requirements] == ["mlflow", "torch", "numpy"]
-    assert not any("+" in each for each in requirements)  # a build such as 2.14.1+cu130 is not on the index
+# --- under `mlflow run`
 
 
-def test_what_the_stages_leave_may_go_into_a_bundle(once):
-    run = bundles.load_run(once.outputs, "outputs", "a" * 32)
-    assert set(run.stages) == {"train", "evaluate", "sustain"}
+@pytest.fixture
+def given(monkeypatch):
+    """The run that `mlflow run` created, in an experiment of its own."""
+    run = client().create_run(client().create_experiment("by hand"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    return run.info.run_id
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_given_run_becomes_the_trainings_or_the_parent_of_repeats(given, tmp_path, repeats):
+    trainings = [repeat(1, 2), repeat(2, 2)] if repeats else [whole_run()]
+    train(tmp_path, *trainings)
+    publisher.deliver_all()
+    assert len(runs()) == (3 if repeats else 1) and {run.info.status for run in runs()} == {"FINISHED"}
+    assert len({run.info.experiment_id for run in runs()}) == 1
+    run = client().get_run(given)
+    assert ("repeats.id" in run.data.tags, "record" in run.data.tags) == (repeats, not repeats)
+    assert [child.data.tags.get("mlflow.parentRunId") for child in runs()].count(given) == (2 if repeats else 0)
+
+
+@pytest.mark.parametrize("used", ["finished", "another training"])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_given_run_that_is_used_is_left_as_it_was(given, tmp_path, used, repeats):
+    if used == "finished":
+        client().set_terminated(given)
+    else:
+        client().log_param(given, "train.lr", "7")
+    before = client().get_run(given).to_dictionary()
+    train(tmp_path, *([repeat(1, 2), repeat(2, 2)] if repeats else [whole_run()]))
+    publisher.deliver_all()
+    assert client().get_run(given).to_dictionary() == before and len(runs()) == (4 if repeats else 2)
+
+
+def test_a_given_run_says_where_the_repeats_are_that_are_resumed(given, tmp_path, monkeypatch):
+    train(tmp_path / "a", repeat(1, 2))
+    publisher.deliver_all()
+    new = client().create_run(client().get_run(given).info.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", new)
+    train(tmp_path / "b", repeat(2, 2))
+    publisher.deliver_all()
+    assert given in client().get_run(new).data.tags["mlflow.note.content"]
+    assert client().get_run(given).info.status == "FINISHED" and len(runs()) == 4
