@@ -105,9 +105,9 @@ def _journal(entry: Path | None, record: Record, identity: Mapping[str, Any]) ->
         entry, owner = pending.open_training(record, identity)
     else:
         owner = pending.own(entry)
-        resumed = int(record["tags"].get("resumed", 0)) + 1
-        record["tags"]["resumed"] = str(resumed)
-        pending.append(entry, {"event": "resume", "at": records.now(), "tags": {"resumed": str(resumed)}})
+        times = 1 + sum(event["event"] == "resume" for event in pending.journal(entry))
+        record["tags"]["resumed"] = str(times)
+        pending.append(entry, {"event": "resume", "at": records.now(), "tags": {"resumed": str(times)}})
     with owner:
         try:
             yield entry

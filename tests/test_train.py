@@ -1,6 +1,7 @@
-"""The stage train: what it leaves, in which order, and how it ends. Nothing is learnt here that matters."""
+"""The stage train: what it leaves, in which order, how it ends, and how it goes on after an interruption."""
 
 import csv
+import errno
 import gc
 import weakref
 from functools import partial
@@ -12,15 +13,15 @@ from loops import ScriptedClock, without_times
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import SMALL, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import config, devices, files, hardware, plots, train
+from pipeline import config, devices, files, hardware, train
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
-from pipeline.errors import OutOfMemoryError, StageError, UsageError
+from pipeline.errors import OutOfMemoryError, StageError, Stopped
 from pipeline.models import checkpoints
 from pipeline.profiling import roofline, system_info
 from pipeline.profiling.clock import Clock
-from pipeline.tracking import records, store, training_record
-from pipeline.training import loop, measured, setup
+from pipeline.tracking import pending, publisher, records, store, training_record
+from pipeline.training import loop, measured, setup, state
 
 ONCE = {
     "time/startup_seconds", "time/setup_seconds", "time/data_seconds", "time/total_seconds", "time/ceilings_seconds",
@@ -35,8 +36,7 @@ PER_EPOCH = {
     "time/val_seconds", "memory/peak_mib", "memory/peak_share",
 }  # fmt: skip
 LEFT = {
-    "best.safetensors", "curves.csv", "hardware.json", "metrics.json", "params.yaml", "record.json",
-    "plots/samples.png", "plots/loss.png", "plots/accuracy.png",
+    "best.safetensors", "curves.csv", "hardware.json", "metrics.json", "params.yaml", "record.json", "samples.npy",
 }  # fmt: skip
 
 
@@ -44,10 +44,10 @@ LEFT = {
 def trained(settings_of, tmp_path, light):
     """Trains on `pictures` with `key=value` overrides; gives the record."""
 
-    def run(*overrides, **arguments):
+    def run(*overrides):
         settings = settings_of(*SMALL, *overrides)
         prepare(settings, tmp_path / "outputs")
-        return train.run(settings, tmp_path / "outputs", **arguments)
+        return train.run(settings, tmp_path / "outputs")
 
     return run
 
@@ -72,13 +72,18 @@ def out(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """Makes trainings follow a script: epochs with these validation accuracies, each leaving its number in the head's
-    bias and `seconds` in its spans; `then` is raised after them."""
+    bias and `seconds` in its spans; `then` is raised after them, once."""
 
     def set_script(accuracies, then=None):
-        def epochs(training, splits, settings, record, limits):
+        errors = [then] if then else []
+
+        def epochs(training, splits, settings, record, limits, saved=None):
+            if saved:
+                state.restore(training, saved)
             record["facts"]["verdict"] = "not judged"
             record["metrics"]["speed/feature_images_per_second"] = 1000.0
-            for epoch, accuracy in enumerate(accuracies, 1):
+            done = len(record["epochs"])
+            for epoch, accuracy in enumerate(accuracies[done:], done + 1):
                 with torch.no_grad():
                     training.net.head.bias.fill_(epoch)
                 for span in ("train", "validate"):
@@ -88,8 +93,8 @@ def script(monkeypatch):
                     "epoch": epoch, "train/loss": 1.0, "train/accuracy": 0.5, "val/loss": 1.0,
                     "val/accuracy": accuracy, "train/lr": 0.1, "time/train_seconds": 1.0, "time/val_seconds": 1.0,
                 }  # fmt: skip
-            if then is not None:
-                raise then
+            if errors:
+                raise errors.pop()
 
         peaks = roofline.Peaks(1e12, 1e9, 1000.0)
         monkeypatch.setattr(measured, "measure_limits", lambda *args: measured.Limits(0.0, peaks))
@@ -100,6 +105,18 @@ def script(monkeypatch):
 
 def files_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def delivered():
+    """The runs in the store, with all that waited."""
+    publisher.deliver_all()
+    return runs()
+
+
+def end_of(entry):
+    """How the journal of an entry ends: status, and whether it is final."""
+    event = pending.journal(entry)[-1]
+    return event["status"], event["final"]
 
 
 # --- repeats
@@ -160,36 +177,37 @@ def test_repeats_are_runs_below_one_that_tells_of_them_all(repeated, out):
     assert len(runs()) == 4
 
 
-def test_a_repeat_that_is_stopped_ends_the_run_above_and_what_is_missing_is_trained_later(repeated, out, script):
-    script([0.5])
-    failing, error, status = 2, KeyboardInterrupt(), "KILLED"
+def test_a_repeat_that_is_stopped_ends_the_run_above_and_goes_on_later(repeated, out, script, monkeypatch):
+    script([0.5, 0.75])
     epochs, begun = measured.train, []
 
-    def failing_once(*args):
+    def stopped_once(*args):
         begun.append(args)
-        if len(begun) == failing:
-            raise error
-        return epochs(*args)
+        for figures in epochs(*args):
+            if len(begun) == 2 and figures["epoch"] == 2:
+                raise Stopped(143)
+            yield figures
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measured, "train", failing_once)
-        with pytest.raises(type(error)):
-            repeated("repeats=3", "epochs=1")
+    monkeypatch.setattr(measured, "train", stopped_once)
+    with pytest.raises(Stopped):
+        repeated("repeats=3")
 
-        def statuses():
-            return sorted((run.info.run_name.split(" · ")[-1], run.info.status) for run in runs())
+    def statuses():
+        return {run.info.run_name.split(" · ")[-1]: run.info.status for run in delivered()}
 
-        ended = [(f"{number}/3", status if number == failing else "FINISHED") for number in range(1, failing + 1)]
-        assert statuses() == [*ended, ("fp32 × 3", status)]
-        assert len(store.finished_runs()) == failing - 1
-        first = [record["id"] for record in records.present_records(out.parent)]
+    assert statuses() == {"1/3": "FINISHED", "2/3": "KILLED", "fp32 × 3": "KILLED"}
+    assert len(store.finished_runs()) == 1
+    first = [record["id"] for record in records.present_records(out.parent)]
+    run_ids = {run.info.run_id for run in runs()}
 
-        repeated("repeats=3", "epochs=1")
-    assert len(begun) == 4  # the one that failed, and three
-    whole = [(f"{number}/3", "FINISHED") for number in (1, 2, 3)]
-    assert statuses() == sorted([*whole, (f"{failing}/3", status), ("fp32 × 3", "FINISHED")])
-    assert [record["id"] for record in records.training_records(out.parent)][: failing - 1] == first
-    assert len({record["tags"]["repeats.id"] for record in records.training_records(out.parent)}) == 1
+    repeated("repeats=3")
+    assert len(begun) == 4
+    assert statuses() == dict.fromkeys(["1/3", "2/3", "3/3", "fp32 × 3"], "FINISHED")
+    assert run_ids < {run.info.run_id for run in runs()} and len(runs()) == 4
+    three = records.training_records(out.parent)
+    assert three[0]["id"] == first[0]
+    assert [record["tags"].get("resumed") for record in three] == [None, "1", None]
+    assert len({record["tags"]["repeats.id"] for record in three}) == 1
 
 
 # --- what it leaves
@@ -303,53 +321,41 @@ def test_what_disturbed_the_machine_and_how_it_behaved_are_tags_and_warnings(bef
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "status", "final"),
     [
-        (loop.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED"),
-        (KeyboardInterrupt(), "KILLED"),
+        (loop.NonFiniteLossError("the training loss is nan in epoch 2"), "FAILED", True),
+        (OutOfMemoryError("cpu is out of memory"), "FAILED", True),
+        (StageError("no disk space"), "FAILED", False),
+        (KeyboardInterrupt(), "KILLED", False),
+        (Stopped(143), "KILLED", False),
     ],
 )
-def test_a_training_that_does_not_come_to_its_end_says_so(trained, script, out, error, status):
+def test_a_training_that_does_not_come_to_its_end_says_so(trained, script, out, error, status, final):
     script([0.5], then=error)
     with pytest.raises(type(error)):
-        trained()
-    (run,) = runs()
+        trained("batch_size=1")
+    (entry,) = pending.entries()
+    assert end_of(entry) == (status, final) and pending.is_resumable(entry) is not final
+    assert files_in(out) == set()
+    (run,) = delivered()
     assert run.info.status == status and run.info.end_time is not None
     assert run.data.metrics["val/accuracy"] == 0.5  # what was reached stays
-    assert files_in(out) == {"best.safetensors"}
+    assert pending.entries() == ([] if final else [entry]) and pending.waiting() == []
+
+    assert trained("batch_size=1")["tags"].get("resumed") == (None if final else "1")
+    assert [run.info.status for run in delivered()].count("FINISHED") == 1
+    assert len(runs()) == 1 + final and pending.entries() == []
 
 
-@pytest.mark.parametrize("broken", ["log_epoch", "log_model"])
-def test_a_store_that_fails_meanwhile_fails_the_run(trained, script, out, monkeypatch, broken):
+def test_a_training_needs_no_store(trained, script, out, monkeypatch):
     script([0.5])
-    mark, real, marked = store.mark_run, getattr(store, broken), []
-
-    def fail(*args):
-        if not marked:
-            return real(*args)  # `mark_run` sets a tag, too
-        raise StageError("the store is away")
-
-    monkeypatch.setattr(store, "mark_run", lambda *args: (mark(*args), marked.append(True)))
-    monkeypatch.setattr(store, broken, fail)
-    with pytest.raises(StageError, match="the store is away"):
-        trained()
-    (run,) = runs()
-    assert run.info.status == "FAILED"
-    # The record comes last, so that `evaluate` does not take a training that was not logged completely.
-    assert files_in(out) == ({"best.safetensors"} if broken == "log_epoch" else LEFT - {"record.json"})
-
-
-def test_a_store_that_cannot_be_used_is_refused_before_any_work(trained, out, monkeypatch, tmp_path):
-    (tmp_path / "broken.db").write_bytes(b"This is no database. " * 400)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{(tmp_path / 'broken.db').as_posix()}")
-    with pytest.raises(StageError, match=r"broken\.db"):
-        trained()
-    assert files_in(out) == set()
-    monkeypatch.setattr(store, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "x")  # where DVC deletes it
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI: "):
-        train.run(generated(), tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:password@127.0.0.1:9")
+    trained()
+    assert files_in(out) == LEFT
+    (entry,) = pending.waiting()
+    assert files_in(entry / "train") == LEFT - {"curves.csv"} and not (entry / "state").exists()
+    text = b"".join(path.read_bytes() for path in [*entry.rglob("*.json"), *out.rglob("*.json")])
+    assert b"password" not in text
 
 
 def test_what_the_stages_before_leave_is_asked_for(tmp_path):
@@ -358,7 +364,146 @@ def test_what_the_stages_before_leave_is_asked_for(tmp_path):
     hardware.run(generated(), tmp_path)
     with pytest.raises(StageError, match=r"inputs\.json is missing"):
         train.run(generated(), tmp_path)
-    assert runs() == []
+    assert pending.entries() == []
+
+
+# --- an interruption
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Stops trainings after they saved the state of these epochs, each once; gives the epochs that are left."""
+
+    def stop_after(*epochs, error=None):
+        left, save = list(epochs), state.save
+
+        def stopping(folder, training, record):
+            result = save(folder, training, record)
+            if len(record["epochs"]) in left:
+                left.remove(len(record["epochs"]))
+                raise error or Stopped(143)
+            return result
+
+        monkeypatch.setattr(state, "save", stopping)
+        return left
+
+    return stop_after
+
+
+WORKS = [
+    ("recipe=linear-probe", "warmup_epochs=0.5"),
+    ("recipe=finetune", "batch_size=16", "precision=bf16"),
+    ("recipe=blog", "batch_size=16", "target_accuracy=0.1"),
+]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=" ".join)
+def test_the_same_command_goes_on_and_ends_as_if_it_never_was_interrupted(trained, out, interrupt, work):
+    unbroken = trained(*work, "epochs=4", "label=another")
+    weights, _ = checkpoints.load(out / "best.safetensors")
+    left = interrupt(1, 3, 3)
+    begun = []
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            trained(*work, "epochs=4")
+        begun.append(delivered()[0].info.run_id)
+    left.clear()
+    record = trained(*work, "epochs=4")
+
+    figures = [without_times(epoch["figures"] for epoch in row["epochs"]) for row in (unbroken, record)]
+    assert figures[0] == figures[1] and len(figures[0]) == 4
+    resumed, _ = checkpoints.load(out / "best.safetensors")
+    assert all(
+        torch.equal(*pair) for pair in zip(weights.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    assert record["metrics"].keys() == unbroken["metrics"].keys() - {"time/process_seconds"}
+    assert record["metrics"]["time/total_seconds"] >= sum(
+        epoch["figures"]["time/train_seconds"] + epoch["figures"]["time/val_seconds"] for epoch in record["epochs"]
+    )
+    assert (record["tags"].pop("resumed"), record["params"]["settings.label"]) == ("2", "null")
+    assert record["tags"] | {"label": "another"} == unbroken["tags"]
+    (run,) = [run for run in delivered() if run.data.tags.get("label") != "another"]
+    assert begun == [run.info.run_id] * 2 and run.info.status == "FINISHED"
+    assert run.data.tags["resumed"] == "2" and run.data.tags["record"] == record["id"]
+    history = client().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [
+        (number, row["train/loss"]) for number, row in enumerate(figures[1], 1)
+    ]
+    assert pending.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "resumed", "said"),
+    [
+        ("label=null", "1", "after epoch 2"),
+        ("tracking.experiment=another", "1", "after epoch 2"),
+        ("lr=0.02", None, "recipes.linear-probe.lr"),
+        ("seed=3", None, "another seed"),
+        ("resume=never", None, None),
+    ],
+)
+def test_another_setting_starts_anew_and_says_which(trained, script, capsys, override, resumed, said):
+    script([0.5, 0.75], then=Stopped(143))
+    with pytest.raises(Stopped):
+        trained()
+    capsys.readouterr()
+    assert trained(override)["tags"].get("resumed") == resumed
+    output = capsys.readouterr().out
+    assert said in output if said else "resumed" not in output
+    assert len(delivered()) == (1 if resumed else 2)
+
+
+def test_a_training_that_will_never_be_resumed_saves_no_state(trained, script):
+    script([0.5], then=Stopped(143))
+    with pytest.raises(Stopped):
+        trained("resume=never")
+    (entry,) = pending.entries()
+    assert list(entry.rglob("*.pt")) == [] and not pending.is_resumable(entry)
+
+
+@pytest.mark.parametrize(("damaged", "epoch"), [(1, 2), (2, None)])
+def test_of_damaged_states_the_one_before_is_used_or_none(trained, interrupt, capsys, damaged, epoch):
+    expected = trained("epochs=4", "seed=5")
+    interrupt(3)
+    with pytest.raises(Stopped):
+        trained("epochs=4", "seed=5", "resume=auto")
+    (entry,) = [entry for entry in pending.entries() if pending.is_resumable(entry)]
+    paths = sorted(entry.glob("state/*.pt"))[-damaged:]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    record = trained("epochs=4", "seed=5")
+    output = capsys.readouterr().out
+    assert all(path.name in output for path in paths)
+    assert record["tags"].get("resumed") == (epoch and "1") and (f"after epoch {epoch}" in output) == bool(epoch)
+    figures = [without_times(epoch["figures"] for epoch in row["epochs"]) for row in (expected, record)]
+    assert figures[0] == figures[1]
+
+
+def test_a_disk_that_is_full_ends_it_and_the_state_before_is_resumed(trained, monkeypatch):
+    write, calls = torch.save, []
+
+    def fill(content, file):
+        calls.append(content)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(content, file)
+
+    monkeypatch.setattr(torch, "save", fill)
+    assert "no disk space left" in fails(StageError, trained, "epochs=3")
+    (entry,) = pending.entries()
+    assert end_of(entry) == ("FAILED", False) and [run.info.status for run in delivered()] == ["FAILED"]
+    record = trained("epochs=3")
+    assert record["tags"]["resumed"] == "1" and [run.info.status for run in delivered()] == ["FINISHED"]
+
+
+def test_two_processes_do_not_resume_the_same_training(trained, script):
+    script([0.5], then=Stopped(143))
+    with pytest.raises(Stopped):
+        trained()
+    (entry,) = pending.entries()
+    with pending.own(entry):
+        assert "resumed" not in trained()["tags"]
 
 
 # --- the clock
@@ -379,7 +524,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(train, "Clock", Scripted)
 
 
-def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypatch):
+def test_nothing_is_written_while_the_clock_runs(trained, monkeypatch):
     clocks, spans, called = [], [], []
     monkeypatch.setattr(train, "Clock", lambda synchronize: clocks.append(Clock(synchronize)) or clocks[-1])
 
@@ -388,19 +533,18 @@ def test_nothing_is_logged_saved_or_drawn_while_the_clock_runs(trained, monkeypa
 
         def call(*args, **kwargs):
             called.append(name)
-            spans.extend((name, clock._open) for clock in clocks if clock._open not in (None, "log", "checkpoint"))
+            spans.extend(clock._open for clock in clocks)
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("start_run", "mark_run", "log_epoch", "log_metrics", "log_artifacts", "log_model", "end_run"):
-        watch(store, name)
-    for module, name in ((checkpoints, "save"), (plots, "save"), (files, "write_json"), (files, "write_text")):
+    for module, name in ((pending, "append"), (state, "save"), (checkpoints, "save"), (files, "atomic_write")):
         watch(module, name)
     trained("features=recompute")
     (clock,) = clocks
-    assert spans == [] and len(set(called)) == 10
-    assert called.count("log_epoch") == 2 and called.count("log_model") == 1
+    assert not {*setup.TOTAL_SPANS, "setup", "ceilings"} & set(spans)
+    assert set(called) == {"append", "save", "atomic_write"}
+    assert called.count("append") == 3  # the start, two epochs
     assert set(clock.seconds) == set(SECONDS) - {"features"}
 
 
@@ -413,11 +557,11 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
     assert metrics["time/data_seconds"] == 1
     assert metrics["time/setup_seconds"] == 3 * 10  # building, warming up, back to the beginning
     assert metrics["time/inspect_seconds"] == 2 * 3
-    assert metrics["time/ceilings_seconds"] == 50
-    assert metrics["time/logging_seconds"] == 4 * 8  # the start, the mark, two epochs
+    assert metrics["time/ceilings_seconds"] == 2 * 50  # before, and the operations that a step takes
+    assert metrics["time/logging_seconds"] == 2 * 8  # of each epoch
     saved = metrics["time/checkpoint_seconds"] / 7
     assert saved in (1, 2)  # the second epoch may be no better
-    spans = 3 + 1 + 2 + 1 + 4 + saved + 1 + cached + 4
+    spans = 3 + 1 + 2 + 2 + 2 + saved + 1 + cached + 4
     assert metrics["time/unaccounted_seconds"] == 0.25 * (spans - 1)
     assert [epoch["figures"]["time/train_seconds"] for epoch in record["epochs"]] == [10_000] * 2
     assert [epoch["figures"]["time/val_seconds"] for epoch in record["epochs"]] == [200_000] * 2
@@ -426,15 +570,12 @@ def test_the_total_is_upload_features_training_and_validation(trained, features)
     assert speed == (None if cached else 54 / 10_000)
 
 
-def test_startup_and_process_times_leave_out_earlier_stages(trained, script, monkeypatch):
+def test_startup_and_process_times_are_ages_of_the_process(trained, script, monkeypatch):
     script([0.5])
-    age, mark = [12.5], store.mark_run
-    monkeypatch.setattr(system_info, "process_age", lambda: age[0])
-    monkeypatch.setattr(store, "mark_run", lambda *args: (age.append(age.pop() + 30), mark(*args)))
-    metrics = trained(earlier=2.25)["metrics"]
-    assert metrics["time/startup_seconds"] == pytest.approx(10.25, abs=1e-3)
-    assert metrics["time/process_seconds"] == pytest.approx(40.25, abs=1e-3)
-    assert runs()[0].data.metrics["time/process_seconds"] == metrics["time/process_seconds"]
+    ages = iter([12.5, 40.25])
+    monkeypatch.setattr(system_info, "process_age", lambda: next(ages))
+    metrics = trained()["metrics"]
+    assert (metrics["time/startup_seconds"], metrics["time/process_seconds"]) == (12.5, 40.25)
 
 
 @pytest.mark.usefixtures("scripted")
@@ -482,12 +623,11 @@ def room(monkeypatch):
 @pytest.mark.parametrize(("features", "in_warm_up"), [("recompute", True), ("cache", False)])
 def test_a_batch_that_is_too_large_is_answered_with_the_largest_that_fits(trained, room, out, features, in_warm_up):
     tried = room(5, in_warm_up=in_warm_up)
-    line = fails(StageError, trained, "batch_size=50", f"features={features}")
+    line = fails(OutOfMemoryError, trained, "batch_size=50", f"features={features}")
     assert line.startswith("batch_size: 50") and line.endswith("cpu: the largest that fits is 4")
     assert tried == [32, 16, 8, 4]
-    (run,) = runs()
-    assert run.info.status == "FAILED" and run.info.end_time is not None
-    assert files_in(out) == set()
+    (entry,) = pending.entries()
+    assert end_of(entry) == ("FAILED", True) and files_in(out) == set()
 
 
 def test_the_failed_training_frees_its_memory_before_a_smaller_batch_is_tried(trained, room, monkeypatch):
@@ -506,33 +646,33 @@ def test_the_failed_training_frees_its_memory_before_a_smaller_batch_is_tried(tr
 
     monkeypatch.setattr(setup, "TrainingSetup", noting)
     monkeypatch.setattr(setup, "largest_batch_below", largest_batch)
-    assert "the largest that fits is 4" in fails(StageError, trained, "batch_size=50")
+    assert "the largest that fits is 4" in fails(OutOfMemoryError, trained, "batch_size=50")
 
 
 @pytest.mark.parametrize(
-    ("images", "batch_size", "capacity", "error", "tried"),
+    ("images", "batch_size", "capacity", "tried"),
     [
-        (0, 1, None, StageError, []),  # one image is too much
-        (2, 3, 1.0, StageError, [2]),  # a step of two ends, but the system swaps
-        (1, 50, None, OutOfMemoryError, []),  # not even the model fits
+        (0, 1, None, []),  # one image is too much
+        (2, 3, 1.0, [2]),  # a step of two ends, but the system swaps
+        (1, 50, None, []),  # not even the model fits
     ],
 )
 def test_without_a_batch_that_fits_the_advice_is_general(
-    trained, room, monkeypatch, images, batch_size, capacity, error, tried
+    trained, room, monkeypatch, images, batch_size, capacity, tried
 ):
     attempts = room(images, in_warm_up=False)
     if capacity:
         monkeypatch.setattr(Cpu, "capacity_mib", lambda self: capacity)
-    line = fails(error, trained, f"batch_size={batch_size}", "features=recompute")
+    line = fails(OutOfMemoryError, trained, f"batch_size={batch_size}", "features=recompute")
     assert line.startswith("cpu is out of memory: lower batch_size")
     assert attempts == tried
-    assert [run.info.status for run in runs()] == ["FAILED"]
+    assert [end_of(entry) for entry in pending.entries()] == [("FAILED", True)]
 
 
-def test_a_model_that_does_not_fit_ends_it_before_there_is_a_run(trained, room):
+def test_a_model_that_does_not_fit_ends_it_before_anything_waits(trained, room):
     room(1)
     assert "out of memory" in fails(OutOfMemoryError, trained)
-    assert runs() == []
+    assert pending.entries() == []
 
 
 # --- the device
@@ -550,6 +690,7 @@ def test_a_gpu_that_torch_cannot_use_makes_it_a_demo_unless_the_cpu_was_asked_fo
     assert any("GTX 1060" in warning for warning in record["warnings"])
     shown = capsys.readouterr().err
     assert "DEMO" in shown and "GTX 1060" in shown
+    publisher.deliver_all()
     demo = client().get_experiment_by_name("trainmark-demo")
     (run,) = client().search_runs([demo.experiment_id])
     assert run.data.tags["fallback"] == "device"

@@ -76,7 +76,7 @@ def train(
     clock, backend = training.loop.clock, training.loop.backend
     with clock.span("setup"):
         training.restart(settings.seed)
-    if training.tuning_stopped:
+    if training.tuning_stopped and setup.TUNING_STOPPED not in record["warnings"]:  # it may have been resumed
         record["warnings"].append(setup.TUNING_STOPPED)
     if backend.capture_error and saved is None:
         record["warnings"].append(f"not every step could be captured in a CUDA graph: {backend.capture_error}")
