@@ -11,7 +11,7 @@ import torch
 from conftest import fails
 from loops import ScriptedClock, without_times
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from trainings import SMALL, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+from trainings import SMALL, delivered, driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import config, devices, files, hardware, train
 from pipeline.data import batching
@@ -105,12 +105,6 @@ def script(monkeypatch):
 
 def files_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def delivered():
-    """The runs in the store, with all that waited."""
-    publisher.deliver_all()
-    return runs()
 
 
 def end_of(entry):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stores import fresh_store
+from stores import fresh_store, runs
 
 from pipeline import config, download, evaluate, files, hardware, plots, repeats, sustain, train
 from pipeline.profiling.score_steps import Step
@@ -42,6 +42,12 @@ def generated(*overrides):
 def prepare(settings, folder):
     for stage in (hardware, download):
         stage.run(settings, folder)
+
+
+def delivered():
+    """The runs in the store, after all that waits was delivered."""
+    publisher.deliver_all()
+    return runs()
 
 
 def trained_once(factory):
