@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from pipeline import config
 
@@ -18,7 +18,9 @@ def store_uri() -> str:
     relative = uri.removeprefix("sqlite:///")
     if relative == uri or Path(relative).is_absolute():
         return uri
-    return f"sqlite:///{quote(config.PROJECT.as_posix(), safe='/:')}/{relative}"
+    # Only what must be escaped: beside a folder whose name is escaped, MLflow creates another, which stays empty.
+    folder = config.PROJECT.as_posix().replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{folder}/{relative}"
 
 
 def database_file() -> Path | None:
