@@ -46,6 +46,7 @@ class Context:
         """The machine that a row is about, and the runs that count for `stage`."""
         latest = group.runs[-1]
         starts = [run.start(stage) for run in group.runs]
+        resumed = [(run, "resumed: only its accuracy counts") for run in group.runs if run.is_resumed and stage == WORK]
         return Head(
             name=self.name(group),
             hardware=latest.tag("hardware"),
@@ -57,7 +58,7 @@ class Context:
             conditions=dict(zip(CONDITIONS, group.entity.conditions, strict=True)),
             torch=", ".join(sorted({run.tag("software.torch", "?") for run in group.runs})),
             runs=[self.run_link(run) for run in group.runs],
-            left_out=[self.run_link(run) | {"reason": reason} for run, reason in group.excluded],
+            left_out=[self.run_link(run) | {"reason": reason} for run, reason in [*group.excluded, *resumed]],
             planned=group.planned,
             problem=group.problem,
             behavior=sorted(set().union(*(run.behavior(stage) for run in group.runs))),

@@ -97,8 +97,16 @@ class Run:
         """What the machine did by itself, such as throttling. Older code wrote it among the taints."""
         return BEHAVIORS.intersection(self.tag(f"{stage}taints").split() + self.tag(f"{stage}behavior").split())
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the training was interrupted and resumed: then only its accuracies are comparable."""
+        return "resumed" in self.tags
+
     def measurement(self, metric: str) -> float | None:
-        """The metric if it is positive and of a size that can be measured, else None."""
+        """The metric if it is positive and of a size that can be measured, else None. A resumed training has no time,
+        speed or energy: its parts ran at other times."""
+        if self.is_resumed and metric.startswith(("time/", "speed/train", "speed/feature", "energy/")):
+            return None
         value = self.metrics.get(metric)
         return value if value is not None and is_measurement(value) else None
 

@@ -87,7 +87,7 @@ def _run_figures(context: Context, run: Run) -> dict[str, float]:
     """
     figures = {key: value_of(run, key) for key in WORK_METRICS}
     seconds = [value for value in context.courses(run.run_id)["time/train_seconds"] if is_measurement(value)]
-    if seconds:
+    if seconds and not run.is_resumed:
         figures["epoch_seconds"] = median(seconds)
         last = run.measurement("speed/train_images_per_second")
         figures["images_per_second"] = last * seconds[-1] / median(seconds) if last is not None else None

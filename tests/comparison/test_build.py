@@ -347,3 +347,22 @@ def test_the_price_of_a_card_names_its_machine():
 def test_a_store_with_nothing_to_compare_says_what_to_do(store, words):
     advice = store.compare().advice
     assert words in advice and bool(words) == bool(advice)
+
+
+def test_a_resumed_run_has_accuracies_but_no_time():
+    store = two(3, 4)
+    store.runs[-1]["tags"]["resumed"] = "2"
+    resumed, comparison = store.runs[-1]["run_id"], store.compare(reference="GPU A")
+    match = row(comparison, "GPU B")
+    assert len(match.values["total_seconds"]) == len(match.values["images_per_second"]) == 3
+    assert len(match.values["test_accuracy"]) == 4
+    assert [run["id"] for run in match.head.left_out] == [resumed]
+    assert kinds(comparison)["GPU B"] == "faster"
+    store.runs[-2]["tags"]["resumed"] = "1"
+    assert kinds(store.compare(reference="GPU A"))["GPU B"] == "few"
+
+
+def test_a_machine_with_resumed_runs_alone_is_in_the_table():
+    comparison = two(3, 1, resumed="1").compare(reference="GPU A")
+    assert "total_seconds" not in row(comparison, "GPU B").figures
+    assert "test_accuracy" in row(comparison, "GPU B").figures
