@@ -1,8 +1,9 @@
-"""The store: where it is, whole runs in it, and the one line with which it fails."""
+"""The store: whole runs in it, what it holds of repeats and experiments, and the one line with which it fails."""
 
 import os
 import socket
 import sqlite3
+import uuid
 from pathlib import Path
 
 import mlflow
@@ -23,12 +24,16 @@ def run_of(handle):
     return client().get_run(handle.run_id)
 
 
-def status_of(handle):
-    return run_of(handle).info.status
+def start(parent=None, given=None, **changes):
+    """The run of a new record, with what the record begins with."""
+    record = record_of(**{"id": uuid.uuid4().hex} | changes)
+    handle = store.start_run(record, given, parent)
+    store.describe_start(handle, record)
+    return handle
 
 
 def finished(name, status="FINISHED", **changes):
-    handle = store.start_run(record_of(name=name, **changes))
+    handle = start(name=name, **changes)
     store.log_metrics(handle, {"test/accuracy": 0.5}, AT)
     if status:
         store.end_run(handle, status)
@@ -46,65 +51,11 @@ def pages(monkeypatch):
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: search(*a, **k | {"max_results": 2}))
 
 
-# --- where the store is
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, "sqlite:///{root}/mlflow.db"),
-        ("", "sqlite:///{root}/mlflow.db"),
-        ("sqlite:///mine/other.db", "sqlite:///{root}/mine/other.db"),
-        ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
-        ("https://server/mlflow/", "https://server/mlflow/"),
-        ("postgresql://user@server/db", "postgresql://user@server/db"),
-    ],
-)
-def test_only_a_relative_sqlite_store_is_resolved(monkeypatch, tmp_path, given, expected):
-    monkeypatch.setattr(store, "ROOT", tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    if given is not None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    assert store.store_uri() == expected.format(root=tmp_path.as_posix())
-    assert store.shown_uri() == (given or "sqlite:///mlflow.db")
-
-
-@pytest.mark.parametrize("given", ["", "sqlite:///mlflow.db"])
-def test_a_store_in_a_temporary_experiment_is_refused(monkeypatch, tmp_path, given):
-    monkeypatch.setattr(store, "ROOT", tmp_path / ".dvc" / "tmp" / "exps" / "tmpx1")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    assert fails(UsageError, store.store_uri).startswith("MLFLOW_TRACKING_URI: sqlite:///mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert store.store_uri() == "http://server:5000"
-
-
-def test_artifacts_of_the_projects_own_store_are_beside_it(monkeypatch, tmp_path, own_store):
-    clone = tmp_path / "clone"
-    clone.mkdir()
-    own_store.rename(clone / "mlflow.db")
-    monkeypatch.setattr(store, "ROOT", clone)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (tmp_path / "notes.txt").write_text("kept")
-    store.log_artifacts(store.start_run(record_of()), {"papers/notes.txt": tmp_path / "notes.txt"})
-    (artifact,) = clone.rglob("notes.txt")
-    assert artifact.relative_to(clone).parts[0] == "mlartifacts" and artifact.parent.name == "papers"
-
-
-def test_links_are_to_the_server_without_its_password(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://jane:secret@server:5000/mlflow/")
-    assert store.run_link("7", "abc") == views.run_link("https://server:5000/mlflow", "7", "abc")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////srv/mlflow.db")
-    assert store.run_link("7", "abc") == views.run_link("http://127.0.0.1:5000", "7", "abc")
-    for link in ("run_table_link", "charts_link"):
-        assert getattr(store, link)("7") == getattr(views, link)("http://127.0.0.1:5000", "7")
-        assert getattr(store, link)("7", "http://h:5003") == getattr(views, link)("http://h:5003", "7")
-
-
 # --- a run
 
 
 def test_a_run_starts_with_params_tags_and_datasets():
-    handle = store.start_run(record_of(tags={"workload": "w1", "hardware.cores": 2}))
+    handle = start(tags={"workload": "w1", "hardware.cores": 2})
     run = run_of(handle)
     assert (run.info.run_name, run.info.status, run.info.start_time) == (record_of()["name"], "RUNNING", AT)
     assert run.data.params == record_of()["params"]
@@ -117,38 +68,30 @@ def test_a_run_starts_with_params_tags_and_datasets():
 def test_more_params_and_metrics_than_one_call_takes():
     """MLflow takes 100 params and 1000 metrics."""
     params = {f"train.optimizer_options.option{index:03}": str(index) for index in range(250)}
-    handle = store.start_run(record_of(params=params))
+    handle = start(params=params)
     metrics = {f"figure{index}": index / 4 for index in range(1001)}
     store.log_metrics(handle, metrics, AT)
     assert (run_of(handle).data.params, run_of(handle).data.metrics) == (params, metrics)
 
 
 def test_metrics_are_logged_under_their_steps():
-    handle = store.start_run(record_of())
+    handle = start()
     samples = [{"figures": {"system/cpu": 7.5}, "at": AT + step, "step": step} for step in (4, 5)]
     store.log_epoch(handle, {"at": AT + 9, "figures": {"epoch": 3, "train/loss": 0.25}, "system": samples})
     store.log_series(handle, "course", [7.5, 8], AT)
     store.log_series(handle, "nothing", [], AT)
+    store.log_metrics(handle, {"train/loss": 0.125}, AT + 99, step=3)  # an epoch that was resumed
+    store.log_metrics(handle, {"train/loss": 0.5}, AT + 3, step=2)
     assert {
-        key: [(m.value, m.step, m.timestamp) for m in client().get_metric_history(handle.run_id, key)]
+        key: sorted((m.value, m.step, m.timestamp) for m in client().get_metric_history(handle.run_id, key))
         for key in run_of(handle).data.metrics
     } == {
-        "train/loss": [(0.25, 3, AT + 9)],
+        "train/loss": [(0.125, 3, AT + 99), (0.25, 3, AT + 9), (0.5, 2, AT + 3)],
         "system/cpu": [(7.5, 4, AT + 4), (7.5, 5, AT + 5)],
         "course": [(7.5, 1, AT), (8.0, 2, AT)],
     }
-
-
-@pytest.mark.parametrize(("error", "status"), [(StageError("full"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_a_failure_ends_the_run_and_discards_what_was_created(error, status):
-    ended, created = store.start_run(record_of()), []
-    with pytest.raises(type(error)), store.discard_on_failure(created), store.end_on_failure(ended):
-        created += [store.start_run(record_of()) for _ in range(2)]
-        store.mark_run(created[0], record_of())
-        raise error
-    assert status_of(ended) == status and not store.is_deleted(ended)
-    assert all(map(store.is_deleted, created))
-    assert store.find_run("a1b2", "trainmark") is None
+    keys = ("train/loss", "course", "test/loss")
+    assert store.history(handle.run_id, keys) == {"train/loss": [0.5, 0.125], "course": [7.5, 8.0], "test/loss": []}
 
 
 # --- experiments
@@ -161,15 +104,15 @@ def described(experiment_id, report_id=None):
 
 
 def test_an_experiment_is_created_once_and_described_whoever_created_it():
-    first, second = store.start_run(record_of()), store.start_run(record_of())
+    first, second = start(), start()
     assert first.experiment_id == second.experiment_id and first.run_id != second.run_id
     assert described(first.experiment_id)
     other = client().create_experiment("other")
-    assert store.start_run(record_of(experiment="other")).experiment_id == other and described(other)
+    assert start(experiment="other").experiment_id == other and described(other)
 
 
 def test_a_deleted_experiment_is_refused_and_not_shown():
-    client().delete_experiment(store.start_run(record_of()).experiment_id)
+    client().delete_experiment(start().experiment_id)
     assert fails(StageError, store.start_run, record_of()).startswith("tracking.experiment:")
     assert len(runs()) == 1 and store.experiment_to_show("trainmark") is None
 
@@ -178,9 +121,9 @@ def test_the_experiment_to_show_is_the_one_with_runs():
     assert store.experiment_to_show("trainmark") is None
     real = client().create_experiment("trainmark")
     assert store.experiment_to_show("trainmark") == real
-    demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
+    demo = start(experiment="trainmark-demo").experiment_id
     assert store.experiment_to_show("trainmark") == demo
-    store.start_run(record_of())
+    start()
     assert store.experiment_to_show("trainmark") == real
 
 
@@ -220,46 +163,53 @@ def given(monkeypatch):
 
 
 def test_the_given_run_is_filled_and_found_in_its_own_experiment(given):
-    assert store.start_run(record_of()) == given
+    assert start(id="a1b2", given=given.run_id) == given
     (run,) = runs()
     assert run.info.run_name == record_of()["name"] and run.data.params == {"lr": "7"} | record_of()["params"]
     assert client().get_experiment_by_name("trainmark") is None and described(given.experiment_id)
+    assert store.find_run("a1b2", "trainmark", given.run_id) == given
     assert store.find_run("a1b2", "trainmark") is None
-    store.mark_run(given, record_of())
-    assert store.find_run("a1b2", "trainmark") == given
+    store.check_given_run(["a1b2"])  # it may be resumed
 
 
-def test_the_given_run_is_the_parent_of_the_repeats(given):
-    parent = parent_of()
-    child = repeat_of(parent, 1)
-    assert parent == given != child and child.experiment_id == given.experiment_id
-    found, rows = store.find_repeats(REPEATS_ID, "trainmark")
-    assert found == given and [row["run_id"] for row in rows.values()] == [child.run_id]
-    store.refer_given_run(REPEATS_ID)
-    assert "mlflow.note.content" not in store.run_tags(parent)
-
-
-def test_the_given_run_says_where_repeats_are_that_go_on(given, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.delenv("MLFLOW_RUN_ID")
-        parent = parent_of(experiment=client().get_experiment(given.experiment_id).name)
-        store.refer_given_run(REPEATS_ID)
-    assert "mlflow.note.content" not in store.run_tags(given)
-    store.refer_given_run(REPEATS_ID)
-    assert parent.run_id in store.run_tags(given)["mlflow.note.content"]
+@pytest.mark.parametrize("state", ["FINISHED", "FAILED", "deleted", "params", "record", "repeats", "unknown"])
+def test_a_given_run_that_a_training_must_not_write_to_is_refused(given, monkeypatch, state):
+    store.check_given_run([])  # it is new
+    if state in ("FINISHED", "FAILED"):
+        client().set_terminated(given.run_id, state)
+    elif state == "deleted":
+        client().delete_run(given.run_id)
+    elif state == "params":
+        client().log_param(given.run_id, "train.lr", "0.2")
+    elif state == "unknown":
+        monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    else:
+        client().set_tag(given.run_id, {"record": "record", "repeats": "repeats.id"}[state], "c3d4")
+    before = [run.to_dictionary() for run in runs()]
+    assert fails(UsageError, store.check_given_run, ["a1b2"]).startswith("MLFLOW_RUN_ID: ")
+    if state != "unknown":
+        assert start(given=given.run_id).run_id != given.run_id
+        assert [run.to_dictionary() for run in runs() if run.info.run_id == given.run_id] == before
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    store.check_given_run([])
 
 
 # --- repeats
 
 
+SET = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2"}
+
+
 def parent_of(**changes):
-    tags = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2"}
-    return store.start_run(record_of(name="both", tags=tags, datasets=[], **changes))
+    fields = record_of(name="both", tags=SET, datasets=[], **changes)
+    del fields["id"]
+    handle = store.start_run(fields)
+    store.describe_start(handle, fields)
+    return handle
 
 
 def repeat_of(parent, number, status="FINISHED"):
-    tags = record_of()["tags"] | {"repeats.id": REPEATS_ID, "repeats": "2", "repeat": str(number)}
-    handle = store.start_run(record_of(name=f"repeat {number}", tags=tags), parent)
+    handle = start(parent, name=f"repeat {number}", tags=SET | {"repeat": str(number)})
     if status:
         store.end_run(handle, status)
     return handle
@@ -272,9 +222,9 @@ def test_finished_repeats_are_found_with_their_parent():
     children = {number: repeat_of(parent, number).run_id for number in (2, 1)}
     repeat_of(parent, 3, status="FAILED")
     client().delete_run(repeat_of(parent, 4).run_id)
-    store.start_run(record_of(tags={"repeats.id": "b" * 32}))
-    found, rows = store.find_repeats(REPEATS_ID, "trainmark")
-    assert found == parent and {number: row["run_id"] for number, row in rows.items()} == children
+    start(tags={"repeats.id": "b" * 32, "repeat": "1"})
+    present, rows = store.find_repeats(REPEATS_ID, "trainmark")
+    assert present == parent == parent_of() and {number: row["run_id"] for number, row in rows.items()} == children
     assert client().get_run(children[1]).data.tags["mlflow.parentRunId"] == parent.run_id
     assert store.find_repeats(REPEATS_ID, "another") == (None, {})
 
@@ -301,27 +251,14 @@ def test_every_finished_repeat_is_a_finished_run_whatever_became_of_its_parent(s
     assert finished_names() == ["repeat 1", "alone"]
 
 
-def test_only_repeats_that_still_run_are_ended():
-    parent = parent_of(experiment="elsewhere")
-    done, failed = repeat_of(parent, 1), repeat_of(parent, 2, status="FAILED")
-    killed, logged = repeat_of(parent, 3, status=None), repeat_of(parent, 4, status=None)
-    store.mark_run(logged, record_of(id="c" * 32))
-    other = store.start_run(record_of(tags={"repeats.id": "b" * 32}))
-    store.end_repeats(REPEATS_ID, "KILLED", ["c" * 32])
-    statuses = [status_of(handle) for handle in (parent, done, failed, killed, logged, other)]
-    assert statuses == ["KILLED", "FINISHED", "FAILED", "KILLED", "FINISHED", "RUNNING"]
-
-
 # --- finding
 
 
-def test_a_marked_run_is_found_in_its_experiment_though_it_is_deleted():
-    handle = store.start_run(record_of())
-    store.start_run(record_of(id="c3d4"))
-    assert store.find_run("a1b2", "trainmark") is None
-    store.mark_run(handle, record_of())
+def test_a_run_is_found_in_its_experiment_though_it_is_deleted():
+    handle = start(id="a1b2")
+    assert start(id="c3d4") != handle == start(id="a1b2")
     assert store.find_run("a1b2", "trainmark") == handle
-    assert store.find_run("c3d4", "trainmark") is store.find_run("a1b2", "trainmark-demo") is None
+    assert store.find_run("e5f6", "trainmark") is store.find_run("a1b2", "trainmark-demo") is None
     client().delete_run(handle.run_id)
     assert store.find_run("a1b2", "trainmark") == handle and store.is_deleted(handle)
 
@@ -345,7 +282,7 @@ def test_finished_runs_are_the_trainings_that_came_to_their_end_newest_first():
     assert record_of()["tags"].items() <= row["tags"].items()
 
 
-# --- the model, and the system
+# --- the model
 
 
 class Mean(torch.nn.Module):
@@ -358,7 +295,7 @@ class Mean(torch.nn.Module):
 @QUIET
 def test_a_model_is_logged_to_the_run_and_the_environment_left_as_it_was(given, monkeypatch):
     monkeypatch.setenv("MLFLOW_DEFAULT_PREDICTION_DEVICE", "cuda")
-    handle = store.start_run(record_of())
+    handle = start(given=given.run_id)
     before = dict(os.environ)
     store.log_model(handle, Mean(), 8, 3, ["torch", "numpy"])
     assert dict(os.environ) == before
@@ -373,23 +310,6 @@ def test_a_model_is_logged_to_the_run_and_the_environment_left_as_it_was(given, 
     assert (schema.type, schema.shape) == (np.dtype("float32"), (-1, 3, 8, 8))
 
 
-def test_system_metrics_are_sampled_and_the_store_left_alone(own_store):
-    handle = store.start_run(record_of())
-    system = store.SystemMetrics(handle.run_id, interval_seconds=0.0)
-    before = own_store.read_bytes()
-    samples = []
-    with pytest.raises(ZeroDivisionError), system:
-        while len(samples) < 3:
-            samples += system.take()
-        raise ZeroDivisionError
-    assert not system._thread.is_alive()
-    assert own_store.read_bytes() == before
-    assert [sample["step"] for sample in samples] == list(range(len(samples)))
-    assert "system/cpu_utilization_percentage" in samples[0]["figures"]
-    assert {type(value) for sample in samples for value in sample["figures"].values()} == {float}
-    assert [sample["at"] for sample in samples] == sorted(sample["at"] for sample in samples)
-
-
 # --- a store that fails
 
 
@@ -397,7 +317,8 @@ def requests(handle):
     """What is asked of a store, each as a call without arguments."""
     return [
         lambda: store.start_run(record_of()),
-        lambda: store.mark_run(handle, record_of()),
+        lambda: store.check_given_run([]),
+        lambda: store.refer_to("f" * 32, handle),
         lambda: store.find_run("a1b2", "trainmark"),
         lambda: store.log_metrics(handle, {"train/loss": 1.0}, AT),
         lambda: store.log_datasets(handle, [DATASET]),
@@ -438,10 +359,11 @@ def missing_server(tmp_path, monkeypatch, handle):
 
 @pytest.mark.parametrize("fault", [broken_file, missing_table, missing_server])
 def test_a_store_that_fails_is_named_in_one_line(monkeypatch, tmp_path, caplog, fault):
-    handle = store.start_run(record_of())
+    handle = start()
     uri, cause = fault(tmp_path, monkeypatch, handle)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
     for call in requests(handle):
-        message = fails(StageError, call)
-        assert message.startswith(f"the MLflow store {uri} can't be used: ") and cause in message
+        message = fails(store.StoreError, call)
+        assert message.startswith(f"the MLflow store {uri} ") and cause in message
     assert caplog.text == ""  # MLflow would print a traceback beside it
