@@ -139,8 +139,9 @@ def run_repeats(
     """
     path = folder / stages[0] / PLAN
     with _lock(folder), children.stoppable():
-        plan = _resume_or_plan(settings, folder, stages, planned)
-        _check_given_run(settings, folder, stages, plan.id)
+        unfinished = _read_unfinished(settings, folder, stages)
+        _check_given_run(settings, folder, stages, unfinished.id if unfinished else None)
+        plan = unfinished or _start_set(settings, folder, stages, planned)
         for number in range(1, planned + 1):
             if not missing_stages(folder, stages, number):
                 continue
@@ -232,21 +233,28 @@ def summarise(folder: Path, stage: str) -> None:
         terminal.say(f"repeats  {descriptions.describe_spread([record['metrics'] for record in trained], metrics)}")
 
 
-def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
-    """Return the plan of an interrupted set that can be resumed. Else delete the old outputs and write a new plan."""
-    path = folder / stages[0] / PLAN
+def _read_unfinished(settings: config.Settings, folder: Path, stages: Sequence[str]) -> Plan | None:
+    """Return the plan of an interrupted set that can be resumed, after its saved files are put back. None without one;
+    prints why, if it is for other fixed values."""
+    plan = Plan.read(folder / stages[0] / PLAN)
+    if plan is None or plan.ended is not None:
+        return None
     fixed = fixed_values(settings, folder, stages)
-    plan = Plan.read(path)
-    if plan is not None and plan.ended is None:
-        if plan.fixed == fixed:
-            _restore_saved(folder, stages)
-            complete = sum(not missing_stages(folder, stages, number) for number in range(1, planned + 1))
-            if planned > 1:
-                terminal.say(f"resumed  {complete} of {planned} repeats are complete")
-            plan.pause_seconds = settings.repeat_pause
-            return plan
+    if plan.fixed != fixed:
         if plan.repeats > 1:
             _print_difference(plan, fixed, folder)
+        return None
+    _restore_saved(folder, stages)
+    if plan.repeats > 1:
+        complete = sum(not missing_stages(folder, stages, number) for number in range(1, plan.repeats + 1))
+        terminal.say(f"resumed  {complete} of {plan.repeats} repeats are complete")
+    plan.pause_seconds = settings.repeat_pause
+    return plan
+
+
+def _start_set(settings: config.Settings, folder: Path, stages: Sequence[str], planned: int) -> Plan:
+    """Delete the old outputs of the stages and write the plan of a new set."""
+    fixed = fixed_values(settings, folder, stages)
     if "train" in stages:
         set_id, seeds = uuid.uuid4().hex, [settings.seed + number for number in range(planned)]
     else:
@@ -257,7 +265,7 @@ def _resume_or_plan(settings: config.Settings, folder: Path, stages: Sequence[st
     for stage in stages:
         shutil.rmtree(folder / stage, ignore_errors=True)
     plan = Plan(set_id, planned, seeds, settings.repeat_pause, fixed)
-    plan.write(path)
+    plan.write(folder / stages[0] / PLAN)
     return plan
 
 

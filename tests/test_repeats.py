@@ -4,30 +4,28 @@ stand-ins, but for those of one real set at the end."""
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from stores import client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
+from stores import own_store, runs  # noqa: F401 (own_store: each test has its own)
 
-from pipeline import config, files, repeats
-from pipeline.errors import StageError, UsageError
-from pipeline.tracking import descriptions, publisher, records, store
+from pipeline import children, config, files, repeats
+from pipeline.errors import StageError, Stopped, UsageError
+from pipeline.tracking import descriptions, records, store
 
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
 
-number, _, folder = os.environ["TRAINMARK_REPEAT"].partition(":")
 plan = json.loads(Path(folder, "train", "set.json").read_text())
 tags = {"repeats.id": plan["id"], "repeat": number, "repeats": str(plan["repeats"])}
 for stage in STAGES:
     out = Path(folder, stage, *([] if number == "1" else ["repeats", number]))
     out.mkdir(parents=True, exist_ok=True)
-    record = {"id": plan["id"] + number, "tags": tags, "params": {"settings.seed": number}}
-    record["metrics"] = {"a": int(number)}
+    record = {"id": plan["id"] + number, "tags": tags if plan["repeats"] > 1 else {}}
+    record |= {"params": {"settings.seed": number}, "metrics": {"a": int(number)}}
     record["epochs"] = [{"figures": {"epoch": 1, "b": 2 * int(number)}}]
     (out / "record.json").write_text(json.dumps(record))
 with open(Path(folder, "calls"), "a") as calls:
@@ -36,12 +34,15 @@ print("child", number, flush=True)
 """
 """What a child does: it leaves the records of STAGES."""
 
+WORK = "import sys; line = sys.stdin.readline().strip() or sys.exit(); number, _, folder = line.partition(':')"
+"""How a stand-in gets its work; without any it ends."""
+
 ALL = ("train", "evaluate", "sustain")
 
 
 def child(then="", stages=ALL, first=""):
     """The command of a stand-in; `first` is done before it leaves anything, `then` after."""
-    return [sys.executable, "-c", f"STAGES = {stages!r}\n{first}\n{STAND_IN}\n{then}"]
+    return [sys.executable, "-c", f"STAGES = {stages!r}\n{WORK}\n{first}\n{STAND_IN}\n{then}"]
 
 
 @pytest.fixture
@@ -74,26 +75,19 @@ def prepared(place, **changes):
 
 
 @pytest.fixture(autouse=True)
-def updated(monkeypatch):
-    """The store is left alone: the repeats after which the parent run is updated."""
-    calls = []
-    monkeypatch.setattr(publisher, "update_parent", lambda record, experiment: calls.append(record["tags"]["repeat"]))
+def started(monkeypatch):
+    """The processes that were started; those that got no work end with the test."""
     monkeypatch.setattr(descriptions, "describe_spread", lambda trained, evaluated: "a spread")
-    return calls
-
-
-@pytest.fixture(autouse=True)
-def completed(monkeypatch):
-    """The repeats whose runs get the stages that they lack; nothing is logged."""
-    calls = []
-    monkeypatch.setattr(
-        publisher, "add_missing_stages", lambda record, experiment, folders: calls.append(folders["train"].name)
-    )
-    return calls
+    processes, spawn = [], children._spawn
+    monkeypatch.setattr(children, "_spawn", lambda command: processes.append(spawn(command)) or processes[-1])
+    yield processes
+    for process in processes:
+        process.stdin.close()
+        process.wait(30)
 
 
 def drive(settings, folder, command, stages=ALL):
-    repeats.run_repeats(settings, folder, stages, settings.repeats, repeats.command_starter(command))
+    repeats.run_repeats(settings, folder, stages, settings.repeats, children.command_starter(command))
 
 
 def calls(folder):
@@ -108,16 +102,11 @@ def plan_of(folder, stage="train"):
 # --- what is started, and what is written down
 
 
-def test_a_process_is_started_for_each_repeat_in_order(settings_for, folder, updated):
-    drive(settings_for(), folder, child())
-    assert calls(folder) == [f"train evaluate sustain {number}" for number in (1, 2, 3)]
-    assert updated == ["1", "2", "3", "1"]
-
-
 def test_the_plan_is_there_before_the_first_repeat_and_tells_what_happened(settings_for, folder):
     copy = "import shutil; shutil.copy(Path(folder, 'train', 'set.json'), Path(folder, f'plan {number}'))"
     begun = time.time_ns() // 1_000_000
     drive(settings_for("repeat_pause=0.05"), folder, child(then=copy))
+    assert calls(folder) == [f"train evaluate sustain {number}" for number in (1, 2, 3)]
     first, last = json.loads((folder / "plan 1").read_text()), plan_of(folder)
     assert (first["repeats"], first["seeds"], first["pause_seconds"]) == (3, [4, 5, 6], 0.05)
     assert first["ended"] is None and len(first["id"]) == 32
@@ -151,11 +140,10 @@ def test_each_stage_is_summed_up(settings_for, folder):
         assert (folder / stage / "repeats" / "figures.csv").read_text() == "repeat,seed,a\n1,1,1\n2,2,2\n3,3,3\n"
 
 
-def test_a_stage_alone_is_driven_with_the_trainings_that_are_there(settings_for, folder, updated):
+def test_a_stage_alone_is_driven_with_the_trainings_that_are_there(settings_for, folder):
     drive(settings_for(), folder, child(stages=("train",)), ["train"])
-    del updated[:]
     drive(settings_for("label=desk"), folder, child(stages=("evaluate",)), ["evaluate"])
-    assert calls(folder)[3:] == [f"evaluate {number}" for number in (1, 2, 3)] and updated == ["1"]
+    assert calls(folder)[3:] == [f"evaluate {number}" for number in (1, 2, 3)]
     assert plan_of(folder, "evaluate")["seeds"] == [1, 2, 3] and plan_of(folder, "evaluate")["ended"]
     assert plan_of(folder, "evaluate")["id"] == plan_of(folder)["id"]
 
@@ -165,9 +153,9 @@ def test_a_stage_alone_is_driven_with_the_trainings_that_are_there(settings_for,
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The seconds that are waited for, in no time."""
-    waits = []
-    monkeypatch.setattr(repeats.time, "sleep", lambda seconds: waits.append(seconds))
+    """The seconds that are waited for, in no time. A wait for a process is short."""
+    waits, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds) if seconds > 1 else sleep(seconds))
     return waits
 
 
@@ -202,7 +190,7 @@ def test_a_set_that_goes_on_waits_for_what_is_left_of_the_pause(settings_for, fo
 
 # --- a set that was cut off
 
-FAILS_AT_2 = "import os, sys; os.environ['TRAINMARK_REPEAT'].startswith('2:') and sys.exit(7)"
+FAILS_AT_2 = "import sys; number == '2' and sys.exit(7)"
 
 
 def cut_off(settings, folder, stages=ALL):
@@ -226,7 +214,7 @@ def test_a_set_that_was_cut_off_goes_on_with_what_is_missing(settings_for, folde
 def test_a_set_goes_on_though_dvc_deleted_what_its_first_repeats_left(settings_for, folder):
     settings = settings_for()
     with pytest.raises(repeats.RepeatFailedError):
-        drive(settings, folder, child(first=FAILS_AT_2.replace("'2:'", "'3:'"), stages=("train",)), ("train",))
+        drive(settings, folder, child(first=FAILS_AT_2.replace("2", "3"), stages=("train",)), ("train",))
     left = {path: path.read_bytes() for path in (folder / "train").rglob("record.json")}
     assert len(left) == 2
     shutil.rmtree(folder / "train" / "repeats")
@@ -247,20 +235,13 @@ def test_of_a_repeat_the_stages_that_are_missing_are_done(settings_for, folder):
     assert repeats.missing_stages(folder, ALL, 1) == list(ALL) == repeats.missing_stages(folder, ALL, 2)
 
 
-def test_a_set_of_which_all_is_there_but_its_end_is_brought_to_its_end(
-    settings_for, folder, updated, completed, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(publisher, "update_parent", lambda *args: len(calls(folder)) == 3 and fail())
-        with pytest.raises(StageError, match="away"):
-            drive(settings_for(), folder, child())
+def test_a_set_of_which_all_is_there_but_its_end_is_brought_to_its_end(settings_for, folder):
+    drive(settings_for(), folder, child())
+    files.write_json(folder / "train" / "set.json", plan_of(folder) | {"ended": None})
+    (folder / "train" / "repeats" / "figures.csv").unlink()
     drive(settings_for(), folder, child())
     assert len(calls(folder)) == 3 and plan_of(folder)["ended"]
-    assert updated == ["1"] and completed == ["train", "2", "3"]
-
-
-def fail():
-    raise StageError("the store is away")
+    assert (folder / "train" / "repeats" / "figures.csv").exists()
 
 
 def test_a_complete_set_is_trained_anew_and_nothing_of_it_stays(settings_for, folder):
@@ -331,15 +312,6 @@ def test_another_process_at_the_same_set_is_refused(settings_for, folder):
     assert len(calls(folder)) == 3
 
 
-def test_a_child_that_outlives_its_driver_holds_the_set(folder):
-    with repeats._lock(folder) as lock:
-        command = [sys.executable, "-c", "input()"]
-        left = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, pass_fds=(lock.fileno(),))
-    assert not repeats._is_free(folder)
-    left.communicate("\n", timeout=30)
-    assert repeats._is_free(folder)
-
-
 # --- below runs/
 
 
@@ -383,211 +355,101 @@ def test_a_child_that_fails_ends_it_with_its_status(settings_for, folder, capfd)
     assert "child 1" in capfd.readouterr().out  # both write to the same streams
 
 
-STARTS_ABOVE = f"""
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, {str(config.ROOT)!r})
-from pipeline.tracking import store
-folder = os.environ["TRAINMARK_REPEAT"].partition(":")[2]
-own = dict([("repeats.id", json.loads(Path(folder, "train", "set.json").read_text())["id"]), ("repeats", "3")])
-record = dict(name="x", experiment="mine", started=1, params=dict(), datasets=[], tags=own)
-above = store.start_run(record)
-store.start_run(record | dict(tags=own | dict(repeat="1")), above)
-"""
-"""Makes the run above and the first one below it, which then run."""
-
-
-@pytest.mark.parametrize(
-    ("ends", "error", "status"),
-    [
-        ("os.kill(os.getpid(), 9)", repeats.RepeatFailedError, "FAILED"),
-        pytest.param("os.kill(os.getpid(), 2)", KeyboardInterrupt, "KILLED", marks=pytest.mark.slow),
-    ],
-)
-def test_what_a_child_leaves_running_is_ended(settings_for, folder, ends, error, status):
-    command = child(first=f"{STARTS_ABOVE}\nimport os, signal, sys; signal.signal(2, signal.SIG_DFL); {ends}")
-    with pytest.raises(error) as caught:
-        drive(settings_for(), folder, command)
-    assert [run.info.status for run in runs()] == [status] * 2
-    assert getattr(caught.value, "status", 137) == 137
-
-
-def test_a_set_that_goes_on_ends_what_was_left_running_by_a_kill(settings_for, folder):
-    with pytest.raises(repeats.RepeatFailedError):
-        drive(settings_for(), folder, child(first=FAILS_AT_2))
-    own = {"repeats.id": plan_of(folder)["id"], "repeats": "3"}
-    parent = store.start_run(record_of(tags=own, datasets=[]))
-    logged, killed = (store.start_run(record_of(tags=own | {"repeat": number}), parent) for number in "12")
-    store.mark_run(logged, record_of(id=files.read_json(folder / "train" / "record.json")["id"]))
-    drive(settings_for(), folder, child())
-    status = [client().get_run(each.run_id).info.status for each in (parent, logged, killed)]
-    assert status == ["KILLED", "FINISHED", "KILLED"]  # a child that trains sets the one above RUNNING again
-
-
-DRIVER = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
-from pathlib import Path
-from pipeline import cli, config, repeats
-from pipeline.tracking import publisher, records
-publisher.update_parent = lambda *args: None
-settings = config.load({overrides!r})
-with cli.exit_on_error("python -m pipeline.run"):
-    repeats.run_repeats(settings, Path({folder!r}), {stages!r}, 3, repeats.command_starter({command!r}))
-"""
-
-WAITS = """
-import os, signal, sys, time
-from pathlib import Path
-from pipeline import config, repeats
-
-def wait(settings, folder, number):
-    try:
-        print("waiting", os.getpid(), flush=True)
-        time.sleep(60)
-    finally:
-        time.sleep(0.3)  # another signal would disturb it here
-        Path(folder, "ended").write_text("whole")
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["run.py"]
-repeats.run_as_child(wait, "")
-"""
-"""A child that waits to be stopped, and takes some time for its end."""
-
-
-@pytest.fixture
-def driver(folder):
-    """Starts a driver of such children in a process group of its own; gives it, and the id of its child."""
-    mine = ["data.source=synthetic", "data.limit=6", "weights=random", "device=cpu", "repeats=3"]
-    code = DRIVER.format(overrides=mine, folder=str(folder), stages=ALL, command=[sys.executable, "-c", WAITS])
-    started = []
-
-    def start():
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=config.ROOT, env=dict(os.environ), start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
-        for line in process.stdout:
-            if line.startswith("waiting "):
-                return process, int(line.split()[1])
-        raise AssertionError(process.communicate()[1])
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no signal for one process there")
-
-
-@needs_signals
-@pytest.mark.parametrize(
-    ("stop", "to_all"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)]
-)
-def test_a_driver_that_is_stopped_waits_for_its_child_to_end(driver, folder, stop, to_all):
-    process, _ = driver()
-    (os.killpg if to_all else os.kill)(process.pid, stop)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip() == "run: stopped by Ctrl-C"
-    assert (folder / "ended").read_text() == "whole"
-    assert "status" not in plan_of(folder)["order"][0] and plan_of(folder)["ended"] is None
-
-
-@needs_signals
-@pytest.mark.slow
-def test_stopped_twice_a_driver_waits_no_longer(driver, folder):
-    process, child_id = driver()
-    os.kill(child_id, signal.SIGSTOP)  # it will not end by itself
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and not (folder / "ended").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(child_id, 0)
-
-
-@needs_signals
-@pytest.mark.slow
-def test_a_child_that_is_stopped_alone_stops_its_driver(driver, folder):
-    process, child_id = driver()
-    os.kill(child_id, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.strip() == "run: stopped by Ctrl-C"
-    assert (folder / "ended").read_text() == "whole"
+@pytest.mark.parametrize(("status", "error"), [(7, SystemExit), (130, Stopped), (143, Stopped)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_status_of_a_child_passes_through(settings_for, folder, status, error, count):
+    first = f"import sys; sys.exit({status})"
+    with pytest.raises((error, repeats.RepeatFailedError)) as caught:
+        drive(settings_for(f"repeats={count}"), folder, child(first=first))
+    assert getattr(caught.value, "status", getattr(caught.value, "code", None)) == status
+    assert isinstance(caught.value, repeats.RepeatFailedError) == (status == 7 and count == 3)
+    assert plan_of(folder)["order"][0]["status"] == status and plan_of(folder)["ended"] is None
+    drive(settings_for(f"repeats={count}"), folder, child())
+    assert len(calls(folder)) == count and plan_of(folder)["ended"]
 
 
 # --- the command line
 
 
 @pytest.fixture
-def entered(monkeypatch, settings_for, folder):
-    """Calls `enter` as `python -m pipeline.<stage>` does; gives what is driven, and the exit status."""
+def entered(monkeypatch, folder):
+    """Calls `start_stage` as `python -m pipeline.<stage>` does; gives what is driven, and the exit status."""
     monkeypatch.setattr(repeats.cli, "OUTPUTS", folder)
+    monkeypatch.setattr(children, "starter", lambda module: module)
 
     def enter(stage, *arguments):
         driven = []
-        monkeypatch.setattr(repeats, "run_repeats", lambda *args: driven.append(args))
+        for name in ("run_repeats", "run_single"):
+            monkeypatch.setattr(repeats, name, lambda *args, name=name: driven.append((name, *args)))
         monkeypatch.setattr(sys, "argv", [f"pipeline/{stage}.py", *arguments])
         monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-        try:
+        with pytest.raises(SystemExit) as ended:
             repeats.start_stage("", stage)
-        except SystemExit as ended:
-            return driven, ended.code
-        return driven, None
+        assert ended.value.code == 0
+        return driven
 
     return enter
 
 
-def test_a_stage_is_driven_where_it_is_repeated(entered, folder):
-    arguments = ("--repeats", "3", "-S", "seed=4")
-    ((settings, where, stages, planned, _),), status = entered("train", *arguments)
-    assert (settings.repeats, settings.seed, where, stages, planned, status) == (3, 4, folder, ["train"], 3, 0)
-    assert entered("train", "--repeats", "1") == ([], None)
+def test_a_stage_is_driven_as_often_as_it_is_repeated(entered, folder):
+    ((name, settings, where, stages, planned, module),) = entered("train", "--repeats", "3", "-S", "seed=4")
+    assert (name, where, stages, planned, module) == ("run_repeats", folder, ["train"], 3, "train")
+    assert (settings.repeats, settings.seed) == (3, 4)
+    ((name, _, where, stages, module),) = entered("train", "--repeats", "1")
+    assert (name, where, stages, module) == ("run_single", folder, ["train"], "train")
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "sustain"])
 def test_later_stages_are_repeated_as_often_as_was_trained(entered, folder, stage):
-    assert entered(stage, "--repeats", "3") == ([], None)
+    ((name, *_),) = entered(stage, "--repeats", "3")
+    assert name == "run_single"
     files.write_json(folder / "train" / "record.json", {"tags": {"repeats": "5"}})
-    ((_, _, stages, planned, _),), status = entered(stage, "--repeats", "1")
-    assert (stages, planned, status) == ([stage], 5, 0)
+    ((name, _, _, stages, planned, _),) = entered(stage, "--repeats", "1")
+    assert (name, stages, planned) == ("run_repeats", [stage], 5)
 
 
-def test_a_child_runs_its_repeat_in_its_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["run.py", "--repeats", "3"])
-    ran = []
-    assert not repeats.run_as_child(lambda *args: ran.append(args), "")
-    place = tmp_path / "with:colon"
-    monkeypatch.setenv(repeats.CHILD, f"2:{place}")
-    assert repeats.run_as_child(lambda *args: ran.append(args), "")
-    assert ran == [(config.load(["repeats=3"]), place, 2)]
+def test_a_stage_alone_is_summed_up_unless_it_fails(settings_for, folder):
+    settings = settings_for("repeats=1")
+    repeats.Plan("a" * 32, 1, [0], 0.0, {}).write(folder / "train" / "set.json")  # which the stand-in reads
+    with pytest.raises(SystemExit) as ended:
+        repeats.run_single(
+            settings, folder, ["train"], children.command_starter(child(first="import sys; sys.exit(7)"))
+        )
+    assert ended.value.code == 7 and not (folder / "train" / "repeats").exists()
+    repeats.run_single(settings, folder, ["train"], children.command_starter(child(stages=("train",))))
+    assert (folder / "train" / "repeats" / "figures.csv").read_text() == "repeat,seed,b,a\n1,1,2,1\n"
+    assert not (folder / "train" / "metrics.json").exists()
 
 
-def test_a_stage_alone_is_summed_up(monkeypatch, folder):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(repeats.cli, "OUTPUTS", folder)
-
-    def once(settings, where, number):
-        record = {"tags": {}, "params": {"settings.seed": "0"}, "metrics": {"a": 1}}
-        record |= {"epochs": [{"figures": {"epoch": 1, "b": 2}}]}
-        files.write_json(where / "train" / "record.json", record)
-        assert number == 1
-
-    repeats.run_stage("train", once, "")
-    assert (folder / "train" / "repeats" / "figures.csv").read_text() == "repeat,seed,b,a\n1,0,2,1\n"
-    assert not (folder / "train" / "metrics.json").exists() and not (folder / "train" / "set.json").exists()
+# --- the run of MLFLOW_RUN_ID
 
 
-def test_a_drivers_modules_import_no_torch():
-    code = "import sys; from pipeline import repeats, run; print('torch' in sys.modules)"
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_given_run_that_must_stay_is_refused_before_anything_is_deleted(settings_for, folder, monkeypatch, count):
+    files.write_text(folder / "train" / "earlier.txt", "of an earlier training")
+    files.write_json(folder / "train" / "record.json", {"id": "a", "tags": {}})
+    settings, asked = settings_for(f"repeats={count}"), []
+
+    def refuse(known):
+        asked.append(known)
+        raise UsageError("MLFLOW_RUN_ID: finished")
+
+    monkeypatch.setattr(store, "check_given_run", refuse)
+    start = children.command_starter(child())
+    monkeypatch.setenv("MLFLOW_RUN_ID", "b" * 32)
+    with pytest.raises(UsageError):
+        if count == 1:
+            repeats.run_single(settings, folder, ["train"], start)
+        else:
+            repeats.run_repeats(settings, folder, ["train"], count, start)
+    assert not (folder / "calls").exists() and len(asked) == 1
+    assert (folder / "train" / "earlier.txt").exists()
+
+
+def test_a_driver_starts_without_what_takes_long_to_import():
+    code = "import sys; from pipeline import repeats, run; print({'torch', 'mlflow', 'matplotlib'} & {*sys.modules})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True, timeout=60)
-    assert (ended.stdout, ended.stderr) == ("False\n", "")
+    assert (ended.stdout, ended.stderr) == ("set()\n", "")
 
 
 # --- what a stage clears before it writes
@@ -596,7 +458,7 @@ def test_a_drivers_modules_import_no_torch():
 @pytest.mark.parametrize(
     ("number", "planned", "left"),
     [
-        (1, 1, []),
+        (1, 1, ["set.json"]),
         (1, 3, ["repeats/2/a.txt", "repeats/3/a.txt", "set.json"]),
         (2, 3, ["a.txt", "b/c.txt", "repeats/3/a.txt", "set.json"]),
     ],
