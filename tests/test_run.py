@@ -1,16 +1,19 @@
-"""`python -m pipeline.run`: all stages in order, in a folder of its own, in one process or in one for each repeat."""
+"""`python -m pipeline.run`: all stages in order, in a folder of its own, each repeat in a process."""
 
+import subprocess
+import sys
 import threading
 from functools import partial
 
 import pytest
-from stores import own_store, runs  # noqa: F401 (own_store: each test has its own)
-from trainings import SMALL, light, once, threads  # noqa: F401 (threads: one is enough)
+from stores import own_store  # noqa: F401 (each test has its own)
+from trainings import SMALL, delivered, light, once, threads  # noqa: F401 (threads: one is enough)
 
-from pipeline import compare, download, evaluate, files, hardware, repeats, run, sustain, train
-from pipeline.errors import StageError
+from pipeline import children, compare, config, download, evaluate, files, hardware, repeats, run, sustain, train
+from pipeline.errors import StageError, Stopped
+from pipeline.tracking import pending, publisher
+from pipeline.training import state
 
-STAGES = (hardware, download, train, evaluate, sustain, compare)
 FIRST = "20260102-030405-linear-probe"
 
 
@@ -24,55 +27,58 @@ def outputs(tmp_path):
 def called(monkeypatch):
     """The stages as they are called, with their arguments; none of them does anything. It is always the same second."""
     calls = []
-    for stage in STAGES:
-        monkeypatch.setattr(stage, "run", lambda *args, stage=stage, **options: calls.append((stage, *args)))
-    monkeypatch.setattr(repeats, "summarise", lambda folder, stage: calls.append((stage, folder)))
+    for stage in (hardware, download, train, evaluate, sustain, compare):
+        monkeypatch.setattr(stage, "run", lambda *args, stage=stage: calls.append((stage, *args)))
+    monkeypatch.setattr(repeats, "run_repeats", lambda *args: calls.append((repeats, *args)))
+    monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
+    monkeypatch.setattr(children, "starter", lambda module: module)
     monkeypatch.setattr(run.time, "strftime", lambda form: FIRST[:15])
     return calls
 
 
 @pytest.fixture
-def driven(monkeypatch):
-    """The sets of repeats that are run, without a process; `interrupted` is the folder of one that can go on."""
-    calls = []
-    monkeypatch.setattr(repeats, "run_repeats", lambda *args: calls.append(args))
-    monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
-    return calls
+def in_process(monkeypatch, settings_of, outputs, light):
+    """Runs the command with its repeats in this process; gives the status of each."""
+
+    def start(*overrides):
+        settings, statuses = settings_of(*SMALL, *overrides), []
+
+        def start_child(number, folder):
+            try:
+                run.run_repeat(settings, folder, number)
+                statuses.append(0)
+            except Stopped as error:
+                statuses.append(error.status)
+            publisher.deliver_all()
+            return statuses[-1]
+
+        monkeypatch.setattr(children, "starter", lambda module: start_child)
+        run.run(settings, outputs)
+        return statuses
+
+    return start
 
 
-def test_the_stages_run_in_order_in_one_folder(settings_of, outputs, called):
-    settings = settings_of()
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_stages_run_in_order_in_one_folder(settings_of, outputs, called, count):
+    settings, folder = settings_of(f"repeats={count}"), outputs.parent / "runs" / FIRST
     run.run(settings, outputs)
-    own = outputs.parent / "runs" / FIRST
     assert called == [
-        *((stage, settings, own) for stage in STAGES[:5]),
-        *((stage, own) for stage in ("train", "evaluate", "sustain")),
-        (compare, settings, own, outputs.parent / "reports"),
+        (hardware, settings, folder),
+        (download, settings, folder),
+        (repeats, settings, folder, run.REPEATED, count, "run"),
+        (compare, settings, folder, outputs.parent / "reports"),
     ]
-    assert own.is_dir() and not outputs.exists()
+    assert folder.is_dir() and not outputs.exists()
 
 
-def test_the_training_learns_how_long_the_earlier_stages_took(settings_of, outputs, called, monkeypatch):
-    clock, earlier_seconds = [100.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(download, "run", lambda *_: clock.insert(0, 107.5))
-    monkeypatch.setattr(train, "run", lambda *_, earlier: earlier_seconds.append(earlier))
-    run.run(settings_of(), outputs)
-    assert earlier_seconds == [7.5]
-
-
-def test_repeats_are_run_and_compared(settings_of, outputs, called, driven):
-    settings, own = settings_of("repeats=3"), outputs.parent / "runs" / FIRST
-    run.run(settings, outputs)
-    assert [arguments[:4] for arguments in driven] == [(settings, own, run.REPEATED, 3)]
-    assert [(stage, folder) for stage, _, folder, *_ in called] == [(s, own) for s in (hardware, download, compare)]
-
-
-def test_an_interrupted_set_goes_on_in_its_folder(settings_of, outputs, called, driven, monkeypatch):
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_interrupted_run_goes_on_in_its_folder_unless_it_must_not(settings_of, outputs, called, monkeypatch, resume):
     monkeypatch.setattr(repeats, "find_unfinished", lambda *_: outputs.parent / "earlier")
-    run.run(settings_of("repeats=3"), outputs)
-    assert driven[0][1] == called[-1][2] == outputs.parent / "earlier"
-    assert list((outputs.parent / "runs").iterdir()) == []
+    run.run(settings_of(f"resume={resume}"), outputs)
+    folder = outputs.parent / ("earlier" if resume == "auto" else f"runs/{FIRST}")
+    assert called[2][2] == called[3][2] == folder
+    assert [path.name for path in (outputs.parent / "runs").iterdir()] == ([] if resume == "auto" else [FIRST])
 
 
 @pytest.mark.parametrize("missing", [("train", "evaluate", "sustain"), ("sustain",), ()])
@@ -95,28 +101,80 @@ def test_runs_of_the_same_moment_do_not_share_a_folder(settings_of, outputs, cal
     assert names == {FIRST, *(f"{FIRST}-{number}" for number in range(2, 10))}
 
 
-@pytest.mark.parametrize("repeats_count", [1, 3])
-def test_a_stage_that_fails_ends_it(settings_of, outputs, called, driven, monkeypatch, repeats_count):
-    def fails(*args, **options):
-        raise StageError("no images")
+def test_a_stage_that_fails_ends_it_but_a_report_that_fails_does_not(settings_of, outputs, called, monkeypatch, capsys):
+    def fail(*args):
+        raise StageError("the store is away")
 
-    monkeypatch.setattr(train, "run", fails)
-    monkeypatch.setattr(repeats, "run_repeats", fails)
-    with pytest.raises(StageError, match="no images"):
-        run.run(settings_of(f"repeats={repeats_count}"), outputs)
-    assert [stage for stage, *_ in called] == [hardware, download]
+    monkeypatch.setattr(compare, "run", fail)
+    run.run(settings_of(), outputs)
+    assert "the store is away" in capsys.readouterr().out
+    monkeypatch.setattr(repeats, "run_repeats", fail)
+    with pytest.raises(StageError):
+        run.run(settings_of(), outputs)
 
 
-@pytest.mark.usefixtures("light")
-def test_it_leaves_what_the_stages_leave_and_one_run(settings_of, outputs):
-    run.run(settings_of(*SMALL), outputs)
-    (own,) = (outputs.parent / "runs").iterdir()
-    assert {path.name for path in own.iterdir()} == {"hardware.json", "inputs.json", "train", "evaluate", "sustain"}
-    (training,) = [training for training in runs() if "workload" in training.data.tags]
-    assert training.info.status == "FINISHED" and "restored" not in training.data.tags
+def test_it_leaves_what_the_stages_leave_and_one_run(in_process, outputs):
+    assert in_process() == [0]
+    (folder,) = (outputs.parent / "runs").iterdir()
+    names = {"hardware.json", "inputs.json", "train", "evaluate", "sustain"}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == names
+    (training,) = [training for training in delivered() if "workload" in training.data.tags]
+    assert training.info.status == "FINISHED" and not {"restored", "resumed"} & training.data.tags.keys()
     assert "test/accuracy" in training.data.metrics
     assert 0 < training.data.metrics["time/startup_seconds"] < training.data.metrics["time/process_seconds"]
-    assert training.data.tags["record"] == files.read_json(own / "train" / "record.json")["id"]
-    assert all((own / stage / "repeats" / "figures.csv").exists() for stage in run.REPEATED)
+    assert training.data.tags["record"] == files.read_json(folder / "train" / "record.json")["id"]
+    assert all((folder / stage / "repeats" / "figures.csv").exists() for stage in run.REPEATED)
     report = (outputs.parent / "reports" / "compare.md").read_text(encoding="utf-8")
     assert training.info.run_id[:8] in report
+    assert pending.entries() == []
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_the_same_command_finishes_what_was_stopped_in_any_stage(in_process, outputs, monkeypatch, stage):
+    def stop(*args):
+        raise Stopped(143)
+
+    def save_and_stop(*args, save=state.save):
+        save(*args)
+        stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((state, "save", save_and_stop) if stage == "train" else (evaluate, "_write_predictions", stop)))
+        with pytest.raises(Stopped) as caught:
+            in_process()
+    assert caught.value.status == 143
+    (stopped,) = delivered()
+    assert stopped.info.status == ("KILLED" if stage == "train" else "FINISHED")
+    assert in_process() == [0]
+    (training,) = [training for training in delivered() if "workload" in training.data.tags]
+    assert training.info.run_id == stopped.info.run_id and training.info.status == "FINISHED"
+    assert training.data.tags.get("resumed") == ("1" if stage == "train" else None)
+    assert "test/accuracy" in training.data.metrics and len(list((outputs.parent / "runs").iterdir())) == 1
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from pipeline import config, download, hardware, run
+from pipeline.data import datasets
+from pipeline.tracking import pending
+
+root = Path(sys.argv[1])
+pending.FOLDER, datasets.CACHE = root / "pending", root / "cache"
+settings = config.load(sys.argv[2:])
+for stage in (hardware, download):
+    stage.run(settings, root)
+run.repeats.Plan("a" * 32, 1, [0], 0.0, {}).write(root / "train" / "set.json")
+run.run_repeat(settings, root, 1)
+print("imported", *sorted({"mlflow", "matplotlib", "scipy", "pandas"} & {*sys.modules}))
+"""
+
+
+def test_a_process_that_trains_imports_neither_mlflow_nor_matplotlib(tmp_path):
+    overrides = ["data.source=synthetic", "data.limit=6", "weights=random", "device=cpu", "sustain_seconds=0", *SMALL]
+    command = [sys.executable, "-c", PROCESS, str(tmp_path), *overrides]
+    ended = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].split()[:1] == ["imported"], ended.stdout
+    assert not {"mlflow", "matplotlib"} & set(ended.stdout.splitlines()[-1].split())
+    assert (tmp_path / "evaluate" / "record.json").exists() and len(list((tmp_path / "pending").iterdir())) == 2
