@@ -67,6 +67,19 @@ def test_a_span_with_an_exception_is_not_counted(device, clock):
     assert (failed.seconds, span.seconds, clock.seconds) == (0, 2, {"train": 2})
 
 
+def test_a_clock_goes_on_from_an_earlier_process_and_forgets_its_own(device, clock):
+    with clock.span("setup"):
+        device.queue(1000)
+    device.time += 1000
+    device.queue(7)  # belongs to what is forgotten
+    clock.resume({"train": 3.0, "val": 0.5}, unaccounted=4.0)
+    assert (clock.seconds, clock.unaccounted()) == ({"train": 3.0, "val": 0.5}, 4.0)
+    with clock.span("train"):
+        device.queue(2)
+    device.time += 10
+    assert (clock.total("train", "val"), clock.unaccounted()) == (5.5, 14.0)
+
+
 # --- steps
 
 

@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.devices.cpu import Cpu
 from pipeline.profiling import energy, roofline
 from pipeline.profiling.clock import Clock
-from pipeline.training import measured, setup
+from pipeline.training import measured, setup, state
 
 SECONDS = {"features": 1000.0, "train": 10_000.0, "ceilings": 50.0}
 """How long each of these spans lasts by `Scripted`."""
@@ -35,16 +35,22 @@ def splits():
 
 @pytest.fixture
 def run(splits, monkeypatch):
-    """Trains two epochs by the scripted clock; gives the record, and the setup."""
+    """Trains two epochs by the scripted clock, or what is left after a `saved` state; gives the record, and the setup.
+    The state after each epoch is in the folder `states`, if given."""
 
-    def train(*overrides, peaks=None, flops=1e6, backend=None, settings=(), clock=Scripted, tuning_stopped=False):
+    # Many parameters: each is one thing that a test may vary.
+    def train(*overrides, peaks=None, flops=1e6, backend=None, settings=(), clock=Scripted, tuning_stopped=False,
+              states=None, saved=None):  # fmt: skip
         training = make_setup(recipe_of("linear-probe", *overrides), splits, backend=backend, clock=clock)
         record = {"tags": {}, "metrics": {}, "warnings": [], "facts": {}, "epochs": []}
+        record = saved["record"] if saved else record
         training.tuning_stopped = tuning_stopped
         monkeypatch.setattr(setup, "flops_per_image", lambda training: flops)
         limits = measured.Limits(0.0, peaks or peaks_of(SPEED))
-        for figures in measured.train(training, splits, config.load(list(settings)), record, limits):
+        for figures in measured.train(training, splits, config.load(list(settings)), record, limits, saved):
             record["epochs"].append({"figures": figures})
+            if states:
+                state.save(states, training, record)
         return record, training
 
     return train
@@ -79,6 +85,25 @@ def test_a_step_that_cannot_be_captured_is_a_warning(run):
 def test_autotuning_that_was_stopped_is_a_warning(run):
     assert setup.TUNING_STOPPED in run(tuning_stopped=True)[0]["warnings"]
     assert setup.TUNING_STOPPED not in run()[0]["warnings"]
+
+
+@pytest.mark.parametrize("features", ["cache", "recompute"])
+def test_a_resumed_training_counts_each_epoch_once_and_the_rest_of_the_first_process(run, tmp_path, features):
+    unbroken, first = run(f"features={features}", tuning_stopped=True, states=tmp_path)
+    seconds = dict(first.loop.clock.seconds)
+    newest = max(tmp_path.iterdir())
+    newest.unlink()
+    saved = state.load_newest(tmp_path)
+    assert len(saved["record"]["epochs"]) == 1
+    saved["record"]["metrics"] |= {"speed/feature_images_per_second": 7.0} if features == "cache" else {}
+    backend = Counted(range(100))
+    record, second = run(f"features={features}", tuning_stopped=True, saved=saved, backend=backend)
+    rows = [without_times(epoch["figures"] for epoch in record["epochs"]) for record in (unbroken, record)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    assert record["warnings"] == unbroken["warnings"] == [setup.TUNING_STOPPED]
+    assert second.loop.clock.seconds == seconds  # what the second process prepared is not the training's
+    assert record["metrics"].get("speed/feature_images_per_second") == (7.0 if features == "cache" else None)
+    assert "energy/joules" not in record["metrics"]  # that of the first process is lost
 
 
 # --- energy
