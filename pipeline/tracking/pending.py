@@ -84,13 +84,17 @@ def append(entry: Path, event: Mapping[str, Any]) -> None:
 
 
 def submit(record: Record, folders: Mapping[str, Path], experiment: str) -> None:
-    """Leave what the stages of a training have in `folders` for the store, as a new entry."""
+    """Leave what the stages of a training have in `folders` for the store, as a new entry. The training is complete, so
+    nothing must resume it any more."""
     entry = _new_entry(record["id"], "stages")
     temporary = entry.with_name(f".{entry.name}")
     _create(temporary)
     files.write_json(temporary / TARGET, target(experiment))
     link_stages(folders, temporary)
     temporary.replace(entry)
+    for other in entries():
+        if is_resumable(other) and partial_record(other)["id"] == record["id"]:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def link_stages(folders: Mapping[str, Path], entry: Path) -> None:
@@ -203,7 +207,7 @@ def waiting() -> list[Path]:
 def progress(entry: Path) -> dict[str, Any]:
     """What an entry holds by now, to be compared with what was delivered of it."""
     events = journal(entry)
-    stages = sorted(path.parent.name for path in entry.glob("*/record.json"))
+    stages = sorted(path.parent.name for path in entry.glob("[!.]*/record.json"))
     return {"events": len(events), "stages": stages, "owned": is_owned(entry)}
 
 
