@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-from pipeline import cli
+from pipeline import cli, terminal
 from pipeline.errors import UsageError
 
 STAGES = ("hardware", "download", "train", "evaluate", "sustain", "compare")
@@ -35,7 +35,7 @@ def main() -> None:
             if word not in ("-h", "--help"):
                 hint = f"; did you mean python -m pipeline.{word}?" if word in commands() else ""
                 raise UsageError(f"{word}: unknown argument: expected none{hint}")
-        print(overview())
+        terminal.say(overview())
 
 
 if __name__ == "__main__":

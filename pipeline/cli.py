@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from pipeline import config
+from pipeline import config, terminal
 from pipeline.errors import StageError, Stopped, UsageError
 
 OUTPUTS = config.ROOT / "outputs"
@@ -80,7 +80,7 @@ def parse_settings(arguments: Sequence[str], doc: str, program: str) -> config.S
     overrides: list[str] = []
     rest = list(arguments)
     if {"-h", "--help"} & {*rest}:
-        print(_help(doc, program, everything="--all" in rest))
+        terminal.say(_help(doc, program, everything="--all" in rest))
         raise SystemExit(0)
     while rest:
         word = rest.pop(0)
@@ -114,8 +114,7 @@ def main(stage: Callable[[config.Settings, Path], Any], doc: str | None) -> None
 
 def leave() -> NoReturn:
     """End the process with status 0 at once. Taking down torch and MLflow would take seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    terminal.flush()
     os._exit(0)
 
 
@@ -131,21 +130,21 @@ def exit_on_error(program: str) -> Iterator[None]:
     try:
         yield
     except StageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        terminal.say_error(f"{name}: {error}")
         sys.exit(error.status)
     except ModuleNotFoundError as error:
-        print(f"{name}: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+        terminal.say_error(f"{name}: {error.name} is missing: pip install -r requirements.txt")
         sys.exit(1)
     except KeyboardInterrupt as error:
         status = error.status if isinstance(error, Stopped) else 130
-        print(f"\n{name}: stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}", file=sys.stderr)
+        terminal.say_error(f"\n{name}: stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}")
         sys.exit(status)
 
 
 def _print_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """A hook for uncaught exceptions that prints no traceback for Ctrl-C while modules are imported."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"\n{program().split('.')[-1]}: stopped by Ctrl-C", file=sys.stderr)
+        terminal.say_error(f"\n{program().split('.')[-1]}: stopped by Ctrl-C")
     else:
         sys.__excepthook__(kind, error, traceback)
 

@@ -33,9 +33,12 @@ def run(settings: config.Settings, folder: Path, reports: Path | None = None) ->
         _log_reports(location.experiment_name(settings.tracking.experiment), comparison, reports, svgs)
     terminal.say("\n" + report.on_terminal(comparison) + "\n")
     terminal.say("report   reports/compare.html (a page that opens offline), compare.md, compare.json")
-    terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + location.shown_uri() + ")")
-    if experiment_id:
-        terminal.say("         " + store.run_table_link(experiment_id))
+    if location.store_uri().startswith("http"):
+        terminal.say("browse   " + (store.run_table_link(experiment_id) if experiment_id else location.public_uri()))
+    else:
+        terminal.say("browse   make ui   (or: python -m mlflow ui --backend-store-uri " + location.shown_uri() + ")")
+        if experiment_id:
+            terminal.say("         " + store.run_table_link(experiment_id))
     return comparison
 
 

@@ -1,23 +1,48 @@
-"""Print messages, warnings, progress bars and a line per epoch."""
+"""Print messages, warnings, progress bars and a line per epoch. Nothing that can't be printed ends a run."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
 def say(text: str) -> None:
     """Print a line to stdout, unbuffered."""
-    print(text, flush=True)
+    _print(text, sys.stdout)
+
+
+def say_error(text: str) -> None:
+    """Print a line to stderr."""
+    _print(text, sys.stderr)
 
 
 def warn(title: str, *lines: str) -> None:
     """Print a framed warning to stderr."""
     rule = "!" * 78
     framed = ["", rule, f"!!  {title}", *(f"!!  {line}" for line in lines), rule, ""]
-    print("\n".join(framed), file=sys.stderr, flush=True)
+    say_error("\n".join(framed))
+
+
+def flush() -> None:
+    """Write out what stdout and stderr still hold."""
+    for stream in (sys.stdout, sys.stderr):
+        _print("", stream, end="")
+
+
+def _print(text: str, stream: TextIO | None, end: str = "\n") -> None:
+    """Print text, with escapes for characters that the stream can't encode. If nobody reads the stream any more, or its
+    disk is full, all that follows is dropped."""
+    try:
+        try:
+            print(text, file=stream, end=end, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), file=stream, end=end, flush=True)
+    except (OSError, ValueError):  # ValueError: it is closed
+        with suppress(OSError, ValueError, AttributeError):  # else Python's own flush at the end fails, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """A line per epoch, framed warnings, and progress bars in terminals only."""
 
 import io
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +96,29 @@ def test_a_warning_is_framed_on_stderr(capsys):
     first, *lines, last = err.strip().splitlines()
     assert set(first) == set(last) == {"!"}
     assert lines == ["!!  DEMO: not the real thing", "!!  data: generated", "!!  weights: random"]
+
+
+PRINTS = (
+    "from pipeline import terminal; terminal.say('· ' * 9); terminal.say('×'); terminal.warn('é'); terminal.flush()"
+)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("fault", ["unread", "full", "closed", "ascii"])
+def test_nothing_printed_ends_a_process(stream, fault):
+    if fault == "full" and not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    program = PRINTS if fault != "closed" else f"import sys, os; sys.{stream}.close(); {PRINTS}"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Path("/dev/full" if fault == "full" else os.devnull).open("w") as full:
+        if fault in ("unread", "full"):
+            streams[stream] = writer if fault == "unread" else full
+        environment = os.environ | ({"PYTHONIOENCODING": "ascii"} if fault == "ascii" else {})
+        done = subprocess.run([sys.executable, "-c", program], env=environment, text=True, timeout=60, **streams)
+    os.close(writer)
+    assert done.returncode == 0
+    assert not done.stderr or ("!!  " in done.stderr and "Error" not in done.stderr)
+    if fault == "ascii":
+        assert done.stdout.endswith("\\xd7\n")

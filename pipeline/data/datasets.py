@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import sys
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
-from pipeline import config, files
+from pipeline import config, files, terminal
 from pipeline.errors import StageError, UsageError
 
 CACHE = config.ROOT / ".cache"
@@ -94,7 +93,7 @@ def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: in
             with files.atomic_write(cached / f"{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, array)
     except StageError as error:
-        print(f"decoded images are not cached: {error}", file=sys.stderr)
+        terminal.say_error(f"decoded images are not cached: {error}")
     return images, labels
 
 

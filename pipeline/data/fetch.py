@@ -2,7 +2,6 @@
 
 import hashlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
+from pipeline import terminal
 from pipeline.errors import StageError, UsageError
 from pipeline.files import write_error
 
@@ -55,7 +55,7 @@ def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) 
         except OSError as error:
             raise write_error(path, error) from error
         else:
-            print(f"fetched {path}: its digest is right", file=sys.stderr)
+            terminal.say_error(f"fetched {path}: its digest is right")
             return path
     raise StageError(f"can't fetch {ARCHIVE}: {'; '.join(problems)}: {by_hand}")
 
@@ -132,7 +132,7 @@ def _download(url: str, part: Path, timeout_seconds: float) -> bool:
     with response:
         _check(response, offset)
         start = f", continued at {offset / 1e6:.0f} MB" if offset else ""
-        print(f"fetching {url} ({ARCHIVE_BYTES / 1e6:.0f} MB{start})", file=sys.stderr)
+        terminal.say_error(f"fetching {url} ({ARCHIVE_BYTES / 1e6:.0f} MB{start})")
         with (
             part.open("ab" if offset else "wb") as file,
             # disable=None: show no bar if stderr is no terminal

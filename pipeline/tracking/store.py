@@ -15,6 +15,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a measuring tool ma
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # with MLflow's own 7, a dead server takes minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the address may hold a password
 
 import mlflow
 import numpy as np
@@ -44,6 +45,22 @@ _IS_COMPARISON = f"tags.`{COMPARISON_TAG}` = 'true'"
 _IS_TRAINING = "tags.workload != ''"
 
 
+CONNECTION_ERRORS = {
+    "refused": "connection refused",
+    "resolve": "unknown host",
+    "getaddrinfo": "unknown host",
+    "name or service": "unknown host",
+    "unreachable": "network unreachable",
+    "certificate": "its certificate is not trusted",
+    "ssl": "TLS failed",
+    "proxy": "the proxy does not connect",
+    "reset": "connection lost",
+    "timed out": "timeout",
+    "": "no connection",
+}
+"""Words in the error of a connection -> what is wrong, in a few words."""
+
+
 class StoreError(StageError):
     """The store does not answer, or refuses what it was asked for. It may work later."""
 
@@ -65,11 +82,33 @@ def _store_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, RequestException, OSError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        causes = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
-        cause = next(iter(causes + lines), type(error).__name__)
-        message = location.hide_secrets(f"the MLflow store {location.store_uri()} can't be used: {cause}")
+        message = location.hide_secrets(f"the MLflow store {location.store_uri()} {_what_is_wrong(error)}")
         raise StoreError(message) from None
+
+
+def _what_is_wrong(error: BaseException) -> str:
+    """What is wrong with the store, in a few words."""
+    from requests import exceptions
+
+    chain = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    statuses = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+    codes = {getattr(link, "error_code", None) for link in chain}
+    if {401, 403} & {*statuses} or {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"} & codes:
+        return "refuses the login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    for link in chain:
+        if isinstance(link, exceptions.RetryError):
+            return "does not answer (its answers are errors)"
+        if isinstance(link, exceptions.Timeout):
+            return "does not answer (timeout)"
+        if isinstance(link, exceptions.ConnectionError):
+            reason = next((key for key in CONNECTION_ERRORS if key.lower() in str(link).lower()), "")
+            return f"does not answer ({CONNECTION_ERRORS[reason]})"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
+    cause = location.hide_secrets(next(iter(causes + lines), type(error).__name__).strip())  # before it is cut
+    return f"can't be used: {cause if len(cause) <= 200 else cause[:199] + '…'}"
 
 
 # --- links

@@ -3,7 +3,9 @@
 import os
 import socket
 import sqlite3
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -354,7 +356,7 @@ def missing_server(tmp_path, monkeypatch, handle):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
-    return f"http://127.0.0.1:{port}", ""
+    return f"http://127.0.0.1:{port}", "connection refused"
 
 
 @pytest.mark.parametrize("fault", [broken_file, missing_table, missing_server])
@@ -367,3 +369,28 @@ def test_a_store_that_fails_is_named_in_one_line(monkeypatch, tmp_path, caplog, 
         message = fails(store.StoreError, call)
         assert message.startswith(f"the MLflow store {uri} ") and cause in message
     assert caplog.text == ""  # MLflow would print a traceback beside it
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(401, "refuses the login"), (403, "refuses the login"), (500, "does not answer"), (404, "")],
+)
+def test_a_server_that_answers_with_an_error_is_named_without_its_page(monkeypatch, status, expected):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>" + b"x" * 5000)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://jane:hunter2@127.0.0.1:{server.server_port}")
+        message = fails(store.StoreError, store.find_run, "a1b2", "trainmark")
+        server.shutdown()
+    assert message.startswith(f"the MLflow store http://127.0.0.1:{server.server_port} {expected}")
+    assert len(message) < 300 and "hunter2" not in message
