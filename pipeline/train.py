@@ -163,7 +163,7 @@ def _train(
 def _finish(record: Record, settings: config.Settings, entry: Path, out: Path) -> None:
     """Write the files of a complete training into `out`, and leave them for the store in `entry`."""
     training_record.write_files(record, settings, out)
-    shutil.copyfile(entry / pictures.SAMPLES, out / pictures.SAMPLES)
+    files.link(entry / pictures.SAMPLES, out / pictures.SAMPLES)
     epoch = int(record["metrics"]["best/epoch"])
     with files.atomic_write(out / "best.safetensors") as temporary:
         shutil.copyfile(_checkpoint_path(entry, epoch), temporary)
