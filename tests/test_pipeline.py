@@ -269,7 +269,6 @@ def test_repeats_that_were_cut_off_go_on_are_cached_and_put_back_below_the_run_a
                 break
         os.killpg(process.pid, signal.SIGKILL)
     first = json.loads((project.root / "outputs" / "train" / "record.json").read_text())
-    assert project.query("select status from runs where name like '%fp32 × 2'") == [("RUNNING",)]
 
     # What a killed DVC leaves behind keeps the next one waiting.
     shutil.rmtree(project.root / ".dvc" / "tmp", ignore_errors=True)
@@ -395,25 +394,36 @@ def test_under_mlflow_run_the_run_that_it_made_is_above_the_repeats(project):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")
-def test_ctrl_c_ends_the_run_as_killed_with_what_it_has(project):
-    before = {run_id for run_id, *_ in project.runs()}
+def test_the_same_command_goes_on_after_any_end_in_the_same_run(project):
+    before, epochs = {run_id for run_id, *_ in project.runs()}, 200
     # Where these tests themselves run in the background of a shell, SIGINT is ignored from birth.
     program = (
         "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "sys.argv = ['run', '-S', 'epochs=100000', '-S', 'features=recompute']; "
+        f"sys.argv = ['run', '-S', 'epochs={epochs}', '-S', 'features=recompute', '-S', 'sustain_seconds=0']; "
         "runpy.run_module('pipeline.run', run_name='__main__', alter_sys=True)"
     )
-    with project.start("-c", program) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("epoch ") and int(line.split()[1].split("/")[0]) > 1:
-                    break
-            process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=60)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 130, output
-    assert "Traceback" not in output and "stopped by Ctrl-C" in output
-    ((run_id, _, status),) = [run for run in project.runs() if run[0] not in before]
-    assert status == "KILLED"
-    assert project.query("select 1 from metrics where run_uuid = ? and key = 'train/loss'", run_id)
+    for stop, status, said in (
+        (signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGKILL, -9, "")
+    ):  # fmt: skip
+        with project.start("-c", program) as process:
+            try:
+                lines = (line for line in process.stdout if line.startswith("epoch "))
+                next(lines), next(lines)
+                process.send_signal(stop)
+                output = process.communicate(timeout=60)[0]  # until its child has ended, too
+            finally:
+                process.kill()
+        assert process.returncode == status and "Traceback" not in output and said in output
+        if stop != signal.SIGKILL:
+            ((run_id, _, run_status),) = [run for run in project.runs() if run[0] not in before]
+            assert run_status == "KILLED"
+            assert project.query("select 1 from metrics where run_uuid = ? and key = 'train/loss'", run_id)
+    output = project.run(sys.executable, "-c", program)
+    assert "resumed  after epoch" in output
+    ((finished_id, _, run_status),) = [run for run in project.runs() if run[0] not in before]
+    assert (finished_id, run_status) == (run_id, "FINISHED")
+    assert project.table("tags", run_id)["resumed"] == "3"
+    steps = "select step from metrics where run_uuid = ? and key = 'train/loss' order by step"
+    assert project.query(steps, run_id) == [(number,) for number in range(1, epochs + 1)]
+    assert not project.query("select 1 from metrics where run_uuid = ? and key = 'time/process_seconds'", run_id)
+    assert list((project.root / "pending").iterdir()) == []
