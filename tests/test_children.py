@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from drivers import started  # noqa: F401 (none is left)
 from stores import record_of
 
 from pipeline import children, config
@@ -16,19 +16,6 @@ from pipeline.errors import StageError, Stopped
 from pipeline.tracking import pending, publisher
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no signal for one process there")
-
-
-@pytest.fixture(autouse=True)
-def started(monkeypatch):
-    """The processes that were started. None is left, and this one keeps its priority."""
-    monkeypatch.setattr(children, "_lower_priority", lambda: None)
-    processes, spawn = [], children._spawn
-    monkeypatch.setattr(children, "_spawn", lambda command: processes.append(spawn(command)) or processes[-1])
-    yield processes
-    for process in processes:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.wait(30)
 
 
 def python(code):

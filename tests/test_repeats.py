@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from drivers import started  # noqa: F401 (none is left)
 from stores import own_store, runs  # noqa: F401 (own_store: each test has its own)
 
 from pipeline import children, config, files, repeats
@@ -75,15 +76,8 @@ def prepared(place, **changes):
 
 
 @pytest.fixture(autouse=True)
-def started(monkeypatch):
-    """The processes that were started; those that got no work end with the test."""
+def spread(monkeypatch):
     monkeypatch.setattr(descriptions, "describe_spread", lambda trained, evaluated: "a spread")
-    processes, spawn = [], children._spawn
-    monkeypatch.setattr(children, "_spawn", lambda command: processes.append(spawn(command)) or processes[-1])
-    yield processes
-    for process in processes:
-        process.stdin.close()
-        process.wait(30)
 
 
 def drive(settings, folder, command, stages=ALL):

@@ -17,14 +17,7 @@ from pipeline.devices.cpu import Cpu
 from pipeline.errors import StageError
 from pipeline.training import loop
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So little work is done fastest by one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def softmax_by_hand(weight, bias, inputs, labels):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import one_thread  # noqa: F401 (so little work is done fastest by one thread)
 from loops import images_of, make_loop, make_setup, recipe_of, samples, without_times
 from standin import Capturing, Standin
 from torch import nn
@@ -138,7 +137,8 @@ def test_every_optimizer_goes_on_to_the_bit_or_has_no_state(package, tmp_path):
         folder, build = tmp_path / name, partial(new_training, optimizer=f"{package}:{name}")
         try:
             training = build()
-        except UsageError:
+        except UsageError as error:
+            assert "\n" not in str(error)
             continue
         if state.save(folder, training, trained(training, small_epochs, folder / "first", until=1)):
             assert same(*compare(build, small_epochs, folder)), name
