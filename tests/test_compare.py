@@ -5,16 +5,17 @@ import json
 import shutil
 
 import pytest
+from bundle_files import repeat, write
 from conftest import fails
 from made import EPOCHS, Store, two
 from mlflow.entities import Metric, Param, RunTag
 from stores import client, own_store, runs  # noqa: F401 (own_store: each test has its own)
-from trainings import driven, generated, light, once, prepare, threads  # noqa: F401 (threads: one is enough)
+from trainings import generated, light, once, threads  # noqa: F401 (threads: one is enough)
 
 from pipeline import compare, files
 from pipeline.comparison import build
 from pipeline.errors import UsageError
-from pipeline.tracking import records, store
+from pipeline.tracking import pending, records, store
 
 
 @pytest.fixture
@@ -72,36 +73,34 @@ def test_a_cached_run_is_put_into_a_store_that_lacks_it_once(outputs, run_stage,
     assert len(runs()) == 1 and "restored" not in capsys.readouterr().out
 
 
-def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, light, driven, run_stage):
-    settings = generated("repeats=3", "epochs=1")
-    prepare(settings, tmp_path / "outputs")
-    driven(settings, tmp_path / "outputs", "train")
-    trained = {run.info.run_name: run.data.metrics for run in runs()}
+def test_every_repeat_is_put_back_below_the_run_above_them(tmp_path, run_stage):
+    for number in (1, 2, 3):
+        folders = records.stage_folders(tmp_path / "outputs", number)
+        for name, data in repeat(number).items():
+            stage, _, rest = name.partition("/")
+            write(folders[stage], {rest: data})
     for _ in range(2):  # the second time, nothing changes
-        assert run_stage("tracking.experiment=another").runs == 3
-        restored = [run for run in runs() if "restored" in run.data.tags]
-        assert {run.info.run_name: run.data.metrics for run in restored} == trained and len(restored) == 4
-        assert {run.info.status for run in restored} == {"FINISHED"}
+        assert run_stage().runs == 3
+        restored = [run for run in runs() if store.COMPARISON_TAG not in run.data.tags]
+        assert [(run.info.status, "restored" in run.data.tags) for run in restored] == [("FINISHED", True)] * 4
         (parent,) = [run for run in restored if "repeat" not in run.data.tags]
+        assert parent.data.metrics["test/accuracy"] == 0.25 and "std/test/accuracy" in parent.data.metrics
         assert [run.data.tags.get("mlflow.parentRunId") for run in restored].count(parent.info.run_id) == 3
 
     (records.stage_folders(tmp_path / "outputs", 3)["train"] / "record.json").unlink()
     run_stage("tracking.experiment=cut-off")
     experiment_id = client().get_experiment_by_name("cut-off").experiment_id
-    status = {
-        run.info.run_name.split(" · ")[-1]: run.info.status for run in runs() if run.info.experiment_id == experiment_id
-    }
-    assert status == {"1/3": "FINISHED", "2/3": "FINISHED", "fp32 × 3": "SCHEDULED"}
+    statuses = [run.info.status for run in runs() if run.info.experiment_id == experiment_id]
+    assert sorted(statuses) == ["FINISHED", "FINISHED", "SCHEDULED"]
 
 
-def test_what_a_stage_left_but_could_not_log_is_logged(outputs, run_stage):
-    shutil.move(outputs / "evaluate", outputs / "later")
-    run_stage()
-    assert "test/accuracy" not in runs()[0].data.metrics
-    shutil.move(outputs / "later", outputs / "evaluate")
-    run_stage()
+def test_what_waits_for_the_store_is_delivered_first(outputs, run_stage, tmp_path):
+    record = files.read_json(outputs / "train" / "record.json")
+    pending.submit(record, records.stage_folders(outputs), "mine")
+    outputs.rename(tmp_path / "elsewhere")
+    assert run_stage().runs == 1 and pending.entries() == []
     (run,) = runs()
-    assert files.read_json(outputs / "evaluate" / "record.json")["metrics"].items() <= run.data.metrics.items()
+    assert client().get_experiment(run.info.experiment_id).name == "mine" and "restored" not in run.data.tags
 
 
 def test_a_run_that_was_deleted_does_not_come_back(outputs, run_stage):
@@ -110,28 +109,25 @@ def test_a_run_that_was_deleted_does_not_come_back(outputs, run_stage):
     assert run_stage().runs == 0 and len(runs()) == 1
 
 
-@pytest.mark.parametrize("left", ["another", None])
-def test_a_training_is_restored_without_what_stages_left_for_another(outputs, run_stage, left):
+@pytest.mark.parametrize("other", ["another", None])
+def test_a_demo_is_restored_among_demos_without_what_stages_left_for_another(outputs, run_stage, monkeypatch, other):
+    record = files.read_json(outputs / "train" / "record.json")
+    demo = record | {"tags": record["tags"] | {"fallback": "data"}, "name": f"DEMO · {record['name']}"}
+    files.write_json(outputs / "train" / "record.json", demo)
     foreign = set()
     for stage in ("evaluate", "sustain"):
         result = files.read_json(outputs / stage / "record.json")
         foreign |= result["metrics"].keys()
-        if left:
-            files.write_json(outputs / stage / "record.json", result | {"id": left})
+        if other:
+            files.write_json(outputs / stage / "record.json", result | {"id": other})
         else:
             shutil.rmtree(outputs / stage)
-    run_stage()
-    (run,) = runs()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    assert [part.demo for part in run_stage().parts] == [True]
+    (run,) = [run for run in runs() if store.COMPARISON_TAG not in run.data.tags]
     assert foreign and not foreign & run.data.metrics.keys()
     assert "train/loss" in run.data.metrics and run.info.status == "FINISHED"
-
-
-def test_a_demo_is_restored_among_demos(outputs, run_stage):
-    record = files.read_json(outputs / "train" / "record.json")
-    demo = record | {"tags": record["tags"] | {"fallback": "data"}, "name": f"DEMO · {record['name']}"}
-    files.write_json(outputs / "train" / "record.json", demo)
-    assert [part.demo for part in run_stage().parts] == [True]
-    assert client().get_experiment(runs()[0].info.experiment_id).name == "trainmark-demo"
+    assert {client().get_experiment(run.info.experiment_id).name for run in runs()} == {"mine-demo"}
 
 
 # --- the reports
