@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import terminal
 from pipeline.errors import StageError, Stopped
+from pipeline.profiling import system_state
 from pipeline.tracking import location, pending
 
 CHILD = "TRAINMARK_CHILD"
@@ -67,12 +68,20 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
+_watches: list[system_state.LoadWatch] = []
 _work: list[str] = []
 _has_work = threading.Event()
 
 
+def load_watch() -> system_state.LoadWatch | None:
+    """A watch that began before this process imported torch; None in a process that is no child."""
+    return _watches[0] if _watches else None
+
+
 def watch_driver() -> None:
-    """Read the driver's line in a thread, and end this process when the driver is gone."""
+    """Read the driver's line in a thread, and end this process when the driver is gone. Watch the machine's load from
+    now on."""
+    _watches.append(system_state.LoadWatch())
 
     def watch() -> None:
         text = b""

@@ -7,6 +7,7 @@ that an interrupted set can be resumed.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -105,6 +106,7 @@ def run_stage(run: RunStage, doc: str | None) -> None:
 
     def run_repeat(settings: config.Settings, _: Path) -> None:
         number, folder = children.wait_for_work()
+        gc.freeze()  # what was imported stays: collecting it again and again takes time
         try:
             run(settings, folder, number)
         except Stopped as error:

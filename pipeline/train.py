@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import config, devices, files, terminal
+from pipeline import children, config, devices, files, terminal
 from pipeline.errors import OutOfMemoryError, StageError
 from pipeline.models import checkpoints, classifier, weights
 from pipeline.profiling import energy, system_info, system_metrics, system_state
@@ -31,7 +31,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
     Writes `folder/train`, or the subfolder of repeat `number` (from 1). Meanwhile the record grows in `pending/`, from
     where MLflow gets it; an interrupted training of the same work is resumed from there.
     """
-    watch = system_state.LoadWatch()
+    watch = children.load_watch() or system_state.LoadWatch()
     recipe = settings.work
     startup = system_info.process_age()
     setup.check(settings.device, recipe)
