@@ -5,6 +5,7 @@ read without pickle's code (`weights_only`).
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> bool:
     }
     epoch = len(record["epochs"])
     temporary = folder / "state"
-    with files.atomic_write(temporary) as path, path.open("wb") as file:  # given a path, torch hides a full disk
-        torch.save(content, file)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # into a file, torch would hide that the disk is full
+    with files.atomic_write(temporary) as path:
+        path.write_bytes(buffer.getbuffer())
     temporary.replace(folder / f"{epoch:06}-{_digest(temporary)}.pt")
     files.sync_folder(folder)
     for old in sorted(folder.glob("*.pt"))[:-KEEP]:
