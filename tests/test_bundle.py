@@ -62,27 +62,20 @@ def test_runs_come_whole_into_another_store_and_a_third(tmp_path, use_store):
     assert (tags["imported.run_id"], tags["machine"]) == (handle.run_id, "b72054f1a41b")
 
 
-def test_importing_again_adds_nothing(tmp_path, use_store, capsys):
-    path = pack(tmp_path / "x.zip", whole_run())
-    database = use_store("other")
-    bundles.import_runs([path, path])
-    before = dump(database)
-    bundles.import_runs([path])
-    assert dump(database) == before and len(runs()) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == f"there    {TITLE} is in this store already"
-
-
-def test_a_folder_means_its_bundles(tmp_path, monkeypatch):
+def test_importing_again_adds_nothing_and_a_folder_means_its_bundles(tmp_path, use_store, monkeypatch, capsys):
     folder = tmp_path / "bundles"
     folder.mkdir()
     assert "no .zip file" in refusal(bundle.main, ["import", str(folder)])
     for number in (1, 2):
-        pack(folder / f"{number}.zip", whole_run(number))
+        path = pack(folder / f"{number}.zip", whole_run(number))
     (folder / "notes.txt").write_text("no bundle")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    database = use_store("other")
+    bundle.main(["import", "~/bundles", str(path)])
+    before = dump(database)
     bundle.main(["import", "~/bundles"])
-    assert len(runs()) == 2
+    assert dump(database) == before and len(runs()) == 2
+    assert f"there    {TITLE} is in this store already" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
@@ -191,9 +184,13 @@ def test_the_run_above_repeats_waits_for_all_of_them(tmp_path, use_store):
             assert run["tags"]["mlflow.note.content"] == f"{len(seen)} of 3 repeats are here"
             assert run["metrics"] == {} and run["info"][0] == "SCHEDULED"
         assert len(store.finished_runs()) == len(seen)
-    assert run["info"] == ("FINISHED", AT + 30 + 7003)
+    assert run["info"] == ("FINISHED", AT + 30 + 7003) and run["params"] == {
+        key: value for key, value in made.training()["params"].items() if key != "settings.seed"
+    }
     assert [value for value, *_ in run["metrics"]["time/total_seconds"]] == [4.0]
     assert run["metrics"][f"std/{SPEED}"] and "imported.run_id" not in run["tags"]
+    plots = {f"plots/{name}.png" for name in ("accuracy", "confusion_matrix", "loss", "samples")}
+    assert set(run["artifacts"]) == {"params.yaml"} | plots  # the first repeat's
     bundles.export_runs(tmp_path / "all.zip")
     before = stored_runs(tmp_path)
     use_store("all")
@@ -393,22 +390,18 @@ def altered(path):
 FACTS = {"sha256": "0" * 64, "bytes": 1}
 BAD_FILES = {
     "truncated": (rewrite(lambda data: data[:-200]), "truncated"),
-    "cut short": (rewrite(lambda data: data[:30]), "truncated"),
     "empty": (rewrite(lambda data: b""), "truncated"),
     "flipped": (rewrite(lambda data: data[:600] + bytes([data[600] ^ 1]) + data[601:]), ""),
     "encrypted": (rewrite(encrypt), "encrypted"),
     "another zip": (many_files(1), "bundle.json"),
     "too many files": (many_files(40_000), "more files"),
-    "a zip of the long kind": (many_files(66_000), "more files"),
     "packed with bzip2": (packed(zipfile.ZIP_BZIP2), "packed"),
-    "packed with LZMA": (packed(zipfile.ZIP_LZMA), "packed"),
     "altered": (altered, TRAIN),
     "a bomb with a false header": (resized, "loss.png"),
     "a link": (linked, "link.png"),
     "a path upwards": (with_entry(f"{RUN}/train/../../../x.png"), "x.png"),
     "an absolute path": (with_entry("/etc/cron.d/x"), "/etc/cron.d/x"),
     "a backslash": (with_entry(f"{RUN}\\..\\x.png"), "x.png"),
-    "a drive": (with_entry("C:/x.png"), "C:/x.png"),
     "a file twice": (with_entry(f"{RUN}/{TRAIN}"), "twice"),
     "a file that is not listed": (with_entry(f"{RUN}/train/plots/more.png"), "more.png"),
     "a path upwards listed": (with_file("train/plots/../../x.png", PNG), "runs.0.files"),
@@ -421,9 +414,7 @@ BAD_FILES = {
     "no hardware": (without("train/hardware.json"), "hardware.json"),
     "another format": (listing("format", "another"), "format"),
     "a newer schema": (listing("schema", 4), "update"),
-    "a schema of words": (listing("schema", "3"), "schema"),
     "no runs": (lambda path: pack(path, listing=made.manifest()), "runs"),
-    "made in 1970": (listing("created", 5), "created"),
     "an odd run id": (listing("runs|0|run_id", "a run"), "runs.0.run_id"),
     "a false end": (listing("runs|0|end", AT + 1), "end"),
     "a file that is not there": (listing("runs|0|files|train/plots/more.png", FACTS), "more.png"),
@@ -479,11 +470,6 @@ def test_an_import_that_fails_half_way_is_completed_by_the_same_command(tmp_path
     assert stored_runs(tmp_path) == expected
 
 
-def test_nothing_is_imported_into_a_run_under_way(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
-    assert "MLFLOW_RUN_ID" in refusal(bundles.import_runs, [pack(tmp_path / "a.zip", whole_run())])
-
-
 # --- fuzz
 
 
@@ -536,9 +522,12 @@ def test_the_command_ends_with_a_status(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [(), ("import",), ("mend", "x.zip"), ("export", "--to", "x.zip")])
-def test_a_wrong_command_is_one_line(arguments):
+def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, arguments):
     refusal(bundle.main, arguments)
     assert "no such file" in refusal(bundle.main, ["import", "missing.zip"])
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)  # no run may be put into another
+    path = pack(tmp_path / "a.zip", whole_run())
+    assert "MLFLOW_RUN_ID" in refusal(bundle.main, ["import", str(path)])
 
 
 # --- between stores of different kinds

@@ -210,15 +210,6 @@ def test_the_charts_are_logged_as_one_run_that_is_no_training(run_stage):
     assert again.info.run_id == run.info.run_id and "CARD C" in again.data.tags["mlflow.note.content"]
 
 
-def test_a_comparison_that_was_deleted_does_not_come_back(run_stage, tmp_path):
-    put(two())
-    run_stage()
-    client().delete_run(comparisons()[0].info.run_id)
-    run_stage()
-    assert [run.info.lifecycle_stage for run in comparisons()] == ["deleted"]
-    assert (tmp_path / "reports" / "compare.html").exists()
-
-
 def test_under_mlflow_run_it_stands_in_the_experiment_given(run_stage, monkeypatch):
     put(two(), "another")
     experiment_id = client().get_experiment_by_name("another").experiment_id

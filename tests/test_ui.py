@@ -120,12 +120,6 @@ def test_a_server_that_does_not_start_is_refused_with_its_last_line(serve, opene
     assert opened == []
 
 
-def test_a_demo_is_shown_if_there_is_no_other_experiment(serve):
-    demo = store.start_run(record_of(experiment="trainmark-demo")).experiment_id
-    client().delete_experiment(store.start_run(record_of()).experiment_id)
-    assert f"/#/experiments/{demo}/runs?" in serve()[1]
-
-
 COMMAND = f"""
 import sys, webbrowser
 from pathlib import Path

@@ -4,11 +4,10 @@ import json
 import shutil
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import bundle_files as made
 import pytest
-from bundle_files import REPEATS_ID, finish_entry, open_entry, put_in_store, repeat, stored_runs, whole_run
+from bundle_files import finish_entry, open_entry, put_in_store, repeat, stored_runs, whole_run
 from mlflow.exceptions import MlflowException
 from stores import AT, QUIET, client, own_store, record_of, runs  # noqa: F401 (own_store: each test has its own)
 from trainings import once, threads  # noqa: F401 (threads: one is enough)
@@ -305,11 +304,7 @@ def test_attempts_at_the_sustained_steps_are_counted_without_a_disturbed_last_on
             put_in_store(tmp_path / f"{number} {again}", contents)
             counted.append(the_run().data.tags["sustained.attempts"])
     assert counted == ["1", "1", "2", "2", "2", "2", "3", "3"]
-
-
-@pytest.mark.parametrize("tag", ["many", "-1", "²"])
-def test_a_strangers_count_of_attempts_does_no_harm(tag):
-    assert publisher._count_attempts({"sustained.attempts": tag, "sustained.started": "1"}, "2") == 2
+    assert publisher._count_attempts({"sustained.attempts": "a stranger's", "sustained.started": "1"}, "2") == 2
 
 
 # --- the model
@@ -332,27 +327,6 @@ def test_a_run_with_a_damaged_checkpoint_is_not_finished(tmp_path):
     with pytest.raises(StageError, match=r"best\.safetensors"):
         put_in_store(tmp_path / "a", contents)
     assert store.finished_runs() == []
-
-
-# --- the parent of repeats
-
-
-def test_the_parent_gets_the_summary_and_the_first_repeats_pictures(tmp_path):
-    for number in (2, 1):
-        put_in_store(tmp_path / str(number), repeat(number, 2))
-        parent, _ = store.find_repeats(REPEATS_ID, "trainmark")
-        run = client().get_run(parent.run_id)
-        assert run.info.status == {2: "SCHEDULED", 1: "FINISHED"}[number]
-    assert run.data.metrics["test/accuracy"] == 3 / 16
-    assert run.data.metrics["std/test/accuracy"] == pytest.approx(2**0.5 / 16)
-    assert "settings.seed" not in run.data.params and run.data.params["train.lr"] == "0.1"
-    assert store.list_artifacts(parent.run_id, "") == ["params.yaml", "plots"]
-    assert [Path(name).stem for name in store.list_artifacts(parent.run_id, "plots")] == [
-        "accuracy", "confusion_matrix", "loss", "samples"
-    ]  # fmt: skip
-    client().delete_run(parent.run_id)
-    put_in_store(tmp_path / "again", repeat(1, 2))
-    assert store.is_deleted(store.find_repeats(REPEATS_ID, "trainmark")[0])
 
 
 # --- under `mlflow run`
@@ -378,13 +352,9 @@ def test_the_given_run_becomes_the_trainings_or_the_parent_of_repeats(given, tmp
     assert [child.data.tags.get("mlflow.parentRunId") for child in runs()].count(given) == (2 if repeats else 0)
 
 
-@pytest.mark.parametrize("used", ["finished", "another training"])
 @pytest.mark.parametrize("repeats", [False, True])
-def test_a_given_run_that_is_used_is_left_as_it_was(given, tmp_path, used, repeats):
-    if used == "finished":
-        client().set_terminated(given)
-    else:
-        client().log_param(given, "train.lr", "7")
+def test_a_given_run_that_has_ended_is_left_as_it_was(given, tmp_path, repeats):
+    client().set_terminated(given)
     before = client().get_run(given).to_dictionary()
     train(tmp_path, *([repeat(1, 2), repeat(2, 2)] if repeats else [whole_run()]))
     publisher.deliver_all()

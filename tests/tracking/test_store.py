@@ -218,8 +218,9 @@ def repeat_of(parent, number, status="FINISHED"):
 
 
 @pytest.mark.usefixtures("pages")
-def test_finished_repeats_are_found_with_their_parent():
+def test_finished_repeats_are_found_with_their_parent_and_are_finished_runs():
     assert store.find_repeats(REPEATS_ID, "trainmark") == (None, {})
+    finished("alone", started=AT - 1)
     parent = parent_of()
     children = {number: repeat_of(parent, number).run_id for number in (2, 1)}
     repeat_of(parent, 3, status="FAILED")
@@ -229,6 +230,11 @@ def test_finished_repeats_are_found_with_their_parent():
     assert present == parent == parent_of() and {number: row["run_id"] for number, row in rows.items()} == children
     assert client().get_run(children[1]).data.tags["mlflow.parentRunId"] == parent.run_id
     assert store.find_repeats(REPEATS_ID, "another") == (None, {})
+    for status in ("FAILED", "FINISHED"):  # whatever became of their parent
+        store.end_run(parent, status)
+        assert sorted(finished_names()) == ["alone", "repeat 1", "repeat 2"]
+    client().delete_run(parent.run_id)
+    assert sorted(finished_names()) == ["alone", "repeat 1", "repeat 2"]
 
 
 def test_a_deleted_parent_is_found_unless_it_was_discarded():
@@ -238,19 +244,6 @@ def test_a_deleted_parent_is_found_unless_it_was_discarded():
     client().restore_run(parent.run_id)
     store.discard_run(parent)
     assert store.find_repeats(REPEATS_ID, "trainmark") == (None, {})
-
-
-@pytest.mark.parametrize("status", ["FINISHED", "FAILED", None])
-def test_every_finished_repeat_is_a_finished_run_whatever_became_of_its_parent(status):
-    finished("alone", started=AT - 1)
-    parent = parent_of()
-    repeat_of(parent, 1)
-    repeat_of(parent, 2, status="FAILED")
-    if status:
-        store.end_run(parent, status)
-    assert finished_names() == ["repeat 1", "alone"]
-    client().delete_run(parent.run_id)
-    assert finished_names() == ["repeat 1", "alone"]
 
 
 # --- finding
