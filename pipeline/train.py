@@ -131,7 +131,8 @@ def _train(
 ) -> None:
     """Train, and write each epoch with the state after it into `entry`. Completes the record."""
     clock, backend = training.loop.clock, training.loop.backend
-    with system_metrics.sampled() as system_samples, backend.memory_errors():
+    samples = sum(len(epoch["system"]) for epoch in record["epochs"])  # before the training was interrupted
+    with system_metrics.sampled(first_step=samples) as system_samples, backend.memory_errors():
         limits = measured.measure_limits(training, splits)
         best = max((epoch["figures"]["val/accuracy"] for epoch in record["epochs"]), default=None)
         saves_state = settings.resume == "auto"

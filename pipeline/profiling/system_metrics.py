@@ -17,15 +17,17 @@ INTERVAL_SECONDS = 5.0
 
 
 @contextmanager
-def sampled(interval_seconds: float = INTERVAL_SECONDS) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+def sampled(
+    interval_seconds: float = INTERVAL_SECONDS, first_step: int = 0
+) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """Sample in a thread while the block runs. Yields a function that returns the samples since its last call: each
-    with `figures`, `at` (milliseconds since 1970) and `step`, counted from 0."""
+    with `figures`, `at` (milliseconds since 1970) and `step`, counted from `first_step`."""
     samples: list[dict[str, Any]] = []
     done = threading.Event()
 
     def sample_repeatedly() -> None:
-        first, step = psutil.net_io_counters(), 0
-        while step == 0 or not done.wait(interval_seconds):
+        first, step = psutil.net_io_counters(), first_step
+        while step == first_step or not done.wait(interval_seconds):
             figures = {f"system/{name}": round(value, 1) for name, value in _sample(first).items()}
             samples.append({"figures": figures, "at": time.time_ns() // 1_000_000, "step": step})
             step += 1
