@@ -103,8 +103,7 @@ def test_pictures_are_drawn_beside_a_measurement_on_another_device(tmp_path):
     ("trainings", "lost"),
     [
         ([whole_run()], True),
-        ([repeat(1, 2), repeat(2, 2)], False),
-        pytest.param([whole_run()], False, marks=pytest.mark.slow),
+        pytest.param([repeat(1, 2), repeat(2, 2)], False, marks=pytest.mark.slow),
         pytest.param([repeat(1, 2), repeat(2, 2)], True, marks=pytest.mark.slow),
     ],
 )
@@ -132,26 +131,19 @@ def test_a_delivery_that_fails_at_any_call_is_completed_by_the_next(tmp_path, us
 # --- what waits
 
 
-def test_what_a_store_refuses_waits_and_comes_with_the_next_delivery(tmp_path, monkeypatch):
+def test_what_a_store_refuses_waits_for_it_and_comes_with_its_next_delivery(tmp_path, use_store, monkeypatch):
     train(tmp_path, whole_run(1), whole_run(2))
     with monkeypatch.context() as patch:
         patch.setattr(store, "_client", lambda: Unsteady(0))
         with pytest.raises(store.StoreError, match="away"):
             publisher.deliver_all()
+    use_store("other")
+    publisher.deliver_all()
     assert runs() == [] and len(pending.waiting()) == 6
+    use_store("store")
     for _ in range(2):
         publisher.deliver_all()
         assert len(store.finished_runs()) == len(runs()) == 2 and pending.entries() == []
-
-
-def test_what_belongs_to_another_store_waits_for_it(tmp_path, use_store):
-    train(tmp_path, whole_run())
-    use_store("other")
-    publisher.deliver_all()
-    assert runs() == [] and len(pending.waiting()) == 3
-    use_store("store")
-    publisher.deliver_all()
-    assert len(runs()) == 1 and pending.waiting() == []
 
 
 @pytest.mark.parametrize(("file", "text"), [("target.json", "{"), ("journal.jsonl", "no event")])
