@@ -24,9 +24,8 @@ PORTS = range(5000, 5020)
 
 
 def server_command(port: int) -> list[str]:
-    """The command that serves the MLflow store on `port`."""
-    options = f"--host 127.0.0.1 --port {port} --workers 1".split()
-    return [sys.executable, "-m", "mlflow", "ui", *options, "--backend-store-uri", location.store_uri()]
+    """The command that serves the store of MLFLOW_BACKEND_STORE_URI on `port`."""
+    return [sys.executable, "-m", "mlflow", "ui", *f"--host 127.0.0.1 --port {port} --workers 1".split()]
 
 
 def run(settings: config.Settings, folder: Path, command: Callable[[int], Sequence[str]] = server_command) -> None:
@@ -67,7 +66,8 @@ def _serve(command: Sequence[str], port: int) -> Iterator["subprocess.Popen[str]
     """Run a server until the block ends, or Ctrl-C or SIGTERM. If it fails, show its last line."""
     if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # acts like Ctrl-C
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Everybody on this machine can see a command line, and the address may hold a password.
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": location.store_uri()}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         server = subprocess.Popen(command, cwd=config.ROOT, env=environment, stdout=log, stderr=log, text=True)
         try:

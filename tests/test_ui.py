@@ -86,9 +86,14 @@ def test_an_unknown_experiment_is_refused(opened, tmp_path):
     assert opened == []
 
 
-def test_other_machines_cannot_reach_the_server():
+def test_other_machines_cannot_reach_the_server_and_others_on_this_one_do_not_see_its_password(serve, monkeypatch):
     command = ui.server_command(5000)
     assert command[command.index("--host") + 1] == "127.0.0.1"
+    monkeypatch.setattr(store, "experiment_to_show", lambda name: "7")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql://jane:hunter2@server/db")
+    assert "hunter2" not in " ".join(ui.server_command(5000))
+    with pytest.raises(StageError, match=r"status 3: mysql://jane"):
+        serve("import os; print(os.environ['MLFLOW_BACKEND_STORE_URI'].replace('@', ' ')); raise SystemExit(3)")
 
 
 def test_a_store_that_is_a_server_is_not_served_again(opened, ports, tmp_path, monkeypatch):
