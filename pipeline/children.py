@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -182,7 +182,10 @@ def _deliver_rest() -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while pending.waiting():
         error = _deliver({}, complete=True)
-        if not error or time.monotonic() > deadline:
+        if not error:
+            break
+        if time.monotonic() > deadline:
+            terminal.say(f"note     {error}")
             break
         time.sleep(1.0)
     tell_waiting()
@@ -201,8 +204,9 @@ def tell_waiting() -> None:
 def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     """Deliver what waits. Returns what is wrong with the store, or ''."""
     _lower_priority()
+    _import_publisher()
     try:
-        from pipeline.tracking import publisher  # imports MLflow, which takes seconds
+        from pipeline.tracking import publisher
 
         publisher.deliver_all(epochs, complete=complete)
         if epochs and all(map(pending.may_work_beside, epochs)):
@@ -212,6 +216,19 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training
         return location.hide_secrets(f"the MLflow store can't be used: {_one_line(error)}")
     return ""
+
+
+def _import_publisher() -> None:
+    """Import what uses MLflow, which takes seconds. In a thread, because an import can't be repeated after a signal
+    interrupted it."""
+
+    def load() -> None:
+        with suppress(Exception):  # it fails again where it is used
+            import pipeline.tracking.publisher  # noqa: F401
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join()
 
 
 def _one_line(error: Any) -> str:

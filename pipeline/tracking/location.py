@@ -18,9 +18,13 @@ def store_uri() -> str:
     relative = uri.removeprefix("sqlite:///")
     if relative == uri or Path(relative).is_absolute():
         return uri
-    # Only what must be escaped: beside a folder whose name is escaped, MLflow creates another, which stays empty.
-    folder = config.PROJECT.as_posix().replace("%", "%25").replace("?", "%3F")
-    return f"sqlite:///{folder}/{relative}"
+    return f"{sqlite_uri(config.PROJECT)}/{relative}"
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of an SQLite file. Only what must be escaped is escaped: for a folder with other escapes in its name,
+    MLflow creates a second one, which stays empty."""
+    return "sqlite:///" + path.as_posix().replace("%", "%25").replace("?", "%3F")
 
 
 def database_file() -> Path | None:

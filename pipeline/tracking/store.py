@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking import location
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a measuring tool makes no calls of its own
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # with MLflow's own 7, a dead server takes minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the address may hold a password
+# Every session opens an SQLite file anew: when it was deleted and created again, an open one would be lost.
+if location.database_file() is not None:
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 
 import mlflow
 import numpy as np
@@ -23,8 +28,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from pipeline import files
 from pipeline.errors import StageError, UsageError
-from pipeline.tracking import location, views
+from pipeline.tracking import views
 from pipeline.tracking.location import store_uri
 
 for _name in ("mlflow", "alembic"):
@@ -135,7 +141,38 @@ def _server_url() -> str:
 
 
 def _client() -> MlflowClient:
+    _create_database()
     return MlflowClient(store_uri())
+
+
+def _create_database() -> None:
+    """Create the file of an SQLite store, whole or not at all. MLflow would migrate it in place: interrupted, or done
+    by two processes at once, that leaves a file that can't be used."""
+    path = location.database_file()
+    if path is None or path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    try:
+        lock = files.lock(path.with_name(f"{path.name}.lock"), patience_seconds=120.0)
+    except StageError as error:
+        raise OSError(str(error)) from None  # see _store_errors
+    with lock:
+        if path.exists():
+            return
+        for rest in path.parent.glob(f"{path.name}.new*"):
+            rest.unlink()
+        new = path.with_name(f"{path.name}.new")
+        artifacts = (path.parent.absolute() / "mlartifacts").as_uri()
+        SqlAlchemyStore(location.sqlite_uri(new), artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+        try:
+            os.link(new, path)  # unlike a rename it replaces no file
+        except FileExistsError:  # MLflow itself created it meanwhile
+            pass
+        except OSError:  # a file system without links
+            new.replace(path)
+        new.unlink(missing_ok=True)
+        files.sync_folder(path.parent)
 
 
 def _is_missing() -> bool:
