@@ -35,13 +35,15 @@ class Server:
             )
         deadline = time.monotonic() + 120
         while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             try:
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return self
             except (OSError, http.client.HTTPException):
                 assert self.process.poll() is None and time.monotonic() < deadline
+            finally:
+                connection.close()
             time.sleep(0.2)
 
     def kill(self):

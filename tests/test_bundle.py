@@ -1,14 +1,12 @@
 """Bundles: runs go from store to store whole and once; nothing that is wrong gets into one."""
 
 import json
-import os
 import socket
 import sqlite3
 import stat
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +16,8 @@ import pytest
 from bundle_files import EVALUATE, PNG, SPEED, SUSTAIN, TITLE, TRAIN, changed, pack, repeat, stored_runs, whole_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import AT, client, fresh_store, own_store, runs  # noqa: F401 (own_store: each test has its own)
+from servers import serving
+from stores import AT, client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 
 from pipeline import bundle, config
 from pipeline.errors import StageError, UsageError
@@ -533,40 +532,18 @@ def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, arguments):
 # --- between stores of different kinds
 
 
-@pytest.fixture
-def server(tmp_path, tmp_path_factory):
-    """The address of an MLflow server with an empty store."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    (tmp_path / "server").mkdir()
-    uri = fresh_store(tmp_path / "server" / "store.db", tmp_path_factory)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(tmp_path / "server" / "artifacts")]
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    with subprocess.Popen(command, cwd=tmp_path / "server", env=environment, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(600):
-                with socket.socket() as client_socket:
-                    if client_socket.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-
-
 @pytest.mark.slow
-def test_runs_go_to_a_server_and_back(tmp_path, use_store, server, monkeypatch):
-    for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(key, raising=False)
+def test_runs_go_to_a_server_and_back(tmp_path, use_store, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     made.put_in_store(tmp_path / "a", whole_run(1))
     before = stored_runs(tmp_path)
     bundles.export_runs(tmp_path / "x.zip")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    for _ in range(2):
-        bundles.import_runs([tmp_path / "x.zip"])
-        assert stored_runs(tmp_path) == before
-    bundles.export_runs(tmp_path / "y.zip")
+    with serving(tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        for _ in range(2):
+            bundles.import_runs([tmp_path / "x.zip"])
+            assert stored_runs(tmp_path) == before
+        bundles.export_runs(tmp_path / "y.zip")
     use_store("other")
     bundles.import_runs([tmp_path / "y.zip", tmp_path / "x.zip"])
     assert stored_runs(tmp_path) == before
