@@ -410,7 +410,7 @@ def test_the_same_command_goes_on_after_any_end_in_the_same_run(project):
                 lines = (line for line in process.stdout if line.startswith("epoch "))
                 next(lines), next(lines)
                 process.send_signal(stop)
-                output = process.communicate(timeout=60)[0]  # until its child has ended, too
+                output = process.communicate(timeout=120)[0]  # until its child has ended, too
             finally:
                 process.kill()
         assert process.returncode == status and "Traceback" not in output and said in output
