@@ -4,6 +4,7 @@ A child starts early, since it imports torch for seconds. It gets its work as a 
 repeat>:<folder>`. When stdin ends, the driver is gone, and the child ends too.
 """
 
+import importlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 
 from pipeline import terminal
 from pipeline.errors import StageError, Stopped
-from pipeline.profiling import system_state
+from pipeline.profiling import system_info, system_state
 from pipeline.tracking import location, pending
 
 CHILD = "TRAINMARK_CHILD"
@@ -32,6 +33,9 @@ PATIENCE_SECONDS = 20.0
 
 MAX_WAIT_SECONDS = 30.0
 """The longest time between two attempts to reach a store, while a child works."""
+
+MIN_CORES = 4
+"""With fewer, nothing but light work is done beside a child."""
 
 STOPPED = (130, 143)
 """Exit statuses of a process that SIGINT or SIGTERM stopped, as in a shell: 128 plus the signal's number."""
@@ -105,15 +109,21 @@ def wait_for_work() -> tuple[int, Path]:
 # --- in the driver
 
 
-def starter(module: str) -> Callable[[int, Path], int]:
+def starter(module: str, device: str) -> Callable[[int, Path], int]:
     """Start this process's command line again, as `python -m pipeline.<module>`. Returns the function that gives such a
-    process its work and returns its exit status."""
-    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]])
+    process its work and returns its exit status. `device`: the setting."""
+    has_own_memory = any(gpu["vendor"] != "Apple" for gpu in system_info.facts()["gpus"])
+    preload = device != "cpu" and has_own_memory and (os.cpu_count() or 1) >= MIN_CORES
+    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]], preload=preload)
 
 
-def command_starter(command: Sequence[str]) -> Callable[[int, Path], int]:
+def command_starter(command: Sequence[str], *, preload: bool = False) -> Callable[[int, Path], int]:
     """Start `command` at once, to be ready, and again for each further repeat. A child that a signal killed has the
-    exit status 128 plus the signal's number, as in a shell."""
+    exit status 128 plus the signal's number, as in a shell.
+
+    `preload`: import beside the child what logs its model after it. This takes a core, and memory that a GPU does not
+    share.
+    """
     spare = [_spawn(command)]
 
     def start_child(number: int, folder: Path) -> int:
@@ -122,6 +132,10 @@ def command_starter(command: Sequence[str]) -> Callable[[int, Path], int]:
         try:
             child.stdin.write(f"{number}:{folder.absolute()}\n".encode())
             child.stdin.flush()
+            _lower_priority()
+            _import_in_thread("pipeline.tracking.publisher").join()
+            if preload:
+                _import_in_thread("pipeline.tracking.model_logging")
             status = _follow(child)
         except BrokenPipeError:  # it ended before it got its work
             status = child.wait()
@@ -203,14 +217,10 @@ def tell_waiting() -> None:
 
 def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     """Deliver what waits. Returns what is wrong with the store, or ''."""
-    _lower_priority()
-    _import_publisher()
     try:
         from pipeline.tracking import publisher
 
         publisher.deliver_all(epochs, complete=complete)
-        if epochs and all(map(pending.may_work_beside, epochs)):
-            publisher.preload()
     except StageError as error:
         return str(error)
     except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training
@@ -218,17 +228,17 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     return ""
 
 
-def _import_publisher() -> None:
-    """Import what uses MLflow, which takes seconds. In a thread, because an import can't be repeated after a signal
-    interrupted it."""
+def _import_in_thread(module: str) -> threading.Thread:
+    """Start importing what takes seconds. In a thread, because an import can't be repeated after a signal interrupted
+    it."""
 
     def load() -> None:
         with suppress(Exception):  # it fails again where it is used
-            import pipeline.tracking.publisher  # noqa: F401
+            importlib.import_module(module)
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
-    thread.join()
+    return thread
 
 
 def _one_line(error: Any) -> str:

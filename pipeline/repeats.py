@@ -93,7 +93,7 @@ def start_stage(doc: str | None, stage: str) -> None:
         return
     with cli.exit_on_error(cli.program()):
         planned = settings.repeats if stage == "train" else records.planned_repeats(cli.OUTPUTS)
-        start_child = children.starter(stage)
+        start_child = children.starter(stage, settings.device)
         if planned > 1:
             run_repeats(settings, cli.OUTPUTS, [stage], planned, start_child)
         else:

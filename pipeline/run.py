@@ -14,7 +14,7 @@ REPEATED = ("train", "evaluate", "sustain")
 def run(settings: config.Settings, folder: Path) -> None:
     """Run all stages in a new folder below `runs/`, beside `folder`, which is DVC's. An interrupted run of the same
     work goes on in its folder."""
-    start_child = children.starter("run")  # first: it imports torch meanwhile
+    start_child = children.starter("run", settings.device)  # first: it imports torch meanwhile
     runs, reports = folder.parent / "runs", folder.parent / "reports"
     run_folder = _new_folder(runs, f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.recipe}")
     for stage in (hardware, download):

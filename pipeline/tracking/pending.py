@@ -129,12 +129,30 @@ def _create(folder: Path) -> None:
 
 
 def entries() -> list[Path]:
-    """All entries, oldest first."""
+    """All entries whose target can be read, oldest first."""
+    return [entry for entry in _folders() if _has_target(entry)]
+
+
+def damaged() -> list[Path]:
+    """The entries whose target can't be read. They are left as they are."""
+    return [entry for entry in _folders() if not _has_target(entry) and (entry / TARGET).exists()]
+
+
+def _folders() -> list[Path]:
     return sorted(path.parent for path in FOLDER.glob(f"[0-9]*/{TARGET}"))
 
 
+def _has_target(entry: Path) -> bool:
+    try:
+        value = files.read_json(entry / TARGET)
+    except StageError:
+        return False
+    kinds = {"store": str, "experiment": str, "run_id": str | None, "marks": dict}
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+
+
 def read_target(entry: Path) -> dict[str, Any]:
-    """Where the entry's run belongs. Raises StageError if the file is missing or damaged."""
+    """Where the entry's run belongs. Raises StageError if the file is missing."""
     value: dict[str, Any] = files.read_json(entry / TARGET)
     return value
 
@@ -149,9 +167,12 @@ def journal(entry: Path) -> list[dict[str, Any]]:
     events = []
     for line in lines:
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            break
+        events.append(event)
     return events
 
 
@@ -159,16 +180,23 @@ def partial_record(entry: Path) -> dict[str, Any]:
     """The record of a training under way: its beginning, the epochs so far, each once, and the tags of resuming. Raises
     StageError if the journal is damaged."""
     events = journal(entry)
-    if not events or "record" not in events[0]:
-        raise StageError(f"{entry / JOURNAL} is damaged: delete {FOLDER.name}/{entry.name}")
-    record: dict[str, Any] = events[0]["record"]
     epochs: dict[int, Any] = {}
-    for event in events:
-        if event["event"] == "epoch":
-            epochs[event["epoch"]["figures"]["epoch"]] = event["epoch"]
-        elif event["event"] == "resume":
-            record["tags"] |= event["tags"]
-    return record | {"epochs": [epochs[number] for number in sorted(epochs)]}
+    try:
+        record: dict[str, Any] = events[0]["record"]
+        for event in events:
+            if event["event"] == "epoch":
+                epochs[event["epoch"]["figures"]["epoch"]] = event["epoch"]
+            elif event["event"] == "resume":
+                record["tags"] |= event["tags"]
+        return record | {"epochs": [epochs[number] for number in sorted(epochs)]}
+    except (LookupError, TypeError) as error:
+        raise damage(entry / JOURNAL, error) from error
+
+
+def damage(path: Path, error: Exception) -> StageError:
+    """The error to raise if a file of an entry holds something else than what was written."""
+    entry = path.relative_to(FOLDER).parts[0]
+    return StageError(f"{path} is damaged ({type(error).__name__}): delete {FOLDER.name}/{entry}")
 
 
 def is_owned(entry: Path) -> bool:

@@ -31,13 +31,6 @@ Folders = Mapping[str, Path]
 """Where each stage left its files, by stage (`records.stage_folders`)."""
 
 
-def preload() -> None:
-    """Import what logs a model, which takes seconds."""
-    from pipeline.models import checkpoints  # noqa: F401
-
-    store.preload()
-
-
 # --- what each stage adds to a run
 
 
@@ -51,7 +44,7 @@ def publish_training(handle: store.Handle, record: Mapping[str, Any], folder: Pa
 
 def publish_checkpoint(handle: store.Handle, path: Path) -> None:
     """Log a training's best checkpoint, and the model that it holds."""
-    from pipeline.models import checkpoints  # torch takes seconds to import, and most callers have no checkpoint
+    from pipeline.tracking.model_logging import checkpoints  # takes seconds, and most callers have no checkpoint
 
     net, facts = checkpoints.load(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
