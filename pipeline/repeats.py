@@ -68,8 +68,11 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> "Plan | None":
         """Read a plan. None if the file is missing or damaged."""
-        with suppress(StageError, TypeError):
-            return cls(**files.read_json(path))
+        with suppress(StageError, TypeError, LookupError, ValueError, AttributeError):
+            plan = cls(**files.read_json(path))
+            plan.last_end()
+            if len(plan.seeds) == plan.repeats and plan.fixed.keys() and isinstance(plan.id, str):
+                return plan
         return None
 
     def write(self, path: Path) -> None:

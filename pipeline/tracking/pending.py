@@ -190,13 +190,12 @@ def partial_record(entry: Path) -> dict[str, Any]:
                 record["tags"] |= event["tags"]
         return record | {"epochs": [epochs[number] for number in sorted(epochs)]}
     except (LookupError, TypeError) as error:
-        raise damage(entry / JOURNAL, error) from error
+        raise damage(entry / JOURNAL) from error
 
 
-def damage(path: Path, error: Exception) -> StageError:
-    """The error to raise if a file of an entry holds something else than what was written."""
-    entry = path.relative_to(FOLDER).parts[0]
-    return StageError(f"{path} is damaged ({type(error).__name__}): delete {FOLDER.name}/{entry}")
+def damage(path: Path) -> StageError:
+    """The error to raise if an entry, or a file in it, holds something else than what was written."""
+    return StageError(f"{path} is damaged: delete {FOLDER.name}/{path.relative_to(FOLDER).parts[0]}")
 
 
 def is_owned(entry: Path) -> bool:

@@ -300,12 +300,14 @@ def _set_parent_status(record: Record, target: Mapping[str, Any], status: str) -
 def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True) -> None:
     """Deliver every entry, as `deliver` does. Raises StageError after the last one if one could not be delivered."""
     epochs = {} if epochs is None else epochs
-    error: StageError | None = None
+    error = next((pending.damage(entry / pending.TARGET) for entry in pending.damaged()), None)
     for entry in pending.entries():
         try:
             deliver(entry, epochs, complete=complete)
         except StageError as caught:
             error = caught
+        except (LookupError, TypeError, ValueError, AttributeError):  # a file of it holds something else
+            error = pending.damage(entry)
     if error is not None:
         raise error
 
