@@ -132,15 +132,12 @@ def command_starter(command: Sequence[str], *, preload: bool = False) -> Callabl
         try:
             child.stdin.write(f"{number}:{folder.absolute()}\n".encode())
             child.stdin.flush()
-            _lower_priority()
-            _import_in_thread("pipeline.tracking.publisher").join()
-            if preload:
-                _import_in_thread("pipeline.tracking.model_logging")
-            status = _follow(child)
+            with _deliver_meanwhile(preload=preload):
+                status = _wait_for(child)
         except BrokenPipeError:  # it ended before it got its work
             status = child.wait()
         except KeyboardInterrupt:
-            _stop(child)
+            _stop(child)  # the signal may have come before or after the wait
             _deliver_rest()
             raise
         _deliver_rest()
@@ -155,9 +152,13 @@ def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=os.environ | {CHILD: "1"}, stdin=subprocess.PIPE)
 
 
-def _lower_priority() -> None:
-    if sys.platform != "win32":
-        os.nice(max(0, 19 - os.nice(0)))  # the child measures
+def _wait_for(child: subprocess.Popen[bytes]) -> int:
+    """Wait for a child, and stop it at a signal, before anything else is waited for."""
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        _stop(child)
+        raise
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -171,24 +172,46 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _follow(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a child, and bring what it writes into the store. No trouble with the store reaches the child."""
+@contextmanager
+def _deliver_meanwhile(*, preload: bool) -> Iterator[None]:
+    """Bring what a child writes into the store, in a thread, while the block waits for the child. No trouble with the
+    store reaches the child or the block."""
+    done = threading.Event()
+
+    def work() -> None:
+        _lower_priority()  # the child measures
+        _import("pipeline.tracking.publisher")
+        if preload:
+            threading.Thread(target=_import, args=["pipeline.tracking.model_logging"], daemon=True).start()
+        _deliver_until(done)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _deliver_until(done: threading.Event) -> None:
     epochs: dict[Path, int] = {}
-    trouble, attempt_at, pause = "", 0.0, 1.0
-    while True:
-        try:
-            return child.wait(INTERVAL_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        if time.monotonic() < attempt_at or not pending.waiting():
-            continue
-        error = _deliver(epochs, complete=False)
+    trouble, pause = "", INTERVAL_SECONDS
+    while not done.wait(pause):
+        error = _deliver(epochs, complete=False) if pending.waiting() else trouble
         if error and not trouble:
             terminal.say(f"note     {error}; the training goes on")
         elif trouble and not error:
             terminal.say("note     the store answers again")
-        pause = min(2 * pause, MAX_WAIT_SECONDS) if error else 1.0
-        trouble, attempt_at = error, time.monotonic() + (pause if error else 0.0)
+        pause = min(max(1.0, 2 * pause), MAX_WAIT_SECONDS) if error else INTERVAL_SECONDS
+        trouble = error
+
+
+def _lower_priority() -> None:
+    """Let other threads and processes go first. On Linux alone this is the matter of a single thread, so that a later
+    child does not inherit it."""
+    if sys.platform == "linux":
+        os.nice(max(0, 19 - os.nice(0)))
 
 
 def _deliver_rest() -> None:
@@ -228,17 +251,10 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     return ""
 
 
-def _import_in_thread(module: str) -> threading.Thread:
-    """Start importing what takes seconds. In a thread, because an import can't be repeated after a signal interrupted
-    it."""
-
-    def load() -> None:
-        with suppress(Exception):  # it fails again where it is used
-            importlib.import_module(module)
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    return thread
+def _import(module: str) -> None:
+    """Import what takes seconds. Call it in a thread, which no signal interrupts: half an import can't be repeated."""
+    with suppress(Exception):  # it fails again where it is used
+        importlib.import_module(module)
 
 
 def _one_line(error: Any) -> str:
