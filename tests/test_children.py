@@ -236,7 +236,7 @@ def test_what_still_waits_at_the_end_is_told_in_one_line(waiting, tmp_path, monk
 
 def test_an_interrupted_driver_delivers_what_its_child_left(waiting, tmp_path, monkeypatch):
     store = Store(monkeypatch, None)
-    monkeypatch.setattr(children, "_follow", lambda child: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(children, "_wait_for", lambda child: signal.raise_signal(signal.SIGTERM))
     with children.stoppable(), pytest.raises(Stopped):
         children.command_starter(python("input(); import time; time.sleep(60)"))(1, tmp_path)
     assert store.calls >= 1
