@@ -19,7 +19,7 @@ OUTPUTS = config.ROOT / "outputs"
 
 OWN_SETTINGS = {
     "hardware": (),
-    "download": ("recipe", "data", "recipes.NAME.model", "recipes.NAME.weights"),
+    "download": ("recipe", "data", "recipes.NAME.model", "recipes.NAME.weights", "recipes.NAME.image_size"),
     "train": (
         "recipe",
         "device",
@@ -34,6 +34,7 @@ OWN_SETTINGS = {
     "evaluate": ("recipe", "device", "label"),
     "sustain": ("device", "sustain_seconds", "largest_batch"),
     "compare": ("compare", "tracking"),
+    "publish": (),
     "ui": ("tracking",),
     "doctor": ("recipe", "device", "data", "tracking", "recipes.NAME"),
 }
