@@ -64,6 +64,9 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
         record["tags"] |= repeats.repeat_tags(settings, folder, number)
         record["name"] = records.run_name(record["tags"])
         record["metrics"]["time/startup_seconds"] = startup
+        if entry is not None:
+            _replace(entry, record)
+            entry = None
     else:
         record = saved["record"]
     out = repeats.clear_outputs(folder, "train", number, settings.repeats)
@@ -82,7 +85,8 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
 
 
 def _find_state(settings: config.Settings, folder: Path, number: int) -> tuple[Path | None, state.State | None]:
-    """The entry in `pending/` of an interrupted training of the same work, and its state; None, None without one."""
+    """The entry in `pending/` of an interrupted training of the same work, with its state. Without a state, if the
+    training did not come to its first epoch. None, None if there is none."""
     if settings.resume == "never":
         return None, None
     identity = repeats.training_identity(settings, folder, number)
@@ -91,11 +95,23 @@ def _find_state(settings: config.Settings, folder: Path, number: int) -> tuple[P
         if saved is not None:
             terminal.say(f"resumed  after epoch {len(saved['record']['epochs'])}; -S resume=never starts anew")
             return entry, saved
+        if not pending.partial_record(entry)["epochs"]:
+            return entry, None
     for other in reversed([entry for entry in pending.entries() if pending.is_resumable(entry)]):
         if changed := records.changed_keys(pending.read_target(other)["identity"], identity):
             terminal.say(f"note     the training that was interrupted had another {changed}: this one starts anew")
             break
     return None, None
+
+
+def _replace(entry: Path, record: Record) -> None:
+    """Delete the entry of a training that did not come to its first epoch. The new one becomes the same run, unless its
+    params differ, which no run can change."""
+    with pending.own(entry):
+        begun = pending.partial_record(entry)
+        if begun["params"] == record["params"]:
+            record["id"] = begun["id"]
+        shutil.rmtree(entry)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -77,9 +77,10 @@ def in_front_of(server, faulty=lambda: None, password=None):
             if status is None:
                 connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
                 headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
-                connection.request(self.command, self.path, body, headers)
-                answer = connection.getresponse()
-                status, content, kind = answer.status, answer.read(), answer.getheader("Content-Type", kind)
+                with closing(connection):
+                    connection.request(self.command, self.path, body, headers)
+                    answer = connection.getresponse()
+                    status, content, kind = answer.status, answer.read(), answer.getheader("Content-Type", kind)
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))

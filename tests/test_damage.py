@@ -55,7 +55,9 @@ def test_a_damaged_entry_delays_no_other_and_is_named(tmp_path, monkeypatch, cap
     monkeypatch.setattr(children, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(children.time, "sleep", lambda _: None)
     monkeypatch.setattr("pipeline.tracking.publisher.start", fake_start)
-    monkeypatch.setattr("pipeline.tracking.store.log_epoch", lambda handle, epoch: epoch["figures"].items())
+    monkeypatch.setattr(
+        "pipeline.tracking.store.log_epochs", lambda handle, epochs: [epoch["figures"].items() for epoch in epochs]
+    )
     monkeypatch.setattr("pipeline.tracking.store.end_run", lambda handle, status, at: int(at))
 
     def check(data):

@@ -4,6 +4,7 @@
 so that they run before a change lands. docs/reliability.md says what each one shows.
 """
 
+import base64
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import median
@@ -149,6 +151,14 @@ def is_complete(project):
 # --- the store
 
 
+def deliver_rest(project, output):
+    """Deliver what a command left, as the `output` says, because the store was away when it ended."""
+    if project.waiting():
+        assert "waiting  " in output, output
+        project.run("publish")
+    assert project.waiting() == []
+
+
 def test_a_server_that_is_killed_and_started_again_gets_the_run(project, assert_complete, tmp_path):
     with serving(tmp_path / "server") as server:
         project.environment["MLFLOW_TRACKING_URI"] = server.uri
@@ -156,10 +166,8 @@ def test_a_server_that_is_killed_and_started_again_gets_the_run(project, assert_
         server.kill()
         command.wait_for("the training goes on", 60)
         server.start()
-        command.end()
-        run_id = project.only_training(store=server.store)
-        assert len(project.learnt(run_id, server.store)) == 5 * 40 + 1
-        assert project.waiting() == []
+        deliver_rest(project, command.end())
+        assert len(project.learnt(project.only_training(store=server.store), server.store)) == 5 * 40 + 1
 
 
 def test_a_server_that_stays_away_gets_the_run_later(project, assert_complete, tmp_path):
@@ -182,25 +190,20 @@ def test_a_server_that_answers_500_for_a_while_gets_the_run(project, tmp_path):
             command = project.start("train", "epochs=40").wait_for("epoch  3/40")
             wrong_until[0] = time.monotonic() + AWAY_SECONDS
             output = command.end()
-            if project.waiting():  # the training ended before
-                assert "waiting  " in output
-                time.sleep(max(0.0, wrong_until[0] - time.monotonic()))
-                project.run("publish")
+            time.sleep(max(0.0, wrong_until[0] - time.monotonic()))
+            deliver_rest(project, output)
         assert len(project.learnt(project.only_training(store=server.store), server.store)) == 5 * 40 + 1
-        assert project.waiting() == []
 
 
 def test_a_slow_server_slows_no_epoch(project, tmp_path):
-    """Prints the epochs' seconds with a server that takes two seconds for each answer, and without one. The machine
-    decides what is asserted elsewhere: nothing here."""
+    """Prints the epochs' seconds with a server that takes two seconds for each answer, and without one."""
     project.run("train", "epochs=30")
     seconds = {"without": epoch_seconds(project)}
     with serving(tmp_path / "server") as server, in_front_of(server, lambda: time.sleep(2.0)) as uri:
         output = project.run("train", "epochs=30", "label=slow", MLFLOW_TRACKING_URI=uri)
         seconds["slow"] = epoch_seconds(project)
-        while project.waiting():
-            assert "waiting  " in output
-            project.run("publish", MLFLOW_TRACKING_URI=uri)
+        project.environment["MLFLOW_TRACKING_URI"] = uri
+        deliver_rest(project, output)
         project.only_training(store=server.store)
     print({name: f"median {median(each):.4f} s of {len(each)} epochs" for name, each in seconds.items()})
 
@@ -220,11 +223,8 @@ def test_a_locked_database_gets_the_run_when_it_is_free(project, assert_complete
     ) as other:
         assert other.stdout.readline() == b"locked\n"
         output = command.end()
-    if project.waiting():
-        assert "waiting  " in output
-        project.run("publish")
+    deliver_rest(project, output)
     assert len(project.learnt(project.only_training())) == 5 * 40 + 1
-    assert project.waiting() == []
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -404,3 +404,48 @@ def test_a_reader_that_goes_away_ends_no_run(project, assert_complete):
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and done.stderr == ""
     assert_complete(project)
+
+
+# --- secrets
+
+USER, SECRET = "jane-Zq7Vx", "p@ss:Zq7Kw@rd"
+TOKEN = "Zq7Tm" * 8
+
+
+def test_no_secret_is_written_or_printed(project, tmp_path):
+    """Name and password in the address, then in the environment; right ones, wrong ones, and a server that is away."""
+    printed = []
+
+    def run_all(*, trained, **environment):
+        project.environment |= environment
+        for stage, status in (("train", 0), ("evaluate", 0), ("compare", trained), ("publish", trained)):
+            printed.append(project.start(stage).end(status))
+        for words in (
+            ["doctor"],
+            ["bundle", "export", "--out", "reports/bundle.zip"],
+            ["ui"] if trained else ["doctor"],
+        ):
+            printed.append(project.start_python("-m", f"pipeline.{words[0]}", *words[1:]).end(0, 1))
+
+    with serving(tmp_path / "server") as server, in_front_of(server, password=f"{USER}:{SECRET}") as uri:
+        address = uri.replace("//", f"//{USER}:{SECRET}@")
+        login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": SECRET}
+        run_all(trained=0, MLFLOW_TRACKING_URI=address)
+        project.only_training(store=server.store)
+        run_all(trained=0, MLFLOW_TRACKING_URI=uri, **login)
+        run_all(trained=1, MLFLOW_TRACKING_URI=address.replace("Vx:", "Vy:"), MLFLOW_TRACKING_TOKEN=TOKEN)
+    project.environment["MLFLOW_TRACKING_URI"] = address
+    run_all(trained=1, MLFLOW_TRACKING_URI=address)
+    encoded = base64.b64encode(f"{USER}:{SECRET}".encode()).decode()
+    for secret in ("Zq7", encoded):
+        assert not any(secret in output for output in printed)
+        assert files_with(secret.encode(), project.root) == files_with(secret.encode(), tmp_path / "server") == []
+
+
+def files_with(secret, folder):
+    """The files that hold a secret, also inside archives."""
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in [path for path in contents if zipfile.is_zipfile(path)]:
+        with zipfile.ZipFile(path) as archive:
+            contents |= {path / name: archive.read(name) for name in archive.namelist()}
+    return [path for path, data in contents.items() if secret in data]

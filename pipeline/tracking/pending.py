@@ -183,6 +183,7 @@ def partial_record(entry: Path) -> dict[str, Any]:
     epochs: dict[int, Any] = {}
     try:
         record: dict[str, Any] = events[0]["record"]
+        _ = record["id"], record["params"], record["tags"]["backend"]  # they are read elsewhere
         for event in events:
             if event["event"] == "epoch":
                 epochs[event["epoch"]["figures"]["epoch"]] = event["epoch"]
@@ -217,13 +218,15 @@ def is_training(entry: Path) -> bool:
 
 
 def is_resumable(entry: Path) -> bool:
-    """Whether the training of an entry can be resumed from a state: it was interrupted, and nothing goes on with it."""
-    return (
-        is_training(entry)
-        and any((entry / "state").glob("*.pt"))
-        and not any(event.get("final") for event in journal(entry))
-        and not is_owned(entry)
-    )
+    """Whether the same command goes on with the training of an entry: it was interrupted, before its first epoch or
+    with a state, and no process goes on with it."""
+    if not is_training(entry) or is_owned(entry) or any(event.get("final") for event in journal(entry)):
+        return False
+    try:
+        begun = partial_record(entry)["epochs"]
+    except StageError:
+        return False
+    return not begun or any((entry / "state").glob("*.pt"))
 
 
 def waiting() -> list[Path]:

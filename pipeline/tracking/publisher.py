@@ -188,8 +188,7 @@ def put_run(
         return handle
     if handle is None or "train" in added:
         handle = start(record, target, handle)
-        for epoch in record["epochs"]:
-            store.log_epoch(handle, epoch)
+        store.log_epochs(handle, record["epochs"])
     store.set_status(handle, "RUNNING")
     if lacks_model:
         publish_checkpoint(handle, best)
@@ -280,8 +279,7 @@ def _deliver_epochs(entry: Path, target: Mapping[str, Any], epochs: dict[Path, i
         handle = start(record, target, handle)
         _set_parent_status(record, target, "RUNNING")
         epochs[entry] = 0
-    for epoch in record["epochs"][epochs[entry] :]:
-        store.log_epoch(handle, epoch)
+    store.log_epochs(handle, record["epochs"][epochs[entry] :])
     epochs[entry] = len(record["epochs"])
     if not pending.is_owned(entry):
         status = events[-1].get("status", "KILLED")
@@ -353,8 +351,7 @@ def _publish_parent(
         store.log_artifacts(parent, {name: store.download_artifact(first, name, Path(scratch)) for name in names})
     trainings = [repeat["train"] for repeat in repeats]
     epochs = records.median_epochs(trainings)
-    for epoch in epochs:
-        store.log_epoch(parent, epoch)
+    store.log_epochs(parent, epochs)
     metrics = records.summarise_metrics([records.final_metrics(training) for training in trainings])
     once = {key: value for key, value in metrics.items() if key not in epochs[-1]["figures"]}
     store.log_metrics(parent, once, max(training["ended"] for training in trainings))

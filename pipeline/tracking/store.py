@@ -386,12 +386,18 @@ def log_series(handle: Handle, key: str, values: Sequence[float], at: int) -> No
     _log_batches(handle, [Metric(key, float(value), at, step) for step, value in enumerate(values, 1)])
 
 
-def log_epoch(handle: Handle, epoch: Mapping[str, Any]) -> None:
-    """Log an epoch of a record: its figures under its number, and the samples of the system under theirs."""
-    figures = {key: value for key, value in epoch["figures"].items() if key != "epoch"}
-    log_metrics(handle, figures, epoch["at"], epoch["figures"]["epoch"])
-    for sample in epoch["system"]:
-        log_metrics(handle, sample["figures"], sample["at"], sample["step"])
+def log_epochs(handle: Handle, epochs: Iterable[Mapping[str, Any]]) -> None:
+    """Log epochs of a record, in few requests: their figures under their numbers, and the samples of the system under
+    theirs."""
+    metrics = []
+    for epoch in epochs:
+        figures = {key: value for key, value in epoch["figures"].items() if key != "epoch"}
+        for values, at, step in (
+            (figures, epoch["at"], epoch["figures"]["epoch"]),
+            *((sample["figures"], sample["at"], sample["step"]) for sample in epoch["system"]),
+        ):
+            metrics += [Metric(key, float(value), at, step) for key, value in values.items()]
+    _log_batches(handle, metrics)
 
 
 @_store_errors()

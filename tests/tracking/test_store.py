@@ -79,7 +79,7 @@ def test_more_params_and_metrics_than_one_call_takes():
 def test_metrics_are_logged_under_their_steps():
     handle = start()
     samples = [{"figures": {"system/cpu": 7.5}, "at": AT + step, "step": step} for step in (4, 5)]
-    store.log_epoch(handle, {"at": AT + 9, "figures": {"epoch": 3, "train/loss": 0.25}, "system": samples})
+    store.log_epochs(handle, [{"at": AT + 9, "figures": {"epoch": 3, "train/loss": 0.25}, "system": samples}])
     store.log_series(handle, "course", [7.5, 8], AT)
     store.log_series(handle, "nothing", [], AT)
     store.log_metrics(handle, {"train/loss": 0.125}, AT + 99, step=3)  # an epoch that was resumed
