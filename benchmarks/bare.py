@@ -22,7 +22,7 @@ FIXED_SECONDS = 10.0
 
 def splits_of(settings: config.Settings) -> setup.Splits:
     """The images to train and validate on, in host memory. Ends the process where CIFAR-10 can't be had."""
-    data = datasets.resolve(settings.data)
+    data = datasets.resolve(settings.data, settings.work.image_size)
     if data["reason"]:
         sys.exit(f"data: CIFAR-10 can't be had ({data['reason']}): -S data.source=synthetic, or a folder")
     return setup.hold_out(setup.decode_splits(settings, data), settings)

@@ -403,7 +403,7 @@ def _from_cold(project: Project, *words: str) -> tuple[float, str]:
 
 def _exported(settings: config.Settings, folder: Path) -> Path:
     """The images as a folder of PNG files, as `data.source=folder` takes them."""
-    found, root = datasets.resolve(settings.data), folder / "pictures"
+    found, root = datasets.resolve(settings.data, settings.work.image_size), folder / "pictures"
     for split in datasets.SPLITS:
         images, labels = datasets.decode(settings.data, found, split, settings.work.image_size)
         for label in np.unique(labels):

@@ -79,6 +79,9 @@ class Data:
     source: Literal["auto", "cifar10", "folder", "synthetic"] = Field(description="where the images come from")
     path: Text = Field(description="folder of cifar10's archive, or of train/<class>/ and test/<class>/")
     limit: int | None = Field(ge=1, description="images of each class and split; null: all")
+    orientation: Literal["exif", "stored"] = Field(
+        description="exif: photos are turned upright, as their EXIF data says; stored: pixels as they are in the file"
+    )
     device_gib: float | None = Field(ge=0, description="most GiB of images on the device; null: what is free")
     timeout_seconds: float = Field(gt=0, description="how long a mirror may be silent")
     mirrors: Annotated[Texts, "a list of URLs"] = Field(

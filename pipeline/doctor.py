@@ -199,12 +199,12 @@ def reachable(urls: Sequence[str]) -> list[str]:
 
 def check_data(data: config.Data, reachable: Callable[[Sequence[str]], Sequence[str]] = reachable) -> Result:
     """Whether the images are there; if not, what the next run does."""
-    from pipeline.data import datasets, fetch
+    from pipeline.data import fetch, folder
 
     if data.source == "synthetic":
         return Result("data", "ok", "synthetic: generated pictures, as data.source asks")
     if data.source == "folder":
-        classes = datasets.list_folder(data)["train"]
+        classes = folder.list_folder(data).paths["train"]
         return Result("data", "ok", f"folder: {len(classes)} classes in {data.path}")
     archive = data.folder / fetch.ARCHIVE
     by_hand = f"put {fetch.ARCHIVE} into {data.path}"

@@ -29,6 +29,7 @@ REFUSED = {
     "data.source": ["1", "web", "[folder]"],
     "data.path": ["1", "", "''"],
     "data.limit": ["all", "0", "-1", "1.5"],
+    "data.orientation": ["upright", "1"],
     "data.device_gib": ["all", "-1", ".nan", "true"],
     "data.timeout_seconds": ["soon", "0", "-1", ".nan", ".inf", "true"],
     "data.mirrors": ["[]", "https://a", "[1]", "['']"],
@@ -218,7 +219,7 @@ def test_synonyms_stand_for_existing_names():
     [
         ("recipe=imagenet", "recipe", "blog | linear-probe | finetune"),
         ("zebra.stripes=1", "zebra", ", ".join(PARAMS)),
-        ("data.zebra=1", "data.zebra", "source, path, limit, device_gib, timeout_seconds, mirrors"),
+        ("data.zebra=1", "data.zebra", "source, path, limit, orientation, device_gib, timeout_seconds, mirrors"),
         # The long common beginning must not make any key look like any other.
         ("recipes.linear-probe.zebra=1", "recipes.linear-probe.zebra", "model, weights, "),
         ("recipes.zebra.lr=1", "recipes.zebra", "blog, linear-probe, finetune"),

@@ -38,7 +38,7 @@ def test_a_folder_and_random_weights_are_described(settings_of, tmp_path, capsys
     assert inputs == {
         "data": {
             "requested": "folder", "source": "folder", "reason": None, "limit": None,
-            "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16],
+            "classes": ["blue", "green", "red"], "counts": {"train": 60, "test": 30}, "size": [16, 16], "left_out": {},
         },
         "weights": {
             "model": "test_resnet.r160_in1k", "requested": "random", "used": "random", "digest": None, "hub": None,

@@ -1,25 +1,23 @@
 """Find and decode images: the published CIFAR-10, a folder, or generated pictures. Does not import torch."""
 
 import hashlib
-import io
 import json
-import os
 import pickle
 import tarfile
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
 from pipeline import config, files, terminal
+from pipeline.data import folder
+from pipeline.data.folder import SPLITS
+from pipeline.data.images import Images
 from pipeline.errors import StageError, UsageError
 
 CACHE = config.ROOT / ".cache"
@@ -32,29 +30,19 @@ SYNTHETIC_CLASSES = [
 SYNTHETIC_VERSION = "synthetic-1"
 """Raise the number when the generator draws other pixels. The workload fingerprint includes it."""
 
-DECODED_VERSION = 1
+DECODED_VERSION = 2
 """Raise it when decoding gives other pixels, so that old cached images are not used."""
 
-SPLITS = ("train", "test")
-MAX_DECODERS = min(4, os.cpu_count() or 1)
-"""Threads that decode images of more than SMALL_PIXELS. One thread decodes smaller images faster."""
-SMALL_PIXELS = 64 * 64
-IMAGES_PER_TASK = 64
-SUFFIXES = (".jpg", ".jpeg", ".png")
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Errors that PIL raises for an unreadable file (SyntaxError: for a broken PNG)."""
-
-Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 
-def resolve(data: config.Data) -> dict[str, Any]:
+def resolve(data: config.Data, image_size: int) -> dict[str, Any]:
     """Find the data, download CIFAR-10 if it is missing, and describe the data without an absolute path.
 
     Keys: `requested`, `source`, `digest`, `limit`, `classes`, `counts` (images of each split), `size` ([width, height]
-    if all images have one size, else null) and `reason` (of a fallback, else null). Raises UsageError for data that
-    the user must correct, StageError if CIFAR-10 can't be downloaded.
+    if all images have one size, else null) and `reason` (of a fallback, else null); of a folder also `left_out` (files
+    that are not used, by kind). A folder's images are decoded for `image_size`, so that all unreadable ones are found.
+    Raises UsageError for data that the user must correct, StageError if CIFAR-10 can't be downloaded.
     """
     from pipeline.data import fetch  # imported here for a fast start-up: decoded images need no requests
 
@@ -65,7 +53,7 @@ def resolve(data: config.Data) -> dict[str, Any]:
     elif source == "cifar10":
         fetch.fetch_cifar10(data.folder, data.mirrors, data.timeout_seconds)
     if source == "folder":
-        facts = _folder_facts(data)
+        facts = _folder_facts(data, image_size)
     elif source == "cifar10":
         facts = _fixed_facts(f"md5:{fetch.ARCHIVE_MD5}", CIFAR10_CLASSES, (5000, 1000), data.limit)
     else:
@@ -76,40 +64,94 @@ def resolve(data: config.Data) -> dict[str, Any]:
 def decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
     """The images of a split, (N, H, W, 3) uint8, and their labels, (N,) int64, in a fixed order.
 
-    `inputs` is the result of `resolve`. A folder's images keep their size if all have the same; else each is
+    `inputs` is the result of `resolve`. Small images of a folder keep their size if all have the same; all others are
     squashed to `image_size` squared. Images are decoded once: later calls map the cached arrays into memory. Raises
-    UsageError with the name of an unreadable file, StageError if the data changed since `resolve`.
+    UsageError with the names of unreadable files, StageError if the data changed since `resolve`.
     """
-    if inputs["source"] == "folder" and _folder_facts(data)["digest"] != inputs["digest"]:
-        raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
+    if inputs["source"] == "folder":
+        facts, failures = folder.describe(data, folder.list_folder(data), CACHE)
+        if failures:
+            raise folder.UnreadableError(failures)
+        if facts["digest"] != inputs["digest"]:
+            raise StageError("the images changed since `download` looked at them: run it again (`dvc repro`)")
+    return _load(data, inputs, split, image_size)
+
+
+def _load(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
+    """A split from the cache. If it is missing, decode it into the cache, or into memory if that can't be written."""
     cached = _cached_folder(inputs, split, image_size)
     try:
-        images = np.load(cached / "images.npy", mmap_mode="c")  # "c": torch warns about read-only arrays
-        return images, np.load(cached / "labels.npy")
+        return _open(cached)
     except (OSError, ValueError, EOFError):
-        images, labels = _decode(data, inputs, split, image_size)
+        labels, shape, chunks = _decode(data, inputs, split, image_size)
     try:
-        for name, array in (("images", images), ("labels", labels)):
-            with files.atomic_write(cached / f"{name}.npy") as aside, aside.open("wb") as file:
-                np.save(file, array)
+        _write(cached, labels, shape, chunks)
+    except UsageError:
+        raise
     except StageError as error:
         terminal.say_error(f"decoded images are not cached: {error}")
-    return images, labels
+        labels, _, chunks = _decode(data, inputs, split, image_size)
+        return np.concatenate(list(chunks)), labels
+    return _open(cached)
+
+
+def _open(cached: Path) -> tuple[Images, Labels]:
+    images = np.load(cached / "images.npy", mmap_mode="c")  # "c": torch warns about read-only arrays
+    return images, np.load(cached / "labels.npy")
+
+
+def _write(cached: Path, labels: Labels, shape: Sequence[int], chunks: Iterable[Images]) -> None:
+    """Write a split into the cache, some images at a time: together they may be larger than the memory."""
+    with files.atomic_write(cached / "images.npy") as aside, aside.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(chunk.tobytes())
+    with files.atomic_write(cached / "labels.npy") as aside, aside.open("wb") as file:
+        np.save(file, labels)
 
 
 def _cached_folder(inputs: dict[str, Any], split: str, image_size: int) -> Path:
     """The cache folder of a split's decoded images. Its name is a hash of everything that decides their pixels."""
-    size = inputs["size"] or [image_size, image_size]
+    size = folder.decoded_size(inputs["size"], image_size)
     pixels = [DECODED_VERSION, PIL_VERSION, inputs["digest"], inputs["limit"], split, size]
     return CACHE / "decoded" / hashlib.sha256(json.dumps(pixels).encode()).hexdigest()[:32]
 
 
-def _decode(data: config.Data, inputs: dict[str, Any], split: str, image_size: int) -> tuple[Images, Labels]:
+def _decode(
+    data: config.Data, inputs: dict[str, Any], split: str, image_size: int
+) -> tuple[Labels, tuple[int, ...], Iterable[Images]]:
+    """The labels of a split, the shape of one image, and the images, some at a time."""
     if inputs["source"] == "folder":
-        return _folder_images(data, inputs["size"], split, image_size)
+        groups = folder.list_folder(data).paths[split]
+        labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups.values()])
+        width, height = folder.decoded_size(inputs["size"], image_size)
+        return labels, (height, width, 3), folder.decode(data, groups, inputs["size"], (width, height))
     if inputs["source"] == "cifar10":
-        return _cifar10_images(data, split)
-    return _synthetic_images(split, data.limit)
+        images, labels = _cifar10_images(data, split)
+    else:
+        images, labels = _synthetic_images(split, data.limit)
+    return labels, images.shape[1:], [images]
+
+
+def _folder_facts(data: config.Data, image_size: int) -> dict[str, Any]:
+    """Describe a folder and decode all its images. Raises UnreadableError with all that can't be read."""
+    listing = folder.list_folder(data)
+    if listing.junk:
+        terminal.say(f"ignored  {folder.in_words(listing.junk)}")
+    facts, failures = folder.describe(data, listing, CACHE)
+    for split in SPLITS:
+        try:
+            if failures:  # there is no digest to cache the others by
+                size = (image_size, image_size)
+                deque(folder.decode(data, listing.paths[split], None, size), maxlen=0)
+            else:
+                _load(data, {"source": "folder", "limit": data.limit} | facts, split, image_size)
+        except folder.UnreadableError as error:
+            failures = failures | error.reasons
+    if failures:
+        raise folder.UnreadableError(failures)
+    return facts
 
 
 def _resolve_auto(data: config.Data) -> tuple[str, str | None]:
@@ -132,109 +174,6 @@ def _fixed_facts(
 ) -> dict[str, Any]:
     counts = {split: len(classes) * min(n, limit or n) for split, n in zip(SPLITS, images_per_class, strict=True)}
     return {"digest": digest, "classes": classes, "counts": counts, "size": [32, 32]}
-
-
-# folder
-
-
-def list_folder(data: config.Data) -> dict[str, dict[str, list[str]]]:
-    """Split -> class -> paths of its images, relative to `data.path`. Classes and files are sorted by name."""
-    listing: dict[str, dict[str, list[str]]] = {}
-    for split in SPLITS:
-        folder = data.folder / split
-        if not folder.is_dir():
-            raise UsageError(
-                f'data.path: "{data.path}" has no folder {split}: expected PATH/train/<class>/ and PATH/test/<class>/'
-            )
-        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-        listing[split] = {name: _list_class(data, f"{split}/{name}") for name in classes}
-    for split, other in (("train", "test"), ("test", "train")):
-        if missing := [name for name in listing[split] if name not in listing[other]]:
-            raise UsageError(f"data.path: class {', '.join(missing)} is in {split}/ but not in {other}/")
-    if len(listing["train"]) < 2:
-        raise UsageError(f"data.path: {len(listing['train'])} classes in train/: expected at least 2")
-    return listing
-
-
-def _list_class(data: config.Data, folder: str) -> list[str]:
-    paths = sorted(
-        f"{folder}/{entry.name}"
-        for entry in os.scandir(data.folder / folder)
-        if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-    )
-    if not paths:
-        raise UsageError(f"data.path: class {folder} holds no image ({', '.join(SUFFIXES)})")
-    return paths[: data.limit]
-
-
-def _folder_facts(data: config.Data) -> dict[str, Any]:
-    """Digest, size, classes and counts. Digest and size are slow, so they are cached by file names, sizes and times."""
-    listing, folder = list_folder(data), data.folder
-    paths = [path for split in SPLITS for group in listing[split].values() for path in group]
-    stats = []
-    for path in paths:
-        with _image_errors(path):
-            status = os.stat(f"{folder}/{path}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
-        stats.append((path, status.st_size, status.st_mtime_ns))
-    cached = CACHE / "folders" / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:32]}.json"
-    if not cached.exists():
-        files.write_json(cached, _digest_and_size(folder, paths))
-    facts: dict[str, Any] = json.loads(cached.read_text(encoding="utf-8"))
-    return facts | {
-        "classes": list(listing["train"]),
-        "counts": {split: sum(map(len, listing[split].values())) for split in SPLITS},
-    }
-
-
-def _digest_and_size(folder: Path, paths: list[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    sizes = set()
-    for path in paths:
-        with _image_errors(path):
-            content = Path(f"{folder}/{path}").read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                sizes.add(image.size)
-            digest.update(f"{path}\0{hashlib.sha256(content).hexdigest()}\n".encode())
-    return {"digest": f"sha256:{digest.hexdigest()}", "size": list(sizes.pop()) if len(sizes) == 1 else None}
-
-
-@contextmanager
-def _image_errors(path: str) -> Iterator[None]:
-    """Raise UsageError with the relative `path` if the image inside can't be read."""
-    try:
-        yield
-    except UnicodeEncodeError:
-        raise UsageError(f"data.path: {path!a} is no Unicode name: rename it") from None
-    except UNREADABLE as error:
-        why = getattr(error, "strerror", None) or str(error)  # strerror: without the path
-        if isinstance(error, UnidentifiedImageError):
-            why = "no image format"
-        raise UsageError(f"data.path: {path} is not a readable image ({why})") from None
-
-
-def _folder_images(data: config.Data, size: list[int] | None, split: str, image_size: int) -> tuple[Images, Labels]:
-    groups = list(list_folder(data)[split].values())
-    paths = [path for group in groups for path in group]
-    labels = np.repeat(np.arange(len(groups), dtype=np.int64), [len(group) for group in groups])
-    folder = data.folder
-    width, height = size or (image_size, image_size)
-    images = np.empty((len(paths), height, width, 3), np.uint8)
-
-    def decode_some(begin: int) -> None:
-        for index, path in enumerate(paths[begin : begin + IMAGES_PER_TASK], begin):
-            with _image_errors(path), Image.open(f"{folder}/{path}") as image:
-                pixels = image.convert("RGB")
-            if pixels.size != (width, height):
-                pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-            images[index] = np.asarray(pixels)
-
-    threads = 1 if size and width * height <= SMALL_PIXELS else MAX_DECODERS
-    # Set once outside the threads: they share the filters, and would restore each other's.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore", UserWarning)  # PIL's, about odd metadata and transparency
-        for _ in pool.map(decode_some, range(0, len(paths), IMAGES_PER_TASK)):
-            pass
-    return images, labels
 
 
 # cifar10

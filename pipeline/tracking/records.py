@@ -192,6 +192,7 @@ def run_warnings(
 ) -> list[str]:
     """What a reader must know before believing the run's metrics, a sentence each."""
     data, weights = inputs["data"], inputs["weights"]
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in data.get("left_out", {}).items())
     warnings = {
         f"DEMO: generated pictures in place of CIFAR-10 ({data['reason']})": "data" in inputs["fallback"],
         f"DEMO: random weights in place of pretrained ones ({weights['reason']})": "weights" in inputs["fallback"],
@@ -199,6 +200,7 @@ def run_warnings(
         "operators that Metal lacks may have run on the CPU (PYTORCH_ENABLE_MPS_FALLBACK)": (
             run_tags["backend"] == "mps" and os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
         ),
+        f"left out of the data: {left_out} (docs/data.md says what is read)": bool(left_out),
         "validated on the test split, on which the best epoch was chosen: its accuracy flatters": (
             settings.work.validation == "test"
         ),
