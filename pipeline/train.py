@@ -111,7 +111,7 @@ def _replace(entry: Path, record: Record) -> None:
         begun = pending.partial_record(entry)
         if begun["params"] == record["params"]:
             record["id"] = begun["id"]
-        shutil.rmtree(entry)
+    pending.delete(entry)  # unlocked, since Windows deletes no file that is open
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,12 +53,11 @@ def open_training(record: Record, identity: Mapping[str, Any]) -> tuple[Path, IO
     Returns the entry and a file that stays locked until it is closed or the process ends.
     """
     entry = _new_entry(record["id"], "train")
-    temporary = entry.with_name(f".{entry.name}")
-    _create(temporary)
-    files.write_json(temporary / TARGET, target(record["experiment"]) | {"identity": dict(identity)})
-    append(temporary, {"event": "start", "record": record})
-    temporary.replace(entry)
-    return entry, own(entry)
+    owner = own(entry)
+    append(entry, {"event": "start", "record": record})
+    # Last: from now on it is an entry, and without an owner it would be that of a training that was killed.
+    files.write_json(entry / TARGET, target(record["experiment"]) | {"identity": dict(identity)})
+    return entry, owner
 
 
 def own(entry: Path) -> IO[str]:
@@ -94,7 +94,14 @@ def submit(record: Record, folders: Mapping[str, Path], experiment: str) -> None
     temporary.replace(entry)
     for other in entries():
         if is_resumable(other) and partial_record(other)["id"] == record["id"]:
-            shutil.rmtree(other, ignore_errors=True)
+            delete(other)
+
+
+def delete(entry: Path) -> None:
+    """Delete an entry. Its target goes first: what a crash leaves of the rest is no entry."""
+    with suppress(OSError):
+        (entry / TARGET).unlink()
+    shutil.rmtree(entry, ignore_errors=True)
 
 
 def link_stages(folders: Mapping[str, Path], entry: Path) -> None:

@@ -6,7 +6,6 @@ a run can be put into another store (see bundles.py).
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -245,7 +244,7 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
         return False
     with lock:
         if not (entry / pending.TARGET).exists():  # another process has just delivered and deleted it
-            shutil.rmtree(entry, ignore_errors=True)
+            pending.delete(entry)
             return True
         target = pending.read_target(entry)
         if target["store"] != location.public_uri():
@@ -261,12 +260,13 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
                 terminal.say(f"note     {record['name']} was deleted in this store: nothing is added to it")
         else:
             return False
-        if present["owned"] or pending.is_resumable(entry):
+        if present["owned"] or pending.is_resumable(entry) or pending.is_owned(entry):  # resumed just now
             files.write_json(entry / pending.DELIVERED, present)
-        else:
-            epochs.pop(entry, None)
-            shutil.rmtree(entry, ignore_errors=True)
-        return True
+            return True
+        epochs.pop(entry, None)
+        pending.delete(entry)
+    pending.delete(entry)  # again: Windows deletes no file that is open, as the lock was
+    return True
 
 
 def _deliver_epochs(entry: Path, target: Mapping[str, Any], epochs: dict[Path, int]) -> None:

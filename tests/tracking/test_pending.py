@@ -118,6 +118,19 @@ def test_entries_are_in_order_of_time_and_nothing_half_made_is_one(entry, pendin
     assert first == entry and second.name.endswith("-stages")
 
 
+def test_a_new_training_is_an_entry_only_when_its_process_owns_it(monkeypatch):
+    seen, write_json = [], files.write_json
+
+    def look_before(path, value):
+        seen.append((pending.entries(), pending.is_owned(path.parent)))
+        write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", look_before)
+    created, owner = pending.open_training(RECORD, {})
+    with owner:
+        assert seen == [([], True)] and pending.entries() == [created]
+
+
 def test_an_entry_waits_until_the_store_has_all_of_it(entry):
     for step in ("new", "epoch", "stage"):
         if step == "epoch":

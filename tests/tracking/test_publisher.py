@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import bundle_files as made
 import pytest
@@ -165,6 +166,38 @@ def test_two_processes_deliver_an_entry_once(tmp_path):
         assert publisher.deliver(entry, {}) is False and runs() == []
     assert publisher.deliver(entry, {}) is True
     assert publisher.deliver(entry, {}) is True and not entry.exists()  # another had listed it before
+
+
+def test_a_crash_while_a_delivered_entry_is_deleted_changes_no_run(tmp_path, monkeypatch):
+    train(tmp_path, whole_run())
+
+    def crash(folder, **options):
+        (folder / "train" / "record.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pending, "shutil", SimpleNamespace(rmtree=crash))
+        with pytest.raises(KeyboardInterrupt):
+            publisher.deliver_all()
+    publisher.deliver_all()
+    assert the_run().info.status == "FINISHED" and pending.entries() == []
+
+
+def test_a_training_that_is_resumed_while_its_end_is_delivered_keeps_its_entry(monkeypatch):
+    entry, owner = open_entry(made.training(), 1)
+    (entry / "state").mkdir()
+    (entry / "state" / "000001-0.pt").touch()
+    end(entry, owner, "KILLED")
+    owners, log_epochs = [], store.log_epochs
+
+    def resume(handle, epochs):
+        owners.append(pending.own(entry))
+        log_epochs(handle, epochs)
+
+    monkeypatch.setattr(store, "log_epochs", resume)
+    publisher.deliver_all()
+    assert pending.entries() == pending.waiting() == [entry] and the_run().info.status == "RUNNING"
+    owners[0].close()
 
 
 def test_two_hosts_with_one_cached_training_leave_one_run(monkeypatch):
