@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -96,8 +96,10 @@ def list_folder(data: config.Data) -> Listing:
 
     Raises UsageError, in one line with the path, for a layout that is not usable and for what can't be read.
     """
-    with _path_errors(json.dumps(data.path)):
-        top = sorted(entry.name for entry in os.scandir(data.folder) if entry.is_dir())
+    try:
+        top = sorted(entry.name for entry in os.scandir(data.folder) if os.path.isdir(entry))  # noqa: PTH112
+    except OSError as error:
+        raise _path_error(json.dumps(data.path), error) from None
     for split in SPLITS:
         if split not in top:
             _refuse_split(data, split, top)
@@ -170,8 +172,10 @@ def _refuse_classes(data: config.Data, split: str, classes: list[str], loose: in
 
 def _walk(root: Path, folder: str, listing: Listing, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """The paths of all images in and below a class's folder. Follows links. Counts in `listing` what is left out."""
-    with _path_errors(folder):
-        status = os.stat(f"{root}/{folder}")  # noqa: PTH116 (as Path objects, 60,000 take a second)
+    try:
+        status = os.stat(f"{root}/{folder}")  # noqa: PTH116
+    except OSError as error:
+        raise _path_error(folder, error) from None
     identity = (status.st_dev, status.st_ino)
     if identity in above and status.st_ino:
         raise UsageError(f"data.path: {printable(folder)} is a link to a folder above it")
@@ -181,7 +185,7 @@ def _walk(root: Path, folder: str, listing: Listing, above: tuple[tuple[int, int
             listing.junk[junk] += 1
         elif _is_folder(entry, path):
             yield from _walk(root, path, listing, (*above, identity))
-        elif _suffix(entry.name) in images.SUFFIXES and (entry.is_file() or entry.is_symlink()):
+        elif entry.name.lower().endswith(images.SUFFIXES) and (entry.is_file() or entry.is_symlink()):
             yield path
         else:
             listing.left_out[_suffix(entry.name)] += 1
@@ -189,8 +193,10 @@ def _walk(root: Path, folder: str, listing: Listing, above: tuple[tuple[int, int
 
 def _scan(root: Path, folder: str) -> list["os.DirEntry[str]"]:
     """The entries of a folder, sorted by name. Raises UsageError for a name that is no Unicode."""
-    with _path_errors(folder):
+    try:
         entries = sorted(os.scandir(f"{root}/{folder}"), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _path_error(folder, error) from None
     for entry in entries:
         try:
             entry.name.encode()
@@ -200,8 +206,10 @@ def _scan(root: Path, folder: str) -> list["os.DirEntry[str]"]:
 
 
 def _is_folder(entry: "os.DirEntry[str]", path: str) -> bool:
-    with _path_errors(path):
+    try:
         return entry.is_dir()
+    except OSError as error:
+        raise _path_error(path, error) from None
 
 
 def _junk(name: str) -> str:
@@ -230,14 +238,9 @@ def printable(path: str) -> str:
     return path if path.isprintable() else ascii(path)
 
 
-@contextmanager
-def _path_errors(path: str) -> Iterator[None]:
-    """Raise UsageError with the relative `path` if it can't be read."""
-    try:
-        yield
-    except OSError as error:
-        why = "a link that leads to itself" if error.errno == errno.ELOOP else images.reason(error)
-        raise UsageError(f"data.path: {printable(path)} can't be read ({why})") from None
+def _path_error(path: str, error: OSError) -> UsageError:
+    why = "a link that leads to itself" if error.errno == errno.ELOOP else images.reason(error)
+    return UsageError(f"data.path: {printable(path)} can't be read ({why})")
 
 
 # --- reading

@@ -28,7 +28,11 @@ def resolve(recipe: config.Recipe) -> dict[str, Any]:
         path = config.absolute(recipe.weights)
         if not path.is_file():
             raise UsageError(f'weights: "{recipe.weights}" is not there: expected pretrained | random | a file')
-        return facts | {"requested": config.public_path(recipe.weights), "used": "file", "digest": _digest(path)}
+        try:
+            digest = _digest(path)
+        except OSError as error:
+            raise UsageError(f'weights: "{recipe.weights}" can\'t be read ({error.strerror})') from None
+        return facts | {"requested": config.public_path(recipe.weights), "used": "file", "digest": digest}
     hub = _hub_file(recipe.model)
     file, reason = _fetch(*hub)
     if file is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import huggingface_hub
 import pytest
@@ -169,3 +170,12 @@ def test_ctrl_c_in_a_download_is_no_fallback(asked, hub, online):
     online(raises(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         weights.resolve(recipe("pretrained"))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("permissions do not bind this user")
+    assert "mine.safetensors" in fails(UsageError, weights.resolve, recipe(str(path)))
