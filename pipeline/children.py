@@ -75,6 +75,7 @@ def is_child() -> bool:
 _watches: list[system_state.LoadWatch] = []
 _work: list[str] = []
 _has_work = threading.Event()
+_waits: list[float] = []
 
 
 def load_watch() -> system_state.LoadWatch | None:
@@ -101,9 +102,16 @@ def watch_driver() -> None:
 
 def wait_for_work() -> tuple[int, Path]:
     """The number of the repeat and the folder of all stages."""
+    began = time.monotonic()
     _has_work.wait()
+    _waits.append(time.monotonic() - began)
     number, _, folder = _work[0].partition(":")
     return int(number), Path(folder)
+
+
+def waited_seconds() -> float:
+    """How long this process did nothing but wait for its work: for the driver's download, for example."""
+    return sum(_waits)
 
 
 # --- in the driver
@@ -112,17 +120,14 @@ def wait_for_work() -> tuple[int, Path]:
 def starter(module: str, device: str) -> Callable[[int, Path], int]:
     """Start this process's command line again, as `python -m pipeline.<module>`. Returns the function that gives such a
     process its work and returns its exit status. `device`: the setting."""
-    has_own_memory = any(gpu["vendor"] != "Apple" for gpu in system_info.facts()["gpus"])
-    preload = device != "cpu" and has_own_memory and (os.cpu_count() or 1) >= MIN_CORES
-    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]], preload=preload)
+    return command_starter([sys.executable, "-m", f"pipeline.{module}", *sys.argv[1:]], preload=device != "cpu")
 
 
 def command_starter(command: Sequence[str], *, preload: bool = False) -> Callable[[int, Path], int]:
     """Start `command` at once, to be ready, and again for each further repeat. A child that a signal killed has the
     exit status 128 plus the signal's number, as in a shell.
 
-    `preload`: import beside the child what logs its model after it. This takes a core, and memory that a GPU does not
-    share.
+    `preload`: import beside the child what logs its model after it, if this machine has room for it.
     """
     spare = [_spawn(command)]
 
@@ -141,7 +146,7 @@ def command_starter(command: Sequence[str], *, preload: bool = False) -> Callabl
             _deliver_rest()
             raise
         _deliver_rest()
-        if status == -signal.SIGKILL if sys.platform != "win32" else False:
+        if sys.platform != "win32" and status == -signal.SIGKILL:
             terminal.say("note     the training process was killed from outside; the same command goes on")
         return status if status >= 0 else 128 - status
 
@@ -181,7 +186,7 @@ def _deliver_meanwhile(*, preload: bool) -> Iterator[None]:
     def work() -> None:
         _lower_priority()  # the child measures
         _import("pipeline.tracking.publisher")
-        if preload:
+        if preload and _has_room():
             threading.Thread(target=_import, args=["pipeline.tracking.model_logging"], daemon=True).start()
         _deliver_until(done)
 
@@ -205,6 +210,11 @@ def _deliver_until(done: threading.Event) -> None:
             terminal.say("note     the store answers again")
         pause = min(max(1.0, 2 * pause), MAX_WAIT_SECONDS) if error else INTERVAL_SECONDS
         trouble = error
+
+
+def _has_room() -> bool:
+    """Whether importing takes nothing from a child: there are cores to spare, and memory that no GPU shares."""
+    return (os.cpu_count() or 1) >= MIN_CORES and any(gpu["vendor"] != "Apple" for gpu in system_info.facts()["gpus"])
 
 
 def _lower_priority() -> None:

@@ -124,14 +124,15 @@ def run_stage(run: RunStage, doc: str | None) -> None:
 
 
 def run_single(settings: config.Settings, folder: Path, stages: Sequence[str], start_child: StartChild) -> None:
-    """Run `stages` once, in a process. Ends this process with the child's exit status if that is not 0."""
-    _check_given_run(settings, folder, stages)
-    with children.stoppable():
+    """Run `stages` once, in a process. Ends this process with the child's exit status if that is not 0. Raises
+    StageError if another process works in `folder`."""
+    with _lock(folder), children.stoppable():
+        _check_given_run(settings, folder, stages)
         status = start_child(1, folder)
-    if status:
-        sys.exit(status)
-    for stage in stages:
-        summarise(folder, stage)
+        if status:
+            sys.exit(status)
+        for stage in stages:
+            summarise(folder, stage)
 
 
 def run_repeats(

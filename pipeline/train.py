@@ -33,7 +33,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
     """
     watch = children.load_watch() or system_state.LoadWatch()
     recipe = settings.work
-    startup = system_info.process_age()
+    startup = system_info.process_age() - children.waited_seconds()
     setup.check(settings.device, recipe)
     energy.check(settings.energy.source)
     backend = setup.configure_backend(settings.device, recipe)
@@ -174,7 +174,7 @@ def _train(
     with files.atomic_write(entry / pictures.SAMPLES) as temporary:
         np.save(temporary, images.inputs.numpy()[chosen], allow_pickle=False)
     if "resumed" not in record["tags"]:
-        record["metrics"]["time/process_seconds"] = system_info.process_age()
+        record["metrics"]["time/process_seconds"] = system_info.process_age() - children.waited_seconds()
 
 
 def _finish(record: Record, settings: config.Settings, entry: Path, out: Path) -> None:
@@ -216,7 +216,7 @@ def _save_checkpoint(
         record=record["id"],
     )
     checkpoints.save(_checkpoint_path(entry, facts.epoch), net, facts)
-    for older in sorted((entry / "state").glob("best-*.safetensors"))[:-2]:
+    for older in sorted((entry / "state").glob("best-*.safetensors"))[: -state.KEEP - 1]:  # this one has no state yet
         older.unlink()
 
 

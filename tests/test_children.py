@@ -41,6 +41,18 @@ def test_a_child_starts_at_once_and_gets_its_work_when_there_is_some(started, tm
     assert not children.is_child()
 
 
+def test_a_child_knows_how_long_it_waited_for_its_work(started, tmp_path, monkeypatch):
+    monkeypatch.chdir(config.ROOT)
+    code = (
+        "import sys; from pipeline import children; children.watch_driver()\n"
+        "folder = children.wait_for_work()[1]; (folder / 'waited').write_text(str(children.waited_seconds()))"
+    )
+    start_child = children.command_starter(python(code))
+    time.sleep(1)
+    assert start_child(1, tmp_path) == 0
+    assert 0 < float((tmp_path / "waited").read_text()) < 10 and children.waited_seconds() == 0
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [

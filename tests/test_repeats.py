@@ -369,7 +369,7 @@ def test_the_status_of_a_child_passes_through(settings_for, folder, status, erro
 def entered(monkeypatch, folder):
     """Calls `start_stage` as `python -m pipeline.<stage>` does; gives what is driven, and the exit status."""
     monkeypatch.setattr(repeats.cli, "OUTPUTS", folder)
-    monkeypatch.setattr(children, "starter", lambda module: module)
+    monkeypatch.setattr(children, "starter", lambda module, device: module)
 
     def enter(stage, *arguments):
         driven = []
@@ -413,6 +413,17 @@ def test_a_stage_alone_is_summed_up_unless_it_fails(settings_for, folder):
     repeats.run_single(settings, folder, ["train"], children.command_starter(child(stages=("train",))))
     assert (folder / "train" / "repeats" / "figures.csv").read_text() == "repeat,seed,b,a\n1,1,2,1\n"
     assert not (folder / "train" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_commands_do_not_write_into_one_folder(settings_for, folder, count):
+    settings, start = settings_for(f"repeats={count}"), children.command_starter(child())
+    with files.lock(folder / ".lock"), pytest.raises(StageError, match="another process works in this folder"):
+        if count == 1:
+            repeats.run_single(settings, folder, ["train"], start)
+        else:
+            repeats.run_repeats(settings, folder, ["train"], count, start)
+    assert not (folder / "calls").exists()
 
 
 # --- the run of MLFLOW_RUN_ID

@@ -31,7 +31,7 @@ def called(monkeypatch):
         monkeypatch.setattr(stage, "run", lambda *args, stage=stage: calls.append((stage, *args)))
     monkeypatch.setattr(repeats, "run_repeats", lambda *args: calls.append((repeats, *args)))
     monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
-    monkeypatch.setattr(children, "starter", lambda module: module)
+    monkeypatch.setattr(children, "starter", lambda module, device: module)
     monkeypatch.setattr(run.time, "strftime", lambda form: FIRST[:15])
     return calls
 
@@ -52,7 +52,7 @@ def in_process(monkeypatch, settings_of, outputs, light):
             publisher.deliver_all()
             return statuses[-1]
 
-        monkeypatch.setattr(children, "starter", lambda module: start_child)
+        monkeypatch.setattr(children, "starter", lambda module, device: start_child)
         run.run(settings, outputs)
         return statuses
 

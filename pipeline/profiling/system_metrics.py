@@ -15,6 +15,9 @@ from pipeline.profiling import nvidia
 
 INTERVAL_SECONDS = 5.0
 
+FIRST_SECONDS = 0.1
+"""How long the first sample watches the CPU. The others watch it since the one before."""
+
 
 @contextmanager
 def sampled(
@@ -27,6 +30,8 @@ def sampled(
 
     def sample_repeatedly() -> None:
         first, step = psutil.net_io_counters(), first_step
+        psutil.cpu_percent()  # a thread's first answer is always 0
+        done.wait(FIRST_SECONDS)
         while step == first_step or not done.wait(interval_seconds):
             figures = {f"system/{name}": round(value, 1) for name, value in _sample(first).items()}
             samples.append({"figures": figures, "at": time.time_ns() // 1_000_000, "step": step})

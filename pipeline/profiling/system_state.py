@@ -192,11 +192,14 @@ def _drift(seconds: Sequence[float]) -> str | None:
 
 
 def _own_cpu_seconds() -> float:
-    """CPU time of this process, its children, and its parent, which may be importing MLflow. Ended children count if
+    """CPU time of this process, its children, and the driver, which may be importing MLflow. Ended children count if
     their parent has waited for them."""
     process = psutil.Process()
     seconds = 0.0
-    for member in filter(None, (process.parent(), process, *process.children(recursive=True))):
+    parent = process.parent()
+    # On Windows, python.exe of a virtual environment is a launcher, so that the driver is the parent's parent.
+    grandparent = parent.parent() if parent and sys.platform == "win32" else None
+    for member in filter(None, (grandparent, parent, process, *process.children(recursive=True))):
         with suppress(psutil.Error):  # it may have ended, or belong to another user
             seconds += sum(member.cpu_times()[:4])  # its user and system time, and those of its ended children
     return seconds

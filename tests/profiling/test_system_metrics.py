@@ -49,6 +49,14 @@ def test_each_sample_is_taken_once_in_order(monkeypatch):
     assert take() == [] and set(threading.enumerate()) == before
 
 
+def test_the_first_answer_of_psutil_is_no_load(monkeypatch):
+    answers = iter([0.0, 42.0])
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: next(answers))
+    with system_metrics.sampled() as take:
+        pass
+    assert [sample["figures"]["system/cpu_utilization_percentage"] for sample in take()] == [42.0]
+
+
 def test_a_run_that_fails_ends_the_sampling():
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt), system_metrics.sampled():
