@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from pipeline import terminal
@@ -85,7 +85,8 @@ def load_watch() -> system_state.LoadWatch | None:
 
 def watch_driver() -> None:
     """Read the driver's line in a thread, and end this process when the driver is gone. Watch the machine's load from
-    now on."""
+    now on. Ctrl-C during the imports that follow prints nothing here: the driver says it."""
+    sys.excepthook = _print_unless_interrupt
     _watches.append(system_state.LoadWatch())
 
     def watch() -> None:
@@ -98,6 +99,11 @@ def watch_driver() -> None:
         os._exit(137)  # all files are written whole or not at all, so nothing is lost
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _print_unless_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def wait_for_work() -> tuple[int, Path]:

@@ -53,6 +53,14 @@ def test_a_child_knows_how_long_it_waited_for_its_work(started, tmp_path, monkey
     assert 0 < float((tmp_path / "waited").read_text()) < 10 and children.waited_seconds() == 0
 
 
+@pytest.mark.parametrize(("error", "printed"), [("KeyboardInterrupt", 0), ("ValueError", 1)])
+def test_a_child_that_is_interrupted_while_it_imports_prints_nothing(tmp_path, monkeypatch, capfd, error, printed):
+    monkeypatch.chdir(config.ROOT)
+    code = f"from pipeline import children; children.watch_driver(); children.wait_for_work(); raise {error}"
+    assert children.command_starter(python(code))(1, tmp_path) in (1, 130)
+    assert capfd.readouterr().err.count("Traceback") == printed
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [
