@@ -48,6 +48,8 @@ JUNK_FOLDERS = {
 JUNK_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
 """Folders and files (in lower case) that systems leave behind. They are never images of a class."""
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
+
 OTHER_NAMES = {
     "train": ("training", "train_images", "seg_train", "train_set"),
     "test": ("val", "valid", "validation", "testing", "test_images", "seg_test", "test_set", "test1", "dev"),
@@ -121,13 +123,17 @@ def list_folder(data: config.Data) -> Listing:
 def _refuse_split(data: config.Data, split: str, folders: Sequence[str]) -> NoReturn:
     """Say what there is in place of `split`, and what to do."""
     other = [name for name in folders if name.lower() in (split, *OTHER_NAMES[split])]
-    inside = [name for name in folders if all((data.folder / name / part).is_dir() for part in SPLITS)]
+    inside = [name for name in folders if all(os.path.isdir(data.folder / name / part) for part in SPLITS)]  # noqa: PTH112
+    packed = sorted(entry.name for entry in os.scandir(data.folder) if entry.name.lower().endswith(ARCHIVES))
     if other:
         do = f"rename {printable(other[0])}/ to {split}/"
     elif inside:
         do = f"train/ and test/ are in {printable(inside[0])}/: give that folder as data.path"
+    elif packed:
+        do = f"unpack {printable(packed[0])} there"
     else:
         do = "expected PATH/train/<class>/ and PATH/test/<class>/"
+        do += f", found {', '.join(map(printable, folders[:5]))}" if folders else ""
     raise UsageError(f"data.path: {json.dumps(data.path)} has no folder {split}: {do}")
 
 

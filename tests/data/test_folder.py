@@ -339,7 +339,8 @@ def unreadable(path):
     ("damage", "faults"),
     [
         (lambda root: shutil.rmtree(root), ["No such file"]),
-        (lambda root: shutil.rmtree(root / "test"), ["no folder test", "expected PATH/train/<class>/"]),
+        (lambda root: shutil.rmtree(root / "test"), ["no folder test", "expected PATH/train/<class>/", "found train"]),
+        (lambda root: [shutil.rmtree(root / "test"), save_empty(root / "test.zip")], ["unpack test.zip"]),
         (lambda root: (root / "test").rename(root / "val"), ["no folder test", "rename val/ to test/"]),
         (lambda root: (root / "train").rename(root / "seg_train"), ["no folder train", "rename seg_train/ to train/"]),
         (lambda root: wrap(root, "pets"), ["no folder train", "in pets/"]),
