@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -97,27 +98,43 @@ def stratified_split(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.i
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
+def bounds(count: int, batch_size: int, *, join_single: bool = False) -> list[tuple[int, int]]:
+    """Start and end of each batch of `count` samples. The last batch may be short; if it has one sample and
+    `join_single`, this sample joins the batch before."""
+    starts = list(range(0, count, batch_size))
+    if join_single and count > batch_size > 1 and count % batch_size == 1:
+        starts.pop()
+    return list(pairwise([*starts, count]))
+
+
 def batches(
-    split: Split, batch_size: int, backend: Backend, order: Tensor | None = None
+    split: Split, batch_size: int, backend: Backend, order: Tensor | None = None, *, join_single: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut `split` into batches on the device; the last one may be short.
+    """Cut `split` by `bounds` into batches on the device.
 
     `order`: (N,) int64, on the device of the labels, is the order of the samples. Batches in host memory are copied
     to the device one ahead, while the device works on the previous one.
     """
-    sliced = _slice(split, batch_size, order)
+    sliced = _slice(split, bounds(len(split), batch_size, join_single=join_single), order)
     return sliced if split.inputs.device.type == backend.device.type else _prefetch(sliced, backend)
 
 
 def shuffled_batches(
-    split: Split, batch_size: int, backend: Backend, seed: int, epoch: int, *, flip: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+    split: Split,
+    batch_size: int,
+    backend: Backend,
+    seed: int,
+    epoch: int,
+    *,
+    flip: bool = False,
+    join_single: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:  # each argument says which batches these are
     """An epoch's batches, shuffled by `epoch_permutation`: the same on every device.
 
     `flip` mirrors each image left to right with probability one half.
     """
     order = epoch_permutation(len(split), backend, seed, epoch).to(split.labels.device)
-    shuffled = batches(split, batch_size, backend, order)
+    shuffled = batches(split, batch_size, backend, order, join_single=join_single)
     if not flip:
         yield from shuffled
         return
@@ -218,13 +235,12 @@ def _matrix(neighbours: Neighbours, inputs: int) -> Tensor:
     return matrix.scatter_add_(1, neighbours.second[:, None], neighbours.second_weight[:, None])
 
 
-def _slice(split: Split, batch_size: int, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(split), batch_size):
-        stop = start + batch_size
+def _slice(split: Split, bounds: list[tuple[int, int]], order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for start, stop in bounds:
         if order is None and split.rows is None:
             yield split.inputs[start:stop], split.labels[start:stop]
             continue
-        rows = torch.arange(start, min(stop, len(split))) if order is None else order[start:stop]
+        rows = torch.arange(start, stop) if order is None else order[start:stop]
         if split.rows is not None:
             rows = split.rows[rows]
         # inputs[rows] takes the host twice as long to launch.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import OutOfMemoryError, UsageError
 
@@ -183,6 +183,10 @@ class Backend(ABC):
 
     def channels_last(self, precision: str) -> bool:
         """Whether `channels_last: auto` chooses the channels-last memory layout."""
+        return True
+
+    def supports_channels_last(self, network: nn.Module) -> bool:
+        """Whether the device trains `network` right in the channels-last memory layout."""
         return True
 
     def autocast(self, precision: str) -> torch.autocast:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from pipeline.devices.base import Backend
 from pipeline.devices.rapl import RaplEnergy
@@ -81,6 +82,17 @@ class Cpu(Backend):
         native = any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return "bf16" if native and has_onednn else "fp32"
+
+    def supports_channels_last(self, network: nn.Module) -> bool:
+        """False for a 1x1 convolution that strides over fewer than 16 channels, as in FastViT, MobileOne and RepVGG:
+        oneDNN's backward pass writes beyond its memory there."""
+        return not any(
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride != (1, 1)
+            and layer.in_channels < 16
+            for layer in network.modules()
+        )
 
     def tune(self, *, repeated: bool = True) -> None:
         """Make glibc keep freed memory (mallopt(3)). It would return large blocks to Linux at once, and Linux zeroes

@@ -8,6 +8,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from pipeline import terminal
 from pipeline.config import Recipe
 from pipeline.errors import StageError, UsageError, hint
 from pipeline.imports import without_garbage_collection
@@ -25,8 +26,8 @@ IDENTITY = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 class Classifier(nn.Module):
     """A timm network that takes images from 0 to 1 and normalizes them itself.
 
-    `forward`: (B, 3, H, W) float32 in 0..1 -> logits (B, classes). `features`: the same images -> the input of the head
-    (timm's `get_classifier`), so that `head(features(images))` are the logits.
+    `forward`: (B, 3, H, W) float32 in 0..1 -> logits (B, classes). `features`: the same images -> the input of the
+    head. In most models, `head(features(images))` are the logits; `caches_features` tests it.
     """
 
     scale: Tensor
@@ -42,10 +43,16 @@ class Classifier(nn.Module):
         self.register_buffer("shift", -torch.tensor(mean).view(1, 3, 1, 1) * scale, persistent=False)
 
     @property
+    def heads(self) -> list[nn.Module]:
+        """The last layers, as timm defines them for the model: one in most models."""
+        heads: Any = self.net.get_classifier()  # type: ignore[operator]
+        return [heads] if isinstance(heads, nn.Module) else list(heads)
+
+    @property
     def head(self) -> nn.Module:
-        """The last layer, as timm defines it for the model."""
-        head: nn.Module = self.net.get_classifier()  # type: ignore[operator]
-        return head
+        """The head of a model that has one: a module that maps pooled features (B, D) to logits."""
+        (head,) = self.heads
+        return nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), head, nn.Flatten()) if isinstance(head, nn.Conv2d) else head
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes)."""
@@ -117,8 +124,8 @@ def build(recipe: Recipe, classes: int, weights: Path | None) -> Classifier:
         _load_weights(net, recipe, classes, weights)
     model = Classifier(net, mean, std)
     if recipe.head_init == "xavier_normal":
-        for module in model.head.modules():
-            if isinstance(module, nn.Linear):
+        for module in (module for head in model.heads for module in head.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_normal_(module.weight)
     _freeze(model, recipe.trainable)
     return model
@@ -134,6 +141,12 @@ def set_train_mode(model: nn.Module, frozen_batch_norm: str) -> None:
                 module.eval()
 
 
+def trains_batch_norm(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether a BatchNorm layer uses the statistics of the batch when `model` is trained. Sets the training mode."""
+    set_train_mode(model, recipe.frozen_batch_norm)
+    return any(module.training for module in model.modules() if isinstance(module, BATCH_NORM))
+
+
 @torch.no_grad()
 def caches_features(model: Classifier, recipe: Recipe, images: Tensor) -> bool:
     """Whether to compute the head's input only once: if it is the same in every epoch, and the recipe allows it.
@@ -144,18 +157,19 @@ def caches_features(model: Classifier, recipe: Recipe, images: Tensor) -> bool:
     obstacle = _obstacle_to_caching(model, recipe, images)
     if recipe.features == "cache" and obstacle:
         raise UsageError(f'features: "cache" is not allowed here: {obstacle}; expected auto | recompute')
+    if recipe.features == "auto" and recipe.trainable == "head" and obstacle:
+        terminal.say(f"note     features are computed in every epoch: {obstacle}")
     return recipe.features != "recompute" and obstacle is None
 
 
 def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> str | None:
     """Why the head's input changes between epochs, or can't be separated; None if it can be cached."""
-    head = model.head
-    head_parameters = set(head.parameters()) if isinstance(head, nn.Module) else set()
-    if not head_parameters or any(p.requires_grad for p in model.parameters() if p not in head_parameters):
+    head_parameters = {parameter for head in model.heads for parameter in head.parameters()}
+    if any(p.requires_grad for p in model.parameters() if p not in head_parameters):
         return "more than the head is trained"
     if recipe.flip:
         return "flip: true shows other images in each epoch"
-    head_modules = set(head.modules())
+    head_modules = {module for head in model.heads for module in head.modules()}
     for module in model.modules():
         if module in head_modules:
             continue
@@ -164,9 +178,12 @@ def _obstacle_to_caching(model: Classifier, recipe: Recipe, images: Tensor) -> s
         if getattr(module, "drop_prob", 0.0) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p):
             return "the model drops units at random before its head"
     model.eval()
-    if not torch.allclose(head(model.features(images)), model(images), rtol=1e-3, atol=1e-3):
-        return "this model's logits are not its head's alone"
-    return None
+    logits = model(images)
+    try:
+        separable = torch.allclose(model.head(model.features(images)), logits, rtol=1e-3, atol=1e-3)
+    except Exception:  # several heads, features that are no tensor, or a network without timm's forward_head
+        separable = False
+    return None if separable else "this model's logits are not its head's alone"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -219,11 +236,9 @@ def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
     if trainable == "all":
         chosen = set(parameters)
     elif trainable == "head":
-        head = set(model.head.parameters()) if isinstance(model.head, nn.Module) else set()
+        head = {parameter for head in model.heads for parameter in head.parameters()}
         if not head:
-            raise UsageError(
-                'trainable: "head" is not allowed: this model has no single head; expected all or prefixes'
-            )
+            raise UsageError('trainable: "head" is not allowed: this model has no head; expected all or prefixes')
         chosen = {name for name, parameter in parameters.items() if parameter in head}
     else:
         for prefix in trainable:
@@ -236,13 +251,26 @@ def _freeze(model: Classifier, trainable: str | tuple[str, ...]) -> None:
 
 
 def _load_weights(net: nn.Module, recipe: Recipe, classes: int, path: Path) -> None:
-    """Load `path` into `net`. Skip the head if it was published for another number of classes."""
+    """Load `path` into `net`. Skip the head if it was published for another number of classes, or not at all."""
     _, state = read_safetensors(path)
+    initial = net.state_dict()
+    if initial.keys() - state or state.keys() - initial.keys():
+        state = _converted_state(recipe.model, path) or state
     cfg: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
-    published, heads = int(cfg["num_classes"]), cfg["classifier"]
+    published, heads = int(cfg["num_classes"]), cfg["classifier"] or ()
     for head in (heads,) if isinstance(heads, str) else heads:
-        bias = state.get(f"{head}.bias")
-        if published != classes and bias is not None and len(bias) == published:
-            initial = net.state_dict()
-            state |= {name: initial[name] for name in state if name.startswith(f"{head}.") and name in initial}
+        weight = state.get(f"{head}.weight")
+        if published != classes and (0 if weight is None else len(weight)) == published:
+            state |= {name: initial[name] for name in initial if name.startswith(f"{head}.")}
     load_state(net, state, f"weights: {path.name} does not fit {recipe.model} with {classes} classes", UsageError)
+
+
+def _converted_state(name: str, path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a published file under the names of timm's network: timm converts the files of some models. None
+    if they don't fit the network."""
+    with torch.random.fork_rng(devices=[]):  # the new head must not depend on it
+        try:
+            net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        except Exception:  # timm's converters raise anything on a file that is another model's
+            return None
+    return net.state_dict()

@@ -15,7 +15,7 @@ from pipeline import config, devices, terminal
 from pipeline.data import batching, datasets
 from pipeline.devices import Backend
 from pipeline.devices.base import WITHOUT_GRAPHS
-from pipeline.errors import OutOfMemoryError, StageError
+from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.models import classifier, folding
 from pipeline.profiling import roofline
 from pipeline.profiling.clock import Clock
@@ -64,16 +64,21 @@ class TrainingSetup:
         self._train_images = len(train)
         self.tuning_stopped = False
         """Whether autotuning took more than TUNING_SECONDS."""
-        self.channels_last = (
-            backend.channels_last(recipe.precision) if recipe.channels_last == "auto" else recipe.channels_last
-        )
         net = self._new_model(seed)
+        self.channels_last = recipe.channels_last
+        if recipe.channels_last == "auto":
+            self.channels_last = backend.channels_last(recipe.precision) and backend.supports_channels_last(net)
         self._initial = {seed: {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}}
         self.net = net.to(backend.device).to(memory_format=memory_format(self.channels_last))
         images, _ = first_batch(train, min(2, len(train)), backend)
         example = batching.prepare(images, recipe.image_size, channels_last=self.channels_last)
         self.on_features = classifier.caches_features(self.net, recipe, example)
         """Whether only the head is trained, on features that are computed once."""
+        self.trains_batch_norm = not self.on_features and classifier.trains_batch_norm(self.net, recipe)
+        """Whether BatchNorm uses the statistics of the batch. A last batch of one image then joins the one before."""
+        if self.trains_batch_norm and min(recipe.batch_size, len(train)) == 1:
+            self._check_single_image(example[:1])
+            self.net.load_state_dict(self._initial[seed])
         passes = 1 if self.on_features else recipe.epochs
         images_per_pass = len(train) + len(val_split(splits))
         self.compile_mode = backend.compile_mode(recipe.compile, images_per_pass * passes)
@@ -123,12 +128,30 @@ class TrainingSetup:
     def train_batches(self, split: batching.Split, seed: int, epoch: int) -> loop.Batches:
         """The batches of training epoch `epoch`, counted from 1."""
         return batching.shuffled_batches(
-            split, self.recipe.batch_size, self._backend, seed, epoch, flip=self.recipe.flip
+            split,
+            self.recipe.batch_size,
+            self._backend,
+            seed,
+            epoch,
+            flip=self.recipe.flip,
+            join_single=self.trains_batch_norm,
         )
 
     def val_batches(self, split: batching.Split) -> loop.Batches:
         """The batches of `split` in their order, for validation."""
         return batching.batches(split, self.recipe.batch_size, self._backend)
+
+    @torch.no_grad()
+    def _check_single_image(self, image: Tensor) -> None:
+        """Raise UsageError if BatchNorm can't be trained on the batch `image`, (1, 3, H, W). It may move statistics."""
+        classifier.set_train_mode(self.net, self.recipe.frozen_batch_norm)
+        try:
+            self.net(image)
+        except ValueError:
+            raise UsageError(
+                f"batch_size: {self.recipe.batch_size} of {self._train_images} training images leaves BatchNorm, which "
+                "is trained here, with one value: expected at least 2 of both"
+            ) from None
 
     def _new_model(self, seed: int) -> classifier.Classifier:
         torch.manual_seed(seed)
@@ -154,7 +177,9 @@ class TrainingSetup:
 
     def _make_optimizer(self) -> loop.Schedule:
         params = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        steps_per_epoch = math.ceil(self._train_images / self.recipe.batch_size)
+        steps_per_epoch = len(
+            batching.bounds(self._train_images, self.recipe.batch_size, join_single=self.trains_batch_norm)
+        )
         return optimizers.build(self.recipe, params, steps_per_epoch, self._backend.optimizer_options)
 
     def _make_feature_step(self, prepare: loop.Prepare, use_cuda_graph: bool) -> Callable[[Tensor], Tensor]:
@@ -221,8 +246,10 @@ def warm_up(training: TrainingSetup, splits: Splits) -> float:
         backend.release_memory()  # autotuning tries kernels that need far more memory than the chosen ones
         backend.reset_peak_memory()
         _warm_up_once(training, splits)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
+    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: its cache can't be used
+        if training.compile_mode == "off":
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StageError(f'compile: "{training.compile_mode}" fails here ({reason}): set compile to off') from error
     return backend.memory_mib().get("peak", 0.0) * 2**20
 
@@ -254,7 +281,8 @@ def limited_tuning(backend: Backend, seconds: float | None = TUNING_SECONDS) -> 
 
 def _warm_up_once(training: TrainingSetup, splits: Splits) -> None:
     train, backend = splits["train"], training.loop.backend
-    batches = [batch for split in _one_batch_splits(training, train) for batch in training.train_batches(split, 0, 0)]
+    one_batch_splits = _one_batch_splits(training, train, join_single=training.trains_batch_norm)
+    batches = [batch for split in one_batch_splits for batch in training.train_batches(split, 0, 0)]
     if backend.asynchronous or training.use_cuda_graph or training.compile_mode != "off":
         val_batches = [(split.inputs, split.labels) for split in _one_batch_splits(training, val_split(splits))]
     else:  # on a CPU, eager evaluation has nothing to prepare for each shape
@@ -263,9 +291,11 @@ def _warm_up_once(training: TrainingSetup, splits: Splits) -> None:
     loop.warm_up(training.loop, batches, val_batches)
 
 
-def _one_batch_splits(training: TrainingSetup, split: batching.Split) -> Iterator[batching.Split]:
+def _one_batch_splits(
+    training: TrainingSetup, split: batching.Split, *, join_single: bool = False
+) -> Iterator[batching.Split]:
     """For each batch size of `split`: a split on the device that holds the first samples, one batch of them."""
-    for size in batch_sizes(split, training.recipe.batch_size):
+    for size in batch_sizes(split, training.recipe.batch_size, join_single=join_single):
         samples = split.take(np.arange(size))
         if training.on_features:
             samples = training.compute_features(samples)
@@ -427,9 +457,10 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def batch_sizes(split: batching.Split, batch_size: int) -> list[int]:
-    """The different sizes of the split's batches, descending: the last batch may be short."""
-    return sorted({min(batch_size, len(split)), len(split) % batch_size} - {0}, reverse=True)
+def batch_sizes(split: batching.Split, batch_size: int, *, join_single: bool = False) -> list[int]:
+    """The different sizes of the split's batches, descending (see `batching.bounds`)."""
+    bounds = batching.bounds(len(split), batch_size, join_single=join_single)
+    return sorted({stop - start for start, stop in bounds}, reverse=True)
 
 
 def make_prepare(images: batching.Split, image_size: int, backend: Backend, *, channels_last: bool) -> loop.Prepare:

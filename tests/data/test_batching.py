@@ -103,6 +103,21 @@ def test_batches_drop_nothing(count, batch_size, sizes, backend):
 
 
 @pytest.mark.parametrize(
+    ("count", "batch_size", "expected"),
+    [
+        (9, 4, [(0, 4), (4, 9)]),
+        (10, 4, [(0, 4), (4, 8), (8, 10)]),
+        (5, 4, [(0, 5)]),
+        (1, 4, [(0, 1)]),
+        (3, 1, [(0, 1), (1, 2), (2, 3)]),
+        (0, 4, []),
+    ],
+)
+def test_a_single_last_sample_joins_the_batch_before(count, batch_size, expected):
+    assert batching.bounds(count, batch_size, join_single=True) == expected
+
+
+@pytest.mark.parametrize(
     ("rows", "order", "expected"),
     [
         (None, [3, 1, 4, 0, 2], [[3, 1], [4, 0], [2]]),

@@ -1,5 +1,7 @@
 """Any timm model: its own head, what is frozen stays so, weights that fit or are refused, features computed once."""
 
+import re
+
 import pytest
 import safetensors.torch
 import timm
@@ -13,6 +15,7 @@ from pipeline.errors import StageError, UsageError
 from pipeline.models import classifier
 
 MOBILENET = "mobilenetv3_small_050.lamb_in1k"
+HEADS = ("fc.", "classifier.", "head.fc.")
 TWO_HEADS = "deit_tiny_distilled_patch16_224.fb_in1k"
 
 
@@ -81,10 +84,27 @@ def test_all_or_prefixes_choose_what_is_trained():
     assert "did you mean layer4?" in refused("trainable=[fc, layer5]")
 
 
-def test_a_model_of_two_heads_has_none_to_train_alone():
-    assert refused("image_size=224", name=TWO_HEADS).startswith('trainable: "head" is not allowed')
-    model = build("image_size=224", "trainable=[head]", name=TWO_HEADS)
+def test_of_a_model_of_two_heads_both_are_trained():
+    model = build("image_size=224", name=TWO_HEADS)
     assert trainable_names(model) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+@pytest.mark.parametrize("name", ["dla46x_c", "dpn48b", "resnetv2_18"])
+def test_a_head_that_is_a_convolution_is_trained_on_pooled_features(name):
+    model = build(name=name).eval()
+    with torch.no_grad():
+        features = model.features(images(3))
+        assert features.ndim == 2
+        assert torch.allclose(model.head(features), model(images(3)), atol=1e-5)
+    assert trainable_names(model) == {name for name, _ in model.net.named_parameters() if name.startswith(HEADS)}
+    assert caches(name=name) is True
+
+
+def test_a_model_without_a_head_has_none_to_train_alone():
+    model = build()
+    model.net.fc = nn.Identity()
+    assert model.heads[0] is model.net.fc
+    assert fails(UsageError, classifier._freeze, model, "head").startswith('trainable: "head" is not allowed')
 
 
 @pytest.mark.parametrize("name", ["test_vit3", "test_coatnet"])
@@ -202,6 +222,39 @@ def test_weights_that_do_not_fit_are_refused_by_a_tensors_name(weights_file, con
     assert message.startswith("weights: mine.safetensors") and problem in message
 
 
+def test_a_head_that_was_not_published_is_drawn(weights_file):
+    name = "vit_tiny_patch16_dinov3_qkvb"  # published as a backbone
+    assert timm.get_pretrained_cfg(name).num_classes == 0
+    path, state = weights_file(name, classes=0)
+    model = build("image_size=256", name=name, weights=path)
+    assert model.head.out_features == 5
+    assert all(torch.equal(model.net.state_dict()[key], state[key]) for key in state)
+
+
+FACEBOOK = {  # ConvNeXt's names by its authors, which timm converts
+    r"^stem\.": "downsample_layers.0.",
+    r"^stages\.(\d)\.blocks\.": r"stages.\1.",
+    r"^stages\.(\d)\.downsample\.": r"downsample_layers.\1.",
+    "conv_dw": "dwconv",
+    r"mlp\.fc": "pwconv",
+    r"^head\.norm": "norm",
+    r"^head\.fc": "head",
+}
+
+
+def test_a_published_file_is_converted_as_timm_does_it(tmp_path):
+    name, path = "test_convnext.r160_in1k", tmp_path / "published.safetensors"
+    torch.manual_seed(5)
+    expected = timm.create_model(name).state_dict()
+    published = dict(expected)
+    for pattern, replacement in FACEBOOK.items():
+        published = {re.sub(pattern, replacement, key): value for key, value in published.items()}
+    safetensors.torch.save_file(published, path)
+    model, initial = build(name=name, weights=path), build(name=name)
+    state, drawn = model.net.state_dict(), initial.net.state_dict()
+    assert all(torch.equal(state[key], (drawn if "head.fc" in key else expected)[key]) for key in expected)
+
+
 def test_a_file_of_no_weights_is_refused(tmp_path):
     path = tmp_path / "mine.safetensors"
     path.write_text("<html>not found</html>\n" * 50)
@@ -232,11 +285,15 @@ def test_features_of_a_frozen_network_are_computed_once(name):
         (["trainable=all"], {}, "more than the head"),
         (["trainable=[layer4, fc]"], {}, "more than the head"),
         ([], {"name": "test_vit_relpos", "size": 160}, "drops units at random"),  # it drops paths
-        (["trainable=[head]"], {"name": TWO_HEADS, "size": 224}, ""),
+        ([], {"name": TWO_HEADS, "size": 224}, "logits are not its head's alone"),
+        ([], {"name": "crossvit_tiny_240", "size": 240}, "logits are not its head's alone"),
+        ([], {"name": "efficientvim_m1"}, "logits are not its head's alone"),
     ],
 )
-def test_features_that_change_are_computed_every_epoch(overrides, options, reason):
+def test_features_that_change_are_computed_every_epoch(overrides, options, reason, capsys):
     assert caches(*overrides, **options) is False
+    output = capsys.readouterr().out
+    assert (reason in output) != any(override.startswith("trainable") for override in overrides)
     message = fails(UsageError, lambda: caches("features=cache", *overrides, **options))
     assert message.startswith('features: "cache" is not allowed') and reason in message
 

@@ -4,6 +4,7 @@ import threading
 from types import MethodType
 
 import pytest
+import timm
 import torch
 from conftest import fails
 from loops import images_of, make_setup, recipe_of, without_times
@@ -12,7 +13,7 @@ from trainings import threads  # noqa: F401 (one is enough)
 
 from pipeline.data import batching
 from pipeline.devices.cpu import Cpu
-from pipeline.errors import StageError
+from pipeline.errors import StageError, UsageError
 from pipeline.models import classifier
 from pipeline.profiling import roofline
 from pipeline.training import loop, setup
@@ -140,14 +141,88 @@ def test_a_device_of_its_own_is_warmed_up_twice_for_its_memory(
     assert sizes == scored
 
 
-def test_a_model_that_cannot_be_compiled_ends_with_one_line(build, splits):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch._dynamo.exc.Unsupported("graph break in user code\n  and where it is"), "graph break in user code"),
+        (NotADirectoryError(20, "Not a directory", "/a/file/cache"), "/a/file/cache"),
+        (PermissionError(), "PermissionError"),
+    ],
+)
+def test_a_model_that_cannot_be_compiled_ends_with_one_line(build, splits, error, reason):
     def fail(*args):
-        raise torch._dynamo.exc.Unsupported("graph break in user code\n  and where it is")
+        raise error
 
     training = build(recipe_of("finetune"))
     training.compile_mode, training.loop.step = "default", fail
     line = fails(StageError, setup.warm_up, training, splits)
-    assert line.startswith('compile: "default"') and "graph break in user code" in line and "\n" not in line
+    assert line.startswith('compile: "default"') and reason in line and "\n" not in line
+    training.compile_mode = "off"
+    with pytest.raises(type(error)):
+        setup.warm_up(training, splits)
+
+
+# --- BatchNorm and batches of one image
+
+
+STEPS = ("_train_step", "_compute_gradients")
+
+
+def sizes_of(training, split):
+    return [len(labels) for _, labels in training.train_batches(split, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "steps"),
+    [
+        ("finetune", [8, 9], 2),
+        ("blog", [8, 9], 2),  # its BatchNorm is frozen, and its statistics move
+        ("linear-probe", [8, 8, 1], 3),  # its BatchNorm is in evaluation mode
+    ],
+)
+def test_a_last_batch_of_one_image_joins_the_one_before_where_batch_norm_is_trained(name, sizes, steps):
+    splits = {"train": images_of(17, 1), "validation": images_of(9, 2)}
+    options = ["batch_size=8", "scheduler=onecycle", "scheduler_step=batch"]
+    training = make_setup(recipe_of(name, *options), splits, backend=Capturing())
+    setup.warm_up(training, splits)
+    assert sizes_of(training, splits["train"]) == sizes
+    assert [len(labels) for _, labels in training.val_batches(splits["validation"])] == [8, 1]
+    assert training.loop.scheduler.total_steps == training.recipe.epochs * steps
+    captured = {size for step, size in training.loop.backend.captured if step in STEPS}
+    assert captured == set(sizes)
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 17), (8, 1)])
+def test_a_batch_of_one_image_is_refused_where_batch_norm_cannot_be_trained_on_it(batch_size, count):
+    splits = {"train": images_of(count, 1), "validation": images_of(9, 2)}
+    recipe = recipe_of("finetune", f"batch_size={batch_size}", "model=resnet18", "image_size=32")
+    line = fails(UsageError, make_setup, recipe, splits)
+    assert line.startswith(f"batch_size: {batch_size} of {count} training images")
+    assert make_setup(recipe_of("linear-probe", f"batch_size={batch_size}"), splits).trains_batch_norm is False
+
+
+def test_a_batch_of_one_large_image_trains_batch_norm_as_if_nothing_had_been_tried(splits):
+    recipe = recipe_of("finetune", "batch_size=1", "image_size=96")
+    state = make_setup(recipe, splits).net.state_dict()
+    assert same(state, make_setup(recipe_of("finetune", "image_size=96"), splits).net.state_dict())
+
+
+# --- the memory layout
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [("test_resnet", True), ("mobileone_s0", False), ("repvgg_a0", False), ("fastvit_t8", False)]
+)
+def test_the_cpu_does_not_choose_a_layout_in_which_onednn_breaks(model, expected):
+    assert Cpu().supports_channels_last(timm.create_model(model)) is expected
+
+
+def test_the_layout_is_the_devices_choice_for_the_network_unless_it_is_set(build, monkeypatch):
+    chosen = Cpu()
+    assert build(recipe_of("finetune"), chosen).channels_last is True
+    monkeypatch.setattr(chosen, "supports_channels_last", lambda network: False)
+    assert build(recipe_of("finetune"), chosen).channels_last is False
+    assert build(recipe_of("finetune", "channels_last=true"), chosen).channels_last is True
 
 
 class Tuning(Cpu):
