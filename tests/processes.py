@@ -86,7 +86,8 @@ class Project:
         else:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "pipeline", root / "pipeline", ignore=ignore, dirs_exist_ok=True)
-            shutil.copy(ROOT / "params.yaml", root)
+            for name in ("params.yaml", "requirements.txt"):
+                shutil.copy(ROOT / name, root)
         cleared = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
         kept = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_") and key not in cleared}
         self.environment = kept | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment

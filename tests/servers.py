@@ -31,8 +31,9 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "log.txt").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
+                [sys.executable, *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # else seven processes more
+            )  # fmt: skip
         deadline = time.monotonic() + 120
         while True:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)

@@ -457,6 +457,7 @@ def log_model(handle: Handle, model: Any, image_size: int, classes: int, require
             input_example=example,
             pip_requirements=requirements,
             serialization_format="pt2",
+            tags={"mlflow.user": "", "mlflow.source.name": ""},  # else who is logged in, and where the project is
         )
 
 
