@@ -65,9 +65,11 @@ class TrainingSetup:
         self.tuning_stopped = False
         """Whether autotuning took more than TUNING_SECONDS."""
         net = self._new_model(seed)
-        self.channels_last = recipe.channels_last
-        if recipe.channels_last == "auto":
-            self.channels_last = backend.channels_last(recipe.precision) and backend.supports_channels_last(net)
+        self.channels_last = (
+            backend.channels_last(recipe.precision) and backend.supports_channels_last(net)
+            if recipe.channels_last == "auto"
+            else recipe.channels_last
+        )
         self._initial = {seed: {name: tensor.to("cpu", copy=True) for name, tensor in net.state_dict().items()}}
         self.net = net.to(backend.device).to(memory_format=memory_format(self.channels_last))
         images, _ = first_batch(train, min(2, len(train)), backend)
