@@ -1,19 +1,21 @@
 """What `download` writes, and how it warns of stand-ins. Nothing here asks the network."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import fails
+from conftest import fails, picture
 from safetensors.torch import save_file
 
 from pipeline import config, download, files
 from pipeline.data import fetch
 from pipeline.errors import StageError, UsageError
 from pipeline.models import weights
+from pipeline.tracking import records
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,48 @@ def test_a_folder_and_random_weights_are_described(settings_of, tmp_path, capsys
     assert printed.err == ""
     for text in ("60 train + 30 test, 16x16 pixels", "blue, green, red", "test_resnet.r160_in1k: random"):
         assert text in printed.out
+
+
+def test_what_is_left_out_and_squashed_is_said_and_recorded(settings_of, tmp_path, pictures, capsys):
+    for name in ("0.heic", "1.HEIC", "notes.txt"):
+        (pictures / "train" / "red" / name).write_bytes(b"")
+    picture((1, 2, 3), (300, 10)).save(pictures / "test" / "red" / "05.png")
+    settings = settings_of("image_size=24")
+    inputs = download.run(settings, tmp_path / "outputs")
+    assert files.read_json(tmp_path / "outputs" / "inputs.json")["data"]["left_out"] == {".heic": 2, ".txt": 1}
+    said = capsys.readouterr().out
+    assert "2 .heic, 1 .txt" in said and "squashed to 24x24" in said
+    warnings = records.run_warnings(settings, inputs, {"backend": "cpu"}, None, False)
+    assert any("2 .heic, 1 .txt" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_the_command_survives_names_that_cannot_be_printed(pictures, encoding):
+    for split in ("train", "test"):
+        (pictures / split / "red").rename(pictures / split / "пёс")
+    ended = download_in_a_process(pictures, encoding)
+    assert ended.returncode == 0 and ended.stderr == b""
+
+
+def test_the_command_ends_with_one_line_for_unreadable_images(pictures):
+    for name in ("red/00.jpg", "blue/01.png"):
+        (pictures / "train" / name).write_bytes(b"no image")
+    ended = download_in_a_process(pictures)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.decode().splitlines()
+    assert "train/red/00.jpg" in line and "train/blue/01.png" in line
+
+
+def download_in_a_process(pictures, encoding="utf-8"):
+    code = (
+        "import sys; from pathlib import Path; from pipeline import cli, download; from pipeline.data import datasets;"
+        "cli.OUTPUTS = datasets.CACHE = Path(sys.argv.pop(1)); cli.main(download.run, '')"
+    )
+    settings = ["data.source=folder", f"data.path={json.dumps(str(pictures))}", "weights=random", "device=cpu"]
+    options = [word for setting in settings for word in ("-S", setting)]
+    command = [sys.executable, "-c", code, str(pictures.parent / "outputs"), *options]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run(command, cwd=config.ROOT, env=environment, capture_output=True, timeout=120)
 
 
 def test_no_absolute_path_is_written(settings_of, tmp_path, pictures):

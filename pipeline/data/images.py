@@ -1,7 +1,9 @@
 """Read one image file as RGB pixels: formats, colour modes and orientation (docs/data.md). Does not import torch."""
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,12 @@ BACKGROUND = (255, 255, 255)
 LARGE_PIXELS = 2**20
 """A JPEG file of more pixels is decoded at a half, a quarter or an eighth of its size, if it will be shrunk anyway."""
 
+HUGE_PIXELS = 2**25
+"""Of images with more pixels, one at a time is decoded: each may need half a gigabyte or more."""
+
 ORIENTATION_TAG = 0x0112
+
+_huge = threading.Lock()
 
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,14 +53,15 @@ def read(path: Path, size: tuple[int, int], *, upright: bool) -> Images:
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > LARGE_PIXELS:
             image.draft(None, (2 * max(size), 2 * max(size)))  # a no-op for all formats but JPEG
-        image.load()
-        pixels = _rgb(image)
-        turn = TRANSPOSES.get(_orientation(image)) if upright else None
-    if turn is not None:
-        pixels = pixels.transpose(turn)
-    if pixels.size != size:
-        pixels = pixels.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(pixels)
+        with _memory(image):
+            image.load()
+            pixels = _rgb(image)
+            turn = TRANSPOSES.get(_orientation(image)) if upright else None
+            if turn is not None:
+                pixels = pixels.transpose(turn)
+            if pixels.size != size:
+                pixels = pixels.resize(size, Image.Resampling.BILINEAR)
+            return np.asarray(pixels)
 
 
 def inspect(file: IO[bytes], content: bytes, *, upright: bool) -> tuple[tuple[int, int], list[str]]:
@@ -69,8 +77,10 @@ def inspect(file: IO[bytes], content: bytes, *, upright: bool) -> tuple[tuple[in
             size = size[::-1] if orientation >= 5 else size
         if _is_deep(image):
             rules.append("depth")
-        elif image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            rules.append("transparency")
+        elif image.has_transparency_data:
+            with _memory(image):
+                if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                    rules.append("transparency")
     return size, rules
 
 
@@ -80,6 +90,11 @@ def reason(error: Exception) -> str:
         return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path
     return " ".join(str(text).split())[:120]
+
+
+def _memory(image: Image.Image) -> AbstractContextManager[Any]:
+    """Hold this while an image is decoded: huge ones wait for each other."""
+    return _huge if image.width * image.height > HUGE_PIXELS else nullcontext()
 
 
 def _orientation(image: Image.Image) -> int:

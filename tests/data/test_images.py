@@ -104,6 +104,25 @@ def test_of_several_pictures_the_first_counts():
         assert abs(read(content)[0] - RED).max() <= 6
 
 
+def test_a_phone_file_of_two_pictures_is_read():
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    photo = Image.new("RGB", (16, 8), RED)
+    content = saved(photo, "MPO", save_all=True, append_images=[photo.resize((8, 4))], exif=exif, quality=95)
+    pixels, rules = read(content)
+    assert (pixels.shape, rules) == ((16, 8, 3), ["orientation"])
+
+
+def test_huge_images_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(images, "HUGE_PIXELS", 8)
+    held = []
+    original = images._rgb
+    monkeypatch.setattr(images, "_rgb", lambda image: held.append(images._huge.locked()) or original(image))
+    for side in (2, 4):
+        read(saved(Image.new("RGB", (side, side), RED)))
+    assert held == [False, True]
+
+
 def test_metadata_behind_the_pixels_of_a_png_count():
     exif = Image.Exif()
     exif[0x0112] = 6
