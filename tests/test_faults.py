@@ -280,7 +280,7 @@ def small_disk(path, size):
 
 
 def fill(folder):
-    """Write until the disk is full. Returns the file."""
+    """Write the file `filler` until the disk is full."""
     path = folder / "filler"
     with path.open("wb", buffering=0) as file:
         try:
@@ -288,7 +288,6 @@ def fill(folder):
                 file.write(b"\0" * 4096)
         except OSError:
             pass
-    return path
 
 
 @pytest.mark.parametrize("moment", ["", "epoch 3/8", "epoch 7/8", "energy ", "result "])
@@ -296,10 +295,13 @@ def test_a_full_disk_loses_no_whole_epoch(prepared, tmp_path, assert_complete, m
     """At the beginning, when a state is written, at the record, at the delivery."""
     with small_disk(tmp_path / "disk", "60m"):
         project = Project(tmp_path / "disk" / "project", prepared)
+        filler = tmp_path / "disk" / "filler"
         if not moment:
             fill(tmp_path / "disk")
         command = project.start("run")
-        filler = fill(tmp_path / "disk") if command.wait_for(moment) else None
+        if moment:
+            command.wait_for(moment)
+            fill(tmp_path / "disk")
         output = command.end(0, 1)
         assert "no disk space left" in output or "full" in output, output
         filler.unlink()
