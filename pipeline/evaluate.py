@@ -23,8 +23,11 @@ from pipeline.tracking import pending, records
 from pipeline.training import evaluation, setup
 
 
-def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, Any]:
-    """Evaluate the best checkpoint of repeat `number` (from 1), as part of the run that trained it.
+def run(
+    settings: config.Settings, folder: Path, number: int = 1, net: classifier.Classifier | None = None
+) -> dict[str, Any]:
+    """Evaluate the best checkpoint of repeat `number` (from 1), as part of the run that trained it. `net`: the model
+    that this process trained, whose weights are replaced; without it one is built.
 
     Writes `folder/evaluate` and returns its record.
     """
@@ -34,7 +37,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
     folders = records.stage_folders(folder, number)
     record = files.read_json(folders["train"] / "record.json")
     images, labels = datasets.decode(settings.data, inputs["data"], "test", recipe.image_size)
-    net = _load_checkpoint(settings, inputs, record, folders["train"] / "best.safetensors")
+    net = _load_checkpoint(settings, inputs, record, folders["train"] / "best.safetensors", net)
     with backend.memory_errors():
         predictions, metrics = evaluation.measure(
             net,
@@ -67,16 +70,21 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> dict[str, A
 
 
 def _load_checkpoint(
-    settings: config.Settings, inputs: Mapping[str, Any], record: Mapping[str, Any], path: Path
+    settings: config.Settings,
+    inputs: Mapping[str, Any],
+    record: Mapping[str, Any],
+    path: Path,
+    net: classifier.Classifier | None,
 ) -> classifier.Classifier:
-    """The model of the checkpoint. Raises UsageError if it belongs to another workload or training."""
+    """The model of the checkpoint: `net` with its weights, or a new one. Raises UsageError if it belongs to another
+    workload or training."""
     wanted, trained = config.workload(settings.work, inputs), record["tags"]["workload"]
     if wanted != trained:
         raise UsageError(
             f'recipe: "{settings.recipe}" as it is set now is workload {wanted}, but {path.name} was trained for '
             f"{trained}: run `python -m pipeline.train` with the same settings first"
         )
-    net, facts = checkpoints.load(path)
+    net, facts = checkpoints.load(path, net)
     for name, value, expected in (
         ("training", facts.record, record["id"]),
         ("model", facts.model, settings.work.model),

@@ -37,9 +37,13 @@ def run_repeat(settings: config.Settings, folder: Path, number: int) -> None:
     """In a child: those stages of one repeat that have no record."""
     from pipeline import evaluate, sustain, train  # torch takes seconds to import, and a driver does without
 
-    stages = {"train": train.run, "evaluate": evaluate.run, "sustain": sustain.run}
-    for stage in repeats.missing_stages(folder, REPEATED, number):
-        stages[stage](settings, folder, number)
+    missing = repeats.missing_stages(folder, REPEATED, number)
+    net = train.train(settings, folder, number)[1] if "train" in missing else None
+    if "evaluate" in missing:
+        evaluate.run(settings, folder, number, net)
+    del net  # the score takes the memory
+    if "sustain" in missing:
+        sustain.run(settings, folder, number)
 
 
 def _new_folder(runs: Path, name: str) -> Path:

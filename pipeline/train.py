@@ -26,7 +26,13 @@ Record = dict[str, Any]
 
 
 def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
-    """Train once, from `hardware.json` and `inputs.json` in `folder`. Returns the record.
+    """Train once. Returns the record (see `train`)."""
+    return train(settings, folder, number)[0]
+
+
+def train(settings: config.Settings, folder: Path, number: int = 1) -> tuple[Record, classifier.Classifier]:
+    """Train once, from `hardware.json` and `inputs.json` in `folder`. Returns the record, and the model on its device,
+    with the weights of the last epoch.
 
     Writes `folder/train`, or the subfolder of repeat `number` (from 1). Meanwhile the record grows in `pending/`, from
     where MLflow gets it; an interrupted training of the same work is resumed from there.
@@ -81,7 +87,7 @@ def run(settings: config.Settings, folder: Path, number: int = 1) -> Record:
         if out_of_memory:  # not in the except clause, since the error holds memory that a smaller batch needs
             del training
             raise OutOfMemoryError(_suggest_batch(out_of_memory, settings, splits, classes, backend))
-    return record
+    return record, training.net
 
 
 def _find_state(settings: config.Settings, folder: Path, number: int) -> tuple[Path | None, state.State | None]:

@@ -75,6 +75,15 @@ def test_the_checkpoint_is_measured_on_every_test_image(outputs, monkeypatch):
 # --- where it is logged
 
 
+def test_the_model_that_was_just_trained_gives_the_same_figures(tmp_path, light):
+    settings, folder = generated("recipe=finetune"), tmp_path / "outputs"
+    prepare(settings, folder)
+    _, net = train.train(settings, folder)
+    with_net = evaluate.run(settings, folder, net=net)["metrics"]
+    alone = evaluate.run(settings, folder)["metrics"]
+    assert all(with_net[key] == alone[key] for key in ("test/loss", "test/accuracy"))
+
+
 def test_the_trainings_own_run_is_completed(outputs, monkeypatch, capsys):
     (before,) = runs()
     statuses = []

@@ -29,6 +29,7 @@ def called(monkeypatch):
     calls = []
     for stage in (hardware, download, train, evaluate, sustain, compare):
         monkeypatch.setattr(stage, "run", lambda *args, stage=stage: calls.append((stage, *args)))
+    monkeypatch.setattr(train, "train", lambda *args: calls.append((train, *args)) or (None, "the model"))
     monkeypatch.setattr(repeats, "run_repeats", lambda *args: calls.append((repeats, *args)))
     monkeypatch.setattr(repeats, "find_unfinished", lambda *_: None)
     monkeypatch.setattr(children, "starter", lambda module, device: module)
@@ -81,13 +82,14 @@ def test_an_interrupted_run_goes_on_in_its_folder_unless_it_must_not(settings_of
     assert [path.name for path in (outputs.parent / "runs").iterdir()] == ([] if resume == "auto" else [FIRST])
 
 
-@pytest.mark.parametrize("missing", [("train", "evaluate", "sustain"), ("sustain",), ()])
+@pytest.mark.parametrize("missing", [("train", "evaluate", "sustain"), ("evaluate", "sustain"), ()])
 def test_a_repeat_runs_the_stages_that_are_missing(settings_of, called, monkeypatch, tmp_path, missing):
     monkeypatch.setattr(repeats, "missing_stages", lambda *args: list(missing))
     settings = settings_of("repeats=3")
     run.run_repeat(settings, tmp_path, 2)
     modules = {"train": train, "evaluate": evaluate, "sustain": sustain}
-    assert called == [(modules[stage], settings, tmp_path, 2) for stage in missing]
+    nets = {"evaluate": ["the model" if "train" in missing else None]}
+    assert called == [(modules[stage], settings, tmp_path, 2, *nets.get(stage, [])) for stage in missing]
 
 
 def test_runs_of_the_same_moment_do_not_share_a_folder(settings_of, outputs, called):

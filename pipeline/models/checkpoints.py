@@ -35,8 +35,9 @@ def save(path: Path, model: classifier.Classifier, facts: Checkpoint) -> None:
         temporary.write_bytes(content)  # `save_file` would raise its own error if the disk is full
 
 
-def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:
-    """The model of a checkpoint, in evaluation mode on the CPU, and its facts. Raises StageError if unusable."""
+def load(path: Path, model: classifier.Classifier | None = None) -> tuple[classifier.Classifier, Checkpoint]:
+    """The model of a checkpoint, in evaluation mode, and its facts: `model` with the checkpoint's weights, or a new
+    one on the CPU. Raises StageError if unusable."""
     metadata, state = classifier.read_safetensors(path)
     try:
         stored: dict[str, Any] = json.loads(metadata["trainmark"])
@@ -44,7 +45,9 @@ def load(path: Path) -> tuple[classifier.Classifier, Checkpoint]:
         facts = Checkpoint(**stored)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise StageError(f"{path.name} is no checkpoint of ours: its metadata does not say which model it is") from None
-    net = classifier.create_network(facts.model, len(facts.classes))
+    net = model.net if model is not None else classifier.create_network(facts.model, len(facts.classes))
     what = f"{path.name}: it says it is {facts.model} of {len(facts.classes)} classes"
     classifier.load_state(net, state, what)
-    return classifier.Classifier(net, facts.mean, facts.std).eval(), facts
+    if model is None:
+        model = classifier.Classifier(net, facts.mean, facts.std)
+    return model.eval(), facts
