@@ -63,8 +63,9 @@ GREY = 80  # of RED
 def test_modes(image, format_name, options, expected, rules):
     pixels, found = read(saved(image, format_name, **options))
     assert found == rules
-    if expected is not None:
-        assert abs(pixels - expected).max() <= 2
+    if expected is None:
+        expected = np.asarray(image.convert("RGB"))
+    assert abs(pixels - expected).max() <= 2
 
 
 RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
@@ -111,6 +112,20 @@ def test_a_phone_file_of_two_pictures_is_read():
     content = saved(photo, "MPO", save_all=True, append_images=[photo.resize((8, 4))], exif=exif, quality=95)
     pixels, rules = read(content)
     assert (pixels.shape, rules) == ((16, 8, 3), ["orientation"])
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_every_format_with_exif_is_turned(format_name):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (32, 16), (0, 0, 0))
+    photo.paste(RED, (0, 0, 32, 8))  # its upper half: upright, the right half
+    options = (
+        {"lossless": True} if format_name == "WEBP" else {"quality": 95} if format_name in ("JPEG", "AVIF") else {}
+    )
+    pixels, _ = read(saved(photo, format_name, exif=exif, **options))
+    assert pixels.shape == (32, 16, 3)
+    assert abs(pixels[:, 10:] - RED).mean() < 6 and pixels[:, :6].mean() < 6
 
 
 def test_huge_images_wait_for_each_other(monkeypatch):
