@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from pipeline import terminal
+from pipeline import startup, terminal
 from pipeline.errors import StageError, Stopped
 from pipeline.profiling import system_info, system_state
 from pipeline.tracking import location, pending
@@ -103,7 +103,7 @@ def watch_driver() -> None:
 
 def _print_unless_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
+        startup.excepthook(kind, error, traceback)
 
 
 def wait_for_work() -> tuple[int, Path]:
@@ -209,7 +209,7 @@ def _deliver_until(done: threading.Event) -> None:
     epochs: dict[Path, int] = {}
     trouble, pause = "", INTERVAL_SECONDS
     while not done.wait(pause):
-        error = _deliver(epochs, complete=False) if pending.waiting() else trouble
+        error = _deliver(epochs, complete=False) if _is_waiting() else trouble
         if error and not trouble:
             terminal.say(f"note     {error}; the training goes on")
         elif trouble and not error:
@@ -221,6 +221,13 @@ def _deliver_until(done: threading.Event) -> None:
 def _has_room() -> bool:
     """Whether importing takes nothing from a child: there are cores to spare, and memory that no GPU shares."""
     return (os.cpu_count() or 1) >= MIN_CORES and any(gpu["vendor"] != "Apple" for gpu in system_info.facts()["gpus"])
+
+
+def _is_waiting() -> bool:
+    try:
+        return bool(pending.waiting())
+    except (OSError, StageError):  # an entry is just being deleted
+        return False
 
 
 def _lower_priority() -> None:
@@ -246,7 +253,7 @@ def _deliver_rest() -> None:
 
 def tell_waiting() -> None:
     """Say which runs are not in the store yet, if any."""
-    if waiting := pending.waiting():
+    if waiting := [entry for entry in pending.waiting() if not pending.is_busy(entry)]:
         stores = ", ".join(sorted({pending.read_target(entry)["store"] for entry in waiting}))
         terminal.say(
             f"waiting  {len(waiting)} part{'s' * (len(waiting) != 1)} of runs in {pending.FOLDER.name}/ for {stores}: "

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
-from pipeline import config, terminal
+from pipeline import config, startup, terminal
 from pipeline.errors import StageError, Stopped, UsageError
 
 OUTPUTS = config.ROOT / "outputs"
@@ -102,7 +101,6 @@ def parse_settings(arguments: Sequence[str], doc: str, program: str) -> config.S
 
 def parse_early(doc: str | None) -> config.Settings:
     """Read the settings before the stage imports torch, so that --help and error messages appear without a delay."""
-    sys.excepthook = _print_interrupt
     with exit_on_error(program()):
         return parse_settings(sys.argv[1:], doc or "", program())
 
@@ -133,21 +131,13 @@ def exit_on_error(program: str) -> Iterator[None]:
     except StageError as error:
         terminal.say_error(f"{name}: {error}")
         sys.exit(error.status)
-    except ModuleNotFoundError as error:
-        terminal.say_error(f"{name}: {error.name} is missing: pip install -r requirements.txt")
+    except (ImportError, OSError) as error:
+        terminal.say_error(f"{name}: {startup.describe(error)}")
         sys.exit(1)
     except KeyboardInterrupt as error:
         status = error.status if isinstance(error, Stopped) else 130
         terminal.say_error(f"\n{name}: stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}")
         sys.exit(status)
-
-
-def _print_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A hook for uncaught exceptions that prints no traceback for Ctrl-C while modules are imported."""
-    if issubclass(kind, KeyboardInterrupt):
-        terminal.say_error(f"\n{program().split('.')[-1]}: stopped by Ctrl-C")
-    else:
-        sys.__excepthook__(kind, error, traceback)
 
 
 def _help(doc: str, program: str, everything: bool) -> str:

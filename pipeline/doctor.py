@@ -25,17 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.startup import INSTALL, REINSTALL, ROOT, activation, first_line
+
 if TYPE_CHECKING:
     from pipeline import config
     from pipeline.devices import Backend
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "python -m pipeline.doctor"
 PYTHONS = ((3, 11), (3, 13))
 """The first and the last version that requirements.txt is for."""
-
-INSTALL = "pip install -r requirements.txt"
-REINSTALL = "pip install --force-reinstall -r requirements.txt"
 
 RUN_BYTES = 2**30
 """Free space that a run should find: decoded images, checkpoints, the model in MLflow and in DVC's cache."""
@@ -67,20 +65,7 @@ def attempt(name: str, check: Callable[..., Result], *args: Any) -> Result:
         return Result(name, "wrong", first_line(error), REINSTALL if isinstance(error, ImportError) else None)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # --- Python and its packages
-
-
-def activation() -> str | None:
-    """The command that activates `.venv`; None if it is active, or there is none."""
-    venv = ROOT / ".venv"
-    if not venv.is_dir() or Path(sys.prefix).resolve() == venv.resolve():
-        return None
-    return r".venv\Scripts\activate" if sys.platform == "win32" else ". .venv/bin/activate"
 
 
 def check_environment(version: Sequence[int] = sys.version_info[:3]) -> Result:

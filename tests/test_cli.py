@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline import __main__ as overview
-from pipeline import cli, config
+from pipeline import cli, config, startup
 from pipeline.errors import StageError, UsageError
 
 CHOSEN = config.load().recipe
@@ -195,6 +195,9 @@ def test_a_stage_gets_settings_and_folder(run_main, tmp_path):
         (UsageError("weights: not there"), 2, "stage: weights: not there"),
         (StageError("the disk is full"), 1, "stage: the disk is full"),
         (ModuleNotFoundError("x", name="scipy"), 1, "stage: scipy is missing: pip install -r requirements.txt"),
+        (ImportError("libcudnn.so.9: cannot open\nmore"), 1, f"stage: libcudnn.so.9: cannot open: {startup.REINSTALL}"),
+        (OSError("libcudnn.so.9: cannot open"), 1, f"stage: libcudnn.so.9: cannot open: {startup.REINSTALL}"),
+        (PermissionError(13, "Permission denied", "/a"), 1, "stage: can't use /a: Permission denied"),
         (KeyboardInterrupt(), 130, "stage: stopped by Ctrl-C"),
     ],
 )
