@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -50,7 +50,8 @@ def train(settings: config.Settings, folder: Path, number: int = 1) -> tuple[Rec
     if unused_gpu:
         terminal.warn("DEMO: this trains on the CPU beside a GPU, and its figures say nothing of that GPU", unused_gpu)
     settings = dataclasses.replace(settings, seed=settings.seed + number - 1)
-    entry, saved = _find_state(settings, folder, number)
+    identity = repeats.training_identity(settings, folder, number) | state.execution_identity(backend)
+    entry, owner, saved = _find_unfinished(settings, identity)
     with clock.span("inspect"):
         before = system_state.sample(backend.gpu_uuid(), watch)  # before our own work loads the device
     with clock.span("decode"):
@@ -70,15 +71,16 @@ def train(settings: config.Settings, folder: Path, number: int = 1) -> tuple[Rec
         record["tags"] |= repeats.repeat_tags(settings, folder, number)
         record["name"] = records.run_name(record["tags"])
         record["metrics"]["time/startup_seconds"] = startup
-        if entry is not None:
-            _replace(entry, record)
-            entry = None
+        if entry is not None and owner is not None:
+            _replace(entry, owner, record)
+            entry = owner = None
     else:
         record = saved["record"]
+        record["experiment"] = records.experiment_name(settings, record["tags"])
     out = repeats.clear_outputs(folder, "train", number, settings.repeats)
     training_record.announce(record)
     out_of_memory: str | None = None
-    with _journal(entry, record, repeats.training_identity(settings, folder, number)) as entry:
+    with _journal(entry, owner, record, identity) as entry:
         try:
             _train(training, splits, decoded, settings, record, entry, saved)
             _finish(record, settings, entry, out)
@@ -90,52 +92,59 @@ def train(settings: config.Settings, folder: Path, number: int = 1) -> tuple[Rec
     return record, training.net
 
 
-def _find_state(settings: config.Settings, folder: Path, number: int) -> tuple[Path | None, state.State | None]:
-    """The entry in `pending/` of an interrupted training of the same work, with its state. Without a state, if the
-    training did not come to its first epoch. None, None if there is none."""
+def _find_unfinished(
+    settings: config.Settings, identity: Mapping[str, Any]
+) -> tuple[Path | None, IO[str] | None, state.State | None]:
+    """The entry in `pending/` of an interrupted training of the same work, the file that locks it for this process, and
+    its state. No state if the training did not come to its first epoch; three times None if there is no entry."""
     if settings.resume == "never":
-        return None, None
-    identity = repeats.training_identity(settings, folder, number)
+        return None, None, None
     for entry in pending.unfinished(identity):
+        try:
+            owner = pending.own(entry)
+        except StageError:  # another process has just gone on with it
+            continue
         saved = state.load_newest(entry / "state")
         if saved is not None:
             terminal.say(f"resumed  after epoch {len(saved['record']['epochs'])}; -S resume=never starts anew")
-            return entry, saved
+            return entry, owner, saved
         if not pending.partial_record(entry)["epochs"]:
-            return entry, None
+            return entry, owner, None
+        owner.close()
     for other in reversed([entry for entry in pending.entries() if pending.is_resumable(entry)]):
         if changed := records.changed_keys(pending.read_target(other)["identity"], identity):
             terminal.say(f"note     the training that was interrupted had another {changed}: this one starts anew")
             break
-    return None, None
+    return None, None, None
 
 
-def _replace(entry: Path, record: Record) -> None:
+def _replace(entry: Path, owner: IO[str], record: Record) -> None:
     """Delete the entry of a training that did not come to its first epoch. The new one becomes the same run, unless its
     params differ, which no run can change."""
-    with pending.own(entry):
-        begun = pending.partial_record(entry)
-        if begun["params"] == record["params"]:
-            record["id"] = begun["id"]
-    pending.delete(entry)  # unlocked, since Windows deletes no file that is open
+    begun = pending.partial_record(entry)
+    if begun["params"] == record["params"]:
+        record["id"] = begun["id"]
+    owner.close()  # Windows deletes no file that is open
+    pending.delete(entry)
 
 
 @contextmanager
-def _journal(entry: Path | None, record: Record, identity: Mapping[str, Any]) -> Iterator[Path]:
+def _journal(entry: Path | None, owner: IO[str] | None, record: Record, identity: Mapping[str, Any]) -> Iterator[Path]:
     """Open the entry of the training, a new one unless it is resumed, and write into it how the training failed."""
-    if entry is None:
+    if entry is None or owner is None:
         entry, owner = pending.open_training(record, identity)
     else:
-        owner = pending.own(entry)
         times = 1 + sum(event["event"] == "resume" for event in pending.journal(entry))
         record["tags"]["resumed"] = str(times)
+        pending.write_target(entry, record["experiment"], identity)  # the store may be another one now
         pending.append(entry, {"event": "resume", "at": records.now(), "tags": {"resumed": str(times)}})
     with owner:
         try:
             yield entry
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            final = isinstance(error, (loop.NonFiniteLossError, OutOfMemoryError))  # it would happen again
+            would_repeat = (loop.NonFiniteLossError, OutOfMemoryError) if record["epochs"] else Exception
+            final = isinstance(error, would_repeat)
             if not (entry / "train").exists():
                 with suppress(StageError):  # a full disk must not hide the first error
                     pending.append(entry, {"event": "end", "status": status, "at": records.now(), "final": final})

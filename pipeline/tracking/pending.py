@@ -22,8 +22,9 @@ from pipeline.tracking import location, records
 FOLDER = config.PROJECT / "pending"
 """The folder of all entries."""
 
-JOURNAL, TARGET, OWNER, DELIVERED = "journal.jsonl", "target.json", ".owner", "delivered.json"
-"""Files of an entry. The training process locks OWNER while it lives. DELIVERED says what the store has already."""
+JOURNAL, TARGET, OWNER, PUBLISHER, DELIVERED = "journal.jsonl", "target.json", ".owner", ".publisher", "delivered.json"
+"""Files of an entry. The process of a training locks OWNER while it lives; a process that delivers locks PUBLISHER.
+DELIVERED says what the store has already."""
 
 STAGE_FILES = (
     "record.json", "metrics.json", "best.safetensors", "hardware.json", "params.yaml", "samples.npy",
@@ -56,8 +57,13 @@ def open_training(record: Record, identity: Mapping[str, Any]) -> tuple[Path, IO
     owner = own(entry)
     append(entry, {"event": "start", "record": record})
     # Last: from now on it is an entry, and without an owner it would be that of a training that was killed.
-    files.write_json(entry / TARGET, target(record["experiment"]) | {"identity": dict(identity)})
+    write_target(entry, record["experiment"], identity)
     return entry, owner
+
+
+def write_target(entry: Path, experiment: str, identity: Mapping[str, Any]) -> None:
+    """Write where the run of a training belongs now, and what must be the same when the training is resumed."""
+    files.write_json(entry / TARGET, target(experiment) | {"identity": dict(identity)})
 
 
 def own(entry: Path) -> IO[str]:
@@ -236,6 +242,11 @@ def is_resumable(entry: Path) -> bool:
     return not begun or any((entry / "state").glob("*.pt"))
 
 
+def is_busy(entry: Path) -> bool:
+    """Whether another process works at an entry: it trains, or brings the entry into the store."""
+    return is_owned(entry) or files.is_locked(entry / PUBLISHER)
+
+
 def waiting() -> list[Path]:
     """The entries that hold something the store has not got."""
     return [entry for entry in entries() if progress(entry) != delivered(entry)]
@@ -258,9 +269,9 @@ def delivered(entry: Path) -> dict[str, Any] | None:
 
 
 def unfinished(identity: Mapping[str, Any]) -> Iterator[Path]:
-    """The entries of interrupted trainings with this identity that can be resumed, newest first."""
+    """The entries of interrupted trainings that can be resumed and agree with all of `identity`, newest first."""
     for entry in reversed(entries()):
-        if is_resumable(entry) and read_target(entry).get("identity") == identity:
+        if is_resumable(entry) and identity.items() <= (read_target(entry).get("identity") or {}).items():
             yield entry
 
 

@@ -47,7 +47,13 @@ def publish_checkpoint(handle: store.Handle, path: Path) -> None:
 
     net, facts = checkpoints.load(path)
     requirements = [f"{package}=={version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
-    store.log_model(handle, net, facts.image_size, len(facts.classes), requirements)
+    try:
+        store.log_model(handle, net, facts.image_size, len(facts.classes), requirements)
+    except StageError:
+        raise
+    except Exception as error:  # torch.export refuses some models, by errors of all kinds
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        terminal.say(f"note     {facts.model} can't be logged as a model of MLflow ({reason}); its checkpoint is")
     store.log_artifacts(handle, {CHECKPOINT: path})
 
 
@@ -223,6 +229,8 @@ def start(record: Record, target: Mapping[str, Any], handle: store.Handle | None
                 store.describe_start(parent, fields | {"tags": fields["tags"] | marks})
             store.refer_to(target["run_id"], parent)
         handle = store.start_run(dict(record) | experiment, target["run_id"], parent)
+    else:
+        store.refer_to(target["run_id"], handle)
     store.describe_start(handle, record)
     store.set_tags(handle, target["marks"])
     return handle
@@ -239,7 +247,7 @@ def deliver(entry: Path, epochs: dict[Path, int], *, complete: bool = True) -> b
     Raises StageError.
     """
     try:
-        lock = files.lock(entry / ".publisher")
+        lock = files.lock(entry / pending.PUBLISHER)
     except StageError:  # another process delivers it
         return False
     with lock:
@@ -306,6 +314,10 @@ def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True)
             error = caught
         except (LookupError, TypeError, ValueError, AttributeError):  # a file of it holds something else
             error = pending.damage(entry)
+        except Exception as caught:  # torch may refuse to export a model: other runs must not wait for it
+            reason = (str(caught).splitlines() or [""])[0] or type(caught).__name__
+            message = f"{pending.FOLDER.name}/{entry.name} can't be delivered: {reason}"
+            error = StageError(location.hide_secrets(message))
     if error is not None:
         raise error
 

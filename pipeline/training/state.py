@@ -7,6 +7,7 @@ read without pickle's code (`weights_only`).
 import hashlib
 import io
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import files, terminal
+from pipeline import config, files, terminal
+from pipeline.devices import Backend
 from pipeline.errors import StageError
 from pipeline.training import optimizers
 from pipeline.training.setup import TrainingSetup
@@ -61,6 +63,20 @@ def save(folder: Path, training: TrainingSetup, record: dict[str, Any]) -> bool:
     for old in sorted(folder.glob("*.pt"))[:-KEEP]:
         old.unlink()
     return True
+
+
+def execution_identity(backend: Backend) -> dict[str, Any]:
+    """What must be the same, besides the settings, when a training is resumed: device, threads, timm and our code."""
+    code = hashlib.sha256()
+    for room in ("data", "devices", "models", "training"):
+        for path in sorted((config.ROOT / "pipeline" / room).glob("*.py")):
+            code.update(path.read_bytes())
+    return {
+        "device used": f"{backend.facts()['name']} ({backend.device})",
+        "threads used": torch.get_num_threads(),
+        "timm": version("timm"),
+        "code": code.hexdigest()[:16],
+    }
 
 
 def load_newest(folder: Path) -> State | None:

@@ -159,6 +159,21 @@ def test_a_damaged_entry_is_named_and_delays_no_other(tmp_path, file, text):
     assert [*pending.entries(), *pending.damaged()] == [damaged]
 
 
+def test_a_run_that_can_not_be_delivered_delays_no_other(tmp_path, monkeypatch):
+    train(tmp_path, whole_run(1), whole_run(2))
+    publish_training = publisher.publish_training
+
+    def refuse_first(handle, record, folder):
+        if record["id"] == f"{1:032x}":
+            raise RuntimeError("this model can't be exported\nfor reasons")
+        publish_training(handle, record, folder)
+
+    monkeypatch.setattr(publisher, "publish_training", refuse_first)
+    with pytest.raises(StageError, match=r"-stages can't be delivered: this model can't be exported$"):
+        publisher.deliver_all()
+    assert [run["tags"]["record"] for run in store.finished_runs()] == [f"{2:032x}"] and len(pending.waiting()) == 3
+
+
 def test_two_processes_deliver_an_entry_once(tmp_path):
     train(tmp_path, whole_run())
     entry = pending.entries()[0]
