@@ -50,7 +50,7 @@ def fetch_cifar10(folder: Path, mirrors: Sequence[str], timeout_seconds: float) 
             folder.mkdir(parents=True, exist_ok=True)
             _complete(part, url, timeout_seconds)
             part.replace(path)
-        except (requests.RequestException, HTTPError) as error:
+        except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: an address that is none
             problems.append(f"{urlsplit(url).hostname} {_reason(error, timeout_seconds)}")
         except OSError as error:
             raise write_error(path, error) from error
@@ -170,4 +170,8 @@ def _reason(error: Exception, timeout_seconds: float) -> str:
         return str(error)
     if isinstance(error, requests.Timeout | ReadTimeoutError):
         return f"was silent for {timeout_seconds:g} s"
+    if isinstance(error, requests.TooManyRedirects):
+        return "redirects in circles"
+    if isinstance(error, ValueError):
+        return "redirects to an address that is none"
     return f"broke the connection ({type(error).__name__})"

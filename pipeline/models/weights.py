@@ -77,9 +77,12 @@ def _hub_file(model: str) -> tuple[str, str]:
 
 
 def _known_hub_files() -> dict[str, list[str]]:
-    """Repository and file by model, as timm answered before."""
-    cached = datasets.CACHE / "hub.json"
-    return json.loads(cached.read_text(encoding="utf-8")) if cached.exists() else {}
+    """Repository and file by model, as timm answered before. What is damaged is left out."""
+    try:
+        known = json.loads((datasets.CACHE / "hub.json").read_bytes())
+        return {model: names for model, names in known.items() if [type(name) for name in names] == [str, str]}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def cached_file(repository: str, name: str) -> Path | None:
@@ -92,7 +95,8 @@ def cached_file(repository: str, name: str) -> Path | None:
 
 def _fetch(repository: str, name: str) -> tuple[Path | None, str | None]:
     """The published file, from the hub's own cache or downloaded now; or the reason why it can't be had."""
-    if path := cached_file(repository, name):
+    path = cached_file(repository, name)
+    if path and _is_whole(path):
         return path, None
     from huggingface_hub import hf_hub_download
 
@@ -102,6 +106,29 @@ def _fetch(repository: str, name: str) -> tuple[Path | None, str | None]:
         return None, f"{HUB} does not answer"
 
     try:
-        return Path(hf_hub_download(repository, name)), None
+        if path:
+            _remove(path)
+        path = Path(hf_hub_download(repository, name))
+        if _is_whole(path):
+            return path, None
+        _remove(path)  # else the next run would find it
+        return None, f"{HUB} sent a damaged file"
     except Exception as error:  # the hub's client raises whatever its transport raises
         return None, f"{HUB}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a .safetensors file can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of the hub's cache, which may be a link."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)

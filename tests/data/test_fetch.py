@@ -24,6 +24,14 @@ SIZE = len(ARCHIVE)
 CUT = 300_000
 
 
+REDIRECTS = {
+    "circle": "/circle/archive.tar.gz",
+    "no-address": "http://[::1/archive.tar.gz",
+    "no-scheme-of-ours": "magnet:?xt=1",
+    "long-name": f"http://{'a' * 70}.example/archive.tar.gz",
+}
+
+
 class Mirror(BaseHTTPRequestHandler):
     """A server whose behaviour is the first word of the path."""
 
@@ -38,11 +46,19 @@ class Mirror(BaseHTTPRequestHandler):
             return self.answer(200, *page)
         if how == "page-of-any-length":
             return self.answer(200, *page, length=None)
+        if how in REDIRECTS:
+            return self.answer(302, b"", {"Location": REDIRECTS[how]})
         if how == "refuses-range" and asked:
             return self.answer(416, b"", {"Content-Range": f"bytes */{SIZE}"})
 
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and how != "ignores-range" else 0
-        whole = {"wrong": bytes(SIZE), "short": ARCHIVE[:CUT], "long": ARCHIVE + b"more", "endless": ARCHIVE + b"more"}
+        whole = {
+            "wrong": bytes(SIZE),
+            "empty": b"",
+            "short": ARCHIVE[:CUT],
+            "long": ARCHIVE + b"more",
+            "endless": ARCHIVE + b"more",
+        }
         body = whole.get(how, ARCHIVE)[start:]
         status, headers = 200, {"Content-Type": "application/x-gzip", "Content-Encoding": "x-gzip"}
         if start:
@@ -198,6 +214,8 @@ def test_a_mirror_that_only_stalls_is_named(data, server):
         ("long", f"offered {SIZE + 4} bytes"),
         ("endless", "sent more than"),
         ("silent-end", f"ended after {CUT} of {SIZE} bytes"),
+        *((how, "redirects") for how in REDIRECTS),
+        ("empty", "offered 0 bytes"),
         ("wrong", f"sent another file (md5 {md5(bytes(SIZE))})"),
     ],
 )

@@ -5,18 +5,20 @@ import json
 import os
 
 import huggingface_hub
+import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import fails
 from huggingface_hub import constants
 
 from pipeline import config
-from pipeline.data import fetch
+from pipeline.data import datasets, fetch
 from pipeline.errors import StageError, UsageError
 from pipeline.models import classifier, weights
 
 MODEL = "resnet18.a1_in1k"
 HUB_FILE = ("timm/resnet18.a1_in1k", "model.safetensors")
-CONTENT = b"weights"
+CONTENT = safetensors.numpy.save({"weight": np.zeros(2, np.float32)})
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
@@ -164,6 +166,31 @@ def test_a_download_that_fails_says_why_in_one_line_and_the_next_run_tries_again
     assert (facts["used"], facts["reason"]) == ("random", f"{weights.HUB}: {why}")
     online(lambda *wanted: str(hub()) if wanted == HUB_FILE else None)
     assert weights.resolve(recipe("pretrained"))["digest"] == DIGEST
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>please log in</html>", CONTENT[:-1]])
+def test_a_damaged_file_of_the_hub_is_no_weights_and_the_next_run_tries_again(asked, hub, online, content):
+    path = hub(content)
+    online(lambda *_: str(hub(content)))
+    facts = weights.resolve(recipe("pretrained"))
+    assert (facts["used"], facts["reason"]) == ("random", f"{weights.HUB} sent a damaged file")
+    assert not path.exists()
+    online(lambda *_: str(hub()))
+    assert weights.resolve(recipe("pretrained"))["digest"] == DIGEST
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", f'{{"{MODEL}": null}}', f'{{"{MODEL}": ["one"]}}', "\udcff"]
+)
+def test_a_damaged_memory_of_timms_answers_is_forgotten(asked, hub, offline, content):
+    hub()
+    memory = datasets.CACHE / "hub.json"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert not weights.is_cached(MODEL)
+    assert weights.resolve(recipe("pretrained"))["digest"] == DIGEST
+    assert asked == [MODEL] and weights.is_cached(MODEL)
+    assert json.loads(memory.read_text()) == {MODEL: list(HUB_FILE)}
 
 
 def test_ctrl_c_in_a_download_is_no_fallback(asked, hub, online):
