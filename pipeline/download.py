@@ -17,6 +17,7 @@ def run(settings: config.Settings, outputs: Path) -> dict[str, Any]:
         from pipeline.training import setup  # imports torch, which takes seconds
 
         setup.check(settings.device, settings.work)
+        weights.check(settings.work)
     data = datasets.resolve(settings.data, settings.work.image_size)
     initial = weights.resolve(settings.work)
     fallbacks = {}

@@ -185,6 +185,7 @@ def test_data_and_weights_that_the_user_named_are_not_replaced(tmp_path, overrid
         ("compile=max-autotune", 'compile: "max-autotune"'),
         ("graph=true", "graph: true"),
         ("model=resnet81", 'model: "resnet81"'),
+        ("weights=mine.safetensors", 'weights: "mine.safetensors"'),
         ("optimizer=sgdd", 'optimizer: "sgdd"'),
         ("scheduler_options.onecycle.pct=1", "scheduler_options.onecycle.pct"),
     ],

@@ -56,14 +56,14 @@ class Cuda(Accelerator):
             return f"{build} is built without ROCm: make run TORCH=rocm7.2 (Linux only)"
         if gpu["vendor"] != "NVIDIA":
             return None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        if not re.match(r"\d|GPU-|MIG-", visible):  # CUDA ignores all from the first invalid entry on
+            return f'CUDA_VISIBLE_DEVICES="{visible}" hides it: unset CUDA_VISIBLE_DEVICES'
         if "driver" not in gpu:
             return "its driver does not answer: install or repair it; in a container, start that with --gpus all"
         if torch.version.cuda is None:
             return f"{build} is built without CUDA: make run TORCH=cu130 (cards before Turing: TORCH=cu126)"
         if torch.cuda.device_count() == 0:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-            if not re.match(r"\d|GPU-|MIG-", visible):  # CUDA ignores all from the first invalid entry on
-                return f'CUDA_VISIBLE_DEVICES="{visible}" hides it: unset CUDA_VISIBLE_DEVICES'
             needed = f"CUDA {torch.version.cuda}"
             return f"its driver {gpu['driver']} does not support {needed}: update it, or make run TORCH=cu126"
         return f"{build} supports only {' '.join(torch.cuda.get_arch_list())}: make run TORCH=cu126"

@@ -14,6 +14,14 @@ from pipeline.errors import StageError, UsageError
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
+def check(recipe: config.Recipe) -> None:
+    """Raise UsageError for weights that don't exist. Downloads nothing."""
+    if recipe.weights == "pretrained":
+        _hub_file(recipe.model)
+    elif recipe.weights != "random" and not config.absolute(recipe.weights).is_file():
+        raise UsageError(f'weights: "{recipe.weights}" is not there: expected pretrained | random | a file')
+
+
 def resolve(recipe: config.Recipe) -> dict[str, Any]:
     """Find the weights, download pretrained ones if they are missing, and describe them without an absolute path.
 
@@ -25,9 +33,8 @@ def resolve(recipe: config.Recipe) -> dict[str, Any]:
     if recipe.weights == "random":
         return facts | {"used": "random", "digest": None}
     if recipe.weights != "pretrained":
+        check(recipe)
         path = config.absolute(recipe.weights)
-        if not path.is_file():
-            raise UsageError(f'weights: "{recipe.weights}" is not there: expected pretrained | random | a file')
         try:
             digest = _digest(path)
         except OSError as error:

@@ -40,7 +40,7 @@ def facts() -> dict[str, Any]:
     usable_cores = int(usable_cores) if usable_cores == int(usable_cores) else usable_cores  # 4, not 4.0
     hardware = {
         "model": system["model"] or None,
-        "cpu": system["cpu"] or None,
+        "cpu": cpu_name(system["cpu"]),
         "cores": psutil.cpu_count(logical=False),
         "memory_gib": round(memory / GIB, 1),
         "usable_cores": usable_cores if usable_cores < logical_cores else None,
@@ -205,6 +205,14 @@ def linux_cpu(cpuinfo: str) -> str:
     names = re.findall(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)[:1]
     names = names or re.findall(r"^\s*Model name: +(.+)$", command_output("lscpu"), re.MULTILINE)
     return " + ".join(" ".join(name.split()) for name in dict.fromkeys(names))
+
+
+def cpu_name(name: str) -> str | None:
+    """The CPU's name; its architecture where the system tells none, or `unknown`; None if that is unknown too."""
+    is_name = re.search(r"\w", name) and not re.fullmatch(
+        r"[\W\d]*(unknown|n/?a|none|null)[\W\d]*", name, re.IGNORECASE
+    )
+    return name if is_name else platform.machine() or None
 
 
 def linux_model(root: Path) -> str:

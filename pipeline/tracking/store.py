@@ -66,6 +66,14 @@ CONNECTION_ERRORS = {
 }
 """Words in the error of a connection -> what is wrong, in a few words."""
 
+DRIVERS = {
+    "psycopg2": "psycopg2-binary",
+    "psycopg": "'psycopg[binary]'",
+    "MySQLdb": "mysqlclient",
+    "mysql": "mysql-connector-python",
+}
+"""Module of a database's driver -> the package that has it, where their names differ."""
+
 
 class StoreError(StageError):
     """The store does not answer, or refuses what it was asked for. It may work later."""
@@ -87,7 +95,7 @@ def _store_errors() -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, RequestException, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, RequestException, OSError, ValueError, ModuleNotFoundError) as error:
         message = location.hide_secrets(f"the MLflow store {location.store_uri()} {_what_is_wrong(error)}")
         raise StoreError(message) from None
 
@@ -104,6 +112,9 @@ def _what_is_wrong(error: BaseException) -> str:
     if {401, 403} & {*statuses} or {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"} & codes:
         return "refuses the login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     for link in chain:
+        if isinstance(link, ModuleNotFoundError) and link.name:
+            module = link.name.partition(".")[0]
+            return f"needs a package: pip install {DRIVERS.get(module, module)}"
         if isinstance(link, exceptions.RetryError):
             return "does not answer (its answers are errors)"
         if isinstance(link, exceptions.Timeout):

@@ -161,12 +161,13 @@ def test_an_unusable_card_is_reported_with_what_to_do(cards, gpu, options, words
     assert all(backend.why_unused(gpu) is None for backend in BACKENDS if backend is not Cuda)
 
 
+@pytest.mark.parametrize("driver", [{}, {"driver": "580.65"}])
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
-def test_a_card_that_the_environment_hides_is_told_with_what_to_do(cards, monkeypatch, visible):
+def test_a_card_that_the_environment_hides_is_told_with_what_to_do(cards, monkeypatch, visible, driver):
     cards()
-    gpu = {"vendor": "NVIDIA", "driver": "580.65"}
+    gpu = {"vendor": "NVIDIA"} | driver
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert "unset CUDA_VISIBLE_DEVICES" in Cuda.why_unused(gpu)
+    assert Cuda.why_unused(gpu) == f'CUDA_VISIBLE_DEVICES="{visible}" hides it: unset CUDA_VISIBLE_DEVICES'
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert "CUDA_VISIBLE_DEVICES" not in Cuda.why_unused(gpu)
 

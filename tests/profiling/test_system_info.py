@@ -180,6 +180,23 @@ def test_the_cpu_is_named_by_linux_or_by_lscpu_on_arm(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "expected"),
+    [
+        ("AMD EPYC 7B13", "x86_64", "AMD EPYC 7B13"),
+        ("", "aarch64", "aarch64"),
+        ("unknown", "x86_64", "x86_64"),
+        ("Unknown", "riscv64", "riscv64"),
+        ("0000", "x86_64", "0000"),
+        ("-", "armv7l", "armv7l"),
+        ("", "", None),
+    ],
+)
+def test_a_cpu_without_a_name_is_named_by_its_architecture(monkeypatch, name, architecture, expected):
+    monkeypatch.setattr(system_info.platform, "machine", lambda: architecture)
+    assert system_info.cpu_name(name) == expected
+
+
 def test_the_model_is_the_mainboard_if_the_maker_left_it_out(tmp_path):
     names = {"sys_vendor": "HP", "product_name": "HP EliteBook 840 G8 Notebook PC"}
     bought = tree(tmp_path / "a", {f"sys/class/dmi/id/{key}": text for key, text in names.items()})

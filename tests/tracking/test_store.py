@@ -3,6 +3,7 @@
 import os
 import socket
 import sqlite3
+import sys
 import threading
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -350,6 +351,23 @@ def missing_server(tmp_path, monkeypatch, handle):
     for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
     return f"http://127.0.0.1:{port}", "connection refused"
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("psycopg2", "psycopg2-binary"),
+        ("psycopg", "'psycopg[binary]'"),
+        ("MySQLdb", "mysqlclient"),
+        ("pymysql", "pymysql"),
+    ],
+)
+def test_a_database_without_its_driver_names_the_package(monkeypatch, module, package):
+    scheme = {"MySQLdb": "mysql+mysqldb", "pymysql": "mysql+pymysql"}.get(module, f"postgresql+{module}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:secret@127.0.0.1:1/runs")
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = fails(store.StoreError, store.find_run, "a1b2", "trainmark")
+    assert message.endswith(f"needs a package: pip install {package}") and "secret" not in message
 
 
 @pytest.mark.parametrize("fault", [broken_file, missing_table, missing_server])
