@@ -135,9 +135,9 @@ class Project:
         return self.query(query, run_id, store=store)
 
     def learnt(self, run_id, store=None):
-        """The metrics of LEARNT and of the test, by key and step."""
+        """The metrics of LEARNT, and the best epoch, by key and step."""
         rows = self.query("select key, step, value from metrics where run_uuid = ?", run_id, store=store)
-        return {(key, step): value for key, step, value in rows if key in LEARNT or key in ("test/loss", "best/epoch")}
+        return {(key, step): value for key, step, value in rows if key in LEARNT or key == "best/epoch"}
 
     def waiting(self):
         """The entries that have not been delivered whole."""
