@@ -76,7 +76,8 @@ class TrainingSetup:
         example = batching.prepare(images, recipe.image_size, channels_last=self.channels_last)
         self.on_features = classifier.caches_features(self.net, recipe, example)
         """Whether only the head is trained, on features that are computed once."""
-        self.trains_batch_norm = not self.on_features and classifier.trains_batch_norm(self.net, recipe)
+        trained = self.net.head if self.on_features else self.net
+        self.trains_batch_norm = classifier.trains_batch_norm(trained, recipe)
         """Whether BatchNorm uses the statistics of the batch. A last batch of one image then joins the one before."""
         if self.trains_batch_norm and min(recipe.batch_size, len(train)) == 1:
             self._check_single_image(example[:1])

@@ -192,6 +192,17 @@ def test_a_last_batch_of_one_image_joins_the_one_before_where_batch_norm_is_trai
     assert captured == set(sizes)
 
 
+def test_a_head_with_batch_norm_of_its_own_gets_no_single_image_either():
+    splits = {"train": images_of(17, 1), "validation": images_of(9, 2)}
+    options = "batch_size=8", "model=iformer_t", "image_size=32"
+    training = make_setup(recipe_of("linear-probe", *options), splits)
+    assert training.on_features and training.trains_batch_norm
+    assert sizes_of(training, splits["train"]) == [8, 9]
+    setup.warm_up(training, splits)
+    line = fails(UsageError, make_setup, recipe_of("linear-probe", *options, "batch_size=1"), splits)
+    assert line.startswith("batch_size: 1 of 17 training images")
+
+
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 17), (8, 1)])
 def test_a_batch_of_one_image_is_refused_where_batch_norm_cannot_be_trained_on_it(batch_size, count):
     splits = {"train": images_of(count, 1), "validation": images_of(9, 2)}
