@@ -263,7 +263,7 @@ def delivered(entry: Path) -> dict[str, Any] | None:
     """What `progress` was when the store last had all of the entry; None if it never had."""
     try:
         value: dict[str, Any] = json.loads((entry / DELIVERED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value
 
