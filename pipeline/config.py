@@ -341,7 +341,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse a YAML text. Raises UsageError if it is no YAML; the message begins with `where`."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: `!!int x`; TypeError: a list as a key
+    # ValueError: `!!int x`; TypeError: a list as a key; RecursionError: a thousand brackets
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
