@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from pipeline import startup, terminal
 from pipeline.errors import StageError, Stopped
@@ -270,7 +269,7 @@ def _deliver(epochs: dict[Path, int], *, complete: bool) -> str:
     except StageError as error:
         return str(error)
     except Exception as error:  # whatever MLflow, a driver or a server comes up with must not stop a training
-        return location.hide_secrets(f"the MLflow store can't be used: {_one_line(error)}")
+        return location.hide_secrets(f"the MLflow store can't be used: {startup.first_line(error)}")
     return ""
 
 
@@ -278,7 +277,3 @@ def _import(module: str) -> None:
     """Import what takes seconds. Call it in a thread, which no signal interrupts: half an import can't be repeated."""
     with suppress(Exception):  # it fails again where it is used
         importlib.import_module(module)
-
-
-def _one_line(error: Any) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -346,7 +346,7 @@ def _pause(plan: Plan) -> None:
 
 def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int], int]) -> None:
     """Run one repeat in a process. Write its start, end and exit status into the plan."""
-    last, start = plan.last_end(), time.time_ns() // 1_000_000
+    last, start = plan.last_end(), records.now()
     entry: dict[str, Any] = {"repeat": number, "start": start}
     if last is not None:
         entry["pause_seconds"] = (start - last) / 1000
@@ -357,7 +357,7 @@ def _run_repeat(plan: Plan, path: Path, number: int, start_child: Callable[[int]
     try:
         status = entry["status"] = start_child(number)
     finally:
-        entry["end"] = time.time_ns() // 1_000_000
+        entry["end"] = records.now()
         plan.write(path)
     if status in children.STOPPED:
         raise Stopped(status)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.startup import first_line
+
 WARM_UP_CALLS = 3
 """Calls before a capture, as PyTorch's notes advise: in them libraries initialise and optimizers create their state."""
 
@@ -100,7 +102,7 @@ class GraphedFunction:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # cudaErrorStreamCapture...
-                self._on_failure((str(error).strip() or type(error).__name__).splitlines()[0])
+                self._on_failure(first_line(error))
                 self._graphs[shapes] = None
         graph = self._graphs[shapes]
         if graph is None:

@@ -12,6 +12,7 @@ from pipeline import terminal
 from pipeline.config import Recipe
 from pipeline.errors import StageError, UsageError, hint
 from pipeline.imports import without_garbage_collection
+from pipeline.startup import first_line
 
 with without_garbage_collection():
     import timm
@@ -223,7 +224,7 @@ def _check_image_size(net: nn.Module, recipe: Recipe) -> None:
     try:
         net(torch.zeros(1, 3, recipe.image_size, recipe.image_size))
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         expected = net.pretrained_cfg["input_size"][1]  # type: ignore[index]
         raise UsageError(
             f"image_size: {recipe.image_size} is not allowed with {recipe.model} ({reason}): its own is {expected}"

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import config, files
 from pipeline.data import datasets
 from pipeline.errors import StageError, UsageError
+from pipeline.startup import first_line
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
@@ -121,7 +122,7 @@ def _fetch(repository: str, name: str) -> tuple[Path | None, str | None]:
         _remove(path)  # else the next run would find it
         return None, f"{HUB} sent a damaged file"
     except Exception as error:  # the hub's client raises whatever its transport raises
-        return None, f"{HUB}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return None, f"{HUB}: {first_line(error)}"
 
 
 def _is_whole(path: Path) -> bool:

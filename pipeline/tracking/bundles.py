@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from pipeline import files, terminal
 from pipeline.errors import StageError, UsageError
+from pipeline.startup import first_line
 from pipeline.tracking import bundle_schema, descriptions, location, pending, publisher, records, store
 from pipeline.tracking.bundle_schema import refusal
 
@@ -190,7 +191,7 @@ def read_bundle(path: Path, folder: Path) -> list[Run]:
             with zipfile.ZipFile(file) as archive:
                 return _read_archive(archive, folder, path.name)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
-        message = (str(error).splitlines() or [type(error).__name__])[0]
+        message = first_line(error)
         raise refusal(path.name, f"it is damaged, or no bundle: {message}") from None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import files, terminal
 from pipeline.errors import StageError
+from pipeline.startup import first_line
 from pipeline.tracking import descriptions, location, pending, pictures, records, store
 from pipeline.tracking.records import Record
 
@@ -52,7 +53,7 @@ def publish_checkpoint(handle: store.Handle, path: Path) -> None:
     except StageError:
         raise
     except Exception as error:  # torch.export refuses some models, by errors of all kinds
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
         terminal.say(f"note     {facts.model} can't be logged as a model of MLflow ({reason}); its checkpoint is")
     store.log_artifacts(handle, {CHECKPOINT: path})
 
@@ -315,7 +316,7 @@ def deliver_all(epochs: dict[Path, int] | None = None, *, complete: bool = True)
         except (LookupError, TypeError, ValueError, AttributeError):  # a file of it holds something else
             error = pending.damage(entry)
         except Exception as caught:  # torch may refuse to export a model: other runs must not wait for it
-            reason = (str(caught).splitlines() or [""])[0] or type(caught).__name__
+            reason = first_line(caught)
             message = f"{pending.FOLDER.name}/{entry.name} can't be delivered: {reason}"
             error = StageError(location.hide_secrets(message))
     if error is not None:

@@ -174,8 +174,7 @@ def _create_database() -> None:
         for rest in path.parent.glob(f"{path.name}.new*"):
             rest.unlink()
         new = path.with_name(f"{path.name}.new")
-        artifacts = (path.parent.absolute() / "mlartifacts").as_uri()
-        SqlAlchemyStore(location.sqlite_uri(new), artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+        SqlAlchemyStore(location.sqlite_uri(new), _artifacts_uri(path)).engine.dispose()  # type: ignore[no-untyped-call]
         try:
             os.link(new, path)  # unlike a rename it replaces no file
         except FileExistsError:  # MLflow itself created it meanwhile
@@ -184,6 +183,11 @@ def _create_database() -> None:
             new.replace(path)
         new.unlink(missing_ok=True)
         files.sync_folder(path.parent)
+
+
+def _artifacts_uri(database: Path) -> str:
+    """Where the artifacts of an SQLite store are: beside its file."""
+    return (database.parent.absolute() / "mlartifacts").as_uri()
 
 
 def _is_missing() -> bool:
@@ -271,7 +275,7 @@ def _get_or_create_experiment(client: MlflowClient, name: str) -> str:
     path = location.database_file()
     try:
         # MLflow's own default is below the current folder, which may be thrown away.
-        return str(client.create_experiment(name, (path.parent.absolute() / "mlartifacts").as_uri() if path else None))
+        return str(client.create_experiment(name, _artifacts_uri(path) if path else None))
     except MlflowException:  # another process may have created it meanwhile
         experiment = client.get_experiment_by_name(name)
         if experiment is None:

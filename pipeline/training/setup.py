@@ -19,6 +19,7 @@ from pipeline.errors import OutOfMemoryError, StageError, UsageError
 from pipeline.models import classifier, folding
 from pipeline.profiling import roofline
 from pipeline.profiling.clock import Clock
+from pipeline.startup import first_line
 from pipeline.training import loop, optimizers
 
 Splits = dict[str, batching.Split]
@@ -252,7 +253,7 @@ def warm_up(training: TrainingSetup, splits: Splits) -> float:
     except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # OSError: its cache can't be used
         if training.compile_mode == "off":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise StageError(f'compile: "{training.compile_mode}" fails here ({reason}): set compile to off') from error
     return backend.memory_mib().get("peak", 0.0) * 2**20
 

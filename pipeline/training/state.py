@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import config, files, terminal
 from pipeline.devices import Backend
 from pipeline.errors import StageError
+from pipeline.startup import first_line
 from pipeline.training import optimizers
 from pipeline.training.setup import TrainingSetup
 
@@ -88,7 +89,7 @@ def load_newest(folder: Path) -> State | None:
             content: State = torch.load(path, map_location="cpu", weights_only=True)
             return content | {"record": json.loads(content["record"])}
         except Exception as error:  # whatever torch makes of a damaged file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             terminal.say(f"note     the state {path.name} can't be used ({reason}): the one before it is tried")
     return None
 
