@@ -34,9 +34,7 @@ def mutated(draw, data):
         elif deed == "end":
             del data[at:]
         else:
-            data[at:at] = draw(
-                st.sampled_from([b"PK\5\6", b"PK\1\2", b"PK\3\4", b"\0\0\0\0", b"\xff" * 4, b"[" * 5000])
-            )
+            data[at:at] = draw(st.sampled_from(INSERTED))
     return bytes(data)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import bundle_files as made
 import pytest
 from bundle_files import EVALUATE, PNG, SPEED, SUSTAIN, TITLE, TRAIN, changed, pack, repeat, stored_runs, whole_run
+from damage import mutated
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from servers import serving
 from stores import AT, client, own_store, runs  # noqa: F401 (own_store: each test has its own)
 
@@ -470,26 +470,6 @@ def test_an_import_that_fails_half_way_is_completed_by_the_same_command(tmp_path
 
 
 # --- fuzz
-
-
-@st.composite
-def mutated(draw, data):
-    """The bytes of a bundle, some of them changed, lost, doubled or moved."""
-    data = bytearray(data)
-    for _ in range(draw(st.integers(1, 4))):
-        at, count = draw(st.integers(0, max(0, len(data) - 1))), draw(st.integers(1, 30))
-        deed = draw(st.sampled_from(["set", "cut", "double", "end", "insert"]))
-        if deed == "set":
-            data[at : at + count] = draw(st.binary(min_size=1, max_size=8))
-        elif deed == "cut":
-            del data[at : at + count]
-        elif deed == "double":
-            data[at:at] = data[at : at + count]
-        elif deed == "end":
-            del data[at:]
-        else:
-            data[at:at] = draw(st.sampled_from([b"PK\5\6", b"PK\1\2", b"PK\3\4", b"\0\0\0\0", b"\xff" * 4]))
-    return bytes(data)
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
